@@ -1,0 +1,280 @@
+"""Kernels by name: compiled on first use, kept on disk, launched by one call.
+
+A kernel takes one argument, a struct passed by value, so that a launch is one pointer. Nothing here
+knows what a kernel computes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib import metadata
+from typing import Any
+
+from scfa_core.backends.cupy_raw import cache as disk
+from scfa_core.backends.cupy_raw import nvrtc
+from scfa_core.backends.cupy_raw.nvrtc import Constants, compile_to_cubin
+from scfa_core.errors import BackendUnavailable
+
+__all__ = ["Kernel", "compile_to_cubin", "compute_capability", "get_kernel", "preload"]
+
+_LOG = logging.getLogger("scfa_core")
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_DEFAULT_SHARED_LIMIT = 48 * 1024
+_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+_MAJOR, _MINOR = 75, 76  # cudaDevAttrComputeCapability{Major,Minor}
+
+
+def _cuda_error(what: str, error: Any) -> Exception:
+    """Turn CuPy's driver error into one that says what was being done."""
+    if getattr(error, "status", None) == _OUT_OF_MEMORY:
+        return MemoryError(
+            f"the GPU has no memory left {what}; free some and call again (the process is fine)"
+        )
+    return RuntimeError(f"CUDA failed {what}: {error}")
+
+
+class Kernel:
+    """One compiled kernel on one device.
+
+    Attributes
+    ----------
+    name : str
+        Symbol in the cubin.
+    device : int
+        CUDA ordinal it is loaded on.
+    """
+
+    def __init__(self, name: str, cubin: bytes, device: int) -> None:
+        import cupy
+        from cupy_backends.cuda.api import driver
+
+        self.name = name
+        self.device = device
+        self._driver = driver
+        self._device = cupy.cuda.Device(device)
+        self._shared_limit = _DEFAULT_SHARED_LIMIT
+        with self._device:
+            cupy.cuda.runtime.free(0)  # makes the primary context current on this thread
+            self._context = driver.ctxGetCurrent()
+            try:
+                self._module = driver.moduleLoadData(cubin)  # lives as long as the process
+                self._function = driver.moduleGetFunction(self._module, name)
+            except driver.CUDADriverError as error:
+                raise _cuda_error(f"while loading {name}", error) from error
+
+    def attribute(self, number: int) -> int:
+        """Return one CU_FUNC_ATTRIBUTE of the kernel, such as 4 for registers per thread."""
+        with self._device:
+            return int(self._driver.funcGetAttribute(number, self._function))
+
+    def _allow_shared(self, shared_bytes: int) -> None:
+        """Raise the kernel's limit of dynamic shared memory."""
+        self._driver.funcSetAttribute(self._function, _MAX_DYNAMIC_SHARED, shared_bytes)
+        self._shared_limit = shared_bytes
+
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        block: int,
+        shared_bytes: int,
+        stream: int,
+        params: Any,
+    ) -> None:
+        """Enqueue the kernel; returns at once and never synchronises.
+
+        Parameters
+        ----------
+        grid : tuple of three int
+            Blocks along x, y, z.
+        block : int
+            Threads per block, all along x.
+        shared_bytes : int
+            Dynamic shared memory of a block; beyond 48 KB the limit is raised here.
+        stream : int
+            Raw stream handle of this kernel's device.
+        params : bytes or NumPy scalar
+            The kernel's only argument; read before this returns.
+
+        Raises
+        ------
+        MemoryError
+            The device has no memory left for the launch.
+        RuntimeError
+            The driver refused the launch, or an earlier kernel of the process had failed.
+        """
+        if self._driver.ctxGetCurrent() == self._context:
+            self._enqueue(grid, block, shared_bytes, stream, params)
+            return
+        import cupy
+
+        with self._device:  # the caller's thread is on another device, or on none yet
+            cupy.cuda.runtime.free(0)
+            self._enqueue(grid, block, shared_bytes, stream, params)
+
+    def _enqueue(
+        self, grid: tuple[int, int, int], block: int, shared_bytes: int, stream: int, params: Any
+    ) -> None:
+        """Launch in the current context, which is this kernel's."""
+        driver = self._driver
+        if type(params) is not bytes:
+            params = params.tobytes()
+        value = (ctypes.c_char * len(params)).from_buffer_copy(params)
+        pointer = ctypes.c_void_p(ctypes.addressof(value))
+        try:
+            if shared_bytes > self._shared_limit:
+                self._allow_shared(shared_bytes)
+            driver.launchKernel(
+                self._function,
+                *grid,
+                block,
+                1,
+                1,
+                shared_bytes,
+                stream,
+                ctypes.addressof(pointer),
+                0,
+            )
+        except driver.CUDADriverError as error:
+            what = f"while launching {self.name} with {grid=}, {block=}, {shared_bytes=}"
+            raise _cuda_error(what, error) from error
+
+
+@cache
+def compute_capability(device: int) -> tuple[int, int]:
+    """Return (major, minor) of a CUDA device."""
+    from cupy.cuda import runtime
+
+    read = runtime.deviceGetAttribute
+    return int(read(_MAJOR, device)), int(read(_MINOR, device))
+
+
+@cache
+def _target(device: int, arch_suffix: str) -> str:
+    """Return the architecture to compile for: the card's own, or an older one of its family.
+
+    A cubin runs on every later card of the same major number, unless it has a suffix.
+    """
+    major, minor = compute_capability(device)
+    known = nvrtc.cupy_compiler().architectures()
+    usable = [arch for arch in known if arch // 10 == major and arch % 10 <= minor]
+    if not usable or (arch_suffix and max(usable) != 10 * major + minor):
+        version = ".".join(map(str, nvrtc.cupy_compiler().version()))
+        raise BackendUnavailable(
+            f"NVRTC {version} cannot compile for compute capability {major}.{minor}: install a newer "
+            "CuPy and CUDA runtime (pip install --upgrade 'cupy-cuda13x[ctk]')"
+        )
+    return f"{max(usable)}{arch_suffix}"
+
+
+@cache
+def _package_version() -> str:
+    try:
+        return metadata.version("scfa-core")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+@cache
+def _sources_digest() -> str:
+    """Return a digest of every source file: a header edit renews all cubins."""
+    digest = hashlib.sha256()
+    for name, text in nvrtc.read_sources().items():
+        digest.update(f"{name}\0{text}\0".encode())
+    return digest.hexdigest()
+
+
+def cache_key(source: str, constants: Constants, arch: str, version: tuple[int, int]) -> str:
+    """Return the file stem of a cubin: readable front, digest of all that shapes the code behind."""
+    options = nvrtc.compile_options(constants, arch)
+    parts = (_sources_digest(), source, *options, str(version), _package_version())
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    return f"{source.removesuffix('.cu')}-sm_{arch}-{digest}"
+
+
+def _cubin(source: str, constants: Constants, arch: str) -> bytes:
+    """Return the cubin from disk, or compile it and keep it there."""
+    compiler = nvrtc.cupy_compiler()
+    key = cache_key(source, constants, arch, compiler.version())
+    cubin = disk.load(key)
+    if cubin is not None:
+        return cubin
+    told = ", ".join(f"{name}={value}" for name, value in constants)
+    _LOG.info("compiling %s (sm_%s, %s), about 5 s, once per machine", source, arch, told)
+    start = time.perf_counter()
+    cubin = compile_to_cubin(source, constants, arch, compiler).cubin
+    _LOG.debug("compiled %s in %.1f s", key, time.perf_counter() - start)
+    disk.store(key, cubin)
+    return cubin
+
+
+_kernels: dict[tuple[str, str, Constants, int, str], Kernel] = {}
+_locks: dict[tuple[str, str, Constants, int, str], threading.Lock] = {}
+_registry_lock = threading.Lock()
+
+
+def get_kernel(
+    name: str, source: str, constants: Constants, device: int, *, arch_suffix: str = ""
+) -> Kernel:
+    """Return a kernel, compiling it the first time any process of this machine asks for it.
+
+    >>> kernel = get_kernel("scfa_fwd", "fwd.cu", (("HEAD_DIM", 64),), 0)
+
+    Parameters
+    ----------
+    name : str
+        The ``extern "C"`` symbol.
+    source : str
+        File name under ``cuda/``.
+    constants : tuple of (str, int)
+        Each becomes ``-DSCFA_<KEY>=<int>``.
+    device : int
+        CUDA ordinal.
+    arch_suffix : str, optional
+        ``"a"`` compiles for sm_90a instead of sm_90.
+
+    Returns
+    -------
+    Kernel
+        The same object for the same arguments. Threads that ask at once wait for one compilation.
+
+    Raises
+    ------
+    BackendUnavailable
+        NVRTC does not know the card.
+    CompileError
+        The source does not compile.
+    MemoryError
+        The card has no memory left for the code.
+    """
+    request = (name, source, constants, device, arch_suffix)
+    kernel = _kernels.get(request)
+    if kernel is not None:
+        return kernel
+    with _registry_lock:
+        lock = _locks.setdefault(request, threading.Lock())
+    with lock:
+        kernel = _kernels.get(request)
+        if kernel is None:
+            cubin = _cubin(source, constants, _target(device, arch_suffix))
+            kernel = _kernels[request] = Kernel(name, cubin, device)
+    return kernel
+
+
+def preload(
+    requests: Iterable[tuple[str, str, Constants, str]], device: int, threads: int = 8
+) -> None:
+    """Compile and load several kernels side by side; each request is (name, source, constants, suffix)."""
+    with ThreadPoolExecutor(threads) as pool:
+        jobs = [
+            pool.submit(get_kernel, name, source, constants, device, arch_suffix=suffix)
+            for name, source, constants, suffix in requests
+        ]
+        for job in jobs:
+            job.result()
