@@ -1,0 +1,65 @@
+"""Exact sparse causal flash attention: patterns per head and sequence, forward and backward.
+
+>>> import scfa_core as scfa
+>>> sorted(scfa.backends())
+['cupy', 'numba-cpu', 'numba-cuda', 'reference']
+
+Importing this package imports no GPU library and neither torch nor numba.
+"""
+
+from scfa_core.api import attention, attention_backward, make_plan, validate
+from scfa_core.dispatch import backends, use_backend
+from scfa_core.errors import (
+    BackendUnavailable,
+    DeviceError,
+    DTypeError,
+    GradientError,
+    LayoutError,
+    PatternError,
+    ScaleError,
+    ScfaError,
+    ShapeError,
+    UnknownBackend,
+)
+from scfa_core.patterns import (
+    Causal,
+    Documents,
+    HashSparse,
+    Intersection,
+    KeyRanges,
+    Pattern,
+    QKSparse,
+    SlidingWindow,
+)
+from scfa_core.plan import Plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "Causal",
+    "DTypeError",
+    "DeviceError",
+    "Documents",
+    "GradientError",
+    "HashSparse",
+    "Intersection",
+    "KeyRanges",
+    "LayoutError",
+    "Pattern",
+    "PatternError",
+    "Plan",
+    "QKSparse",
+    "ScaleError",
+    "ScfaError",
+    "ShapeError",
+    "SlidingWindow",
+    "UnknownBackend",
+    "__version__",
+    "attention",
+    "attention_backward",
+    "backends",
+    "make_plan",
+    "use_backend",
+    "validate",
+]

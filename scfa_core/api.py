@@ -1,0 +1,372 @@
+"""The public functions: adopt arrays, check, plan, dispatch. Torch tensors go to `torch_bridge`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from scfa_core.arrays import (
+    Framework,
+    adopt,
+    framework_of,
+    is_torch_tensor,
+    restore_kind,
+)
+from scfa_core.dispatch import Backend, choose_backend, load_backend, requested_backend
+from scfa_core.errors import BackendUnavailable, PatternError
+from scfa_core.lowering import lower
+from scfa_core.patterns import Causal, KeyRanges, Pattern, QKSparse
+from scfa_core.plan import Plan
+from scfa_core.problem import (
+    Problem,
+    build_problem,
+    check_layout,
+    check_like,
+    one_framework,
+)
+from scfa_core.runner import run_backward, run_forward, run_make_plan
+
+_ARRAY_FIELDS = (
+    "q_hash",
+    "k_hash",
+    "q_keep",
+    "k_keep",
+    "q_ids",
+    "k_ids",
+    "start",
+    "end",
+)
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    pattern: Pattern | Plan | None = None,
+    *,
+    softmax_scale: float | None = None,
+    layout: str = "bhtd",
+    return_lse: bool = False,
+    deterministic: bool = True,
+    backend: str | None = None,
+) -> Any:
+    """Attend each query to exactly the keys that its pattern lets it see.
+
+    >>> import numpy as np
+    >>> q = np.random.default_rng(0).standard_normal((1, 2, 5, 16))
+    >>> attention(q, q, q, Causal(), backend="reference").shape
+    (1, 2, 5, 16)
+
+    Parameters
+    ----------
+    q : array, (batch, heads, seqlen_q, head_dim), float16 | bfloat16 | float32 | float64
+        Queries: torch (autograd works), NumPy, CuPy, Numba, or anything with DLPack. Any strides with a
+        contiguous last axis; not copied, not modified. head_dim is a multiple of 8 from 16 to 256.
+        float64 on the CPU only.
+    k : array, (batch, heads_kv, seqlen_k, head_dim)
+        Keys; heads_kv divides heads, and query head h reads head ``h // (heads // heads_kv)``.
+    v : array, (batch, heads_kv, seqlen_k, head_dim_v)
+        Values; head_dim_v may differ from head_dim.
+    pattern : Pattern or Plan
+        Which keys each query sees; `Causal()` by default. A `Plan` from `make_plan` skips planning.
+    softmax_scale : float, optional
+        Multiplies ``q @ k.T`` before the softmax (dimensionless). Default ``head_dim ** -0.5``; 0.0 is kept.
+    layout : "bhtd" | "bthd"
+        "bthd" means (batch, seqlen, heads, head_dim) for q, k, v and out.
+    return_lse : bool
+        Also return the log-sum-exp of each query's scores.
+    deterministic : bool
+        False allows gradients whose last bits may differ from run to run, where that is faster.
+    backend : str, optional
+        A name of `backends()` or ``"auto"``; default: `use_backend`, then $SCFA_BACKEND, then ``auto``.
+
+    Returns
+    -------
+    out : array like `q`, last axis head_dim_v
+        In q's dtype, stride order and library. 0 where a query sees no key.
+    lse : array, (batch, heads, seqlen_q), float32
+        Natural logarithm, in nats; ``-inf`` where a query sees no key. Only if `return_lse`.
+
+    Raises
+    ------
+    ShapeError, DTypeError, DeviceError, LayoutError, ScaleError, PatternError
+        Something does not fit; the message says what was expected, what came and what to do.
+    BackendUnavailable
+        The chosen backend cannot serve this call, with the reason.
+
+    Notes
+    -----
+    Cost: sorting (near-linear in seqlen) plus 4 * visible pairs * head_dim flop; no permuted copy of
+    a tensor is made. Sums are accumulated in float32 (float64 for float64). Values of hashes and ranges are never
+    inspected: see `validate`. Source: arXiv 2306.01160.
+    """
+    pattern = Causal() if pattern is None else pattern
+    if is_torch_tensor(q):
+        from scfa_core import torch_bridge
+
+        return torch_bridge.attention(
+            q,
+            k,
+            v,
+            pattern,
+            softmax_scale=softmax_scale,
+            layout=layout,
+            return_lse=return_lse,
+            deterministic=deterministic,
+            backend=backend,
+        )
+    caller = q
+    q, k, v, pattern = adopt(q), adopt(k), adopt(v), adopt_pattern(pattern)
+    framework = one_framework(q, k=k, v=v)
+    problem = build_problem(
+        framework.info(q),
+        framework.info(k),
+        framework.info(v),
+        layout=layout,
+        softmax_scale=softmax_scale,
+        deterministic=deterministic,
+    )
+    q, k, v = (_heads_first(framework, x, layout) for x in (q, k, v))
+    chosen, plan = prepare(pattern, problem, framework, backend)
+    out, lse = run_forward(chosen, problem, plan, q, k, v, framework)
+    out = restore_kind(_heads_first(framework, out, layout), caller)
+    return (out, restore_kind(lse, caller)) if return_lse else out
+
+
+def attention_backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    pattern: Pattern | Plan,
+    *,
+    softmax_scale: float | None = None,
+    layout: str = "bhtd",
+    deterministic: bool = True,
+    backend: str | None = None,
+) -> tuple[Any, Any, Any]:
+    """Gradients of `attention` with respect to q, k and v, for arrays without autograd.
+
+    Parameters
+    ----------
+    dout : array like `out`
+        Gradient of the loss with respect to `out`.
+    q, k, v, pattern, softmax_scale, layout, deterministic, backend
+        As given to `attention`; pass the same `Plan` to both to plan once.
+    out, lse : arrays
+        What `attention` returned with ``return_lse=True``.
+
+    Returns
+    -------
+    dq, dk, dv : arrays like `q`, `k`, `v`
+        0 in rows that see nothing or are seen by nobody.
+
+    Raises
+    ------
+    ShapeError, DTypeError, DeviceError, LayoutError, ScaleError, PatternError, BackendUnavailable
+        As `attention`.
+
+    Notes
+    -----
+    Cost: 10 * visible pairs * head_dim flop by the usual count. Bitwise deterministic by default.
+    """
+    if is_torch_tensor(q):
+        from scfa_core import torch_bridge
+
+        return torch_bridge.attention_backward(
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            pattern,
+            softmax_scale=softmax_scale,
+            layout=layout,
+            deterministic=deterministic,
+            backend=backend,
+        )
+    callers = (q, k, v)
+    dout, q, k, v, out, lse = (adopt(x) for x in (dout, q, k, v, out, lse))
+    pattern = adopt_pattern(pattern)
+    framework = one_framework(q, dout=dout, k=k, v=v, out=out, lse=lse)
+    problem = build_problem(
+        framework.info(q),
+        framework.info(k),
+        framework.info(v),
+        layout=layout,
+        softmax_scale=softmax_scale,
+        deterministic=deterministic,
+    )
+    dout, q, k, v, out = (
+        _heads_first(framework, x, layout) for x in (dout, q, k, v, out)
+    )
+    rows = (problem.batch, problem.heads, problem.seqlen_q)
+    for name, x, shape, dtype in (
+        ("dout", dout, (*rows, problem.head_dim_v), problem.dtype),
+        ("out", out, (*rows, problem.head_dim_v), problem.dtype),
+        ("lse", lse, rows, "float32"),
+    ):
+        check_like(name, framework.info(x), shape, dtype, problem.device)
+    chosen, plan = prepare(pattern, problem, framework, backend)
+    grads = run_backward(chosen, problem, plan, dout, q, k, v, out, lse, framework)
+    dq, dk, dv = (
+        restore_kind(_heads_first(framework, x, layout), caller)
+        for x, caller in zip(grads, callers, strict=True)
+    )
+    return dq, dk, dv
+
+
+def make_plan(
+    pattern: Pattern,
+    q: Any,
+    k: Any,
+    *,
+    layout: str = "bhtd",
+    backend: str | None = None,
+) -> Plan:
+    """Lower and sort a pattern once, to be reused over layers, steps and the backward pass.
+
+    Parameters
+    ----------
+    pattern : Pattern
+        Its arrays must be of q's library and on q's device.
+    q, k : arrays
+        Only sizes, dtype and device are read.
+    layout, backend
+        As for `attention`.
+
+    Returns
+    -------
+    plan : Plan
+        Accepted wherever a pattern is.
+
+    Raises
+    ------
+    ShapeError, DTypeError, DeviceError, LayoutError, PatternError, BackendUnavailable
+        As `attention`.
+
+    Notes
+    -----
+    Near-linear time and O(seqlen) memory, on the device, without host synchronisation.
+    """
+    if is_torch_tensor(q):
+        from scfa_core import torch_bridge
+
+        return torch_bridge.make_plan(pattern, q, k, layout=layout, backend=backend)
+    q, k, pattern = adopt(q), adopt(k), adopt_pattern(pattern)
+    framework = one_framework(q, k=k)
+    problem = build_problem(framework.info(q), framework.info(k), None, layout=layout)
+    return prepare(pattern, problem, framework, backend)[1]
+
+
+def prepare(
+    pattern: Pattern | Plan, problem: Problem, framework: Framework, backend: str | None
+) -> tuple[Backend, Plan]:
+    """Choose the backend and make the plan, or take the one given."""
+    requested = requested_backend(backend)
+    if not isinstance(pattern, Plan):
+        clauses = lower(pattern, problem, framework)
+        chosen = choose_backend(problem, requested)
+        arrays = run_make_plan(chosen, problem, clauses, framework)
+        return chosen, Plan(*arrays, clauses.monotone, chosen.name, problem.device)
+    pattern.check_fits(problem)
+    return choose_for_plan(pattern, problem, requested), pattern
+
+
+def choose_for_plan(plan: Plan, problem: Problem, requested: str) -> Backend:
+    """Choose the backend for a plan that exists: its maker, unless told otherwise.
+
+    Host plans are all alike; on a GPU the work list belongs to the backend that made it.
+    """
+    chosen = choose_backend(problem, plan.backend if requested == "auto" else requested)
+    maker = load_backend(plan.backend)
+    if chosen.name != plan.backend and not (
+        chosen.memory == "host" and getattr(maker, "memory", None) == "host"
+    ):
+        raise BackendUnavailable(
+            f"the plan was made by backend {plan.backend!r} and its work list is not for "
+            f"{chosen.name!r}; make it with make_plan(..., backend={chosen.name!r})"
+        )
+    return chosen
+
+
+def adopt_pattern(pattern: Any) -> Any:
+    """View foreign arrays of a pattern as NumPy or CuPy; patterns without any come back as they are."""
+    if not isinstance(pattern, Pattern):
+        return pattern
+    for part in pattern.parts:
+        for name in _ARRAY_FIELDS:
+            x = getattr(part, name, None)
+            adopted = adopt(x)
+            if adopted is not x:
+                setattr(part, name, adopted)
+    return pattern
+
+
+def _heads_first(framework: Framework, x: Any, layout: str) -> Any:
+    """Exchange heads and seqlen where the layout has them the other way (its own inverse)."""
+    return framework.swap_heads(x) if check_layout(layout) else x
+
+
+def validate(pattern: Pattern, q: Any, k: Any, *, layout: str = "bhtd") -> None:
+    """Inspect the values of a pattern and raise where they look like a mistake.
+
+    Attention itself never looks: ranges are clipped and flags count as kept where nonzero, on every
+    backend. Call this while developing; on a GPU it copies to the host and synchronises.
+
+    Parameters
+    ----------
+    pattern : Pattern
+    q, k : arrays
+        Sizes and device are read.
+    layout : "bhtd" | "bthd"
+
+    Raises
+    ------
+    PatternError
+        A keep flag that is neither 0 nor 1, or a range with ``start < 0``, ``end > seqlen_k`` or
+        ``start > end``; the message names the first such entry.
+    ShapeError, DTypeError, DeviceError
+        As `attention`.
+    """
+    q, k, pattern = adopt(q), adopt(k), adopt_pattern(pattern)
+    framework = one_framework(q, k=k)
+    problem = build_problem(framework.info(q), framework.info(k), None, layout=layout)
+    lower(pattern, problem, framework)
+    for part in pattern.parts:
+        if isinstance(part, QKSparse):
+            for name in ("q_keep", "k_keep"):
+                flags = _to_numpy(getattr(part, name))
+                _complain(
+                    f"QKSparse.{name}", ~((flags == 0) | (flags == 1)), flags, "0 or 1"
+                )
+        elif isinstance(part, KeyRanges):
+            start, end = (_to_numpy(x).astype(np.int64) for x in (part.start, part.end))
+            _complain("KeyRanges.start", start < 0, start, "at least 0")
+            _complain(
+                "KeyRanges.end",
+                end > problem.seqlen_k,
+                end,
+                f"at most seqlen_k={problem.seqlen_k}",
+            )
+            start, end = np.broadcast_arrays(start, end)
+            _complain("KeyRanges.start", start > end, start, "at most end")
+
+
+def _to_numpy(x: Any) -> np.ndarray:
+    return framework_of("pattern", x).to_numpy(x)
+
+
+def _complain(name: str, wrong: np.ndarray, values: np.ndarray, wanted: str) -> None:
+    """Raise `PatternError` naming the first wrong entry, if there is one."""
+    if not wrong.any():
+        return
+    place = tuple(int(i) for i in np.argwhere(wrong)[0])
+    raise PatternError(
+        f"{name}{list(place)} must be {wanted}, got {values[place]} "
+        f"({int(wrong.sum())} such entries of {wrong.size})"
+    )

@@ -1,0 +1,348 @@
+"""What kind of array is this, and how is it handed to a backend without a copy.
+
+A `Framework` is the little that this package needs from the caller's array library. NumPy, CuPy,
+Numba and plain DLPack objects are here; torch has its own in `torch_bridge`. Nothing is imported
+that the caller has not imported already.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from scfa_core.errors import DeviceError, DTypeError
+
+FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_NUMPY_NAME = {"bfloat16": "uint16"}  # NumPy has no bfloat16: the bits travel as uint16
+_NARROW_INTS = ("int8", "int16", "uint8", "uint16")
+_WIDE_INTS = ("int32", "int64", "uint32", "uint64")
+INT_DTYPES = _NARROW_INTS + _WIDE_INTS
+ITEMSIZE = {"bool": 1, "bfloat16": 2} | {
+    name: np.dtype(name).itemsize
+    for name in ("float16", "float32", "float64", *INT_DTYPES)
+}
+
+
+class ArrayInfo(NamedTuple):
+    """What the door needs to know of an array."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in elements
+    dtype: str
+    device: str  # "cpu" or "cuda:<ordinal>"
+
+
+class DeviceArray(NamedTuple):
+    """What a CUDA backend receives: raw facts, strides in elements, no framework."""
+
+    pointer: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+    device: int
+
+
+class CallContext(Protocol):
+    """Where a call runs and where its workspace comes from."""
+
+    device: int  # CUDA ordinal, -1 on the host
+    stream: int  # raw stream handle, 0 on the host
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """Uninitialised, contiguous workspace in native form, alive until the call returns."""
+
+
+class Framework(Protocol):
+    """The verbs this package needs from an array library."""
+
+    name: str
+
+    def owns(self, x: Any) -> bool:
+        """Whether `x` is an array of this library."""
+
+    def info(self, x: Any) -> ArrayInfo:
+        """Describe `x`."""
+
+    def swap_heads(self, x: Any) -> Any:
+        """View with axes 1 and 2 exchanged."""
+
+    def insert_head(self, x: Any) -> Any:
+        """View of a (batch, seqlen) array as (batch, 1, seqlen)."""
+
+    def expand(self, x: Any, shape: tuple[int, ...]) -> Any:
+        """View broadcast to `shape` by strides of 0."""
+
+    def cast(self, x: Any, dtype: str) -> Any:
+        """Copy of `x` with another integer dtype."""
+
+    def nonzero(self, x: Any) -> Any:
+        """uint8 array, 1 where `x` is not zero; a view if `x` is bool or it is free."""
+
+    def order_uint64(self, x: Any) -> Any:
+        """Map uint64 to int64 so that the order stays."""
+
+    def empty(self, shape: tuple[int, ...], dtype: str, device: str) -> Any:
+        """Uninitialised contiguous array."""
+
+    def empty_like_order(self, like: Any, shape: tuple[int, ...]) -> Any:
+        """Uninitialised array with `like`'s dtype and stride order."""
+
+    def fill(self, x: Any, value: float) -> None:
+        """Set every element."""
+
+    def native(self, x: Any, memory: str) -> Any:
+        """Hand `x` to a backend: NumPy view for "host", `DeviceArray` for "cuda"."""
+
+    def to_numpy(self, x: Any) -> np.ndarray:
+        """Copy to the host (synchronises); for looking, never in the hot path."""
+
+    def context(self, device: str) -> CallContext:
+        """Context of the caller's current stream."""
+
+
+def stride_order(strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Axes from slowest to fastest, the last axis always fastest; ties keep their order."""
+    last = len(strides) - 1
+    return (*sorted(range(last), key=lambda axis: -strides[axis]), last)
+
+
+def strides_in_order(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
+    """Dense strides, in elements, of an array of `shape` laid out in `order`."""
+    strides, step = [0] * len(shape), 1
+    for axis in reversed(order):
+        strides[axis] = step
+        step *= max(shape[axis], 1)
+    return tuple(strides)
+
+
+def cuda_ordinal(device: str) -> int:
+    """Ordinal of "cuda:N"; -1 for "cpu"."""
+    return -1 if device == "cpu" else int(device.removeprefix("cuda:") or 0)
+
+
+class HostContext:
+    """Workspace from NumPy."""
+
+    device = -1
+    stream = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        """Uninitialised NumPy array; bfloat16 as uint16."""
+        return np.empty(shape, _NUMPY_NAME.get(dtype, dtype))
+
+
+class _ArrayModule:
+    """What NumPy and CuPy have in common; `xp` is the module."""
+
+    name: str
+    xp: Any
+
+    def owns(self, x: Any) -> bool:
+        return isinstance(x, self.xp.ndarray)
+
+    def _device(self, x: Any) -> str:
+        return "cpu"
+
+    def info(self, x: Any) -> ArrayInfo:
+        size = x.dtype.itemsize
+        strides = tuple(s // size for s in x.strides)
+        return ArrayInfo(x.shape, strides, x.dtype.name, self._device(x))
+
+    def swap_heads(self, x: Any) -> Any:
+        return x.swapaxes(1, 2)
+
+    def insert_head(self, x: Any) -> Any:
+        return x[:, None]
+
+    def expand(self, x: Any, shape: tuple[int, ...]) -> Any:
+        return x if x.shape == shape else self.xp.broadcast_to(x, shape)
+
+    def cast(self, x: Any, dtype: str) -> Any:
+        return x.astype(dtype)
+
+    def nonzero(self, x: Any) -> Any:
+        if x.dtype.name == "bool":
+            return x.view("uint8")
+        return (x != 0).view("uint8")
+
+    def order_uint64(self, x: Any) -> Any:
+        return (x ^ self.xp.uint64(1 << 63)).view("int64")
+
+    def empty(self, shape: tuple[int, ...], dtype: str, device: str) -> Any:
+        return self.xp.empty(shape, dtype)
+
+    def empty_like_order(self, like: Any, shape: tuple[int, ...]) -> Any:
+        order = stride_order(like.strides)
+        base = self.xp.empty(tuple(shape[axis] for axis in order), like.dtype)
+        return base.transpose(np.argsort(order).tolist())
+
+    def fill(self, x: Any, value: float) -> None:
+        x[...] = value
+
+
+class NumpyFramework(_ArrayModule):
+    """NumPy arrays, ml_dtypes.bfloat16 among the dtypes."""
+
+    name = "numpy"
+    xp = np
+
+    def native(self, x: np.ndarray, memory: str) -> np.ndarray:
+        if memory != "host":
+            raise DeviceError(
+                "this backend runs on CUDA arrays, got NumPy arrays: move them to the GPU "
+                "(cupy.asarray, tensor.cuda()) or choose backend='numba-cpu'"
+            )
+        return x.view(np.uint16) if x.dtype.name == "bfloat16" else x
+
+    def to_numpy(self, x: np.ndarray) -> np.ndarray:
+        return x
+
+    def context(self, device: str) -> HostContext:
+        return HostContext()
+
+
+class CupyFramework(_ArrayModule):
+    """CuPy arrays; memory from CuPy's pool, work on CuPy's current stream."""
+
+    name = "cupy"
+
+    def __init__(self) -> None:
+        import cupy
+
+        self.xp = cupy
+
+    def _device(self, x: Any) -> str:
+        return f"cuda:{x.device.id}"
+
+    def empty(self, shape: tuple[int, ...], dtype: str, device: str) -> Any:
+        with self.xp.cuda.Device(cuda_ordinal(device)):
+            return self.xp.empty(shape, dtype)
+
+    def empty_like_order(self, like: Any, shape: tuple[int, ...]) -> Any:
+        with like.device:
+            return super().empty_like_order(like, shape)
+
+    def native(self, x: Any, memory: str) -> Any:
+        if memory != "cuda":
+            raise DeviceError(
+                "this backend runs on host arrays, got CuPy arrays: use backend='cupy', or "
+                "x.get() to bring them to the host"
+            )
+        shape, strides, dtype, device = self.info(x)
+        return DeviceArray(x.data.ptr, shape, strides, dtype, cuda_ordinal(device))
+
+    def to_numpy(self, x: Any) -> np.ndarray:
+        return x.get()
+
+    def context(self, device: str) -> CallContext:
+        return _CupyContext(self, device)
+
+
+class _CupyContext:
+    """Workspace from CuPy's pool; blocks are kept until the context dies."""
+
+    def __init__(self, framework: CupyFramework, device: str) -> None:
+        self._framework = framework
+        self._name = device
+        self._kept: list[Any] = []
+        self.device = cuda_ordinal(device)
+        with framework.xp.cuda.Device(self.device):
+            self.stream = framework.xp.cuda.get_current_stream().ptr
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
+        x = self._framework.empty(shape, _NUMPY_NAME.get(dtype, dtype), self._name)
+        self._kept.append(x)
+        return self._framework.native(x, "cuda")._replace(dtype=dtype)
+
+
+@cache
+def _numpy_framework() -> NumpyFramework:
+    return NumpyFramework()
+
+
+@cache
+def _cupy_framework() -> CupyFramework:
+    return CupyFramework()
+
+
+def is_torch_tensor(x: Any) -> bool:
+    """Whether `x` is a torch tensor, without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def is_numba_device_array(x: Any) -> bool:
+    """Whether `x` is one of numba-cuda's device arrays, without importing it."""
+    return type(x).__module__.startswith(("numba.cuda", "numba_cuda")) and hasattr(
+        x, "__cuda_array_interface__"
+    )
+
+
+def _on_cuda(x: Any) -> bool:
+    return hasattr(x, "__cuda_array_interface__") or (
+        hasattr(x, "__dlpack_device__") and x.__dlpack_device__()[0] == 2
+    )
+
+
+def framework_of(name: str, x: Any) -> Framework:
+    """Return the framework that owns `x` once `adopt` has seen it.
+
+    Raises
+    ------
+    DTypeError
+        `x` is no array that this package can read.
+    """
+    if isinstance(x, np.ndarray):
+        return _numpy_framework()
+    if is_torch_tensor(x):
+        from scfa_core.torch_bridge import TORCH_FRAMEWORK
+
+        return TORCH_FRAMEWORK
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(x, cupy.ndarray):
+        return _cupy_framework()
+    raise DTypeError(
+        f"{name} must be an array (torch, NumPy, CuPy, Numba, or anything with DLPack), "
+        f"got {type(x).__name__}"
+    )
+
+
+def adopt(x: Any) -> Any:
+    """View a Numba or plain DLPack array as CuPy (on a GPU) or NumPy (on the host); others as is.
+
+    Raises
+    ------
+    DeviceError
+        A GPU array of a foreign library, and CuPy is not installed.
+    """
+    if x is None or isinstance(x, np.ndarray) or is_torch_tensor(x):
+        return x
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(x, cupy.ndarray):
+        return x
+    if not (hasattr(x, "__dlpack__") or hasattr(x, "__cuda_array_interface__")):
+        return x
+    if _on_cuda(x):
+        try:
+            import cupy
+        except ImportError as error:
+            raise DeviceError(
+                f"a {type(x).__name__} on a GPU is read through CuPy, which is not installed: "
+                "pip install 'scfa-core[cuda13]' (or cuda12)"
+            ) from error
+        if is_numba_device_array(x):
+            return cupy.asarray(x)
+        return cupy.from_dlpack(x)
+    return np.from_dlpack(x)
+
+
+def restore_kind(x: Any, like: Any) -> Any:
+    """Turn a result back into the caller's kind: Numba for Numba, otherwise what it is."""
+    if is_numba_device_array(like):
+        from numba import cuda
+
+        return cuda.as_cuda_array(x)
+    return x

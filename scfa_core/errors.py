@@ -1,0 +1,43 @@
+"""Every error this package raises on purpose: a child of `ScfaError` and of the builtin a caller would expect."""
+
+from __future__ import annotations
+
+
+class ScfaError(Exception):
+    """Base of all errors raised by scfa_core; catch this to catch them all."""
+
+
+class ShapeError(ScfaError, ValueError):
+    """A rank, size or head count does not fit."""
+
+
+class DTypeError(ScfaError, TypeError):
+    """An array has an element type that the operation does not take."""
+
+
+class DeviceError(ScfaError, ValueError):
+    """Arrays live on different devices, or on one that is not supported."""
+
+
+class LayoutError(ScfaError, ValueError):
+    """An unknown layout name, or an array whose last axis is not contiguous."""
+
+
+class PatternError(ScfaError, ValueError):
+    """A pattern is built or combined in a way that has no meaning."""
+
+
+class ScaleError(ScfaError, ValueError):
+    """`softmax_scale` is not a finite number."""
+
+
+class GradientError(ScfaError, RuntimeError):
+    """A gradient was asked for that this package does not compute."""
+
+
+class BackendUnavailable(ScfaError, RuntimeError):
+    """The chosen backend cannot serve here; the message says why and what to do."""
+
+
+class UnknownBackend(ScfaError, ValueError):
+    """No backend has this name."""
