@@ -1,0 +1,88 @@
+# Every target sets up what it needs in .venv; nothing but python3 and make is asked of the machine.
+#   make demo    train a small language model with sparse and dense attention, and draw what it did
+#   make test    unit, property and peer tests
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+EXTRAS := torch,plot,cli,test
+
+# With an NVIDIA driver, the extra that fits it: 580 and newer serve CUDA 13, 525 and newer CUDA 12.
+# nvidia-smi names the driver; inside some containers only /proc does. CUDA=none leaves it out.
+DRIVER := $(shell { nvidia-smi --query-gpu=driver_version --format=csv,noheader; \
+	  sed -n 's/^NVRM version:.* \([0-9][0-9]*\.[0-9.]*\) .*/\1/p' /proc/driver/nvidia/version; } \
+	  2>/dev/null | sed -n 's/^ *\([0-9][0-9]*\)\..*/\1/p' | head -n 1)
+CUDA   ?= $(shell d=$(or $(DRIVER),0); \
+	  if [ $$d -ge 580 ]; then echo cuda13; elif [ $$d -ge 525 ]; then echo cuda12; else echo none; fi)
+ALL_EXTRAS := $(EXTRAS)$(if $(filter-out none,$(CUDA)),$(comma)$(CUDA))
+comma  := ,
+
+READY  := $(VENV)/.ready-$(CUDA)
+TOOLS  := $(VENV)/.tools
+
+.PHONY: demo test test-gpu gpu-check test-peers check format typecheck bench wheel images venv clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^#   //p' Makefile
+	@echo "others: check format typecheck test-gpu test-peers gpu-check bench wheel images clean"
+
+venv: $(READY)
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; set PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(READY): pyproject.toml constraints/test.txt | $(BIN)/python
+	@echo "installing scfa_core[$(ALL_EXTRAS)] into $(VENV) (once)"
+	$(PIP) install --quiet --editable '.[$(ALL_EXTRAS)]' --constraint constraints/test.txt
+	@touch $@
+
+$(TOOLS): pyproject.toml | $(READY)
+	$(PIP) install --quiet --editable '.[dev]' --constraint constraints/test.txt
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python -m scfa_core demo $(ARGS)
+
+# K=expression picks tests, ARGS passes anything on: make test K=plan ARGS=-x
+test: $(READY)
+	$(BIN)/pytest -m "not gpu" $(if $(K),-k "$(K)") $(ARGS)
+
+test-gpu: $(READY)
+	SCFA_REQUIRE=gpu $(BIN)/pytest tests/gpu $(if $(K),-k "$(K)") $(ARGS)
+
+test-peers: $(READY)
+	SCFA_REQUIRE=peers $(BIN)/pytest -m peers $(if $(K),-k "$(K)") $(ARGS)
+
+gpu-check: $(READY)
+	$(BIN)/python tests/gpu/check.py $(ARGS)
+
+check: $(TOOLS)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@$(MAKE) --no-print-directory typecheck
+
+format: $(TOOLS)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# A checker run in the checkout cannot see scfa_core.backends (it is a mapped folder), so it reads an installed copy.
+typecheck: $(TOOLS)
+	rm -rf build/lib build/typed
+	$(PIP) install --quiet --no-deps --upgrade --target build/typed .
+	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml \
+	  --python-executable ../../$(BIN)/python -p scfa_core
+
+bench: $(READY)
+	$(BIN)/python bench/run.py $(if $(CASE),--case $(CASE)) $(ARGS)
+
+wheel: $(TOOLS)
+	rm -rf build/lib dist
+	$(BIN)/python -m build --outdir dist .
+
+images: $(READY)
+	$(BIN)/python docs/make_images.py
+
+clean:
+	rm -rf build dist demo-out $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
