@@ -6,6 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 EXTRAS := torch,plot,cli,test
+comma  := ,
 
 # With an NVIDIA driver, the extra that fits it: 580 and newer serve CUDA 13, 525 and newer CUDA 12.
 # nvidia-smi names the driver; inside some containers only /proc does. CUDA=none leaves it out.
@@ -15,12 +16,11 @@ DRIVER := $(shell { nvidia-smi --query-gpu=driver_version --format=csv,noheader;
 CUDA   ?= $(shell d=$(or $(DRIVER),0); \
 	  if [ $$d -ge 580 ]; then echo cuda13; elif [ $$d -ge 525 ]; then echo cuda12; else echo none; fi)
 ALL_EXTRAS := $(EXTRAS)$(if $(filter-out none,$(CUDA)),$(comma)$(CUDA))
-comma  := ,
 
 READY  := $(VENV)/.ready-$(CUDA)
 TOOLS  := $(VENV)/.tools
 
-.PHONY: demo test test-gpu gpu-check test-peers check format typecheck bench wheel images venv clean
+.PHONY: help demo test test-gpu gpu-check test-peers check format typecheck bench wheel images venv clean
 .DEFAULT_GOAL := help
 
 help:

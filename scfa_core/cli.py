@@ -1,0 +1,266 @@
+"""The command line: info, demo, verify, show. Each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from scfa_core import __version__
+from scfa_core.dispatch import BACKEND_NAMES, ENVIRONMENT_VARIABLE, backends
+from scfa_core.errors import ScfaError
+from scfa_core.terminal import Terminal
+
+if TYPE_CHECKING:
+    from scfa_core.patterns import Pattern
+
+PACKAGES = (
+    "numpy",
+    "numba",
+    "llvmlite",
+    "torch",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+    "numba-cuda",
+    "matplotlib",
+    "rich",
+    "transformers",
+)
+PATTERN_NAMES = ("causal", "hash", "qk", "documents", "window", "ranges")
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    """An argparse type: an integer of at least `least`."""
+
+    def read(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    read.__name__ = "integer"
+    return read
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be more than 0 seconds, got {text}")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="scfa", description="Exact sparse causal flash attention."
+    )
+    parser.add_argument("--version", action="version", version=f"scfa_core {__version__}")
+    parser.add_argument(
+        "--plain", action="store_true", help="plain text, even if rich is installed"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="backends of this machine, or why not, and versions")
+    info.set_defaults(run=run_info)
+
+    demo = commands.add_parser("demo", help="train a small language model, sparse and dense")
+    demo.add_argument(
+        "--text", metavar="PATH", help="a file, or a folder of text files, to learn from"
+    )
+    demo.add_argument(
+        "--out", default="demo-out", metavar="DIR", help="where pictures go (%(default)s)"
+    )
+    demo.add_argument("--seqlen", type=_whole(64), help="tokens in one sequence")
+    demo.add_argument("--steps", type=_whole(1), help="training steps of each variant")
+    demo.add_argument(
+        "--time-budget",
+        type=_seconds,
+        default=110.0,
+        metavar="SECONDS",
+        help="training time of all variants together, where --steps is not given (%(default)s)",
+    )
+    demo.add_argument("--backend", choices=BACKEND_NAMES, help="default: the best of this machine")
+    demo.add_argument("--seed", type=_whole(0), default=0)
+    demo.set_defaults(run=run_demo)
+
+    verify = commands.add_parser("verify", help="random problems against the reference")
+    verify.add_argument("--backend", choices=BACKEND_NAMES, default="numba-cpu")
+    verify.add_argument("--seed", type=_whole(0), default=0, help="first seed (%(default)s)")
+    verify.add_argument("--count", type=_whole(1), default=100, help="problems (%(default)s)")
+    verify.add_argument("--rows", type=_whole(1), default=200, help="longest seqlen (%(default)s)")
+    verify.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"))
+    verify.add_argument(
+        "--time-budget", type=_seconds, metavar="SECONDS", help="begin no problem after this"
+    )
+    verify.set_defaults(run=run_verify)
+
+    show = commands.add_parser(
+        "show",
+        help="draw a pattern, or the intersection of several",
+        epilog="example: scfa show hash window --seqlen 512 --out pattern.png",
+    )
+    show.add_argument("pattern", nargs="+", choices=PATTERN_NAMES)
+    show.add_argument("--seqlen", type=_whole(1), default=64, help="queries and keys (%(default)s)")
+    show.add_argument(
+        "--buckets", type=_whole(1), default=4, help="of hash, and documents (%(default)s)"
+    )
+    show.add_argument("--keep", type=float, default=0.5, help="share kept by qk (%(default)s)")
+    show.add_argument(
+        "--window", type=_whole(1), default=16, help="keys in the window (%(default)s)"
+    )
+    show.add_argument(
+        "--block", type=_whole(1), default=64, help="side of the tiles drawn (%(default)s)"
+    )
+    show.add_argument("--seed", type=_whole(0), default=0)
+    show.add_argument(
+        "--out", metavar="PNG", help="write a picture of mask and tiles instead of text"
+    )
+    show.set_defaults(run=run_show)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = build_parser().parse_args(arguments)
+    terminal = Terminal(plain=True if options.plain else None)
+    try:
+        code: int = options.run(options, terminal)
+    except ScfaError as error:
+        print(f"scfa {options.command}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `scfa show ... | head`
+        sys.stderr.close()
+        return 0
+    return code
+
+
+def run_info(_options: argparse.Namespace, terminal: Terminal) -> int:
+    """Print backends and versions."""
+    terminal.print(
+        f"scfa_core {__version__}, Python {platform.python_version()}, "
+        f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU threads"
+    )
+    requested = os.environ.get(ENVIRONMENT_VARIABLE)
+    terminal.print(
+        f"${ENVIRONMENT_VARIABLE}: {requested or 'not set (auto: by the device of the arrays)'}"
+    )
+    terminal.print()
+    terminal.table(("backend", "state"), list(backends().items()))
+    terminal.print()
+    terminal.table(("package", "version"), [(name, _version(name)) for name in PACKAGES])
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def run_demo(options: argparse.Namespace, terminal: Terminal) -> int:
+    """Train, compare, draw."""
+    from scfa_core.demo import require_torch
+
+    require_torch()
+    from scfa_core.demo.run import run
+
+    return run(options, terminal)
+
+
+def run_verify(options: argparse.Namespace, terminal: Terminal) -> int:
+    """Run random problems; 1 if one failed."""
+    from scfa_core.verify import verify
+
+    findings = verify(
+        options.backend,
+        seed=options.seed,
+        count=options.count,
+        rows=options.rows,
+        dtype=options.dtype,
+        time_budget=options.time_budget,
+    )
+    done, worst, failed = 0, 0.0, []
+    with terminal.progress(f"verify {options.backend}", options.count) as progress:
+        for finding in findings:
+            done += 1
+            if finding.complaints:
+                failed.append(finding)
+            else:
+                worst = max(worst, finding.worst)
+            progress.advance(f"{len(failed)} failed, largest error {worst:.2f} of the allowed")
+    for finding in failed:
+        terminal.print(f"FAILED {finding.spec}")
+        for complaint in finding.complaints:
+            terminal.print(f"  {complaint}")
+        terminal.print(f"  reproduce: {reproduction(options, finding.seed)}")
+    terminal.print(
+        f"{options.backend}: {done} problems from seed {options.seed}, {len(failed)} failed; "
+        f"largest error of the others {worst:.2f} of the allowed"
+    )
+    return 1 if failed else 0
+
+
+def reproduction(options: argparse.Namespace, seed: int) -> str:
+    """The one line that runs one problem of `scfa verify` again."""
+    line = f"scfa verify --backend {options.backend} --seed {seed} --count 1"
+    if options.rows != 200:
+        line += f" --rows {options.rows}"
+    return line + (f" --dtype {options.dtype}" if options.dtype else "")
+
+
+def run_show(options: argparse.Namespace, terminal: Terminal) -> int:
+    """Draw a pattern as text or as a picture."""
+    import numpy as np
+
+    from scfa_core import plotting
+    from scfa_core.api import make_plan
+
+    pattern = named_pattern(options.pattern, options)
+    rows = np.zeros((1, 1, options.seqlen, 16), np.float32)
+    plan = make_plan(pattern, rows, rows, backend="reference")
+    terminal.print(repr(pattern))
+    terminal.print(f"{plan.visible_pairs()} visible pairs, density {plan.density():.2%}")
+    if options.out is None:
+        terminal.print(plotting.text_mask(plotting.original_mask(plan)))
+        return 0
+    plotting.plot_plan(plan, block=options.block).savefig(options.out, dpi=120)
+    terminal.print(f"wrote {options.out}")
+    return 0
+
+
+def named_pattern(names: Sequence[str], options: Any) -> Pattern:
+    """Build the intersection of the named patterns with random arrays."""
+    import numpy as np
+
+    from scfa_core import patterns as pt
+
+    rng = np.random.default_rng(options.seed)
+    seqlen = options.seqlen
+    shape = (1, 1, seqlen)
+
+    def build(name: str) -> Pattern:
+        if name == "hash":
+            q_hash, k_hash = rng.integers(0, options.buckets, (2, *shape))
+            return pt.HashSparse(q_hash, k_hash)
+        if name == "qk":
+            q_keep, k_keep = rng.random((2, *shape)) < options.keep
+            return pt.QKSparse(q_keep, k_keep)
+        if name == "documents":
+            return pt.Documents(np.sort(rng.integers(0, options.buckets, (1, seqlen))))
+        if name == "window":
+            return pt.SlidingWindow(options.window)
+        if name == "ranges":
+            row = np.arange(seqlen)
+            start = rng.integers(0, row + 1, shape)
+            return pt.KeyRanges(start, np.minimum(start + options.window, row + 1))
+        return pt.Causal()
+
+    whole = build(names[0])
+    for name in names[1:]:
+        whole = whole & build(name)
+    return whole

@@ -1,0 +1,192 @@
+"""Random problems on one backend against the reference: what ``scfa verify`` runs.
+
+The truth comes from the dense mask in float64 (`testing.truth`), never from a plan; the plan is
+compared entry by entry with the reference planner's. One seed is one problem, on every machine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from scfa_core import testing
+from scfa_core.api import attention, attention_backward, make_plan
+from scfa_core.dispatch import check_name, load_backend, unavailable_reason
+from scfa_core.errors import BackendUnavailable, UnknownBackend
+
+HOST_DTYPES = ("float32", "float64", "float16", "bfloat16")
+CUDA_DTYPES = ("float16", "bfloat16", "float32")
+PLAN_FIELDS = ("q_index", "q_count", "k_index", "k_count", "key_start", "key_end")
+DEFAULT_ROWS = 200
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one seed gave: no `complaints` if all is well; `worst` is error over allowed error."""
+
+    seed: int
+    spec: testing.Spec
+    worst: float
+    complaints: tuple[str, ...]
+
+
+def drawn_dtypes(backend: str) -> tuple[str, ...]:
+    """The element types drawn for `backend`: on nothing else, so that seeds keep their meaning."""
+    check_name(backend)
+    if backend == "auto":
+        raise UnknownBackend("verify needs the name of one backend, got 'auto'")
+    found = load_backend(backend)
+    if isinstance(found, str):
+        raise BackendUnavailable(f"backend {backend!r} {found}")
+    return HOST_DTYPES if found.memory == "host" else CUDA_DTYPES
+
+
+def verify(
+    backend: str,
+    *,
+    seed: int = 0,
+    count: int = 100,
+    rows: int = DEFAULT_ROWS,
+    dtype: str | None = None,
+    time_budget: float | None = None,
+) -> Iterator[Finding]:
+    """Yield the finding of each seed from `seed` on, until `count` or the seconds are used up.
+
+    Parameters
+    ----------
+    backend : str
+        Name of one backend, not ``auto``.
+    seed, count : int
+        Seeds ``seed .. seed + count - 1``.
+    rows : int
+        Longest seqlen drawn.
+    dtype : str, optional
+        Draw only this element type.
+    time_budget : float, optional
+        Seconds after which no new problem is begun.
+
+    Raises
+    ------
+    UnknownBackend, BackendUnavailable
+        No such backend, or it cannot run here.
+    """
+    dtypes = drawn_dtypes(backend) if dtype is None else (dtype,)
+    reason = unavailable_reason(backend)
+    if reason is not None:
+        raise BackendUnavailable(f"backend {backend!r} cannot run here: {reason}")
+    deadline = None if time_budget is None else time.monotonic() + time_budget
+    for number in range(seed, seed + count):
+        if deadline is not None and time.monotonic() >= deadline:
+            return
+        yield verify_one(backend, testing.random_spec(number, most_rows=rows, dtypes=dtypes))
+
+
+def verify_one(backend: str, spec: testing.Spec) -> Finding:
+    """Run one problem forward and backward, and hold everything against the truth."""
+    case = testing.build(spec)
+    try:
+        got, plan = run_case(case, backend)
+        verdicts = testing.judge(case, got)
+        complaints = [
+            f"{v.name}: {max(v.max_ratio, v.norm_ratio):.2f} of the allowed error; {v.detail}"
+            for v in verdicts
+            if not v.ok
+        ]
+        complaints += plan_differences(case, plan)
+        worst = max((max(v.max_ratio, v.norm_ratio) for v in verdicts), default=0.0)
+    except Exception as error:  # one bad problem must not hide its seed
+        complaints = [f"raised {type(error).__name__}: {error}"]
+        worst = float("inf")
+    return Finding(spec.seed, spec, worst, tuple(complaints))
+
+
+def plan_differences(case: testing.Case, plan: dict[str, np.ndarray]) -> list[str]:
+    """Fields in which the backend's plan is not the reference planner's."""
+    size = (case.spec.batch, case.spec.heads, case.spec.seqlen_q, case.spec.head_dim)
+    size_kv = (case.spec.batch, case.spec.heads_kv, case.spec.seqlen_k, case.spec.head_dim)
+    q, k = np.zeros(size, np.float32), np.zeros(size_kv, np.float32)
+    right = make_plan(case.pattern, q, k, backend="reference")
+    wrong = []
+    for name in PLAN_FIELDS:
+        expected = getattr(right, name)
+        differ = int((plan[name] != expected).sum())
+        if differ:
+            wrong.append(f"plan.{name}: {differ} of {expected.size} entries differ")
+    return wrong
+
+
+def run_case(case: testing.Case, backend: str) -> tuple[testing.Results, dict[str, np.ndarray]]:
+    """Run `case` through the public API on arrays that the backend takes, all back in float64."""
+    on_host = getattr(load_backend(backend), "memory", "host") == "host"
+    if on_host and case.spec.dtype != "bfloat16":
+        results, plan = testing.run_numpy(case, backend)
+        return results, {name: getattr(plan, name) for name in PLAN_FIELDS}
+    if importlib.util.find_spec("torch") is not None:
+        return _run_torch(case, backend, "cpu" if on_host else "cuda")
+    if on_host:
+        raise BackendUnavailable(
+            "bfloat16 on the host goes through torch, which is not installed; "
+            "pass --dtype float32, or pip install 'scfa-core[torch]'"
+        )
+    return _run_cupy(case, backend)
+
+
+def _run_torch(
+    case: testing.Case, backend: str, device: str
+) -> tuple[testing.Results, dict[str, np.ndarray]]:
+    import torch
+
+    def tensor(x: np.ndarray) -> Any:
+        if case.spec.dtype == "bfloat16" and x.dtype == np.uint16:
+            return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).to(device)
+        return torch.from_numpy(np.ascontiguousarray(x)).to(device)
+
+    return _run(case, backend, tensor, lambda x: x.detach().double().cpu().numpy())
+
+
+def _run_cupy(case: testing.Case, backend: str) -> tuple[testing.Results, dict[str, np.ndarray]]:
+    import cupy
+
+    if case.spec.dtype == "bfloat16":
+        raise BackendUnavailable("CuPy arrays hold no bfloat16; pass --dtype, or install torch")
+    return _run(case, backend, cupy.asarray, lambda x: cupy.asnumpy(x).astype(np.float64))
+
+
+def _run(
+    case: testing.Case, backend: str, to_device: Any, to_host: Any
+) -> tuple[testing.Results, dict[str, np.ndarray]]:
+    """Carry a case over to a library, call, and bring everything back."""
+    spec, options = case.spec, {"layout": case.spec.layout, "backend": backend}
+    swap = (lambda x: x.swapaxes(1, 2)) if spec.layout == "bthd" else (lambda x: x)
+    q, k, v, dout = (swap(to_device(x)) for x in (case.q, case.k, case.v, case.dout))
+    pattern = carried_pattern(case.pattern, to_device)
+    plan = make_plan(pattern, q, k, **options)
+    scale = spec.softmax_scale
+    out, lse = attention(q, k, v, plan, softmax_scale=scale, return_lse=True, **options)
+    grads = attention_backward(dout, q, k, v, out, lse, plan, softmax_scale=scale, **options)
+    out, *grads = (to_host(swap(x)) for x in (out, *grads))
+    fields = {name: to_host(getattr(plan, name)).astype(np.int64) for name in PLAN_FIELDS}
+    return testing.Results(out, to_host(lse), *grads), fields
+
+
+def carried_pattern(pattern: Any, to_device: Any) -> Any:
+    """The same pattern with its NumPy arrays turned into another library's."""
+    import copy
+
+    parts = []
+    for part in pattern.parts:
+        moved = copy.copy(part)
+        for name in getattr(type(part), "__slots__", ()):
+            value = getattr(part, name)
+            if isinstance(value, np.ndarray):
+                setattr(moved, name, to_device(value))
+        parts.append(moved)
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = whole & part
+    return whole
