@@ -43,8 +43,8 @@ def probabilities(
 def visible_product(weights: Array, mask: NDArray[np.bool_], values: Array) -> Array:
     """``weights @ values`` where a hidden pair contributes nothing, even if the value is NaN.
 
-    Pairs of finite rows go through the plain product (their weight is exactly 0); rows of `values` that hold
-    NaN or Inf are added pair by pair.
+    Finite rows go through the plain product (a hidden pair's weight is exactly 0); rows of `values`
+    that hold NaN or Inf are added pair by pair.
     """
     finite = np.isfinite(values).all(axis=-1)
     with np.errstate(invalid="ignore", over="ignore"):

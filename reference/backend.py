@@ -1,11 +1,10 @@
-"""The reference behind the backend interface: any array on the host, float64 inside, quadratic memory."""
+"""The reference behind the backend interface: host arrays, float64 inside, quadratic memory."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-
 from scfa_core.reference import attention as _attention
 from scfa_core.reference import gradients as _gradients
 from scfa_core.reference import planner as _planner
@@ -27,13 +26,11 @@ def narrow(x: np.ndarray, dtype: str) -> np.ndarray:
         bits = single.view(np.uint32)
         rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x40)
-    return np.where(np.isnan(single), quiet_nan, rounded >> np.uint32(16)).astype(
-        np.uint16
-    )
+    return np.where(np.isnan(single), quiet_nan, rounded >> np.uint32(16)).astype(np.uint16)
 
 
 def _round_to_odd(x: np.ndarray) -> np.ndarray:
-    """float64 to float32 with inexact results made odd, so that rounding again to bfloat16 is exact."""
+    """float64 to float32, inexact results made odd, so that rounding on to bfloat16 is right."""
     single = x.astype(np.float32)
     inexact = np.isfinite(single) & (single.astype(np.float64) != x)
     toward_zero = np.where(np.abs(single.astype(np.float64)) > np.abs(x), -1, 0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-
 from scfa_core.reference.attention import probabilities, spread_heads, visible_product
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Dense masks from the definition of each pattern; the only place where a pattern is spelled out."""
+"""Dense masks from the definition of each pattern: the only place where one is spelled out."""
 
 from __future__ import annotations
 
@@ -35,9 +35,7 @@ def _python_ints(x: NDArray[Any]) -> NDArray[Any]:
     return x.astype(object)
 
 
-def _part_mask(
-    part: Any, batch: int, heads: int, heads_kv: int, tq: int, tk: int
-) -> NDArray[Any]:
+def _part_mask(part: Any, batch: int, heads: int, heads_kv: int, tq: int, tk: int) -> NDArray[Any]:
     """(batch, heads, tq, tk) mask of one atomic pattern."""
     i = np.arange(tq)[:, None]
     j = np.arange(tk)[None, :]
@@ -70,9 +68,7 @@ def _part_mask(
         if part.causal:
             allowed = allowed & (j <= i)
     elif kind == "SlidingWindow":
-        allowed = (i - part.window < j) & (
-            j <= i if part.causal else j < i + part.window
-        )
+        allowed = (i - part.window < j) & (j <= i if part.causal else j < i + part.window)
     elif kind == "KeyRanges":
         start = _spread(part.start, q_shape, "start")[..., None]
         end = _spread(part.end, q_shape, "end")[..., None]

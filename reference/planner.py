@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def sorted_rows(
-    groups: list[Any], keeps: list[Any], seqlen: int
-) -> tuple[list[int], int]:
+def sorted_rows(groups: list[Any], keeps: list[Any], seqlen: int) -> tuple[list[int], int]:
     """Order rows by (groups, row) with dropped rows last; also how many are kept.
 
     `groups` and `keeps` are lists of (seqlen,) sequences; a row is kept if every keep is nonzero.
@@ -36,18 +34,14 @@ def query_interval(
     ends: Any,
 ) -> tuple[int, int]:
     """Key rows [lo, hi) that query row `i` may see by its interval clauses, clipped, lo <= hi."""
-    lows = [start[i] for start in starts] + (
-        [] if lo_offset is None else [i + lo_offset]
-    )
+    lows = [start[i] for start in starts] + ([] if lo_offset is None else [i + lo_offset])
     highs = [end[i] for end in ends] + ([] if hi_offset is None else [i + hi_offset])
     lo = min(max([0, *lows]), seqlen_k)
     hi = max(min([seqlen_k, *highs]), 0)
     return lo, max(lo, hi)
 
 
-def plan_lists(
-    clauses: Any, batch: int, heads: int, heads_kv: int, tq: int, tk: int
-) -> Any:
+def plan_lists(clauses: Any, batch: int, heads: int, heads_kv: int, tq: int, tk: int) -> Any:
     """Return q_index, q_count, k_index, k_count, key_start, key_end as int32 arrays.
 
     `clauses` has the fields of `scfa_core.lowering.Clauses` with NumPy arrays.
@@ -64,9 +58,7 @@ def plan_lists(
             groups = _rows(clauses.k_groups, b, g)
             order, count = sorted_rows(groups, _rows(clauses.k_keeps, b, g), tk)
             k_index[b, g], k_count[b, g] = order, count
-            sorted_keys.append(
-                [(*(group[r] for group in groups), r) for r in order[:count]]
-            )
+            sorted_keys.append([(*(group[r] for group in groups), r) for r in order[:count]])
         for h in range(heads):
             keys = sorted_keys[h // (heads // heads_kv)]
             groups = _rows(clauses.q_groups, b, h)
@@ -75,9 +67,7 @@ def plan_lists(
             starts, ends = _rows(clauses.starts, b, h), _rows(clauses.ends, b, h)
             key_start[b, h, count:] = key_end[b, h, count:] = len(keys)
             for r, i in enumerate(order[:count]):
-                lo, hi = query_interval(
-                    i, tk, clauses.lo_offset, clauses.hi_offset, starts, ends
-                )
+                lo, hi = query_interval(i, tk, clauses.lo_offset, clauses.hi_offset, starts, ends)
                 group = tuple(x[i] for x in groups)
                 key_start[b, h, r] = bisect_left(keys, (*group, lo))
                 key_end[b, h, r] = bisect_left(keys, (*group, hi))

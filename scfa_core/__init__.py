@@ -7,8 +7,10 @@
 Importing this package imports no GPU library and neither torch nor numba.
 """
 
+from typing import TYPE_CHECKING
+
 from scfa_core.api import attention, attention_backward, make_plan, validate
-from scfa_core.dispatch import backends, use_backend
+from scfa_core.dispatch import use_backend
 from scfa_core.errors import (
     BackendUnavailable,
     DeviceError,
@@ -32,6 +34,11 @@ from scfa_core.patterns import (
     SlidingWindow,
 )
 from scfa_core.plan import Plan
+
+if TYPE_CHECKING:
+    from scfa_core.dispatch import backends
+else:  # the package answers the call too: see its docstring
+    from scfa_core import backends
 
 __version__ = "0.1.0"
 

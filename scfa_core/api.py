@@ -61,9 +61,9 @@ def attention(
     Parameters
     ----------
     q : array, (batch, heads, seqlen_q, head_dim), float16 | bfloat16 | float32 | float64
-        Queries: torch (autograd works), NumPy, CuPy, Numba, or anything with DLPack. Any strides with a
-        contiguous last axis; not copied, not modified. head_dim is a multiple of 8 from 16 to 256.
-        float64 on the CPU only.
+        Queries: torch (autograd works), NumPy, CuPy, Numba, or anything with DLPack. Any strides
+        with a contiguous last axis; not copied, not modified. head_dim is a multiple of 8 from 16
+        to 256. float64 on the CPU only.
     k : array, (batch, heads_kv, seqlen_k, head_dim)
         Keys; heads_kv divides heads, and query head h reads head ``h // (heads // heads_kv)``.
     v : array, (batch, heads_kv, seqlen_k, head_dim_v)
@@ -71,7 +71,8 @@ def attention(
     pattern : Pattern or Plan
         Which keys each query sees; `Causal()` by default. A `Plan` from `make_plan` skips planning.
     softmax_scale : float, optional
-        Multiplies ``q @ k.T`` before the softmax (dimensionless). Default ``head_dim ** -0.5``; 0.0 is kept.
+        Multiplies ``q @ k.T`` before the softmax (dimensionless). Default ``head_dim ** -0.5``;
+        0.0 is kept.
     layout : "bhtd" | "bthd"
         "bthd" means (batch, seqlen, heads, head_dim) for q, k, v and out.
     return_lse : bool
@@ -79,7 +80,8 @@ def attention(
     deterministic : bool
         False allows gradients whose last bits may differ from run to run, where that is faster.
     backend : str, optional
-        A name of `backends()` or ``"auto"``; default: `use_backend`, then $SCFA_BACKEND, then ``auto``.
+        A name of `backends()` or ``"auto"``. Default: `use_backend`, then $SCFA_BACKEND, then
+        ``"auto"``.
 
     Returns
     -------
@@ -97,9 +99,9 @@ def attention(
 
     Notes
     -----
-    Cost: sorting (near-linear in seqlen) plus 4 * visible pairs * head_dim flop; no permuted copy of
-    a tensor is made. Sums are accumulated in float32 (float64 for float64). Values of hashes and ranges are never
-    inspected: see `validate`. Source: arXiv 2306.01160.
+    Cost: sorting (near-linear in seqlen) plus 4 * visible pairs * head_dim flop; no permuted copy
+    of a tensor is made. Sums are accumulated in float32 (float64 for float64). Values of hashes and
+    ranges are never inspected: see `validate`. Source: arXiv 2306.01160.
     """
     pattern = Causal() if pattern is None else pattern
     if is_torch_tensor(q):
@@ -201,9 +203,7 @@ def attention_backward(
         softmax_scale=softmax_scale,
         deterministic=deterministic,
     )
-    dout, q, k, v, out = (
-        _heads_first(framework, x, layout) for x in (dout, q, k, v, out)
-    )
+    dout, q, k, v, out = (_heads_first(framework, x, layout) for x in (dout, q, k, v, out))
     rows = (problem.batch, problem.heads, problem.seqlen_q)
     for name, x, shape, dtype in (
         ("dout", dout, (*rows, problem.head_dim_v), problem.dtype),
@@ -295,7 +295,7 @@ def choose_for_plan(plan: Plan, problem: Problem, requested: str) -> Backend:
 
 
 def adopt_pattern(pattern: Any) -> Any:
-    """View foreign arrays of a pattern as NumPy or CuPy; patterns without any come back as they are."""
+    """View foreign arrays of a pattern as NumPy or CuPy, in place."""
     if not isinstance(pattern, Pattern):
         return pattern
     for part in pattern.parts:
@@ -341,9 +341,7 @@ def validate(pattern: Pattern, q: Any, k: Any, *, layout: str = "bhtd") -> None:
         if isinstance(part, QKSparse):
             for name in ("q_keep", "k_keep"):
                 flags = _to_numpy(getattr(part, name))
-                _complain(
-                    f"QKSparse.{name}", ~((flags == 0) | (flags == 1)), flags, "0 or 1"
-                )
+                _complain(f"QKSparse.{name}", ~((flags == 0) | (flags == 1)), flags, "0 or 1")
         elif isinstance(part, KeyRanges):
             start, end = (_to_numpy(x).astype(np.int64) for x in (part.start, part.end))
             _complain("KeyRanges.start", start < 0, start, "at least 0")

@@ -21,8 +21,7 @@ _NARROW_INTS = ("int8", "int16", "uint8", "uint16")
 _WIDE_INTS = ("int32", "int64", "uint32", "uint64")
 INT_DTYPES = _NARROW_INTS + _WIDE_INTS
 ITEMSIZE = {"bool": 1, "bfloat16": 2} | {
-    name: np.dtype(name).itemsize
-    for name in ("float16", "float32", "float64", *INT_DTYPES)
+    name: np.dtype(name).itemsize for name in ("float16", "float32", "float64", *INT_DTYPES)
 }
 
 
@@ -141,45 +140,56 @@ class _ArrayModule:
     xp: Any
 
     def owns(self, x: Any) -> bool:
+        """Whether `x` is an array of this library."""
         return isinstance(x, self.xp.ndarray)
 
     def _device(self, x: Any) -> str:
         return "cpu"
 
     def info(self, x: Any) -> ArrayInfo:
+        """Describe `x`."""
         size = x.dtype.itemsize
         strides = tuple(s // size for s in x.strides)
         return ArrayInfo(x.shape, strides, x.dtype.name, self._device(x))
 
     def swap_heads(self, x: Any) -> Any:
+        """View with axes 1 and 2 exchanged."""
         return x.swapaxes(1, 2)
 
     def insert_head(self, x: Any) -> Any:
+        """View with an axis of 1 after the batch."""
         return x[:, None]
 
     def expand(self, x: Any, shape: tuple[int, ...]) -> Any:
+        """View broadcast to `shape`."""
         return x if x.shape == shape else self.xp.broadcast_to(x, shape)
 
     def cast(self, x: Any, dtype: str) -> Any:
+        """Copy with another dtype."""
         return x.astype(dtype)
 
     def nonzero(self, x: Any) -> Any:
+        """uint8 flags."""
         if x.dtype.name == "bool":
             return x.view("uint8")
         return (x != 0).view("uint8")
 
     def order_uint64(self, x: Any) -> Any:
+        """Flip the top bit."""
         return (x ^ self.xp.uint64(1 << 63)).view("int64")
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: str) -> Any:
+        """Uninitialised array."""
         return self.xp.empty(shape, dtype)
 
     def empty_like_order(self, like: Any, shape: tuple[int, ...]) -> Any:
+        """Uninitialised array in the stride order of `like`."""
         order = stride_order(like.strides)
         base = self.xp.empty(tuple(shape[axis] for axis in order), like.dtype)
         return base.transpose(np.argsort(order).tolist())
 
     def fill(self, x: Any, value: float) -> None:
+        """Set every element."""
         x[...] = value
 
 
@@ -190,6 +200,7 @@ class NumpyFramework(_ArrayModule):
     xp = np
 
     def native(self, x: np.ndarray, memory: str) -> np.ndarray:
+        """Hand `x` over, or say why this memory cannot be served."""
         if memory != "host":
             raise DeviceError(
                 "this backend runs on CUDA arrays, got NumPy arrays: move them to the GPU "
@@ -198,9 +209,11 @@ class NumpyFramework(_ArrayModule):
         return x.view(np.uint16) if x.dtype.name == "bfloat16" else x
 
     def to_numpy(self, x: np.ndarray) -> np.ndarray:
+        """Bring to the host."""
         return x
 
     def context(self, device: str) -> HostContext:
+        """Where and how the call runs."""
         return HostContext()
 
 
@@ -218,14 +231,17 @@ class CupyFramework(_ArrayModule):
         return f"cuda:{x.device.id}"
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: str) -> Any:
+        """Uninitialised array."""
         with self.xp.cuda.Device(cuda_ordinal(device)):
             return self.xp.empty(shape, dtype)
 
     def empty_like_order(self, like: Any, shape: tuple[int, ...]) -> Any:
+        """Uninitialised array in the stride order of `like`."""
         with like.device:
             return super().empty_like_order(like, shape)
 
     def native(self, x: Any, memory: str) -> Any:
+        """Hand `x` over, or say why this memory cannot be served."""
         if memory != "cuda":
             raise DeviceError(
                 "this backend runs on host arrays, got CuPy arrays: use backend='cupy', or "
@@ -235,9 +251,11 @@ class CupyFramework(_ArrayModule):
         return DeviceArray(x.data.ptr, shape, strides, dtype, cuda_ordinal(device))
 
     def to_numpy(self, x: Any) -> np.ndarray:
+        """Bring to the host."""
         return x.get()
 
     def context(self, device: str) -> CallContext:
+        """Where and how the call runs."""
         return _CupyContext(self, device)
 
 
@@ -253,6 +271,7 @@ class _CupyContext:
             self.stream = framework.xp.cuda.get_current_stream().ptr
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
+        """Uninitialised array."""
         x = self._framework.empty(shape, _NUMPY_NAME.get(dtype, dtype), self._name)
         self._kept.append(x)
         return self._framework.native(x, "cuda")._replace(dtype=dtype)

@@ -88,9 +88,7 @@ _loaded: dict[str, Backend | str] = {}
 def check_name(name: str) -> str:
     """Return `name` if it is ``auto`` or a backend; raise `UnknownBackend` otherwise."""
     if name != AUTO and name not in _HOMES:
-        raise UnknownBackend(
-            f"backend must be one of {(AUTO, *BACKEND_NAMES)}, got {name!r}"
-        )
+        raise UnknownBackend(f"backend must be one of {(AUTO, *BACKEND_NAMES)}, got {name!r}")
     return name
 
 
@@ -130,7 +128,8 @@ def requested_backend(argument: str | None = None) -> str:
         return AUTO
     if from_environment != AUTO and from_environment not in _HOMES:
         raise UnknownBackend(
-            f"${ENVIRONMENT_VARIABLE} must be one of {(AUTO, *BACKEND_NAMES)}, got {from_environment!r}"
+            f"${ENVIRONMENT_VARIABLE} must be one of {(AUTO, *BACKEND_NAMES)}, "
+            f"got {from_environment!r}"
         )
     return from_environment
 
@@ -188,9 +187,7 @@ def choose_backend(problem: Problem, requested: str) -> Backend:
     if requested != AUTO:
         reason = _reason_against(requested, problem)
         if reason is not None:
-            raise BackendUnavailable(
-                f"backend {requested!r} cannot serve this call: {reason}"
-            )
+            raise BackendUnavailable(f"backend {requested!r} cannot serve this call: {reason}")
         return cast(Backend, load_backend(requested))
     reasons = {}
     kind = "cuda" if problem.device.startswith("cuda") else "cpu"
@@ -198,9 +195,7 @@ def choose_backend(problem: Problem, requested: str) -> Backend:
         reason = _reason_against(name, problem)
         if reason is None:
             level = logging.WARNING if reasons else logging.DEBUG
-            logger.log(
-                level, "auto chose backend %s for %s%s", name, problem, reasons or ""
-            )
+            logger.log(level, "auto chose backend %s for %s%s", name, problem, reasons or "")
             return cast(Backend, load_backend(name))
         reasons[name] = reason
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())

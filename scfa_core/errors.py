@@ -1,4 +1,4 @@
-"""Every error this package raises on purpose: a child of `ScfaError` and of the builtin a caller would expect."""
+"""Every error raised on purpose: a child of `ScfaError` and of the builtin one would expect."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class GradientError(ScfaError, RuntimeError):
     """A gradient was asked for that this package does not compute."""
 
 
-class BackendUnavailable(ScfaError, RuntimeError):
+class BackendUnavailable(ScfaError, RuntimeError):  # noqa: N818 - reads as what it says
     """The chosen backend cannot serve here; the message says why and what to do."""
 
 
-class UnknownBackend(ScfaError, ValueError):
+class UnknownBackend(ScfaError, ValueError):  # noqa: N818 - likewise
     """No backend has this name."""

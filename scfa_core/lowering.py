@@ -26,7 +26,7 @@ MAX_GROUP_CLAUSES = 8
 
 
 class Clauses(NamedTuple):
-    """A lowered pattern. Query arrays are (batch, heads, seqlen_q), key arrays (batch, heads_kv, seqlen_k).
+    """A lowered pattern: q arrays (batch, heads, seqlen_q), k arrays (batch, heads_kv, seqlen_k).
 
     Visible iff every pair of groups is equal, every keep is 1, and
     ``max(i + lo_offset, starts...) <= j < min(i + hi_offset, ends...)`` clipped to [0, seqlen_k].
@@ -56,8 +56,7 @@ class _Lowering:
         self.q_shape = (problem.batch, problem.heads, problem.seqlen_q)
         self.k_shape = (problem.batch, problem.heads_kv, problem.seqlen_k)
         self.arrays: dict[str, list[Any]] = {
-            name: []
-            for name in ("q_groups", "k_groups", "q_keeps", "k_keeps", "starts", "ends")
+            name: [] for name in ("q_groups", "k_groups", "q_keeps", "k_keeps", "starts", "ends")
         }
         self.seen_groups: set[tuple[int, int]] = set()
         self.lo: int | None = None
@@ -67,9 +66,7 @@ class _Lowering:
         """Add the clauses of one atomic pattern."""
         if isinstance(part, Causal):
             shift = self.problem.seqlen_k - self.problem.seqlen_q
-            self._causal(
-                part.include_self, shift if part.align == "bottom-right" else 0
-            )
+            self._causal(part.include_self, shift if part.align == "bottom-right" else 0)
         elif isinstance(part, HashSparse):
             self._group("HashSparse", "q_hash", part.q_hash, "k_hash", part.k_hash)
             if part.causal:
@@ -115,9 +112,7 @@ class _Lowering:
             )
         info = framework.info(x)
         if info.device != self.problem.device:
-            raise DeviceError(
-                f"{name} must be on {self.problem.device} like q, got {info.device}"
-            )
+            raise DeviceError(f"{name} must be on {self.problem.device} like q, got {info.device}")
         want = shape if rank == 3 else (shape[0], shape[2])
         ok = len(info.shape) == rank and all(
             got in (1, size) for got, size in zip(info.shape, want, strict=True)
@@ -167,17 +162,13 @@ class _Lowering:
         self.arrays["k_groups"].append(pair[1])
 
     def _keep(self, name: str, x: Any, into: str, shape: tuple[int, ...]) -> None:
-        self.arrays[into].append(
-            self.framework.nonzero(self._view(f"QKSparse.{name}", x, shape))
-        )
+        self.arrays[into].append(self.framework.nonzero(self._view(f"QKSparse.{name}", x, shape)))
 
     def _bound(self, name: str, x: Any, into: str) -> None:
         name = f"KeyRanges.{name}"
         view = self._integer(name, x, self.q_shape)
         if self.framework.info(x).dtype == "uint64":
-            raise DTypeError(
-                f"{name} must be a signed or narrower integer array, got uint64"
-            )
+            raise DTypeError(f"{name} must be a signed or narrower integer array, got uint64")
         self.arrays[into].append(view)
 
 

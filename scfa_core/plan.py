@@ -20,7 +20,9 @@ WORK_COUNTERS = 32
 class PlanArrays(NamedTuple):
     """What a backend sees of a plan, in native form. docs/plan.md defines every entry."""
 
-    q_index: Any  # (batch, heads, seqlen_q) int32: original row of each sorted query, dropped ones last
+    q_index: (
+        Any  # (batch, heads, seqlen_q) int32: original row of each sorted query, dropped ones last
+    )
     q_count: Any  # (batch, heads) int32: how many are kept
     k_index: Any  # (batch, heads_kv, seqlen_k) int32
     k_count: Any  # (batch, heads_kv) int32
@@ -100,9 +102,7 @@ class Plan:
 
     def native(self, framework: Framework, memory: str) -> PlanArrays:
         """Hand the arrays to a backend."""
-        return PlanArrays(
-            *(framework.native(x, memory) for x in self.arrays), self.monotone
-        )
+        return PlanArrays(*(framework.native(x, memory) for x in self.arrays), self.monotone)
 
     def check_fits(self, problem: Problem) -> None:
         """Raise unless the plan was made for these sizes and this device."""
@@ -146,9 +146,7 @@ class Plan:
 
     def to_dense(self) -> np.ndarray:
         """The mask this plan computes: bool (batch, heads, seqlen_q, seqlen_k) on the host."""
-        q_index, k_index, start, end = self._host(
-            "q_index", "k_index", "key_start", "key_end"
-        )
+        q_index, k_index, start, end = self._host("q_index", "k_index", "key_start", "key_end")
         batch, heads, heads_kv, seqlen_q, seqlen_k = self.sizes
         mask = np.zeros((batch, heads, seqlen_q, seqlen_k), bool)
         place = np.arange(seqlen_k)
@@ -170,6 +168,6 @@ class Plan:
         order = "monotone" if self.monotone else "any order"
         return (
             f"Plan(batch={batch}, heads={heads}, heads_kv={heads_kv}, seqlen_q={seqlen_q}, "
-            f"seqlen_k={seqlen_k}, ranges {order}, {self.nbytes() / 2**20:.1f} MiB on {self.device}, "
-            f"backend={self.backend!r})"
+            f"seqlen_k={seqlen_k}, ranges {order}, {self.nbytes() / 2**20:.1f} MiB on "
+            f"{self.device}, backend={self.backend!r})"
         )

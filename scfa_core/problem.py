@@ -76,7 +76,8 @@ def check_scale(softmax_scale: float | None, head_dim: int) -> float:
 def _check_tensor(name: str, info: ArrayInfo, layout: str) -> None:
     if len(info.shape) != 4:
         raise ShapeError(
-            f"{name} must have 4 axes {_AXES[layout]} for layout={layout!r}, got {name}.shape={info.shape}"
+            f"{name} must have 4 axes {_AXES[layout]} for layout={layout!r}, "
+            f"got {name}.shape={info.shape}"
         )
     if info.dtype not in FLOAT_DTYPES:
         raise DTypeError(f"{name} must be one of {FLOAT_DTYPES}, got {info.dtype}")
@@ -118,8 +119,8 @@ def build_problem(
 ) -> Problem:
     """Check shapes, dtypes, devices and scale of one call, and name its sizes.
 
-    `v` may be None where only planning is asked for; head_dim_v is then head_dim. Infos describe the
-    arrays as the caller gave them (`layout` not yet normalised).
+    `v` may be None where only planning is asked for; head_dim_v is then head_dim. Infos describe
+    the arrays as the caller gave them (`layout` not yet normalised).
     """
     swap = check_layout(layout)
     infos = {"q": q, "k": k} | ({} if v is None else {"v": v})
@@ -135,17 +136,11 @@ def build_problem(
     )
     heads_kv, seqlen_k = k.shape[head_axis], k.shape[seq_axis]
     if k.shape[0] != batch:
-        raise ShapeError(
-            f"q and k must have the same batch, got {q.shape=}, {k.shape=}"
-        )
+        raise ShapeError(f"q and k must have the same batch, got {q.shape=}, {k.shape=}")
     if k.shape[3] != head_dim:
-        raise ShapeError(
-            f"q and k must have the same head_dim, got {q.shape=}, {k.shape=}"
-        )
+        raise ShapeError(f"q and k must have the same head_dim, got {q.shape=}, {k.shape=}")
     if v is not None and v.shape[:3] != k.shape[:3]:
-        raise ShapeError(
-            f"k and v must agree in all but the last axis, got {k.shape=}, {v.shape=}"
-        )
+        raise ShapeError(f"k and v must agree in all but the last axis, got {k.shape=}, {v.shape=}")
     if heads and (heads_kv == 0 or heads % heads_kv):
         raise ShapeError(
             f"heads_kv must divide heads, got {heads} query heads and {heads_kv} key/value heads "
@@ -169,9 +164,7 @@ def build_problem(
     )
 
 
-def check_like(
-    name: str, got: ArrayInfo, shape: tuple[int, ...], dtype: str, device: str
-) -> None:
+def check_like(name: str, got: ArrayInfo, shape: tuple[int, ...], dtype: str, device: str) -> None:
     """Refuse a companion array (out, lse, dout) that does not fit the call."""
     if got.shape != shape:
         raise ShapeError(f"{name} must have shape {shape}, got {got.shape}")

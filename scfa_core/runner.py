@@ -21,8 +21,7 @@ def run_make_plan(
     """Allocate the plan's arrays and let the backend fill them; in the order of `PlanArrays`."""
     memory = backend.memory
     arrays = tuple(
-        framework.empty(shape, "int32", problem.device)
-        for shape in plan_shapes(problem, memory)
+        framework.empty(shape, "int32", problem.device) for shape in plan_shapes(problem, memory)
     )
     if problem.batch * problem.heads == 0:
         return arrays
@@ -35,9 +34,7 @@ def run_make_plan(
             for name in ("q_groups", "k_groups", "q_keeps", "k_keeps", "starts", "ends")
         }
     )
-    backend.make_plan(
-        problem, native_clauses, native_plan, framework.context(problem.device)
-    )
+    backend.make_plan(problem, native_clauses, native_plan, framework.context(problem.device))
     return arrays
 
 

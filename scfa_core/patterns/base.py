@@ -105,6 +105,6 @@ def require_arrays(pattern: str, **arrays: Any) -> None:
     for name, x in arrays.items():
         if not hasattr(x, "shape") or not hasattr(x, "dtype"):
             raise PatternError(
-                f"{pattern}: {name} must be an array (torch, NumPy, CuPy, ...), got {type(x).__name__}; "
-                "wrap it, e.g. numpy.asarray(...)"
+                f"{pattern}: {name} must be an array (torch, NumPy, CuPy, ...), "
+                f"got {type(x).__name__}; wrap it, e.g. numpy.asarray(...)"
             )

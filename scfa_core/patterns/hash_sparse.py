@@ -56,11 +56,13 @@ class HashSparse(Pattern):
         self.include_self = require_bool("include_self", include_self)
         if not causal and not include_self:
             raise PatternError(
-                "HashSparse: include_self=False means j < i and so needs causal=True, got causal=False"
+                "HashSparse: include_self=False means j < i and so needs causal=True, "
+                "got causal=False"
             )
 
     def __repr__(self) -> str:
         return (
-            f"HashSparse(q_hash={describe_array(self.q_hash)}, k_hash={describe_array(self.k_hash)}, "
-            f"causal={self.causal}, include_self={self.include_self})"
+            f"HashSparse(q_hash={describe_array(self.q_hash)}, "
+            f"k_hash={describe_array(self.k_hash)}, causal={self.causal}, "
+            f"include_self={self.include_self})"
         )

@@ -20,7 +20,8 @@ class QKSparse(Pattern):
     Parameters
     ----------
     q_keep : bool array, (batch, heads, seqlen_q)
-        True where the query is kept. Numbers are accepted: kept where nonzero. Size-1 axes broadcast.
+        True where the query is kept. Numbers are accepted: kept where nonzero. Size-1 axes
+        broadcast.
     k_keep : bool array, (batch, heads_kv, seqlen_k)
         True where the key is kept.
     causal : bool

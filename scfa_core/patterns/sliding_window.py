@@ -40,9 +40,7 @@ class SlidingWindow(Pattern):
                 f"SlidingWindow: window must be an int (a number of keys), got {window!r}"
             ) from None
         if value < 0 or isinstance(window, bool):
-            raise PatternError(
-                f"SlidingWindow: window must be an int >= 0, got {window!r}"
-            )
+            raise PatternError(f"SlidingWindow: window must be an int >= 0, got {window!r}")
         self.window = value
         self.causal = require_bool("causal", causal)
 
