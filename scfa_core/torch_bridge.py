@@ -1,0 +1,279 @@
+"""Attention on torch tensors: straight to the backend when eager, through ``scfa::`` when traced.
+
+Both ways share `torch_calls`. Plain tensors in plain Python skip the dispatcher, which would cost
+more host time than all else together; whatever must be seen by somebody (torch.compile,
+functorch, dispatch modes, subclasses, the profiler) goes through the operators.
+"""
+
+from __future__ import annotations
+
+from operator import index
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from scfa_core.api import choose_for_plan
+from scfa_core.dispatch import AUTO, choose_backend, requested_backend
+from scfa_core.errors import GradientError, PatternError
+from scfa_core.patterns import Pattern
+from scfa_core.plan import Plan, PlanArrays
+from scfa_core.problem import Problem, build_problem, one_framework
+from scfa_core.torch_calls import (
+    Call,
+    check_backward,
+    checked_plan_arrays,
+    find_call,
+    native_plan,
+    new_plan,
+    run_backward,
+    run_forward,
+)
+from scfa_core.torch_framework import TORCH_FRAMEWORK, device_name, dtype_name
+from scfa_core.torch_ops import BACKWARD, FORWARD, MAKE_PLAN
+from scfa_core.torch_patterns import encode, is_monotone
+
+__all__ = ["TORCH_FRAMEWORK", "attention", "attention_backward", "make_plan"]
+
+_AUTOCAST_TAKES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    pattern: Pattern | Plan,
+    *,
+    softmax_scale: float | None = None,
+    layout: str = "bhtd",
+    return_lse: bool = False,
+    deterministic: bool = True,
+    backend: str | None = None,
+) -> Any:
+    """`scfa_core.attention` on torch tensors; gradients flow to q, k and v, from out and lse."""
+    eager = _is_plain(q, k, v)
+    if not eager:
+        one_framework(q, k=k, v=v)
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = _autocast(q, k, v)
+    if eager:
+        out, lse = _eager(q, k, v, pattern, softmax_scale, layout, deterministic, backend)
+    else:
+        name, plan = _traced_plan(q, k, v, pattern, layout, backend)
+        options = (plan.monotone, softmax_scale, deterministic, layout, name)
+        out, lse = FORWARD(q, k, v, *plan.arrays, *options)
+    return (out, lse) if return_lse else out
+
+
+def attention_backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    pattern: Pattern | Plan,
+    *,
+    softmax_scale: float | None = None,
+    layout: str = "bhtd",
+    deterministic: bool = True,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`scfa_core.attention_backward` on torch tensors."""
+    plain = _is_plain(q, k, v) and _is_plain(dout, out, lse)
+    if not plain:
+        one_framework(q, k=k, v=v, dout=dout, out=out, lse=lse)
+    if not plain or _wants_gradient(dout, q, k, v):
+        name, plan = _traced_plan(q, k, v, pattern, layout, backend)
+        options = (plan.monotone, softmax_scale, deterministic, layout, name)
+        dq, dk, dv = BACKWARD(dout, None, q, k, v, out, lse, *plan.arrays, *options)
+        return dq, dk, dv
+    given = pattern if isinstance(pattern, Plan) else None
+    requested = requested_backend(backend)
+    call = find_call(q, k, v, softmax_scale, layout, deterministic, requested, given)
+    check_backward(call, dout=dout, out=out, lse=lse)
+    arrays = native_plan(given or _plan_for(pattern, call), call)
+    return run_backward(call, arrays, dout, None, q, k, v, out, lse)
+
+
+def make_plan(
+    pattern: Pattern, q: Any, k: Any, *, layout: str = "bhtd", backend: str | None = None
+) -> Plan:
+    """`scfa_core.make_plan` for torch tensors."""
+    _require_pattern(pattern)
+    if not _is_plain(q, k, k):
+        one_framework(q, k=k)
+        return _traced_plan(q, k, k, pattern, layout, backend)[1]
+    info = TORCH_FRAMEWORK.info
+    problem = build_problem(info(q), info(k), None, layout=layout)
+    return new_plan(pattern, problem, choose_backend(problem, requested_backend(backend)))
+
+
+def _is_plain(q: Any, k: Any, v: Any) -> bool:
+    """Whether all three are ordinary tensors and nobody is watching."""
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(q, k, v)
+    return (
+        type(q) is torch.Tensor
+        and type(k) is torch.Tensor
+        and type(v) is torch.Tensor
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._autograd._profiler_enabled()
+        and not q.is_meta
+        and not (q.is_neg() or k.is_neg() or v.is_neg())  # a lazy minus sign is not in memory
+    )
+
+
+def _refuse_tangents(*tensors: Any) -> None:
+    """Forward-mode derivatives would be lost silently: refuse them."""
+    for x in tensors:
+        if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise GradientError(
+                "scfa_core.attention has no forward-mode derivative, got a dual tensor "
+                "(torch.func.jvp, jacfwd, ...); use reverse mode (backward, torch.func.vjp, jacrev)"
+            )
+
+
+def _require_pattern(pattern: Any) -> None:
+    if not isinstance(pattern, Pattern):
+        raise PatternError(
+            "pattern must be a scfa_core pattern (Causal(), HashSparse(...), ...), "
+            f"got {type(pattern).__name__}"
+        )
+
+
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Cast to the dtype of the surrounding autocast region; float64 stays, as in torch."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(x.to(dtype) if x.dtype in _AUTOCAST_TAKES else x for x in tensors)
+
+
+def _wants_gradient(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _plan_for(pattern: Pattern | Plan, call: Call) -> Plan:
+    if isinstance(pattern, Plan):
+        return pattern
+    return new_plan(pattern, call.problem, call.backend)
+
+
+def _eager(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern | Plan,
+    softmax_scale: float | None,
+    layout: str,
+    deterministic: bool,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Check, plan and run without the dispatcher."""
+    requested = requested_backend(backend)
+    if isinstance(pattern, Plan):
+        call = find_call(q, k, v, softmax_scale, layout, deterministic, requested, pattern)
+        arrays, tensors = native_plan(pattern, call), ()
+    else:
+        call = find_call(q, k, v, softmax_scale, layout, deterministic, requested)
+        plan = new_plan(pattern, call.problem, call.backend)
+        arrays, tensors = plan.native(TORCH_FRAMEWORK, call.backend.memory), plan.arrays
+    if _wants_gradient(q, k, v):
+        if not tensors:
+            return ScfaAttention.apply(q, k, v, call, arrays, pattern)
+        return ScfaAttention.apply(q, k, v, call, arrays, None, *tensors)
+    return run_forward(call, arrays, q, k, v)
+
+
+class ScfaAttention(torch.autograd.Function):
+    """Autograd node of an eager call; traced calls have the operator's own.
+
+    A plan made for this call alone is saved like any activation (checkpointing drops and remakes
+    it); a plan given by the caller is only referred to.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        call: Call,
+        arrays: PlanArrays,
+        given: Plan | None,
+        *own: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = run_forward(call, arrays, q, k, v)
+        ctx.save_for_backward(q, k, v, out, lse, *own)
+        ctx.call, ctx.given, ctx.monotone = call, given, arrays.monotone
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(
+        ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, lse, *own = ctx.saved_tensors
+        nothing = (None,) * (3 + len(own))
+        if dout is None and dlse is None:
+            return (None, None, None, *nothing)
+        dout = torch.zeros_like(out) if dout is None else dout
+        call, given = ctx.call, ctx.given
+        if torch.is_grad_enabled() or not (_is_plain(dout, q, out) and _is_plain(k, v, lse)):
+            plan = own if given is None else given.arrays
+            scale, deterministic = call.problem.softmax_scale, call.problem.deterministic
+            layout = "bthd" if call.swap else "bhtd"
+            options = (ctx.monotone, scale, deterministic, layout, call.backend.name)
+            return (*BACKWARD(dout, dlse, q, k, v, out, lse, *plan, *options), *nothing)
+        if given is None:
+            arrays = checked_plan_arrays(own, ctx.monotone, call)
+        else:
+            arrays = native_plan(given, call)
+        return (*run_backward(call, arrays, dout, dlse, q, k, v, out, lse), *nothing)
+
+
+def _traced_plan(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern | Plan,
+    layout: str,
+    backend: str | None,
+) -> tuple[str, Plan]:
+    """Name the backend and make the plan by operators; v is k where only planning is asked for."""
+    facts = (index(q.shape[-1]), index(v.shape[-1]), dtype_name(q.dtype), device_name(q.device))
+    if isinstance(pattern, Plan):
+        maker = (pattern.backend, pattern.device, pattern.monotone)
+        return _name_backend(*facts, backend, *maker), pattern
+    name = _name_backend(*facts, backend, None, None, None)
+    text, tensors, ints = encode(pattern)
+    arrays = MAKE_PLAN(q.detach(), k.detach(), text, tensors, ints, layout, name)
+    return name, Plan(*arrays, is_monotone(pattern), name, device_name(q.device))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[misc]  # reads a ContextVar and os.environ
+def _name_backend(
+    head_dim: int,
+    head_dim_v: int,
+    dtype: str,
+    device: str,
+    backend: str | None,
+    maker: str | None,
+    plan_device: str | None,
+    monotone: bool | None,
+) -> str:
+    """Settle the backend by everything but batch, heads and seqlen, which may be symbolic.
+
+    A compiled function keeps the answer of its tracing, so that its plan, its forward and its
+    backward (perhaps on another thread) agree.
+    """
+    requested = requested_backend(backend)
+    nominal = Problem(1, 1, 1, 1, 1, head_dim, head_dim_v, dtype, device, 1.0)
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        return AUTO if requested == AUTO else requested  # the dispatcher has its own words
+    if maker is None:
+        return choose_backend(nominal, requested).name
+    plan = Plan(*(None,) * 7, bool(monotone), maker, plan_device or device)
+    return choose_for_plan(plan, nominal, requested).name

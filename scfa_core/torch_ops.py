@@ -1,0 +1,196 @@
+"""The operators ``scfa::make_plan``, ``scfa::forward``, ``scfa::backward``.
+
+They are what tracing sees: an implementation on real tensors (CPU and CUDA), a fake one that names
+shapes and strides, an autograd formula and a batching rule. Outputs never alias inputs; the number
+of outputs is fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from scfa_core.dispatch import AUTO, choose_backend
+from scfa_core.errors import GradientError
+from scfa_core.plan import WORK_COUNTERS, WORK_TILE
+from scfa_core.problem import build_problem, check_layout
+from scfa_core.torch_calls import (
+    check_backward,
+    checked_plan_arrays,
+    find_call,
+    heads_first,
+    like_order,
+    new_plan,
+    run_backward,
+    run_forward,
+)
+from scfa_core.torch_framework import TORCH_FRAMEWORK
+from scfa_core.torch_patterns import decode
+
+Tensors = tuple[torch.Tensor, ...]
+
+PLAN_SIZE = 7
+_PLAN = (
+    "Tensor q_index, Tensor q_count, Tensor k_index, Tensor k_count, "
+    "Tensor key_start, Tensor key_end, Tensor work, bool monotone"
+)
+_OPTIONS = "float? softmax_scale, bool deterministic, str layout, str backend"
+_SEVEN = ", ".join(["Tensor"] * PLAN_SIZE)
+
+LIBRARY = torch.library.Library("scfa", "DEF")
+LIBRARY.define(
+    "make_plan(Tensor q, Tensor k, str pattern, Tensor[] arrays, SymInt[] ints, str layout, "
+    f"str backend) -> ({_SEVEN})"
+)
+LIBRARY.define(f"forward(Tensor q, Tensor k, Tensor v, {_PLAN}, {_OPTIONS}) -> (Tensor, Tensor)")
+LIBRARY.define(
+    "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_PLAN}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+)
+
+MAKE_PLAN = torch.ops.scfa.make_plan.default
+FORWARD = torch.ops.scfa.forward.default
+BACKWARD = torch.ops.scfa.backward.default
+
+
+def _make_plan(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    pattern: str,
+    arrays: list[torch.Tensor],
+    ints: list[int],
+    layout: str,
+    backend: str,
+) -> Tensors:
+    """``scfa::make_plan`` on real tensors; the pattern as `torch_patterns.encode` gives it."""
+    info = TORCH_FRAMEWORK.info
+    problem = build_problem(info(q), info(k), None, layout=layout)
+    chosen = choose_backend(problem, backend or AUTO)
+    return new_plan(decode(pattern, arrays, ints), problem, chosen).arrays
+
+
+def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Tensors:
+    """``scfa::forward`` on real tensors."""
+    plan, (monotone, scale, deterministic, layout, backend) = rest[:PLAN_SIZE], rest[PLAN_SIZE:]
+    call = find_call(q, k, v, scale, layout, deterministic, backend or AUTO)
+    return run_forward(call, checked_plan_arrays(plan, monotone, call), q, k, v)
+
+
+def _backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *rest: Any,
+) -> Tensors:
+    """``scfa::backward`` on real tensors."""
+    plan, (monotone, scale, deterministic, layout, backend) = rest[:PLAN_SIZE], rest[PLAN_SIZE:]
+    call = find_call(q, k, v, scale, layout, deterministic, backend or AUTO)
+    check_backward(call, dout=dout, out=out, lse=lse)
+    if dlse is not None:
+        check_backward(call, dlse=dlse)
+    arrays = checked_plan_arrays(plan, monotone, call)
+    return run_backward(call, arrays, dout, dlse, q, k, v, out, lse)
+
+
+def _fake_make_plan(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    pattern: str,
+    arrays: list[torch.Tensor],
+    ints: list[int],
+    layout: str,
+    backend: str,
+) -> Tensors:
+    swap = check_layout(layout)
+    batch, heads, seqlen_q, _ = heads_first(q.shape, swap)
+    _, heads_kv, seqlen_k, _ = heads_first(k.shape, swap)
+    tiles = heads * -(-seqlen_q // WORK_TILE) + heads_kv * -(-seqlen_k // WORK_TILE)
+    work = batch * tiles + WORK_COUNTERS if q.device.type == "cuda" else 0
+    q_shape, k_shape = (batch, heads, seqlen_q), (batch, heads_kv, seqlen_k)
+    shapes = (q_shape, q_shape[:2], k_shape, k_shape[:2], q_shape, q_shape, (work,))
+    return tuple(q.new_empty(shape, dtype=torch.int32) for shape in shapes)
+
+
+def _fake_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Tensors:
+    swap = check_layout(rest[-2])
+    shape = (*q.shape[:3], v.shape[3])
+    out = q.new_empty_strided(shape, like_order(q, shape))
+    return out, q.new_empty(heads_first(q.shape, swap)[:3], dtype=torch.float32)
+
+
+def _fake_backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *rest: Any,
+) -> Tensors:
+    return tuple(x.new_empty_strided(x.shape, like_order(x, x.shape)) for x in (q, k, v))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+    """Keep what the backward needs: q, k, v, out, lse, the plan, the options."""
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3 : 3 + PLAN_SIZE])
+    ctx.options = inputs[3 + PLAN_SIZE :]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(
+    ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of q, k, v; None for the rest."""
+    nothing = (None,) * (PLAN_SIZE + len(ctx.options))
+    if dout is None and dlse is None:
+        return (None, None, None, *nothing)
+    q, k, v, out, lse, *plan = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    return (*BACKWARD(dout, dlse, q, k, v, out, lse, *plan, *ctx.options), *nothing)
+
+
+def refuse_double_backward(ctx: Any, *grads: Any) -> Any:
+    """Say that second derivatives do not exist here."""
+    raise GradientError(
+        "scfa_core.attention has first derivatives only, got a request to differentiate its "
+        "backward (create_graph=True, torch.func.hessian, ...); for gradient penalties use "
+        "torch.nn.functional.scaled_dot_product_attention with pattern.mask(...)"
+    )
+
+
+def _batched(op: Callable[..., Tensors]) -> Callable[..., Any]:
+    """`torch.func.vmap` rule: run `op` for every slice and stack; exact, not faster than a loop."""
+
+    def rule(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Tensors, tuple[int, ...]]:
+        def slice_of(x: Any, dim: Any, at: int) -> Any:
+            if isinstance(x, (list, tuple)) and isinstance(dim, (list, tuple)):
+                return [slice_of(one, d, at) for one, d in zip(x, dim, strict=True)]
+            return x.select(dim, at) if isinstance(x, torch.Tensor) and dim is not None else x
+
+        results = [
+            op(*(slice_of(x, dim, at) for x, dim in zip(arguments, in_dims, strict=True)))
+            for at in range(info.batch_size)
+        ]
+        stacked = tuple(torch.stack(xs) for xs in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    return rule
+
+
+for _name, _real, _fake in (
+    ("make_plan", _make_plan, _fake_make_plan),
+    ("forward", _forward, _fake_forward),
+    ("backward", _backward, _fake_backward),
+):
+    for _key in ("CPU", "CUDA"):
+        LIBRARY.impl(_name, _real, _key)
+    torch.library.register_fake(f"scfa::{_name}", _fake, lib=LIBRARY)
+torch.library.register_autograd("scfa::forward", _differentiate, setup_context=_save, lib=LIBRARY)
+torch.library.register_autograd("scfa::backward", refuse_double_backward, lib=LIBRARY)
+for _op in (MAKE_PLAN, FORWARD, BACKWARD):
+    torch.library.register_vmap(_op, _batched(_op), lib=LIBRARY)
