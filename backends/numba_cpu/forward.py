@@ -1,0 +1,164 @@
+"""Forward: one task per tile of 64 sorted queries, online softmax in base 2 over the keys they see.
+
+A lane is a query, a row of the score tile is a key: maxima, sums and masks need no reduction across lanes.
+"""
+
+import math
+
+import numpy as np
+
+from .compiling import device_function, kernel
+from .convert import exp2
+from .tiles import (
+    BLOCK,
+    FULL,
+    NOTHING,
+    add_unsafe_rows,
+    aligned,
+    load_lanes,
+    load_ranges,
+    load_rows,
+    multiply,
+    multiply_transposed,
+    pad,
+    set_aside_unsafe_rows,
+    store_lanes,
+    visibility,
+)
+from .vector import atomic_next
+
+__all__ = ["forward_tiles", "hide", "softmax_update"]
+
+LN2 = math.log(2.0)
+
+
+@device_function
+def hide(scores, count, first, starts, ends, seen):
+    """Set scores of hidden pairs to -inf and note which are seen; row r is sorted key first + r."""
+    minus_infinity = scores.dtype.type(-np.inf)
+    for r in range(count):
+        key = np.int32(first + r)
+        row = scores[r * BLOCK : (r + 1) * BLOCK]
+        flags = seen[r * BLOCK : (r + 1) * BLOCK]
+        for lane in range(BLOCK):
+            visible = (starts[lane] <= key) & (key < ends[lane])
+            flags[lane] = visible
+            row[lane] = row[lane] if visible else minus_infinity
+
+
+@device_function
+def softmax_update(scores, count, row_max, row_sum, keep, base):
+    """Turn scores (log2) into weights; move row_max and row_sum on; keep is what old sums are worth.
+
+    `base` is the subtracted maximum, 0 in lanes that have seen nothing: (-inf) - (-inf) never happens.
+    """
+    zero = scores.dtype.type(0)
+    for lane in range(BLOCK):
+        base[lane] = row_max[lane]
+    for r in range(count):
+        row = scores[r * BLOCK : (r + 1) * BLOCK]
+        for lane in range(BLOCK):
+            base[lane] = row[lane] if row[lane] > base[lane] else base[lane]
+    for lane in range(BLOCK):
+        old = row_max[lane]
+        row_max[lane] = base[lane]
+        base[lane] = base[lane] if base[lane] > -np.inf else zero
+        keep[lane] = exp2(old - base[lane])
+        row_sum[lane] *= keep[lane]
+    for r in range(count):
+        row = scores[r * BLOCK : (r + 1) * BLOCK]
+        for lane in range(BLOCK):
+            weight = exp2(row[lane] - base[lane])
+            row[lane] = weight
+            row_sum[lane] += weight
+
+
+@kernel
+def forward_tiles(
+    counter,
+    sizes,
+    q, q_layout, k, k_layout, v, v_layout, out, out_layout, lse, lse_layout,
+    q_index, k_index, key_start, key_end,
+    scale_log2,
+    sample,
+):  # fmt: skip
+    """Write out and lse for the tiles drawn from `counter`.
+
+    Tensors are flat arrays with (offset, batch, head, row) strides in elements. `scale_log2` is
+    softmax_scale * log2(e), one element in the arithmetic type; `sample` is an empty array of it.
+    """
+    batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v = sizes
+    blocks = (seqlen_q + BLOCK - 1) // BLOCK
+    width, width_v = pad(head_dim), pad(head_dim_v)
+    q_lanes = aligned(width * BLOCK, sample)
+    k_rows = aligned(width * BLOCK, sample)
+    v_rows = aligned(width_v * BLOCK, sample)
+    spare = aligned(width_v * BLOCK, sample)
+    scores = aligned(BLOCK * BLOCK, sample)
+    acc_o = aligned(width_v * BLOCK, sample)
+    row_max, row_sum = aligned(BLOCK, sample), aligned(BLOCK, sample)
+    keep, base = aligned(BLOCK, sample), aligned(BLOCK, sample)
+    starts, ends = np.zeros(BLOCK, np.int32), np.zeros(BLOCK, np.int32)
+    unsafe = np.zeros(BLOCK, np.int32)
+    seen = np.zeros(BLOCK * BLOCK, np.uint8)
+    while True:
+        task = atomic_next(counter)
+        if task >= batch * heads * blocks:
+            break
+        head = task // blocks  # of all batches; within it the last tiles, the heaviest, come first
+        m0 = (blocks - 1 - task % blocks) * BLOCK
+        b, h = head // heads, head % heads
+        g = h // (heads // heads_kv)
+        rows = min(BLOCK, seqlen_q - m0)
+        q_at = head * seqlen_q + m0
+        k_at = (b * heads_kv + g) * seqlen_k
+        q_base = q_layout[0] + b * q_layout[1] + h * q_layout[2]
+        k_base = k_layout[0] + b * k_layout[1] + g * k_layout[2]
+        v_base = v_layout[0] + b * v_layout[1] + g * v_layout[2]
+        out_base = out_layout[0] + b * out_layout[1] + h * out_layout[2]
+        lse_base = lse_layout[0] + b * lse_layout[1] + h * lse_layout[2]
+
+        low, high = load_ranges(key_start, key_end, q_at, rows, starts, ends)
+        row_max[:] = -np.inf
+        row_sum[:] = 0
+        acc_o[:] = 0
+        if low < high:
+            load_lanes(
+                q, q_base, q_layout[3], q_index, q_at, rows, head_dim, scale_log2[0], q_lanes
+            )
+        for n0 in range(low, high, BLOCK):
+            count = min(BLOCK, high - n0)
+            part = visibility(starts, ends, rows, n0, n0 + count)
+            if part == NOTHING:
+                continue
+
+            # s = q @ k.T, in log2 units
+            load_rows(k, k_base, k_layout[3], k_index, k_at + n0, count, head_dim, width, k_rows)
+            multiply(k_rows, width, count, head_dim, q_lanes, scores, keep)
+            if part != FULL:
+                hide(scores, count, n0, starts, ends, seen)
+
+            # p = 2 ** (s - row_max)
+            softmax_update(scores, count, row_max, row_sum, keep, base)
+
+            # out = keep * out + p @ v
+            load_rows(
+                v, v_base, v_layout[3], k_index, k_at + n0, count, head_dim_v, width_v, v_rows
+            )
+            found = 0
+            if part != FULL:
+                found = set_aside_unsafe_rows(v_rows, width_v, count, unsafe, spare)
+            multiply_transposed(v_rows, width_v, count, scores, acc_o, keep)
+            if found > 0:
+                add_unsafe_rows(found, unsafe, spare, width_v, scores, seen, acc_o)
+
+        for lane in range(rows):
+            total = row_sum[lane]
+            row = lse_base + lse_layout[3] * np.int64(q_index[q_at + lane])
+            if total == 0:  # an empty row
+                lse[row] = -np.inf
+                base[lane] = 0
+            else:
+                lse[row] = (row_max[lane] + np.log2(total)) * LN2
+                base[lane] = 1 / total
+        store_lanes(out, out_base, out_layout[3], q_index, q_at, rows, head_dim_v, base, acc_o)

@@ -1,0 +1,137 @@
+"""From a call's arrays to kernel arguments."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from .backward import dkdv_tiles, dq_tiles
+from .flat import flat
+from .forward import forward_tiles
+from .plan import UNBOUNDED, key_ranges, sort_lists, table
+from .threads import run_tiles
+from .tiles import BLOCK
+
+__all__ = ["backward", "forward", "make_plan"]
+
+LOG2E = 1.0 / math.log(2.0)
+SMALL = 2**16  # multiply-adds below which waking other threads costs more than it saves
+SMALL_ROWS = 2**13
+
+
+def _plan_rows(*arrays: np.ndarray) -> list[np.ndarray]:
+    """Contiguous int32 arrays of a plan as flat ones."""
+    return [flat(x[None] if x.ndim == 2 else x, "int32")[0] for x in arrays]
+
+
+def _offset(value: int | None, default: int) -> int:
+    """An offset that an int64 can add to any row."""
+    return default if value is None else max(-UNBOUNDED, min(UNBOUNDED, value))
+
+
+def make_plan(problem: Any, clauses: Any, plan: Any) -> None:
+    """Sort keys, sort queries, then find ranges."""
+    q_index, q_count, k_index, k_count, key_start, key_end = _plan_rows(*plan[:6])
+    batch, heads, heads_kv = problem.batch, problem.heads, problem.heads_kv
+    seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
+    q_groups, k_groups = table(clauses.q_groups), table(clauses.k_groups)
+    for count, seqlen, groups, keeps, index, counts in (
+        (heads_kv, seqlen_k, k_groups, table(clauses.k_keeps), k_index, k_count),
+        (heads, seqlen_q, q_groups, table(clauses.q_keeps), q_index, q_count),
+    ):
+        lists = batch * count
+        run_tiles(
+            sort_lists, lists, lists, count, seqlen, groups, keeps, index, counts,
+            helpers=lists * seqlen > SMALL_ROWS,
+        )  # fmt: skip
+    run_tiles(
+        key_ranges, batch * heads, batch, heads, heads_kv, seqlen_q, seqlen_k,
+        q_groups, k_groups, table(clauses.starts), table(clauses.ends),
+        _offset(clauses.lo_offset, -UNBOUNDED), _offset(clauses.hi_offset, UNBOUNDED),
+        q_index, q_count, k_index, k_count, key_start, key_end,
+        helpers=batch * heads * seqlen_q > SMALL_ROWS,
+    )  # fmt: skip
+
+
+def _sizes(problem: Any) -> tuple[int, ...]:
+    return (
+        problem.batch,
+        problem.heads,
+        problem.heads_kv,
+        problem.seqlen_q,
+        problem.seqlen_k,
+        problem.head_dim,
+        problem.head_dim_v,
+    )
+
+
+def _arithmetic(problem: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray]:
+    """Arithmetic type, softmax_scale and its base-2 twin as one-element arrays, an empty array."""
+    real = np.float64 if problem.dtype == "float64" else np.float32
+    scale = np.array([problem.softmax_scale], real)
+    scale_log2 = np.array([problem.softmax_scale * LOG2E], real)
+    return real, scale, scale_log2, np.empty(0, real)
+
+
+def _worth_helpers(problem: Any) -> bool:
+    rows = problem.batch * problem.heads * problem.seqlen_q
+    return bool(rows * problem.seqlen_k * problem.head_dim > SMALL)
+
+
+def forward(problem: Any, plan: Any, q: Any, k: Any, v: Any, out: Any, lse: Any) -> None:
+    """Write out and lse."""
+    _, _, scale_log2, sample = _arithmetic(problem)
+    tensors = [part for x in (q, k, v, out) for part in flat(x, problem.dtype)]
+    q_index, _, k_index, _, key_start, key_end = _plan_rows(*plan[:6])
+    tiles = problem.batch * problem.heads * -(-problem.seqlen_q // BLOCK)
+    run_tiles(
+        forward_tiles, tiles, _sizes(problem), *tensors, *flat(lse, "float32"),
+        q_index, k_index, key_start, key_end, scale_log2, sample,
+        helpers=_worth_helpers(problem),
+    )  # fmt: skip
+
+
+def backward(
+    problem: Any,
+    plan: Any,
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    dq: Any,
+    dk: Any,
+    dv: Any,
+    ctx: Any,
+) -> None:
+    """Write dq, then dk and dv."""
+    _, scale, scale_log2, sample = _arithmetic(problem)
+    sizes, helpers = _sizes(problem), _worth_helpers(problem)
+    inputs = [part for x in (dout, q, k, v) for part in flat(x, problem.dtype)]
+    q_index, _, k_index, _, key_start, key_end = _plan_rows(*plan[:6])
+    ranges = (q_index, k_index, key_start, key_end)
+    blocks_q = -(-problem.seqlen_q // BLOCK)
+    lists = problem.batch * problem.heads
+    arithmetic = "float64" if problem.dtype == "float64" else "float32"
+    workspace = [
+        ctx.empty((lists * size,), dtype)
+        for size, dtype in (
+            (problem.seqlen_q, arithmetic),  # lse in log2 units
+            (problem.seqlen_q, arithmetic),  # delta
+            (blocks_q, "int32"),  # smallest key_start of each query tile
+            (blocks_q, "int32"),  # largest key_end
+        )
+    ]
+    run_tiles(
+        dq_tiles, lists * blocks_q, sizes, *inputs, *flat(out, problem.dtype),
+        *flat(lse, "float32"), *flat(dq, problem.dtype), *ranges, *workspace,
+        scale, scale_log2, plan.monotone, problem.dtype == "float64", sample, helpers=helpers,
+    )  # fmt: skip
+    tiles_k = problem.batch * problem.heads_kv * -(-problem.seqlen_k // BLOCK)
+    run_tiles(
+        dkdv_tiles, tiles_k, sizes, *inputs, *flat(dk, problem.dtype), *flat(dv, problem.dtype),
+        *ranges, *workspace, scale, scale_log2, plan.monotone, sample, helpers=helpers,
+    )  # fmt: skip

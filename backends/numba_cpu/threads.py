@@ -1,0 +1,77 @@
+"""Run one kernel on several threads that draw tiles from a shared counter.
+
+Kernels release the interpreter lock, so plain Python threads run them side by side. Compared with numba's own
+parallel layers this may be called from many threads at once, survives `fork`, adds no second
+OpenMP runtime beside torch's, and compiles in a fraction of the time. No result depends on which
+thread draws which tile.
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numba
+import numpy as np
+
+__all__ = ["run_tiles", "thread_count"]
+
+_lock = threading.Lock()
+_pool: ThreadPoolExecutor | None = None
+_pool_size = 0
+
+
+def thread_count() -> int:
+    """Threads one call may use: NUMBA_NUM_THREADS (default: usable cores), torch's limit if lower."""
+    count = int(numba.config.NUMBA_NUM_THREADS)
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "get_num_threads"):
+        count = min(count, torch.get_num_threads())
+    return max(count, 1)
+
+
+def _forget_pool() -> None:
+    """Start afresh in a forked child, where the threads of the parent do not exist."""
+    global _pool, _pool_size, _lock
+    _pool, _pool_size, _lock = None, 0, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)
+
+
+def _start(job: Callable[[], Any], count: int) -> list[Future[Any]]:
+    """Ask the pool to run `job` `count` times; fewer if the interpreter is shutting down."""
+    global _pool, _pool_size
+    with _lock:
+        if _pool is None or _pool_size < count:
+            if _pool is not None:
+                _pool.shutdown(wait=False)
+            _pool, _pool_size = ThreadPoolExecutor(count, thread_name_prefix="scfa"), count
+        try:
+            return [_pool.submit(job) for _ in range(count)]
+        except RuntimeError:  # no new work at shutdown: the calling thread does it all
+            return []
+
+
+def run_tiles(kernel: Callable[..., Any], tiles: int, *arguments: Any, helpers: bool = True) -> None:
+    """Call ``kernel(counter, *arguments)`` on as many threads as are useful, and wait.
+
+    Every call of the kernel takes numbers from the int64 `counter` until it has reached `tiles`.
+    """
+    counter = np.zeros(8, np.int64)  # a cache line of its own
+
+    def job() -> None:
+        kernel(counter, *arguments)
+
+    count = min(thread_count(), tiles) - 1 if helpers else 0
+    futures = _start(job, count) if count > 0 else []
+    try:
+        job()
+    finally:
+        counter[0] += tiles  # after an error: nobody starts another tile
+        for future in futures:
+            if not future.cancel():
+                future.result()

@@ -1,0 +1,163 @@
+"""Gather rows into contiguous tiles, multiply tiles, scatter rows back.
+
+A tile is a flat array in the arithmetic type. "Row tiles" hold one row of a tensor after the other;
+"lane tiles" hold BLOCK rows transposed, element (d, lane) at ``d * BLOCK + lane``, so that one vector
+instruction works on many rows and every row of a softmax stays in its own lane.
+"""
+
+import numpy as np
+
+from .compiling import device_function
+from .convert import narrow, widen
+from .vector import REGISTER_BYTES, REGISTER_COLUMNS, ROWS, address_of, multiply_block
+
+__all__ = [
+    "BLOCK",
+    "add_unsafe_rows",
+    "aligned",
+    "load_lanes",
+    "load_ranges",
+    "load_rows",
+    "multiply",
+    "multiply_transposed",
+    "pad",
+    "set_aside_unsafe_rows",
+    "store_lanes",
+    "visibility",
+]
+
+BLOCK = 64  # rows of a tile, of queries and of keys
+NOTHING, PARTIAL, FULL = 0, 1, 2
+
+
+@device_function
+def pad(size):
+    """Round up to whole register blocks."""
+    return (size + ROWS - 1) // ROWS * ROWS
+
+
+@device_function
+def aligned(size, sample):
+    """Zeroed array of `size` elements of the type of `sample`, starting on a cache line."""
+    spare = 64 // sample.itemsize
+    storage = np.zeros(size + spare, sample.dtype)
+    first = (-address_of(storage) % 64) // sample.itemsize
+    return storage[first : first + size]
+
+
+@device_function
+def load_rows(x, base, stride, index, index_at, count, dim, width, tile):
+    """Copy rows ``index[index_at : index_at + count]`` into a row tile with `width` elements a row."""
+    for r in range(count):
+        at = base + stride * np.int64(index[index_at + r])
+        source = x[at : at + dim]
+        target = tile[r * width : r * width + dim]
+        for d in range(dim):
+            target[d] = widen(source[d])
+
+
+@device_function
+def load_lanes(x, base, stride, index, index_at, count, dim, factor, tile):
+    """Copy rows times `factor` into a lane tile; unused lanes become 0."""
+    for r in range(count):
+        at = base + stride * np.int64(index[index_at + r])
+        source = x[at : at + dim]
+        for d in range(dim):
+            tile[d * BLOCK + r] = widen(source[d]) * factor
+    for d in range(dim):
+        for r in range(count, BLOCK):
+            tile[d * BLOCK + r] = 0
+
+
+@device_function
+def store_lanes(x, base, stride, index, index_at, count, dim, factor, tile):
+    """Scatter a lane tile: lane r, times ``factor[r]``, becomes row ``index[index_at + r]``."""
+    for r in range(count):
+        at = base + stride * np.int64(index[index_at + r])
+        target = x[at : at + dim]
+        for d in range(dim):
+            target[d] = narrow(tile[d * BLOCK + r] * factor[r], target[d])
+
+
+@device_function
+def multiply(rows, width, count, depth, lanes, result, ones):
+    """result[r, lane] = sum_d rows[r, d] * lanes[d, lane]."""
+    step = REGISTER_COLUMNS * REGISTER_BYTES // rows.itemsize
+    for lane in range(0, BLOCK, step):
+        for r in range(0, count, ROWS):
+            multiply_block(
+                rows, r * width, width, 1, lanes, lane, BLOCK,
+                result, r * BLOCK + lane, BLOCK, ones, -1, depth,
+            )  # fmt: skip
+
+
+@device_function
+def multiply_transposed(rows, width, count, weights, result, keep):
+    """result[d, lane] = keep[lane] * result[d, lane] + sum_r rows[r, d] * weights[r, lane]."""
+    step = REGISTER_COLUMNS * REGISTER_BYTES // rows.itemsize
+    for lane in range(0, BLOCK, step):
+        for d in range(0, width, ROWS):
+            multiply_block(
+                rows, d, 1, width, weights, lane, BLOCK,
+                result, d * BLOCK + lane, BLOCK, keep, lane, count,
+            )  # fmt: skip
+
+
+@device_function
+def load_ranges(key_start, key_end, at, count, starts, ends):
+    """Copy the key ranges of `count` queries (unused lanes see nothing) and return their union."""
+    low, high = np.int64(2**31), np.int64(0)
+    for r in range(count):
+        start, end = key_start[at + r], key_end[at + r]
+        starts[r], ends[r] = start, end
+        if start < end:
+            low, high = min(low, np.int64(start)), max(high, np.int64(end))
+    for r in range(count, BLOCK):
+        starts[r] = ends[r] = 0
+    return low, high
+
+
+@device_function
+def visibility(starts, ends, count, first, last):
+    """Whether `count` queries see nothing, part, or all of sorted keys [first, last)."""
+    touched, covered = np.int32(0), np.int32(0)
+    for r in range(count):
+        touched += np.int32((starts[r] < last) & (ends[r] > first) & (starts[r] < ends[r]))
+        covered += np.int32((starts[r] <= first) & (ends[r] >= last))
+    if covered == count:
+        return FULL
+    return PARTIAL if touched > 0 else NOTHING
+
+
+@device_function
+def set_aside_unsafe_rows(tile, width, count, unsafe, spare):
+    """Move rows that hold NaN or infinity from a row tile to `spare`, leave zeros, return how many.
+
+    A weight of 0 does not silence such a row (0 * NaN), so it must not enter the product of a tile
+    in which some pairs are hidden.
+    """
+    found = 0
+    for r in range(count):
+        row = tile[r * width : (r + 1) * width]
+        bad = np.int32(0)
+        for d in range(width):
+            bad += np.int32(row[d] - row[d] != 0)
+        if bad > 0:
+            kept = spare[found * width : (found + 1) * width]
+            for d in range(width):
+                kept[d] = row[d]
+                row[d] = 0
+            unsafe[found] = r
+            found += 1
+    return found
+
+
+@device_function
+def add_unsafe_rows(found, unsafe, spare, width, weights, seen, result):
+    """Add ``spare[n, d] * weights[r, lane]`` to result[d, lane] for the lanes that see row r."""
+    for n in range(found):
+        r = np.int64(unsafe[n])
+        for lane in range(BLOCK):
+            if seen[r * BLOCK + lane]:
+                for d in range(width):
+                    result[d * BLOCK + lane] += spare[n * width + d] * weights[r * BLOCK + lane]
