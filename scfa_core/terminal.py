@@ -13,11 +13,13 @@ PLAIN_INTERVAL = 5.0  # seconds between progress lines where no bar can be drawn
 
 
 class Terminal:
-    """Where the commands write; `plain=True` never uses rich."""
+    """Where the commands write; rich draws on terminals only, and never where `plain` is True."""
 
     def __init__(self, stream: TextIO | None = None, *, plain: bool | None = None) -> None:
         self.stream = sys.stdout if stream is None else stream
-        self.plain = importlib.util.find_spec("rich") is None if plain is None else plain
+        if plain is None:
+            plain = not self.stream.isatty() or importlib.util.find_spec("rich") is None
+        self.plain = plain
         self._console: Any = None
         if not self.plain:
             from rich.console import Console
@@ -65,7 +67,7 @@ class Terminal:
     @contextmanager
     def progress(self, label: str, total: int) -> Iterator[Progress]:
         """Show how far `total` steps have come: a bar on a terminal, else a line now and then."""
-        if self._console is not None and self._console.is_terminal:
+        if self._console is not None:
             import rich.progress as rp
 
             columns = (

@@ -175,7 +175,7 @@ def _run(
 
 
 def carried_pattern(pattern: Any, to_device: Any) -> Any:
-    """The same pattern with its NumPy arrays turned into another library's."""
+    """The same pattern with its arrays moved: to another library, or another device."""
     import copy
 
     parts = []
@@ -183,7 +183,7 @@ def carried_pattern(pattern: Any, to_device: Any) -> Any:
         moved = copy.copy(part)
         for name in getattr(type(part), "__slots__", ()):
             value = getattr(part, name)
-            if isinstance(value, np.ndarray):
+            if hasattr(value, "shape"):
                 setattr(moved, name, to_device(value))
         parts.append(moved)
     whole = parts[0]

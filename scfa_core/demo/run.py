@@ -1,0 +1,215 @@
+"""What ``scfa demo`` does, in order: text, warm-up, training, comparison with truth, pictures."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import time
+from pathlib import Path
+
+import torch
+
+import scfa_core as scfa
+from scfa_core.demo import training
+from scfa_core.demo.model import (
+    Size,
+    Variant,
+    sparse_attend,
+    torch_dense,
+    variants,
+)
+from scfa_core.demo.text import read_text
+from scfa_core.terminal import Terminal
+
+CPU_SIZE = {"seqlen": 4096}
+GPU_SIZE = {"seqlen": 16384, "batch": 2, "layers": 4, "heads": 8}
+FEWEST_STEPS, MOST_STEPS = 20, 120
+BASELINE_STEPS = 12
+MARKS = 6  # columns of the table of losses
+BASELINE = "torch dense"
+
+
+def choose_device(backend: str | None) -> str:
+    """The GPU if torch and a backend of ours can use it, else the CPU."""
+    states = scfa.backends()
+    on_gpu = [name for name in ("cupy", "numba-cuda") if states[name] == "available"]
+    if backend is not None:
+        return "cuda" if backend in ("cupy", "numba-cuda") else "cpu"
+    return "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
+
+
+def run(options: argparse.Namespace, terminal: Terminal) -> int:
+    """Run the demo; the exit code is 0 unless a deviation is beyond what the dtype explains."""
+    began = time.perf_counter()
+    device = choose_device(options.backend)
+    defaults = CPU_SIZE if device == "cpu" else GPU_SIZE
+    size = Size(**(defaults | ({"seqlen": options.seqlen} if options.seqlen else {})))
+    text, source = read_text(options.text, options.seed)
+    corpus = training.Corpus(text, size, device, options.seed)
+    kinds = variants(size)
+    _introduce(terminal, size, source, device, options.backend)
+
+    steps = options.steps or _affordable_steps(terminal, corpus, kinds, options)
+    runs, models = _train_all(terminal, corpus, kinds, steps, options)
+    baseline = _train_baseline(terminal, corpus, min(BASELINE_STEPS, steps), steps, options.seed)
+    _report(terminal, size, runs, baseline)
+    fine = _compare(terminal, corpus, kinds, models, options.backend)
+    _draw(terminal, Path(options.out), runs, kinds[0], models[0], corpus, options.backend)
+    terminal.print(f"\ntotal {time.perf_counter() - began:.0f} s")
+    return 0 if fine else 1
+
+
+def _introduce(
+    terminal: Terminal, size: Size, source: str, device: str, backend: str | None
+) -> None:
+    probe = torch.zeros((1, 1, 16, size.head_dim), device=device)
+    plan = scfa.make_plan(scfa.Causal(), probe, probe, backend=backend)
+    where = "CPU, float32" if device == "cpu" else torch.cuda.get_device_name() + ", bfloat16"
+    terminal.print(f"text      {source}")
+    terminal.print(
+        f"model     {size.layers} layers of {size.heads} heads of {size.head_dim}, "
+        f"{size.batch} x {size.seqlen} bytes a step; keys are normalised queries, "
+        "no byte sees itself"
+    )
+    terminal.print(f"backend   {plan.backend} ({where}, {torch.get_num_threads()} CPU threads)")
+
+
+def _affordable_steps(
+    terminal: Terminal, corpus: training.Corpus, kinds: list[Variant], options: argparse.Namespace
+) -> int:
+    """How many steps of each variant fit the time budget, measured once kernels are compiled."""
+    first, later = 0.0, 0.0
+    for kind in kinds:
+        attend = sparse_attend(kind, options.backend)
+        model = training.fresh_model(corpus.size, attend, corpus.device, options.seed)
+        probe = training.train(kind.name, model, corpus, 3, 3, lambda loss: None)
+        first += probe.seconds[0]
+        later += min(probe.seconds[1:])
+    steps = int(min(max(options.time_budget / later, FEWEST_STEPS), MOST_STEPS))
+    terminal.print(
+        f"warm-up   first steps {first:.1f} s (kernels are compiled once and kept on disk), then "
+        f"{later:.2f} s for a step of each: {steps} steps\n"
+    )
+    return steps
+
+
+def _train_all(
+    terminal: Terminal,
+    corpus: training.Corpus,
+    kinds: list[Variant],
+    steps: int,
+    options: argparse.Namespace,
+) -> tuple[list[training.Run], list[training.LanguageModel]]:
+    runs, models = [], []
+    for kind in kinds:
+        attend = sparse_attend(kind, options.backend)
+        model = training.fresh_model(corpus.size, attend, corpus.device, options.seed)
+        torch.manual_seed(options.seed + 1)
+        with terminal.progress(f"{kind.name:<11}", steps) as progress:
+            done = training.train(
+                kind.name,
+                model,
+                corpus,
+                steps,
+                steps,
+                lambda loss, shown=progress: shown.advance(f"loss {loss:.3f}"),
+            )
+        done.held_out = training.held_out_loss(model, corpus)
+        runs.append(done)
+        models.append(model)
+    return runs, models
+
+
+def _train_baseline(
+    terminal: Terminal, corpus: training.Corpus, steps: int, planned: int, seed: int
+) -> training.Run:
+    """A few steps with torch's own dense attention: its speed, and the losses it gives."""
+    model = training.fresh_model(corpus.size, torch_dense, corpus.device, seed)
+    with terminal.progress(f"{BASELINE:<11}", steps) as progress:
+        return training.train(
+            BASELINE,
+            model,
+            corpus,
+            steps,
+            planned,
+            lambda loss: progress.advance(f"loss {loss:.3f}"),
+        )
+
+
+def _report(
+    terminal: Terminal, size: Size, runs: list[training.Run], baseline: training.Run
+) -> None:
+    """Losses along the way, speed, and the dense variant against torch."""
+    from scfa_core.demo.pictures import smoothed
+
+    steps = len(runs[0].losses)
+    marks = sorted({1 + round(i * (steps - 1) / (MARKS - 1)) for i in range(MARKS)})
+    terminal.print("\nloss, nats per byte (mean of 9 steps around)")
+    rows = []
+    for done in runs:
+        curve = smoothed(done.losses)
+        rows.append([done.name, *(f"{curve[m - 1]:.3f}" for m in marks), f"{done.held_out:.3f}"])
+    terminal.table(("attention", *(f"step {m}" for m in marks), "held out"), rows)
+
+    tokens = size.batch * size.seqlen
+    reference_speed = tokens / baseline.step_seconds()
+    rows = []
+    for done in [*runs, baseline]:
+        speed = tokens / done.step_seconds()
+        rows.append([done.name, f"{speed:,.0f}", f"{speed / reference_speed:.2f}x"])
+    terminal.print(f"\nwhole training steps at seqlen {size.seqlen}")
+    terminal.table(("attention", "tokens/s", f"against {BASELINE}"), rows)
+    dense = next(done for done in runs if done.name == "dense")
+    pairs = zip(dense.losses, baseline.losses, strict=False)
+    gap = max(abs(a - b) for a, b in pairs)
+    terminal.print(
+        f"dense against {BASELINE}: losses of the first {len(baseline.losses)} steps "
+        f"differ by at most {gap:.1e}"
+    )
+
+
+def _compare(
+    terminal: Terminal,
+    corpus: training.Corpus,
+    kinds: list[Variant],
+    models: list[training.LanguageModel],
+    backend: str | None,
+) -> bool:
+    """Hold each variant against the float64 reference on tensors of its own trained model."""
+    limit = 1e-4 if corpus.device == "cpu" else 5e-2
+    rows, largest = [], 0.0
+    for kind, model in zip(kinds, models, strict=True):
+        tensors = training.captured_tensors(model, corpus)
+        found = training.deviations(kind, tensors, backend)
+        largest = max(largest, *found.values())
+        rows.append([kind.name, kind.meaning, *(f"{x:.1e}" for x in found.values())])
+    terminal.print(
+        f"\nlargest deviation from the float64 reference, over the largest entry "
+        f"(one trained head, {tensors[0].shape[2]} rows)"
+    )
+    terminal.table(("attention", "sees", "out", "dq", "dk", "dv"), rows)
+    terminal.print(f"largest deviation of all: {largest:.1e} (accepted: {limit:.0e})")
+    return largest <= limit
+
+
+def _draw(
+    terminal: Terminal,
+    folder: Path,
+    runs: list[training.Run],
+    kind: Variant,
+    model: training.LanguageModel,
+    corpus: training.Corpus,
+    backend: str | None,
+) -> None:
+    """Write the pictures, or say what would."""
+    if importlib.util.find_spec("matplotlib") is None:
+        terminal.print("\nno pictures: matplotlib is not installed; pip install 'scfa-core[plot]'")
+        return
+    from scfa_core.demo.pictures import draw_losses
+
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_losses(runs, folder / "losses.png")
+    q, k, _ = training.captured_tensors(model, corpus)
+    plan = scfa.make_plan(kind.pattern_of(q), q, k, backend=backend)
+    plan.plot().savefig(folder / "pattern.png", dpi=120)
+    terminal.print(f"\npictures: {folder / 'losses.png'}, {folder / 'pattern.png'}")
