@@ -1,0 +1,255 @@
+"""Launch the Hopper (sm_90a) kernels: which problems they serve, which tile shapes, which arguments.
+
+Every other problem is answered "not served" and runs on the portable kernels of `launch.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from scfa_core.backends.cupy_raw.loader import Kernel, compute_capability, get_kernel
+
+if TYPE_CHECKING:
+    from scfa_core.arrays import DeviceArray
+    from scfa_core.dispatch import CallContext
+    from scfa_core.plan import PlanArrays
+    from scfa_core.problem import Problem
+
+__all__ = ["run_backward", "run_forward", "supports_backward", "supports_forward"]
+
+_LOG = logging.getLogger("scfa_core")
+_ALIGNMENT = 16  # bytes one cp.async moves
+_SHARED_SLACK = 1024  # room to align the base to the swizzle period
+_MULTIPROCESSORS = 16  # cudaDevAttrMultiProcessorCount
+_INT_MAX = 2**31 - 1
+
+
+class Shape(NamedTuple):
+    """Tile shape of one kernel at one head_dim; `docs/perf/hopper.md` has the measurements behind it."""
+
+    warpgroups: int  # multiplying ones, 64 rows each
+    block_n: int  # keys (forward, dq) or queries (dk/dv) a step
+    stages: int  # buffers of the streamed operands
+    query_buffers: int  # buffers of the operands a tile keeps
+
+
+_FORWARD = {64: Shape(3, 128, 4, 2), 128: Shape(2, 128, 2, 2)}
+_DQ = {64: Shape(2, 128, 3, 2), 128: Shape(2, 64, 3, 1)}
+_DKDV = {64: Shape(2, 64, 4, 1), 128: Shape(2, 64, 3, 1)}
+
+
+def _forward_shared(head_dim: int, shape: Shape) -> int:
+    """Bytes of dynamic shared memory of fwd_sm90.cu."""
+    rows = 64 * shape.warpgroups
+    tiles = 2 * head_dim * (shape.query_buffers * rows + 2 * shape.stages * shape.block_n)
+    data = shape.query_buffers * (12 * rows + 16)
+    barriers = 8 * (2 * shape.query_buffers + 4 * shape.stages)
+    return tiles + data + 32 + barriers + _SHARED_SLACK
+
+
+def _dq_shared(head_dim: int, shape: Shape) -> int:
+    """Bytes of dynamic shared memory of bwd_dq_sm90.cu."""
+    rows = 64 * shape.warpgroups
+    tiles = 2 * head_dim * (3 * shape.query_buffers * rows + 2 * shape.stages * shape.block_n)
+    data = shape.query_buffers * (20 * rows + 16)
+    barriers = 8 * (2 * shape.query_buffers + 2 * shape.stages)
+    return tiles + data + 32 + barriers + _SHARED_SLACK
+
+
+def _dkdv_shared(head_dim: int, shape: Shape) -> int:
+    """Bytes of dynamic shared memory of bwd_dkdv_sm90.cu."""
+    tiles = 4 * head_dim * (64 * shape.warpgroups + shape.stages * shape.block_n)
+    data = shape.stages * (16 * shape.block_n + 16)
+    barriers = 8 * (2 + 2 * shape.stages)
+    return tiles + data + 32 + barriers + _SHARED_SLACK
+
+
+def _unserved(problem: Problem, *arrays: DeviceArray) -> str | None:
+    """Why these kernels do not serve the call, or None."""
+    if compute_capability(arrays[0].device) != (9, 0):
+        return "not a Hopper card"
+    if problem.dtype not in ("float16", "bfloat16"):
+        return f"dtype {problem.dtype}"
+    if problem.head_dim not in _FORWARD or problem.head_dim_v != problem.head_dim:
+        return f"head_dim {problem.head_dim}, head_dim_v {problem.head_dim_v}"
+    if not problem.softmax_scale > 0:
+        return "softmax_scale not positive"
+    for array in arrays:
+        steps = [2 * stride for stride in array.strides[:-1]]
+        if array.pointer % _ALIGNMENT or any(step % _ALIGNMENT for step in steps):
+            return "rows not 16-byte aligned"
+        if not 0 <= steps[-1] <= _INT_MAX:
+            return "row stride of 2 GiB or more"
+    return None
+
+
+def _serves(what: str, problem: Problem, *arrays: DeviceArray) -> bool:
+    reason = _unserved(problem, *arrays)
+    if reason is not None:
+        _LOG.debug("%s: portable kernels (%s)", what, reason)
+    return reason is None
+
+
+def supports_forward(
+    problem: Problem, q: DeviceArray, k: DeviceArray, v: DeviceArray, plan: PlanArrays
+) -> bool:
+    """Tell whether `run_forward` serves this call.
+
+    >>> if supports_forward(problem, q, k, v, plan): run_forward(problem, plan, q, k, v, out, lse, ctx)
+    """
+    return _serves("forward", problem, q, k, v)
+
+
+def supports_backward(
+    problem: Problem,
+    dout: DeviceArray,
+    q: DeviceArray,
+    k: DeviceArray,
+    v: DeviceArray,
+    out: DeviceArray,
+    plan: PlanArrays,
+) -> bool:
+    """Tell whether `run_backward` serves this call."""
+    return _serves("backward", problem, dout, q, k, v, out)
+
+
+def _array(array: DeviceArray | None, itemsize: int) -> bytes:
+    """Pack struct Array: address and byte strides of (batch, heads, rows); absent arrays are null."""
+    if array is None:
+        return bytes(32)
+    batch, head, row = (stride * itemsize for stride in array.strides[:3])
+    return struct.pack("<Qqqq", array.pointer, batch, head, row)
+
+
+def _params(
+    problem: Problem,
+    plan: PlanArrays,
+    arrays: tuple[DeviceArray | None, ...],
+    lse: DeviceArray,
+    row_stats: tuple[int, int],
+    counter: int,
+    tiles: tuple[int, int],
+) -> bytes:
+    """Pack struct Params of params_sm90.cuh; `arrays` are q, k, v, out, dout, dq, dk, dv."""
+    lists = (plan.q_index, plan.q_count, plan.k_index, plan.k_count, plan.key_start, plan.key_end)
+    scale = problem.softmax_scale
+    return b"".join(
+        [
+            *(_array(array, 2) for array in arrays),
+            _array(lse, 4),
+            struct.pack("<6Q", *(array.pointer for array in lists)),
+            struct.pack("<3Q", *row_stats, counter),
+            struct.pack("<2f", scale, scale * 1.4426950408889634),
+            struct.pack("<3i", problem.heads, problem.heads_kv, problem.group_size),
+            struct.pack("<2i", problem.seqlen_q, problem.seqlen_k),
+            struct.pack("<3i", *tiles, plan.monotone),
+        ]
+    )
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    from cupy.cuda import runtime
+
+    return int(runtime.deviceGetAttribute(_MULTIPROCESSORS, device))
+
+
+def _zero(pointer: int, size: int, stream: int) -> None:
+    from cupy.cuda import runtime
+
+    runtime.memsetAsync(pointer, 0, size, stream)
+
+
+@cache
+def _kernel(name: str, device: int, dtype: str, head_dim: int, shape: Shape) -> Kernel:
+    """The compiled variant of one kernel."""
+    constants = (
+        ("BFLOAT16", int(dtype == "bfloat16")),
+        ("HEAD_DIM", head_dim),
+        ("BLOCK_N", shape.block_n),
+        ("WARPGROUPS", shape.warpgroups),
+        ("STAGES", shape.stages),
+        ("QUERY_BUFFERS", shape.query_buffers),
+    )
+    return get_kernel(f"scfa_{name}", f"{name}.cu", constants, device, arch_suffix="a")
+
+
+def _tiles(rows: int, per_tile: int, heads: int) -> tuple[int, int]:
+    """Tiles of one head, and of all."""
+    per_head = -(-rows // per_tile)
+    return per_head, per_head * heads
+
+
+def _launch(
+    kernel: Kernel, device: int, shape: Shape, shared: int, tiles: int, stream: int, params: bytes
+) -> None:
+    """One persistent block per multiprocessor, or fewer if there are fewer tiles."""
+    blocks = min(tiles, _multiprocessors(device))
+    kernel.launch((blocks, 1, 1), 128 * (shape.warpgroups + 1), shared, stream, params)
+
+
+def run_forward(
+    problem: Problem,
+    plan: PlanArrays,
+    q: DeviceArray,
+    k: DeviceArray,
+    v: DeviceArray,
+    out: DeviceArray,
+    lse: DeviceArray,
+    ctx: CallContext,
+) -> None:
+    """Enqueue the forward kernel: every element of `out` and `lse` is written."""
+    head_dim, device = problem.head_dim, q.device
+    shape = _FORWARD[head_dim]
+    counter = ctx.empty((1,), "int32")
+    _zero(counter.pointer, 4, ctx.stream)
+    tiles = _tiles(problem.seqlen_q, 64 * shape.warpgroups, problem.batch * problem.heads)
+    arrays = (q, k, v, out, None, None, None, None)
+    params = _params(problem, plan, arrays, lse, (0, 0), counter.pointer, tiles)
+    kernel = _kernel("fwd_sm90", device, problem.dtype, head_dim, shape)
+    shared = _forward_shared(head_dim, shape)
+    _launch(kernel, device, shape, shared, tiles[1], ctx.stream, params)
+
+
+def run_backward(
+    problem: Problem,
+    plan: PlanArrays,
+    dout: DeviceArray,
+    q: DeviceArray,
+    k: DeviceArray,
+    v: DeviceArray,
+    out: DeviceArray,
+    lse: DeviceArray,
+    dq: DeviceArray,
+    dk: DeviceArray,
+    dv: DeviceArray,
+    ctx: CallContext,
+) -> None:
+    """Enqueue the dq kernel, then the dk/dv kernel. Every element is written; bitwise deterministic.
+
+    Notes
+    -----
+    Workspace: 8 bytes a query row (lse in base 2 and delta, in sorted order).
+    """
+    head_dim, device, stream = problem.head_dim, q.device, ctx.stream
+    rows = problem.batch * problem.heads * problem.seqlen_q
+    stats = ctx.empty((2 * rows,), "float32")
+    row_stats = (stats.pointer, stats.pointer + 4 * rows)
+    counters = ctx.empty((2,), "int32")
+    _zero(counters.pointer, 8, stream)
+    arrays = (q, k, v, out, dout, dq, dk, dv)
+
+    shape = _DQ[head_dim]
+    tiles = _tiles(problem.seqlen_q, 64 * shape.warpgroups, problem.batch * problem.heads)
+    params = _params(problem, plan, arrays, lse, row_stats, counters.pointer, tiles)
+    kernel = _kernel("bwd_dq_sm90", device, problem.dtype, head_dim, shape)
+    _launch(kernel, device, shape, _dq_shared(head_dim, shape), tiles[1], stream, params)
+
+    shape = _DKDV[head_dim]
+    tiles = _tiles(problem.seqlen_k, 64 * shape.warpgroups, problem.batch * problem.heads_kv)
+    params = _params(problem, plan, arrays, lse, row_stats, counters.pointer + 4, tiles)
+    kernel = _kernel("bwd_dkdv_sm90", device, problem.dtype, head_dim, shape)
+    _launch(kernel, device, shape, _dkdv_shared(head_dim, shape), tiles[1], stream, params)
