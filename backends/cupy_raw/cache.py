@@ -39,7 +39,7 @@ def load(key: str) -> bytes | None:
 
 
 def store(key: str, cubin: bytes) -> bool:
-    """Write `cubin` under `key` and return whether that worked; readers see all of it or nothing."""
+    """Write `cubin` under `key`, whole or not at all, and return whether that worked."""
     folder = cache_dir()
     temporary = None
     try:
@@ -51,7 +51,7 @@ def store(key: str, cubin: bytes) -> bool:
         temporary = None
     except OSError as error:
         _LOG.warning(
-            "kernel cache %s cannot be written (%s): this process keeps its kernels in memory only; "
+            "kernel cache %s cannot be written (%s): this process keeps its kernels in memory; "
             "set SCFA_CACHE_DIR to a writable folder",
             folder,
             error,

@@ -167,8 +167,8 @@ def _target(device: int, arch_suffix: str) -> str:
     if not usable or (arch_suffix and max(usable) != 10 * major + minor):
         version = ".".join(map(str, nvrtc.cupy_compiler().version()))
         raise BackendUnavailable(
-            f"NVRTC {version} cannot compile for compute capability {major}.{minor}: install a newer "
-            "CuPy and CUDA runtime (pip install --upgrade 'cupy-cuda13x[ctk]')"
+            f"NVRTC {version} cannot compile for compute capability {major}.{minor}: install a "
+            "newer CuPy and CUDA runtime (pip install --upgrade 'cupy-cuda13x[ctk]')"
         )
     return f"{max(usable)}{arch_suffix}"
 
@@ -191,7 +191,7 @@ def _sources_digest() -> str:
 
 
 def cache_key(source: str, constants: Constants, arch: str, version: tuple[int, int]) -> str:
-    """Return the file stem of a cubin: readable front, digest of all that shapes the code behind."""
+    """Return the file stem of a cubin: readable front, digest of all that shapes the code."""
     options = nvrtc.compile_options(constants, arch)
     parts = (_sources_digest(), source, *options, str(version), _package_version())
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
@@ -270,7 +270,10 @@ def get_kernel(
 def preload(
     requests: Iterable[tuple[str, str, Constants, str]], device: int, threads: int = 8
 ) -> None:
-    """Compile and load several kernels side by side; each request is (name, source, constants, suffix)."""
+    """Compile and load several kernels side by side.
+
+    Each request is (name, source, constants, arch_suffix) as for `get_kernel`.
+    """
     with ThreadPoolExecutor(threads) as pool:
         jobs = [
             pool.submit(get_kernel, name, source, constants, device, arch_suffix=suffix)

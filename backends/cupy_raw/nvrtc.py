@@ -1,4 +1,4 @@
-"""Source in, cubin out: NVRTC through CuPy's binding, or through the bare wheel where there is no CuPy.
+"""Source in, cubin out: NVRTC through CuPy's binding, or from its wheel where there is no CuPy.
 
 Nothing here needs a GPU or a CUDA context. Headers travel in memory, so no include path exists.
 """
@@ -51,17 +51,21 @@ class CupyCompiler:
         from cupy_backends.cuda.libs import nvrtc
 
         self._nvrtc = nvrtc
-        self._version = tuple(nvrtc.getVersion())
+        major, minor = nvrtc.getVersion()
+        self._version = (int(major), int(minor))
 
     def version(self) -> tuple[int, int]:
-        return self._version  # type: ignore[return-value]
+        """Version of the library."""
+        return self._version
 
     def architectures(self) -> tuple[int, ...]:
+        """Compute capabilities it can compile for."""
         return tuple(self._nvrtc.getSupportedArchs())
 
     def compile(
         self, name: str, source: str, headers: Mapping[str, str], options: Sequence[str]
     ) -> Compiled:
+        """Compile one program."""
         nvrtc = self._nvrtc
         bodies = [body.encode() for body in headers.values()]
         names = [header.encode() for header in headers]
@@ -71,7 +75,7 @@ class CupyCompiler:
                 nvrtc.compileProgram(program, tuple(options))
             except nvrtc.NVRTCError as error:
                 raise _refused(name, options, nvrtc.getProgramLog(program)) from error
-            # CuPy cuts the last byte of the image, which is padding of the section table; put it back.
+            # CuPy cuts the last byte of the image, a zero of the section table; put it back.
             return Compiled(nvrtc.getCUBIN(program) + b"\0", nvrtc.getProgramLog(program))
         finally:
             nvrtc.destroyProgram(program)
@@ -90,11 +94,13 @@ class WheelCompiler:
             raise CompileError(f"NVRTC failed in {what}: {message}")
 
     def version(self) -> tuple[int, int]:
+        """Version of the library."""
         major, minor = ctypes.c_int(), ctypes.c_int()
         self._check(self._lib.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)), "version")
         return major.value, minor.value
 
     def architectures(self) -> tuple[int, ...]:
+        """Compute capabilities it can compile for."""
         count = ctypes.c_int()
         self._check(self._lib.nvrtcGetNumSupportedArchs(ctypes.byref(count)), "architectures")
         values = (ctypes.c_int * count.value)()
@@ -112,6 +118,8 @@ class WheelCompiler:
     def compile(
         self, name: str, source: str, headers: Mapping[str, str], options: Sequence[str]
     ) -> Compiled:
+        """Compile one program."""
+
         def strings(items: Sequence[str]) -> ctypes.Array[ctypes.c_char_p]:
             return (ctypes.c_char_p * max(len(items), 1))(*(item.encode() for item in items))
 

@@ -1,0 +1,188 @@
+"""Clauses to plan, on the device: two launches, no look at a value, no wait.
+
+Mirrors cuda/plan_params.cuh field by field. Lists are sorted by plan_sort and ranges found by
+plan_ranges; where there is nothing to sort, plan_identity writes both at once.
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import cache
+
+from scfa_core.arrays import CallContext, DeviceArray
+from scfa_core.backends.cupy_raw.loader import Kernel, get_kernel
+from scfa_core.errors import PatternError
+from scfa_core.lowering import Clauses
+from scfa_core.plan import PlanArrays
+from scfa_core.problem import Problem
+
+MAX_COLUMNS = 8  # kMaxColumns
+TILE = 1024  # kTile of plan_ranges and plan_identity
+RANGE_THREADS = 256
+FAR = 1 << 40  # an offset beyond every row
+_MAX_BINS = 256
+_SHARED_ROWS = 1 << 16  # the order buffer in shared memory holds 16-bit rows
+_MAX_SHARED_OPTIN = 97  # cudaDevAttrMaxSharedMemoryPerBlockOptin
+_STATIC_SHARED = 2048  # of plan_sort, rounded up
+
+_COLUMN = struct.Struct("<Qqqqq")
+_LIST_TAIL = struct.Struct("<QQQiiii")
+_SORT_TAIL = struct.Struct("<qii")
+_RANGE_TAIL = struct.Struct("<qqQQQQQQiiiiiiiiiiii")
+_NO_COLUMN = bytes(_COLUMN.size)
+
+
+def _columns(arrays: tuple[DeviceArray, ...], what: str) -> bytes:
+    """Pack up to 8 (batch, heads, rows) arrays."""
+    if len(arrays) > MAX_COLUMNS:
+        raise PatternError(
+            f"the cupy backend takes at most {MAX_COLUMNS} {what} clauses in one intersection, got "
+            f"{len(arrays)}: merge some into one array"
+        )
+    packed = [_COLUMN.pack(x.pointer, *x.strides, x.dtype == "int64") for x in arrays]
+    return b"".join(packed) + _NO_COLUMN * (MAX_COLUMNS - len(arrays))
+
+
+def _offset(value: int | None, default: int) -> int:
+    return default if value is None else max(-FAR, min(FAR, value))
+
+
+def sort_threads(longest: int) -> int:
+    """Threads of a plan_sort block: about 8 to 32 rows each."""
+    return 512 if longest > 4096 else 256 if longest > 1024 else 128
+
+
+def sort_shared_bytes(threads: int, capacity: int) -> int:
+    """Dynamic shared memory of plan_sort: counts per warp, their totals, and the order buffer."""
+    return threads // 32 * (_MAX_BINS + 1) * 4 + _MAX_BINS * 4 + 2 * capacity
+
+
+def sort_capacity(threads: int, lengths: tuple[int, int], shared_limit: int) -> int:
+    """Rows that the order buffer holds: the longer list's, else the shorter's, else none."""
+    for length in sorted(lengths, reverse=True):
+        fits = sort_shared_bytes(threads, length) <= shared_limit - _STATIC_SHARED
+        if length <= _SHARED_ROWS and fits:
+            return length
+    return 0
+
+
+@cache
+def _shared_limit(device: int) -> int:
+    from cupy.cuda import runtime
+
+    return int(runtime.deviceGetAttribute(_MAX_SHARED_OPTIN, device))
+
+
+@cache
+def _kernel(name: str, device: int) -> Kernel:
+    return get_kernel(f"scfa_{name}", f"{name}.cu", (), device)
+
+
+def sort_params(
+    problem: Problem, clauses: Clauses, plan: PlanArrays, k_scratch: int, capacity: int
+) -> bytes:
+    """Pack SortParams; query lists borrow key_start as scratch, which plan_ranges fills later."""
+    queries = _LIST_TAIL.pack(
+        plan.q_index.pointer,
+        plan.q_count.pointer,
+        plan.key_start.pointer,
+        len(clauses.q_groups),
+        len(clauses.q_keeps),
+        problem.heads,
+        problem.seqlen_q,
+    )
+    keys = _LIST_TAIL.pack(
+        plan.k_index.pointer,
+        plan.k_count.pointer,
+        k_scratch,
+        len(clauses.k_groups),
+        len(clauses.k_keeps),
+        problem.heads_kv,
+        problem.seqlen_k,
+    )
+    return b"".join(
+        (
+            _columns(clauses.q_groups, "group"),
+            _columns(clauses.q_keeps, "keep"),
+            queries,
+            _columns(clauses.k_groups, "group"),
+            _columns(clauses.k_keeps, "keep"),
+            keys,
+            _SORT_TAIL.pack(problem.batch * problem.heads, capacity, 0),
+        )
+    )
+
+
+def range_params(problem: Problem, clauses: Clauses, plan: PlanArrays) -> bytes:
+    """Pack RangeParams."""
+    tiles_q, tiles_k = range_tiles(problem)
+    tail = _RANGE_TAIL.pack(
+        _offset(clauses.lo_offset, -FAR),
+        _offset(clauses.hi_offset, FAR),
+        plan.q_index.pointer,
+        plan.q_count.pointer,
+        plan.k_index.pointer,
+        plan.k_count.pointer,
+        plan.key_start.pointer,
+        plan.key_end.pointer,
+        len(clauses.q_groups),
+        len(clauses.starts),
+        clauses.monotone,
+        problem.heads,
+        problem.heads_kv,
+        problem.group_size,
+        problem.seqlen_q,
+        problem.seqlen_k,
+        problem.batch,
+        tiles_q,
+        tiles_k,
+        0,
+    )
+    return b"".join(
+        (
+            _columns(clauses.q_groups, "group"),
+            _columns(clauses.k_groups, "group"),
+            _columns(clauses.starts, "key range"),
+            _columns(clauses.ends, "key range"),
+            tail,
+        )
+    )
+
+
+def range_tiles(problem: Problem) -> tuple[int, int]:
+    """Tiles of a query list and of a key list; an empty list has one, which writes its count."""
+    return max(-(-problem.seqlen_q // TILE), 1), max(-(-problem.seqlen_k // TILE), 1)
+
+
+def run_make_plan(problem: Problem, clauses: Clauses, plan: PlanArrays, ctx: CallContext) -> None:
+    """Fill `plan` on the stream of `ctx`.
+
+    Workspace: none, or 4 bytes per key row where the keys outnumber the query rows.
+    """
+    n_query_lists = problem.batch * problem.heads
+    n_key_lists = problem.batch * problem.heads_kv
+    tiles_q, tiles_k = range_tiles(problem)
+    ranges = range_params(problem, clauses, plan)
+    if not (clauses.q_groups or clauses.q_keeps or clauses.k_keeps):
+        blocks = n_query_lists * tiles_q + n_key_lists * tiles_k
+        _kernel("plan_identity", ctx.device).launch(
+            (blocks, 1, 1), RANGE_THREADS, 0, ctx.stream, ranges
+        )
+        return
+    lengths = (problem.seqlen_q, problem.seqlen_k)
+    threads = sort_threads(max(lengths))
+    capacity = sort_capacity(threads, lengths, _shared_limit(ctx.device))
+    if n_key_lists * problem.seqlen_k <= n_query_lists * problem.seqlen_q:
+        k_scratch = plan.key_end.pointer  # plan_ranges fills it later
+    else:
+        k_scratch = ctx.empty((problem.batch, problem.heads_kv, problem.seqlen_k), "int32").pointer
+    _kernel("plan_sort", ctx.device).launch(
+        (n_query_lists + n_key_lists, 1, 1),
+        threads,
+        sort_shared_bytes(threads, capacity),
+        ctx.stream,
+        sort_params(problem, clauses, plan, k_scratch, capacity),
+    )
+    _kernel("plan_ranges", ctx.device).launch(
+        (n_query_lists * tiles_q, 1, 1), RANGE_THREADS, 0, ctx.stream, ranges
+    )

@@ -1,0 +1,185 @@
+// Enough of CUDA to run one block after another on the host, so that kernels without tensor cores can be tested where
+// there is no GPU. Every thread is a fiber that runs until a barrier; `order` chooses who goes first, so that a
+// missing barrier shows as a result that depends on it. Reads and writes of shared memory are real.
+#pragma once
+#include <ucontext.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define SCFA_HOST 1
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __grid_constant__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct Index3 {
+  unsigned x, y, z;
+};
+static Index3 threadIdx, blockIdx, blockDim, gridDim;
+static char* dynamic_shared;
+
+namespace host {
+
+constexpr int kWarp = 32, kStackBytes = 64 * 1024;
+
+struct Barrier {
+  int arrived = 0, generation = 0;
+};
+
+static std::vector<ucontext_t> fibers;
+static std::vector<char> finished;
+static std::vector<int> turn;  // order in which fibers are resumed
+static std::vector<Barrier> warps;
+static std::vector<unsigned long long> slots;  // one per thread, for exchanges within a warp
+static Barrier block;
+static ucontext_t scheduler;
+static int current;
+static long progress;
+static std::function<void()> body;
+
+inline void yield() { swapcontext(&fibers[current], &scheduler); }
+
+inline void wait(Barrier& barrier, int members) {
+  const int generation = barrier.generation;
+  ++progress;
+  if (++barrier.arrived == members) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  while (barrier.generation == generation) yield();
+}
+
+inline void wait_warp() { wait(warps[current / kWarp], kWarp); }
+
+// Value that another lane of this warp passed to the same call.
+template <class T>
+T exchange(T value, int lane) {
+  unsigned long long bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  slots[current] = bits;
+  wait_warp();
+  bits = slots[current / kWarp * kWarp + lane];
+  wait_warp();
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+inline void enter() {
+  body();
+  finished[current] = 1;
+  ++progress;
+  for (;;) yield();
+}
+
+// Runs one block of `threads` fibers to its end.
+inline void run_block(int threads, int order) {
+  static std::vector<char> stacks;
+  stacks.resize((size_t)threads * kStackBytes);
+  fibers.assign(threads, ucontext_t());
+  finished.assign(threads, 0);
+  warps.assign(threads / kWarp, Barrier());
+  slots.assign(threads, 0);
+  block = Barrier();
+  turn.resize(threads);
+  for (int i = 0; i < threads; ++i) turn[i] = order == 0 ? i : order == 1 ? threads - 1 - i : (i * 37 + 11) % threads;
+  for (int i = 0; i < threads; ++i) {
+    getcontext(&fibers[i]);
+    fibers[i].uc_stack.ss_sp = stacks.data() + (size_t)i * kStackBytes;
+    fibers[i].uc_stack.ss_size = kStackBytes;
+    fibers[i].uc_link = &scheduler;
+    makecontext(&fibers[i], enter, 0);
+  }
+  for (int left = threads; left > 0;) {
+    const long before = progress;
+    for (int i : turn) {
+      if (finished[i]) continue;
+      current = i;
+      threadIdx = {(unsigned)i, 0, 0};
+      swapcontext(&scheduler, &fibers[i]);
+      left -= finished[i];
+    }
+    if (progress == before) {
+      std::fprintf(stderr, "cuda_on_host: every thread of block %u waits for another\n", blockIdx.x);
+      std::abort();
+    }
+  }
+}
+
+// Runs a grid, block after block; dynamic shared memory starts as noise.
+template <class Kernel, class Params>
+void launch(Kernel kernel, const Params& params, unsigned grid, int threads, int shared_bytes, int order) {
+  std::vector<char> shared(shared_bytes + 64);
+  dynamic_shared = (char*)(((size_t)shared.data() + 63) / 64 * 64);
+  gridDim = {grid, 1, 1};
+  blockDim = {(unsigned)threads, 1, 1};
+  for (unsigned b = 0; b < grid; ++b) {
+    std::memset(shared.data(), 0xa5, shared.size());
+    blockIdx = {b, 0, 0};
+    body = [&] { kernel(params); };
+    run_block(threads, order);
+  }
+}
+
+}  // namespace host
+
+inline void __syncthreads() { host::wait(host::block, blockDim.x); }
+inline void __syncwarp() { host::wait_warp(); }
+
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return host::exchange(value, lane);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return host::exchange(value, (host::current % host::kWarp) ^ mask);
+}
+template <class T>
+T __shfl_up_sync(unsigned, T value, int step) {
+  const int lane = host::current % host::kWarp;
+  return host::exchange(value, lane < step ? lane : lane - step);
+}
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  unsigned votes = 0;
+  host::slots[host::current] = vote;
+  host::wait_warp();
+  const int first = host::current / host::kWarp * host::kWarp;
+  for (int lane = 0; lane < host::kWarp; ++lane) votes |= (unsigned)(host::slots[first + lane] != 0) << lane;
+  host::wait_warp();
+  return votes;
+}
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(unsigned x) { return __builtin_ffs(x); }
+
+template <class T>
+T atomicAdd(T* place, T value) {
+  T old = *place;
+  *place += value;
+  return old;
+}
+template <class T>
+T atomicOr(T* place, T value) {
+  T old = *place;
+  *place |= value;
+  return old;
+}
+template <class T>
+T atomicAnd(T* place, T value) {
+  T old = *place;
+  *place &= value;
+  return old;
+}
+template <class T>
+T atomicMin(T* place, T value) {
+  T old = *place;
+  if (value < old) *place = value;
+  return old;
+}

@@ -1,0 +1,315 @@
+"""The planner's CUDA sources, compiled as host C++ and run on fibers, against the reference."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scfa_core import testing
+from scfa_core.arrays import DeviceArray, HostContext
+from scfa_core.backends.cupy_raw import nvrtc, planner
+from scfa_core.lowering import Clauses, lower
+from scfa_core.plan import PlanArrays, plan_shapes
+from scfa_core.problem import Problem
+from scfa_core.reference.planner import plan_lists
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+KERNELS = {
+    "plan_sort": "SortParams",
+    "plan_ranges": "RangeParams",
+    "plan_identity": "RangeParams",
+}
+MATH_DRIVER = """
+extern "C" int digits_of(const u64* keys, const unsigned char* dropped, int n_columns, int rows,
+                         int limit, u32* digits, int* bits) {
+  DigitCursor cursor = {};
+  cursor.n_columns = n_columns;
+  for (int r = 0; r < rows; ++r) cursor.has_dropped |= dropped[r];
+  for (int c = 0; c < n_columns; ++c) {
+    u64 any_one = 0, all_one = ~0ull;
+    for (int r = 0; r < rows; ++r) {
+      if (!dropped[r]) any_one |= keys[c * rows + r], all_one &= keys[c * rows + r];
+    }
+    cursor.varying[c] = any_one & ~all_one;
+  }
+  int left = cursor.total_bits(), passes = ceil_div(left, limit);
+  for (int pass = 0; pass < passes; ++pass) {
+    Digit digit;
+    bits[pass] = ceil_div(left, passes - pass);
+    left -= bits[pass];
+    cursor.next(bits[pass], digit);
+    for (int r = 0; r < rows; ++r) {
+      u32 value = dropped[r] ? digit.dropped : 0;
+      for (int s = 0; s < digit.n_segments && !dropped[r]; ++s) {
+        value |= segment_value(digit.segments[s], keys[digit.segments[s].column * rows + r], 0);
+      }
+      digits[pass * rows + r] = value;
+    }
+  }
+  return passes;
+}
+
+extern "C" int wide_search(int length, int answer) {
+  WideSearch search = {0, length};
+  int steps = 0;
+  while (!search.done()) {
+    int below = 0;
+    for (int lane = 0; lane < 32; ++lane) {
+      int position = search.position(lane);
+      if (position < search.high && position < answer) ++below;
+    }
+    search.narrow(below);
+    if (++steps > 8) return -1;
+  }
+  return search.low;
+}
+
+extern "C" int binary_search(int length, int answer) {
+  return lower_bound(0, length, [&](int position) { return position < answer; });
+}
+"""
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (g++ or clang++) here")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    folder = tmp_path_factory.mktemp("cuda_on_host")
+    parts = ['#include "cuda_on_host.hpp"']
+    for name, text in nvrtc.read_sources().items():
+        if name.startswith("plan_") or name == "sort.cuh":
+            (folder / name).write_text(text)
+    for kernel, params in KERNELS.items():
+        text = nvrtc.read_sources()[f"{kernel}.cu"]
+        text = re.sub(
+            r"extern __shared__ .*? char shared\[\];", "char* shared = dynamic_shared;", text
+        )
+        parts.append(f"namespace {kernel} {{\n{text}\n}}")
+        parts.append(
+            f'extern "C" void run_{kernel}(const void* params, unsigned grid, int threads,'
+            " int bytes, int order) {\n"
+            f"  host::launch([](const {params}& p) {{ {kernel}::scfa_{kernel}(p); }},"
+            f" *(const {params}*)params, grid, threads, bytes, order);\n}}"
+        )
+    # Includes go first and outside of the namespaces that keep the kernels' constants apart.
+    source = "\n".join((*parts, MATH_DRIVER))
+    includes = sorted(set(re.findall(r'#include "(?:plan_|sort)[^"]*"', source)))
+    for line in includes:
+        source = source.replace(line, "")
+    source = source.replace(parts[0], "\n".join((parts[0], *includes)), 1)
+    (folder / "driver.cpp").write_text(source)
+    command = [
+        COMPILER,
+        "-std=c++17",
+        "-O1",
+        "-g",
+        "-shared",
+        "-fPIC",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+    ]
+    command += [f"-I{HERE}", f"-I{folder}", "driver.cpp", "-o", "driver.so"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
+    return ctypes.CDLL(str(folder / "driver.so"))
+
+
+class HostKernel:
+    """Stands in for a loaded kernel: same call, run by fibers."""
+
+    def __init__(self, library: ctypes.CDLL, name: str, order: int) -> None:
+        self._run = getattr(library, f"run_{name}")
+        self._order = order
+
+    def launch(self, grid, block, shared_bytes, stream, params):
+        assert grid[1:] == (1, 1)
+        assert block % 32 == 0
+        self._run(params, ctypes.c_uint(grid[0]), block, shared_bytes, self._order)
+
+
+class DeviceLikeContext(HostContext):
+    """Workspace that looks like device memory."""
+
+    def __init__(self):
+        self.kept = []
+
+    def empty(self, shape, dtype):
+        self.kept.append(np.full(shape, -77, dtype))
+        return as_device(self.kept[-1])
+
+
+def as_device(x: np.ndarray) -> DeviceArray:
+    strides = tuple(step // x.itemsize for step in x.strides)
+    return DeviceArray(x.ctypes.data if x.size else 0, x.shape, strides, x.dtype.name, 0)
+
+
+def plan_on_host(library, monkeypatch, problem, clauses, *, order=0, shared_limit=100_000):
+    """Run the product's make_plan with its kernels on the host; returns the six arrays."""
+    monkeypatch.setattr(planner, "_kernel", lambda name, device: HostKernel(library, name, order))
+    monkeypatch.setattr(planner, "_shared_limit", lambda device: shared_limit)
+    arrays = [np.full(shape, -55, np.int32) for shape in plan_shapes(problem, "cuda")]
+    native = clauses._replace(
+        **{
+            name: tuple(as_device(x) for x in getattr(clauses, name))
+            for name in ("q_groups", "k_groups", "q_keeps", "k_keeps", "starts", "ends")
+        }
+    )
+    plan = PlanArrays(*map(as_device, arrays), clauses.monotone)
+    planner.run_make_plan(problem, native, plan, DeviceLikeContext())
+    return arrays[:6]
+
+
+def problem_of(spec: testing.Spec) -> Problem:
+    return Problem(
+        spec.batch,
+        spec.heads,
+        spec.heads_kv,
+        spec.seqlen_q,
+        spec.seqlen_k,
+        16,
+        16,
+        "float32",
+        "cpu",
+        1.0,
+    )
+
+
+def assert_equals_reference(arrays, problem, clauses):
+    sizes = (problem.batch, problem.heads, problem.heads_kv, problem.seqlen_q, problem.seqlen_k)
+    names = PlanArrays._fields[:6]
+    for name, got, want in zip(names, arrays, plan_lists(clauses, *sizes), strict=True):
+        np.testing.assert_array_equal(got, want, err_msg=name)
+
+
+def check_spec(library, monkeypatch, spec, **options):
+    from scfa_core.arrays import framework_of
+
+    case = testing.build(spec)
+    problem = problem_of(spec)
+    clauses = lower(case.pattern, problem, framework_of("q", case.q))
+    arrays = plan_on_host(library, monkeypatch, problem, clauses, **options)
+    assert_equals_reference(arrays, problem, clauses)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_problems(library, monkeypatch, seed):
+    spec = testing.random_spec(seed, most_rows=300)
+    check_spec(library, monkeypatch, spec, order=seed % 3)
+
+
+@pytest.mark.parametrize("style", testing.GROUP_STYLES)
+@pytest.mark.parametrize("shared_limit", [100_000, 0], ids=["shared", "global"])
+def test_every_style_of_ids(library, monkeypatch, style, shared_limit):
+    parts = (testing.Part("hash", style, 16), testing.Part("keep", "uniform", 50))
+    spec = testing.Spec(heads=2, seqlen_q=150, seqlen_k=230, parts=parts, seed=3)
+    check_spec(library, monkeypatch, spec, shared_limit=shared_limit)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_more_threads_than_one_stretch(library, monkeypatch, order):
+    """1300 rows: 256 threads, several rounds a warp, and a second tile of ranges."""
+    parts = (testing.Part("hash", "uniform", 700), testing.Part("documents", "uniform", 3))
+    spec = testing.Spec(seqlen_q=1300, seqlen_k=1100, parts=parts, seed=5)
+    check_spec(library, monkeypatch, spec, order=order)
+
+
+def test_largest_block(library, monkeypatch):
+    spec = testing.Spec(
+        seqlen_q=4200, seqlen_k=90, head_dim=16, parts=(testing.Part("hash", "zipf", 16),), seed=1
+    )
+    check_spec(library, monkeypatch, spec)
+
+
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(0, 5), (5, 0), (0, 0), (1, 1)])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_empty_and_single_rows(library, monkeypatch, seqlen_q, seqlen_k, grouped):
+    problem = Problem(2, 2, 1, seqlen_q, seqlen_k, 16, 16, "float32", "cpu", 1.0)
+    groups = {}
+    if grouped:
+        groups = {
+            "q_groups": (np.zeros((2, 2, seqlen_q), np.int32),),
+            "k_groups": (np.zeros((2, 1, seqlen_k), np.int64),),
+        }
+    clauses = Clauses(hi_offset=1, **groups)
+    assert_equals_reference(plan_on_host(library, monkeypatch, problem, clauses), problem, clauses)
+
+
+def test_eight_wide_columns_and_eight_keeps(library, monkeypatch):
+    rng = np.random.default_rng(0)
+    problem = Problem(1, 2, 1, 70, 90, 16, 16, "float32", "cpu", 1.0)
+    pool = np.array([np.iinfo(np.int64).min, -1, 0, np.iinfo(np.int64).max])
+
+    def columns(shape, dtype):
+        last = rng.integers(0, 2, shape).astype(dtype)
+        return (*(rng.choice(pool, shape).astype(dtype) for _ in range(7)), last)
+
+    def flags(shape):
+        return tuple((rng.random(shape) < 0.9).astype(np.uint8) for _ in range(8))
+
+    clauses = Clauses(
+        q_groups=columns((1, 2, 70), np.int64),
+        k_groups=columns((1, 1, 90), np.int64),
+        q_keeps=flags((1, 2, 70)),
+        k_keeps=flags((1, 1, 90)),
+        lo_offset=-30,
+    )
+    assert_equals_reference(plan_on_host(library, monkeypatch, problem, clauses), problem, clauses)
+
+
+def test_too_many_clauses_are_refused(library, monkeypatch):
+    problem = Problem(1, 1, 1, 4, 4, 16, 16, "float32", "cpu", 1.0)
+    clauses = Clauses(q_keeps=(np.ones((1, 1, 4), np.uint8),) * 9)
+    with pytest.raises(ValueError, match="at most 8 keep clauses"):
+        plan_on_host(library, monkeypatch, problem, clauses)
+
+
+def test_digits_order_rows_as_their_keys_do(library):
+    """For random keys, sorting by the digits of all passes is sorting by (dropped, keys)."""
+    rng = np.random.default_rng(1)
+    for trial in range(300):
+        n_columns, rows = int(rng.integers(0, 9)), int(rng.integers(1, 12))
+        mask = rng.integers(0, 2**64, (n_columns, 1), dtype=np.uint64)
+        for _ in range(trial % 5):
+            mask &= rng.integers(0, 2**64, (n_columns, 1), dtype=np.uint64)
+        keys = rng.integers(0, 2**64, (n_columns, rows), dtype=np.uint64) & mask
+        dropped = (rng.random(rows) < 0.2).astype(np.uint8)
+        limit = int(rng.integers(1, 9))
+        digits, bits = np.zeros((600, rows), np.uint32), np.zeros(600, np.int32)
+        passes = library.digits_of(
+            keys.ctypes.data_as(ctypes.c_void_p),
+            dropped.ctypes.data_as(ctypes.c_void_p),
+            n_columns,
+            rows,
+            limit,
+            digits.ctypes.data_as(ctypes.c_void_p),
+            bits.ctypes.data_as(ctypes.c_void_p),
+        )
+        assert (bits[:passes] <= limit).all()
+        assert (digits[:passes] < (1 << bits[:passes, None])).all()
+        order = np.arange(rows)
+        for digit in digits[:passes]:
+            order = order[np.argsort(digit[order], kind="stable")]
+        want = sorted(
+            range(rows),
+            key=lambda r: (dropped[r], *(() if dropped[r] else keys[:, r].tolist()), r),
+        )
+        assert order.tolist() == want
+
+
+def test_searches_find_every_answer(library):
+    lengths = [*range(0, 70), 1023, 1024, 1025, 1056, 1057, 33 * 32, 4097]
+    for length in lengths:
+        step = max(length // 300, 1)
+        for answer in {*range(0, length + 1, step), length}:
+            assert library.wide_search(length, answer) == answer
+            assert library.binary_search(length, answer) == answer
+    for length in (2**31 - 1, 2**31 - 33):
+        for answer in (0, 1, length // 2, length - 1, length):
+            assert library.wide_search(length, answer) == answer
+            assert library.binary_search(length, answer) == answer
