@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from scfa_core.api import choose_for_plan
 from scfa_core.dispatch import AUTO, choose_backend, requested_backend
-from scfa_core.errors import GradientError, PatternError
+from scfa_core.errors import PatternError
 from scfa_core.patterns import Pattern
 from scfa_core.plan import Plan, PlanArrays
 from scfa_core.problem import Problem, build_problem, one_framework
@@ -30,11 +30,13 @@ from scfa_core.torch_calls import (
     run_forward,
 )
 from scfa_core.torch_framework import TORCH_FRAMEWORK, device_name, dtype_name
-from scfa_core.torch_ops import BACKWARD, FORWARD, MAKE_PLAN
+from scfa_core.torch_ops import BACKWARD, FORWARD, MAKE_PLAN, refuse_forward_mode
 from scfa_core.torch_patterns import encode, is_monotone
+from scfa_core.torch_transforms import forward_in_functorch, functorch_is_active
 
 __all__ = ["TORCH_FRAMEWORK", "attention", "attention_backward", "make_plan"]
 
+_AUTOCAST_KINDS = ("cpu", "cuda")
 _AUTOCAST_TAKES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -54,14 +56,17 @@ def attention(
     eager = _is_plain(q, k, v)
     if not eager:
         one_framework(q, k=k, v=v)
-    if torch.is_autocast_enabled(q.device.type):
+    kind = q.device.type
+    if kind in _AUTOCAST_KINDS and torch.is_autocast_enabled(kind):
         q, k, v = _autocast(q, k, v)
     if eager:
         out, lse = _eager(q, k, v, pattern, softmax_scale, layout, deterministic, backend)
     else:
         name, plan = _traced_plan(q, k, v, pattern, layout, backend)
         options = (plan.monotone, softmax_scale, deterministic, layout, name)
-        out, lse = FORWARD(q, k, v, *plan.arrays, *options)
+        transformed = not torch.compiler.is_compiling() and functorch_is_active()
+        forward = forward_in_functorch if transformed else FORWARD
+        out, lse = forward(q, k, v, *plan.arrays, *options)
     return (out, lse) if return_lse else out
 
 
@@ -120,8 +125,9 @@ def _is_plain(q: Any, k: Any, v: Any) -> bool:
         and type(k) is torch.Tensor
         and type(v) is torch.Tensor
         and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
+        and not functorch_is_active()
         and not torch._C._autograd._profiler_enabled()
+        and torch._C._get_tracing_state() is None
         and not q.is_meta
         and not (q.is_neg() or k.is_neg() or v.is_neg())  # a lazy minus sign is not in memory
     )
@@ -131,10 +137,7 @@ def _refuse_tangents(*tensors: Any) -> None:
     """Forward-mode derivatives would be lost silently: refuse them."""
     for x in tensors:
         if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
-            raise GradientError(
-                "scfa_core.attention has no forward-mode derivative, got a dual tensor "
-                "(torch.func.jvp, jacfwd, ...); use reverse mode (backward, torch.func.vjp, jacrev)"
-            )
+            refuse_forward_mode(None)
 
 
 def _require_pattern(pattern: Any) -> None:
@@ -152,7 +155,7 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _wants_gradient(*tensors: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
 
 
 def _plan_for(pattern: Pattern | Plan, call: Call) -> Plan:

@@ -36,11 +36,16 @@ _HOST_CONTEXT = HostContext()
 _NEGATIVE_INFINITY = float("-inf")
 
 Shape = tuple[int, ...]
+Facts = tuple[Shape, Shape, str, int]  # a `DeviceArray` but for its pointer, heads first
 
 
 def heads_first(facts: Shape, swap: bool) -> Shape:
     """Shape or strides of a 4-axis array in (batch, heads, seqlen, dim) order."""
     return (facts[0], facts[2], facts[1], facts[3]) if swap else tuple(facts)
+
+
+def _facts(shape: Shape, strides: Shape, swap: bool, dtype: str, ordinal: int) -> Facts:
+    return heads_first(shape, swap), heads_first(strides, swap), dtype, ordinal
 
 
 def like_order(x: torch.Tensor, shape: Sequence[int]) -> Shape:
@@ -59,21 +64,18 @@ class Call(NamedTuple):
     ordinal: int
     dtype: torch.dtype
     sizes: tuple[int, int, int, int, int]
-    inputs: tuple[tuple[Shape, Shape, str, int], ...]  # facts of q, k, v, heads first
+    inputs: tuple[Facts, ...]  # of q, k, v
     out: tuple[Shape, Shape]  # shape and strides to allocate
+    out_facts: Facts
     lse: Shape
     grads: tuple[tuple[Shape, Shape], ...]
+    grad_facts: tuple[Facts, ...]
 
-    def facts(self, shape: Shape, strides: Shape) -> tuple[Shape, Shape, str, int]:
-        """Facts of a 4-axis tensor of q's dtype, heads first."""
-        return (
-            heads_first(shape, self.swap),
-            heads_first(strides, self.swap),
-            self.problem.dtype,
-            self.ordinal,
-        )
+    def facts(self, x: torch.Tensor) -> Facts:
+        """Facts of a 4-axis tensor of q's dtype whose strides are the caller's."""
+        return _facts(x.shape, x.stride(), self.swap, self.problem.dtype, self.ordinal)
 
-    def native(self, x: torch.Tensor, facts: tuple[Shape, Shape, str, int]) -> Any:
+    def native(self, x: torch.Tensor, facts: Facts) -> Any:
         """Hand one 4-axis tensor to the backend."""
         if self.host:
             view = host_view(x)
@@ -104,7 +106,7 @@ class Call(NamedTuple):
 
 
 _calls: dict[tuple[Any, ...], Call] = {}
-_plans: WeakKeyDictionary[Plan, tuple[Any, str, PlanArrays]] = WeakKeyDictionary()
+_plans: WeakKeyDictionary[Plan, tuple[Any, PlanArrays]] = WeakKeyDictionary()
 
 
 def find_call(
@@ -162,15 +164,17 @@ def _new_call(
         plan.check_fits(problem)
         backend = choose_for_plan(plan, problem, requested)
     swap = check_layout(layout)
-    ordinal = cuda_ordinal(problem.device)
+    tail = (swap, problem.dtype, cuda_ordinal(problem.device))
     out_shape = (*q.shape[:3], problem.head_dim_v)
+    out = (out_shape, like_order(q, out_shape))
+    grads = tuple((tuple(x.shape), like_order(x, x.shape)) for x in (q, k, v))
     return Call(
         problem=problem,
         backend=backend,
         host=backend.memory == "host",
         swap=swap,
         device=q.device,
-        ordinal=ordinal,
+        ordinal=cuda_ordinal(problem.device),
         dtype=q.dtype,
         sizes=(
             problem.batch,
@@ -179,13 +183,12 @@ def _new_call(
             problem.seqlen_q,
             problem.seqlen_k,
         ),
-        inputs=tuple(
-            (heads_first(x.shape, swap), heads_first(x.stride(), swap), problem.dtype, ordinal)
-            for x in (q, k, v)
-        ),
-        out=(out_shape, like_order(q, out_shape)),
+        inputs=tuple(_facts(x.shape, x.stride(), *tail) for x in (q, k, v)),
+        out=out,
+        out_facts=_facts(*out, *tail),
         lse=(problem.batch, problem.heads, problem.seqlen_q),
-        grads=tuple((tuple(x.shape), like_order(x, x.shape)) for x in (q, k, v)),
+        grads=grads,
+        grad_facts=tuple(_facts(*x, *tail) for x in grads),
     )
 
 
@@ -203,12 +206,13 @@ def new_plan(pattern: Pattern, problem: Problem, backend: Backend) -> Plan:
 
 def native_plan(plan: Plan, call: Call) -> PlanArrays:
     """Hand a plan to the call's backend; remembered as long as the plan lives."""
+    use = (call.sizes, call.device, call.host)
     known = _plans.get(plan)
-    memory = call.backend.memory
-    if known is not None and known[0] == call.sizes and known[1] == memory:
-        return known[2]
+    if known is not None and known[0] == use:
+        return known[1]
+    plan.check_fits(call.problem)
     arrays = checked_plan_arrays(plan.arrays, plan.monotone, call)
-    _plans[plan] = (call.sizes, memory, arrays)
+    _plans[plan] = (use, arrays)
     return arrays
 
 
@@ -252,7 +256,7 @@ def run_forward(
         native(q, facts_q),
         native(k, facts_k),
         native(v, facts_v),
-        native(out, call.facts(*call.out)),
+        native(out, call.out_facts),
         call.native_lse(lse),
     )
     return out, lse
@@ -283,21 +287,21 @@ def run_backward(
     dq, dk, dv = (call.empty(x) for x in call.grads)
     if call.problem.is_empty or call.problem.seqlen_k == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    native, facts = call.native, call.facts
+    native = call.native
     dout, out = dense_rows(dout), dense_rows(out)
     facts_q, facts_k, facts_v = call.inputs
     call.run(
         call.backend.backward,
         plan,
-        native(dout, facts(dout.shape, dout.stride())),
+        native(dout, call.facts(dout)),
         native(q, facts_q),
         native(k, facts_k),
         native(v, facts_v),
-        native(out, facts(out.shape, out.stride())),
+        native(out, call.facts(out)),
         call.native_lse(lse),
-        native(dq, facts(*call.grads[0])),
-        native(dk, facts(*call.grads[1])),
-        native(dv, facts(*call.grads[2])),
+        native(dq, call.grad_facts[0]),
+        native(dk, call.grad_facts[1]),
+        native(dv, call.grad_facts[2]),
     )
     if dlse is not None:
         dq_lse, dk_lse = _backward_of_lse(call, plan, dlse, q, k, lse)
@@ -307,7 +311,7 @@ def run_backward(
 
 
 def dense_rows(x: torch.Tensor) -> torch.Tensor:
-    """Copy a tensor that is broadcast, as ``sum().backward()`` gives, or strided in its last axis."""
+    """Copy what is broadcast (``sum().backward()`` gives that) or strided in its last axis."""
     strides = x.stride()
     return x.contiguous() if strides[-1] != 1 or 0 in strides else x
 

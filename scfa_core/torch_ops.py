@@ -135,15 +135,18 @@ def _fake_backward(
     return tuple(x.new_empty_strided(x.shape, like_order(x, x.shape)) for x in (q, k, v))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     """Keep what the backward needs: q, k, v, out, lse, the plan, the options."""
     ctx.save_for_backward(*inputs[:3], *output, *inputs[3 : 3 + PLAN_SIZE])
     ctx.options = inputs[3 + PLAN_SIZE :]
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(
-    ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
+def differentiate(
+    ctx: Any,
+    dout: torch.Tensor | None,
+    dlse: torch.Tensor | None,
+    backward: Callable[..., Tensors] = BACKWARD,
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of q, k, v; None for the rest."""
     nothing = (None,) * (PLAN_SIZE + len(ctx.options))
@@ -151,7 +154,7 @@ def _differentiate(
         return (None, None, None, *nothing)
     q, k, v, out, lse, *plan = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    return (*BACKWARD(dout, dlse, q, k, v, out, lse, *plan, *ctx.options), *nothing)
+    return (*backward(dout, dlse, q, k, v, out, lse, *plan, *ctx.options), *nothing)
 
 
 def refuse_double_backward(ctx: Any, *grads: Any) -> Any:
@@ -163,14 +166,25 @@ def refuse_double_backward(ctx: Any, *grads: Any) -> Any:
     )
 
 
-def _batched(op: Callable[..., Tensors]) -> Callable[..., Any]:
+def refuse_forward_mode(ctx: Any, *tangents: Any) -> Any:
+    """Say that forward-mode derivatives do not exist here."""
+    raise GradientError(
+        "scfa_core.attention has no forward-mode derivative, got a dual tensor (torch.func.jvp, "
+        "jacfwd, hessian, ...); use reverse mode (backward, torch.func.vjp, jacrev)"
+    )
+
+
+def batched(op: Callable[..., Tensors]) -> Callable[..., Any]:
     """`torch.func.vmap` rule: run `op` for every slice and stack; exact, not faster than a loop."""
 
     def rule(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Tensors, tuple[int, ...]]:
         def slice_of(x: Any, dim: Any, at: int) -> Any:
             if isinstance(x, (list, tuple)) and isinstance(dim, (list, tuple)):
                 return [slice_of(one, d, at) for one, d in zip(x, dim, strict=True)]
-            return x.select(dim, at) if isinstance(x, torch.Tensor) and dim is not None else x
+            if not isinstance(x, torch.Tensor) or dim is None:
+                return x
+            part = x.select(dim, at)
+            return part.contiguous() if part.ndim == 4 and part.stride(-1) != 1 else part
 
         results = [
             op(*(slice_of(x, dim, at) for x, dim in zip(arguments, in_dims, strict=True)))
@@ -190,7 +204,9 @@ for _name, _real, _fake in (
     for _key in ("CPU", "CUDA"):
         LIBRARY.impl(_name, _real, _key)
     torch.library.register_fake(f"scfa::{_name}", _fake, lib=LIBRARY)
-torch.library.register_autograd("scfa::forward", _differentiate, setup_context=_save, lib=LIBRARY)
+torch.library.register_autograd(
+    "scfa::forward", differentiate, setup_context=save_for_backward, lib=LIBRARY
+)
 torch.library.register_autograd("scfa::backward", refuse_double_backward, lib=LIBRARY)
 for _op in (MAKE_PLAN, FORWARD, BACKWARD):
-    torch.library.register_vmap(_op, _batched(_op), lib=LIBRARY)
+    torch.library.register_vmap(_op, batched(_op), lib=LIBRARY)
