@@ -1,0 +1,190 @@
+"""One entry: named cases, chosen methods, JSON out. `python -m bench --help`."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import scfa_core
+from bench.cases import SETS, Case, select
+from bench.inputs import (
+    TOLERANCE,
+    Inputs,
+    make_inputs,
+    sampled_error,
+    sampled_key_error,
+    visible_pairs,
+)
+from bench.methods import DENSE_ONLY, METHODS, CannotRun, Timed, original
+from bench.timing import extra_memory, host_microseconds, time_call
+
+MODES = ("forward", "backward", "plan", "planned")
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What a number depends on: card or processor, driver, versions, commit, date."""
+    facts: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "scfa_core": scfa_core.__version__,
+        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        "changed": bool(_output("git", "status", "--porcelain", "-uno")),
+    }
+    if device == "cuda":
+        query = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu"
+        facts["card"] = torch.cuda.get_device_name()
+        facts["nvidia_smi"] = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
+        facts["cuda"] = torch.version.cuda
+        facts["l2"] = "flushed before each call"
+    else:
+        facts["card"] = _processor()
+        facts["threads"] = torch.get_num_threads()
+    return facts
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "")
+
+
+def check(inputs: Inputs, name: str, timed: Timed, modes: list[str]) -> float:
+    """Run the very calls that will be timed and hold them against float64; return the error."""
+    out = timed.forward()
+    grads = timed.backward() if timed.backward and "backward" in modes else None
+    error = sampled_error(inputs, out, grads[0] if grads else None)
+    if grads and timed.lse:
+        error = max(error, sampled_key_error(inputs, timed.lse(), out, grads[1], grads[2]))
+    if not error <= TOLERANCE[inputs.case.dtype]:
+        raise AssertionError(f"{inputs.case.name}, {name}: relative error {error:.2e}")
+    return error
+
+
+def measure(inputs: Inputs, name: str, method: Any, modes: list[str], budget: float) -> Any:
+    """Time one method on one case; yield a row per mode."""
+    case = inputs.case
+    timed = method(inputs)
+    dense_peer = name in DENSE_ONLY and case.kind != "dense"
+    # A dense kernel beside a sparse case is timed as what the user would run instead.
+    error = None if dense_peer else check(inputs, name, timed, modes)
+    pairs = visible_pairs(inputs)
+    for mode in modes:
+        run = getattr(timed, mode)
+        if run is None:
+            continue
+        timing = time_call(run, case.device, budget)
+        flops = {"forward": 4, "planned": 4, "backward": 10}.get(mode, 0) * pairs * case.head_dim
+        yield {
+            "case": case.name,
+            "method": name,
+            "mode": mode,
+            "ms": round(timing.median, 4),
+            "low": round(timing.low, 4),
+            "high": round(timing.high, 4),
+            "calls": timing.calls,
+            "tflops": round(flops / timing.median / 1e9, 2),
+            "pairs": pairs,
+            "density": pairs / (case.rows * case.seqlen),
+            "extra_bytes": extra_memory(run, case.device),
+            "host_us": round(host_microseconds(run), 1) if _host_matters(case, mode) else None,
+            "error": error,
+        }
+
+
+def _host_matters(case: Case, mode: str) -> bool:
+    return case.device == "cuda" and mode == "planned" and case.seqlen <= 4096
+
+
+def sweep(args: argparse.Namespace, done: set[tuple[str, str, str]]) -> Iterator[dict[str, Any]]:
+    """Go through cases and methods; what is in `done` is not run again."""
+    methods = dict(METHODS)
+    if args.original:
+        methods["original"] = original(args.original)
+    for case in select(args.case):
+        names = args.method or default_methods(case, bool(args.original))
+        missing = [
+            name for name in names if any((case.name, name, mode) not in done for mode in args.mode)
+        ]
+        if not missing:
+            continue
+        inputs = make_inputs(case)
+        for name in missing:
+            try:
+                yield from measure(inputs, name, methods[name], args.mode, args.seconds)
+            except (CannotRun, torch.OutOfMemoryError) as reason:
+                yield {"case": case.name, "method": name, "mode": "-", "reason": str(reason)}
+        del inputs
+        if case.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def default_methods(case: Case, with_original: bool) -> list[str]:
+    """Return who is timed on a case unless the user says."""
+    if case.device == "cpu":
+        return ["scfa-numba-cpu", "sdpa-flash"] + (["naive"] if case.seqlen <= 1024 else [])
+    names = ["scfa-cupy", "scfa-numba-cuda", "sdpa-cudnn", "sdpa-flash", "flash-attn"]
+    return names + (["original"] if with_original and case.kind in ("hash", "qk") else [])
+
+
+def show(row: dict[str, Any]) -> None:
+    """Print one row as it comes."""
+    head = f"{row['case']:22s} {row['method']:16s} {row['mode']:9s}"
+    if "reason" in row:
+        print(f"{head} not run: {row['reason']}", flush=True)
+        return
+    error = "" if row["error"] is None else f"  error {row['error']:.1e}"
+    print(
+        f"{head} {row['ms']:9.3f} ms [{row['low']:.3f}, {row['high']:.3f}] "
+        f"{row['tflops']:7.1f} TFLOP/s{error}",
+        flush=True,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and write one JSON file, row by row, so that a stop loses nothing."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument(
+        "--case", nargs="+", default=["cpu"], help=f"sets ({', '.join(SETS)}) or names"
+    )
+    parser.add_argument("--method", nargs="+", choices=[*METHODS, "original"], help="who is timed")
+    parser.add_argument("--mode", nargs="+", default=["forward", "backward"], choices=MODES)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of repeats, per row")
+    parser.add_argument("--json", type=Path, help="rows are added; rows already there are kept")
+    parser.add_argument("--original", help="path of the original's Triton file, to time it too")
+    args = parser.parse_args(argv)
+    cases = select(args.case)
+    if any(case.device == "cuda" for case in cases) and not torch.cuda.is_available():
+        raise SystemExit("these cases need a CUDA device, and torch sees none")
+    record: dict[str, Any] = {"machine": machine(cases[0].device), "rows": []}
+    if args.json and args.json.exists():
+        record = json.loads(args.json.read_text())
+    done = {(row["case"], row["method"], row["mode"]) for row in record["rows"]}
+    for row in sweep(args, done):
+        show(row)
+        record["rows"].append(row)
+        if args.json:
+            args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
