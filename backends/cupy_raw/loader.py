@@ -20,6 +20,7 @@ from typing import Any
 from scfa_core.backends.cupy_raw import cache as disk
 from scfa_core.backends.cupy_raw import nvrtc
 from scfa_core.backends.cupy_raw.nvrtc import Constants, compile_to_cubin
+
 from scfa_core.errors import BackendUnavailable
 
 __all__ = ["Kernel", "compile_to_cubin", "compute_capability", "get_kernel", "preload"]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import struct
 from functools import cache
 
-from scfa_core.arrays import CallContext, DeviceArray
 from scfa_core.backends.cupy_raw.loader import Kernel, get_kernel
+
+from scfa_core.arrays import CallContext, DeviceArray
 from scfa_core.errors import PatternError
 from scfa_core.lowering import Clauses
 from scfa_core.plan import PlanArrays

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scfa_core.backends.cupy_raw import nvrtc, planner
+from scfa_core.reference.planner import plan_lists
 
 from scfa_core import testing
 from scfa_core.arrays import DeviceArray, HostContext
-from scfa_core.backends.cupy_raw import nvrtc, planner
 from scfa_core.lowering import Clauses, lower
 from scfa_core.plan import PlanArrays, plan_shapes
 from scfa_core.problem import Problem
-from scfa_core.reference.planner import plan_lists
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++") or shutil.which("clang++")
