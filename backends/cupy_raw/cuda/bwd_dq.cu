@@ -1,0 +1,261 @@
+// scfa_bwd_dq: gradient of the queries, and the two numbers per query row that scfa_bwd_dkdv needs, 16-bit inputs.
+//
+// Computes   delta[i] = sum_d dout[i][d] out[i][d],  p[i][j] = exp(scale * q[i] . k[j] - lse[i]),
+//            ds[i][j] = p[i][j] (dout[i] . v[j] - delta[i]),  dq[i] = scale * sum_j ds[i][j] k[j]
+//            over j = k_index[key_start[r] : key_end[r]] for i = q_index[r].
+// Grid       as scfa_fwd: kBlockM sorted query rows of one (batch, head) a block, kWarpRows a warp. A warp takes the kBlockN
+//            keys of a tile kSubN at a time, which bounds its registers and sharpens skipping.
+// Shared     q and dout tiles (q is reused for dq) + kStages * (k tile + v tile) + row data + key indices; see Shared.
+// Inputs     q k v dout out (batch, heads, seqlen, head_dim | head_dim_v) float16 | bfloat16; lse float32; plan arrays.
+// Outputs    dq like q, every row; delta and lse * log2(e) (+inf for rows that see nothing) float32 in sorted order.
+// Exactness  as scfa_fwd: exact.cuh recomputes every row of dq that is not finite.
+// Source     Dao, FlashAttention-2, split in two kernels so that nothing is accumulated across blocks; see
+//            docs/decisions/0004-two-kernel-backward.md.
+#include "exact.cuh"
+#include "mask.cuh"
+#include "schedule.cuh"
+
+constexpr int kBlockM = SCFA_BLOCK_M;
+constexpr int kBlockN = SCFA_BLOCK_N;
+constexpr int kSubN = SCFA_SUB_N;
+constexpr int kStages = SCFA_STAGES;
+constexpr int kWarps = SCFA_NUM_WARPS;
+constexpr bool kOwnInRegisters = SCFA_OWN_IN_REGISTERS != 0;
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kWarpRows = kBlockM / kWarps;
+constexpr int kMi = kWarpRows / 16;
+constexpr int kSteps = padded(kHeadDim) / 16;
+constexpr int kStepsV = padded(kHeadDimV) / 16;
+constexpr int kHeldQ = kOwnInRegisters ? kSteps : 1;
+constexpr int kHeldDout = kOwnInRegisters ? kStepsV : 1;
+static_assert(kWarpRows % 16 == 0, "a warp owns whole blocks of 16 rows");
+static_assert(kSubN % 16 == 0 && kBlockN % kSubN == 0, "keys are multiplied 16 at a time");
+static_assert(kStages >= 2, "the next tile loads while this one computes");
+
+struct Shared {
+  char q[tile_bytes(kBlockM, kHeadDim)];
+  char dout[tile_bytes(kBlockM, kHeadDimV)];
+  char k[kStages][tile_bytes(kBlockN, kHeadDim)];
+  char v[kStages][tile_bytes(kBlockN, kHeadDimV)];
+  RowRanges<kBlockM> rows;
+  float lse_log2[kBlockM];
+  float delta[kBlockM];
+  int key_rows[kStages][kBlockN];
+  int tainted[kBlockM];
+};
+
+struct Own {  // what a warp keeps of its rows
+  u32 q[kMi][kHeldQ][4];
+  u32 dout[kMi][kHeldDout][4];
+  float lse_log2[kMi][2], delta[kMi][2];
+};
+
+// Eight lanes a row: delta and lse * log2(e), kept here in shared memory and stored for the kernel of the keys.
+SCFA_DEVICE void block_row_statistics(Shared& shared, const Params& p, const Tile& tile, i64 list) {
+  constexpr int kLanes = 8;
+  const Element* out = head_base(p.out, p.out_strides, tile.batch, tile.head);
+  const Element* dout = head_base(p.dout, p.dout_strides, tile.batch, tile.head);
+  const float* lse = head_base(p.lse, p.lse_strides, tile.batch, tile.head);
+  const int lane = threadIdx.x % kLanes;
+#pragma unroll 2
+  for (int row = threadIdx.x / kLanes; row < kBlockM; row += kThreads / kLanes) {
+    const int q_row = shared.rows.index[row];
+    float delta = 0.0f;
+    if (q_row >= 0) {
+#pragma unroll
+      for (int d = lane * 8; d < kHeadDimV; d += kLanes * 8) {
+        float x[8], y[8];
+        load8(out + q_row * p.out_strides.row + d, x);
+        load8(dout + q_row * p.dout_strides.row + d, y);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) delta = fmaf(x[i], y[i], delta);
+      }
+    }
+#pragma unroll
+    for (int other = 1; other < kLanes; other *= 2) delta += __shfl_xor_sync(kAllLanes, delta, other);
+    if (lane == 0) {
+      const bool sees = shared.rows.start[row] < shared.rows.end[row];
+      const float natural = sees ? lse[q_row * p.lse_strides.row] : -infinity();
+      shared.delta[row] = sees ? delta : 0.0f;
+      shared.lse_log2[row] = natural == -infinity() ? infinity() : natural * kLog2E;
+      if (q_row >= 0) {
+        p.delta[list + row] = shared.delta[row];
+        p.lse_log2[list + row] = shared.lse_log2[row];
+      }
+    }
+  }
+}
+
+template <bool kMasked>
+SCFA_DEVICE void visit_keys(const Shared& shared, int stage, int sub, int first_key, int row, const Own& own,
+                            float (&acc_dq)[kMi][kSteps * 2][4], float scale) {
+  const int lane = threadIdx.x % kWarpSize;
+
+  // acc_s = q @ k^T, acc_dp = dout @ v^T
+  float acc_s[kMi][kSubN / 8][4] = {}, acc_dp[kMi][kSubN / 8][4] = {};
+  const auto k = right_operand<kBlockN>(shared.k[stage], sub * kSubN);
+  const auto v = right_operand<kBlockN>(shared.v[stage], sub * kSubN);
+  if constexpr (kOwnInRegisters) {
+    warp_product_nt(acc_s, own.q, k);
+    warp_product_nt(acc_dp, own.dout, v);
+  } else {
+    warp_product_nt<kSteps>(acc_s, left_operand<kBlockM>(shared.q, row), k);
+    warp_product_nt<kStepsV>(acc_dp, left_operand<kBlockM>(shared.dout, row), v);
+  }
+
+  // ds = p * (dp - delta), 0 where row i does not see key j
+#pragma unroll
+  for (int mi = 0; mi < kMi; ++mi)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int lane_key = first_key + 2 * (lane % 4);
+      const int start = kMasked ? shared.rows.start[row + mi * 16 + half * 8 + lane / 4] - lane_key : 0;
+      const int end = kMasked ? shared.rows.end[row + mi * 16 + half * 8 + lane / 4] - lane_key : 0;
+#pragma unroll
+      for (int nb = 0; nb < kSubN / 8; ++nb)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& s = acc_s[mi][nb][2 * half + i];
+          const float probability = exp2_fast(fmaf(s, scale, -own.lse_log2[mi][half]));
+          s = probability * (acc_dp[mi][nb][2 * half + i] - own.delta[mi][half]);
+          if (kMasked && !is_visible(nb * 8 + i, start, end)) s = 0.0f;
+        }
+    }
+
+  // acc_dq += ds @ k
+  u32 ds[kMi][kSubN / 16][4];
+  warp_pack<kMi, kSubN / 8>(ds, acc_s);
+  warp_product_nn(acc_dq, ds, left_operand<kBlockN>(shared.k[stage], sub * kSubN));
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, SCFA_MIN_BLOCKS) scfa_bwd_dq(const __grid_constant__ Params p) {
+  extern __shared__ __align__(128) char shared_bytes[];
+  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+  const Tile tile = query_tile<kBlockM>(p);
+  const int head_kv = tile.head / p.group_size;
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp_row = threadIdx.x / kWarpSize * kWarpRows;
+  const i64 list = (i64(tile.batch) * p.heads + tile.head) * p.seqlen_q + tile.first_row;
+  const int rows = min(kBlockM, p.seqlen_q - tile.first_row);
+  const Element* q = head_base(p.q, p.q_strides, tile.batch, tile.head);
+  const Element* dout = head_base(p.dout, p.dout_strides, tile.batch, tile.head);
+  const Element* k = head_base(p.k, p.k_strides, tile.batch, head_kv);
+  const Element* v = head_base(p.v, p.v_strides, tile.batch, head_kv);
+  const int* k_index = p.k_index + (i64(tile.batch) * p.heads_kv + head_kv) * p.seqlen_k;
+
+  // load q, dout and the ranges of their rows; keys [first, last) are what some row sees
+  block_gather<kBlockM, kHeadDim, kThreads>(shared.q, q, p.q_strides.row, p.q_index + list, rows);
+  block_gather<kBlockM, kHeadDimV, kThreads>(shared.dout, dout, p.dout_strides.row, p.q_index + list, rows);
+  copies_commit();
+  for (int row = threadIdx.x; row < kBlockM; row += kThreads) {
+    shared.rows.start[row] = row < rows ? p.key_start[list + row] : 0;
+    shared.rows.end[row] = row < rows ? p.key_end[list + row] : 0;
+    shared.rows.index[row] = row < rows ? p.q_index[list + row] : -1;
+  }
+  __syncthreads();  // row ranges are complete
+  const KeySpan block_keys = warp_span(shared.rows, 0, kBlockM);
+  const KeySpan warp_keys = warp_span(shared.rows, warp_row, kWarpRows);
+  const int first = block_keys.first, last = block_keys.last;
+  const int tiles = last > first ? ceil_div(last - first, kBlockN) : 0;
+
+  // the first kStages - 1 key tiles, with the key indices that the loop will need
+#pragma unroll
+  for (int t = 0; t < kStages - 1; ++t) {
+    const int key = first + t * kBlockN;
+    if (t < tiles) {
+      block_gather<kBlockN, kHeadDim, kThreads>(shared.k[t], k, p.k_strides.row, k_index + key, last - key);
+      block_gather<kBlockN, kHeadDimV, kThreads>(shared.v[t], v, p.v_strides.row, k_index + key, last - key);
+    }
+    const int ahead = t + kStages - 1;
+    if (ahead < tiles) {
+      const int ahead_key = first + ahead * kBlockN;
+      block_copy_values<kBlockN, kThreads>(shared.key_rows[ahead % kStages], k_index + ahead_key, last - ahead_key);
+    }
+    copies_commit();
+  }
+
+  block_row_statistics(shared, p, tile, list);
+  copies_wait<kStages - 1>();
+  __syncthreads();  // q, dout and row statistics are complete
+  if (p.negative_scale) warp_negate_rows<kWarpRows, kBlockM, kHeadDim>(shared.q, warp_row);
+  Own own;
+  if constexpr (kOwnInRegisters) {
+    warp_load_left(own.q, left_operand<kBlockM>(shared.q, warp_row));
+    warp_load_left(own.dout, left_operand<kBlockM>(shared.dout, warp_row));
+  }
+#pragma unroll
+  for (int mi = 0; mi < kMi; ++mi)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      own.lse_log2[mi][half] = shared.lse_log2[warp_row + mi * 16 + half * 8 + lane / 4];
+      own.delta[mi][half] = shared.delta[warp_row + mi * 16 + half * 8 + lane / 4];
+    }
+
+  float acc_dq[kMi][kSteps * 2][4] = {};
+  int stage = 0;
+#pragma unroll 1
+  for (int t = 0; t < tiles; ++t) {
+    copies_wait<kStages - 2>();
+    __syncthreads();  // tile t is complete, and everyone has left the stage that is filled next
+
+    const int next = t + kStages - 1;
+    const int next_stage = stage == 0 ? kStages - 1 : stage - 1;
+    if (next < tiles) {
+      const int next_key = first + next * kBlockN;
+      block_gather<kBlockN, kHeadDim, kThreads>(shared.k[next_stage], k, p.k_strides.row, shared.key_rows[next_stage],
+                                                last - next_key);
+      block_gather<kBlockN, kHeadDimV, kThreads>(shared.v[next_stage], v, p.v_strides.row, shared.key_rows[next_stage],
+                                                 last - next_key);
+      const int ahead_key = next_key + (kStages - 1) * kBlockN;
+      const int ahead_stage = next_stage == 0 ? kStages - 1 : next_stage - 1;
+      if (ahead_key < last) {
+        block_copy_values<kBlockN, kThreads>(shared.key_rows[ahead_stage], k_index + ahead_key, last - ahead_key);
+      }
+    }
+    copies_commit();
+
+#pragma unroll 1
+    for (int sub = 0; sub < kBlockN / kSubN; ++sub) {
+      const int key = first + t * kBlockN + sub * kSubN;
+      if (!warp_keys.sees(key, key + kSubN)) continue;
+      if (warp_keys.sees_all(key, key + kSubN)) {
+        visit_keys<false>(shared, stage, sub, key, warp_row, own, acc_dq, p.exponent_scale);
+      } else {
+        visit_keys<true>(shared, stage, sub, key, warp_row, own, acc_dq, p.exponent_scale);
+      }
+    }
+    stage = stage == kStages - 1 ? 0 : stage + 1;
+  }
+
+  // dq = scale * acc_dq through this warp's rows of the q tile
+  float factor[kMi][2], taint[kMi][2] = {};
+  warp_row_taint(taint, acc_dq);
+  bool any_tainted = false;
+#pragma unroll
+  for (int mi = 0; mi < kMi; ++mi)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp_row + mi * 16 + half * 8 + lane / 4;
+      const bool bad =
+          ((__ballot_sync(kAllLanes, taint[mi][half] != 0.0f) >> (lane & 28)) & 15) != 0 && shared.rows.index[row] >= 0;
+      factor[mi][half] = p.softmax_scale;
+      any_tainted |= bad;
+      if (lane % 4 == 0) shared.tainted[row] = bad;
+    }
+  __syncwarp();  // this warp has read its q for the last time
+  warp_store_rows(shared.q + warp_row * kRowBytes, kBlockM, acc_dq, factor);
+  __syncwarp();  // dq of this warp is in shared memory
+  Element* dq = head_base(p.dq, p.dq_strides, tile.batch, tile.head);
+  warp_scatter<kWarpRows, kBlockM, kHeadDim>(shared.q, warp_row, dq, p.dq_strides.row, shared.rows.index);
+
+  // rows with NaN or Inf once more, from visible pairs alone
+  if (__syncthreads_or(any_tainted)) {
+    for (int row = 0; row < kBlockM; ++row) {
+      if (!shared.tainted[row]) continue;
+      const int q_row = shared.rows.index[row];
+      block_exact_dq<kThreads>(q + q_row * p.q_strides.row, dout + q_row * p.dout_strides.row, shared.lse_log2[row],
+                               shared.delta[row], k, v, k_index, shared.rows.start[row], shared.rows.end[row], p,
+                               reinterpret_cast<float*>(shared.k), dq + q_row * p.dq_strides.row);
+    }
+  }
+}

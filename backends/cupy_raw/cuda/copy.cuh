@@ -1,0 +1,144 @@
+// Rows between global and shared memory: gathers by index into a swizzled tile, scatters out of one.
+//
+// A tile of R rows is cut into panels of 64 columns (128 bytes); the 16-byte chunk c of row r lies at
+//   (c / 8) * R * 128 + r * 128 + ((c % 8) ^ (r % 8)) * 16
+// so that 8 lanes reading one chunk of 8 rows (ldmatrix) and 8 lanes writing one row (cp.async) each touch all 32 banks.
+#pragma once
+#include "types.cuh"
+
+constexpr int kRowBytes = 128;
+
+SCFA_DEVICE constexpr int padded(int dim) { return ceil_div(dim, 16) * 16; }
+
+SCFA_DEVICE constexpr int tile_bytes(int rows, int dim) { return ceil_div(dim, 64) * rows * kRowBytes; }
+
+SCFA_DEVICE int chunk_offset(int row, int chunk, int rows) {
+  return (chunk >> 3) * (rows * kRowBytes) + row * kRowBytes + (((chunk & 7) ^ (row & 7)) << 4);
+}
+
+SCFA_DEVICE u32 shared_address(const void* pointer) { return u32(__cvta_generic_to_shared(pointer)); }
+
+// 16 bytes in the background; zeros where the row is not wanted, and then nothing is read.
+SCFA_DEVICE void copy16_async(void* target, const void* source, bool wanted) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source),
+               "r"(wanted ? 16 : 0)
+               : "memory");
+}
+
+SCFA_DEVICE void copy4_async(void* target, const void* source, bool wanted) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(target)), "l"(source), "r"(wanted ? 4 : 0)
+               : "memory");
+}
+
+SCFA_DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int kPending>
+SCFA_DEVICE void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps ordinary shared stores of this thread before the ldmatrix that follow them in program order.
+SCFA_DEVICE void order_shared_accesses() { asm volatile("" ::: "memory"); }
+
+// threadIdx.x, read anew: what is computed from it inside a loop stays there, instead of holding registers all the way.
+SCFA_DEVICE int thread_here() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+// Eight elements of one row as floats.
+SCFA_DEVICE void load8(const u16* source, float (&values)[8]) {
+  u32 words[4];
+  if constexpr (kAligned) {
+    const uint4 packed = *reinterpret_cast<const uint4*>(source);
+    words[0] = packed.x, words[1] = packed.y, words[2] = packed.z, words[3] = packed.w;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = u32(source[2 * i]) | (u32(source[2 * i + 1]) << 16);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) unpack_pair(words[i], values[2 * i], values[2 * i + 1]);
+}
+
+SCFA_DEVICE void load8(const float* source, float (&values)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) values[i] = source[i];
+}
+
+// Rows index[0 .. valid_rows) of a (rows, kDim) array into a swizzled tile; the other rows and the padding columns become 0.
+template <int kRows, int kDim, int kThreads>
+SCFA_DEVICE void block_gather(char* tile, const u16* base, i64 row_stride, const int* index, int valid_rows) {
+  constexpr int kChunks = padded(kDim) / 8;
+  constexpr int kItems = kRows * kChunks;
+  const int thread = thread_here();
+#pragma unroll
+  for (int first = 0; first < kItems; first += kThreads) {
+    const int item = first + thread;
+    if (kItems % kThreads != 0 && item >= kItems) break;
+    const int row = item / kChunks;
+    const int chunk = item % kChunks;
+    const bool wanted = row < valid_rows && chunk * 8 < kDim;
+    const u16* source = wanted ? base + index[row] * row_stride + chunk * 8 : base;
+    char* target = tile + chunk_offset(row, chunk, kRows);
+    if constexpr (kAligned) {
+      copy16_async(target, source, wanted);
+    } else {
+      uint4 packed = make_uint4(0, 0, 0, 0);
+      if (wanted) {
+        packed.x = u32(source[0]) | (u32(source[1]) << 16), packed.y = u32(source[2]) | (u32(source[3]) << 16);
+        packed.z = u32(source[4]) | (u32(source[5]) << 16), packed.w = u32(source[6]) | (u32(source[7]) << 16);
+      }
+      *reinterpret_cast<uint4*>(target) = packed;
+    }
+  }
+}
+
+// kCount four-byte values in the background; zeros from `valid` on.
+template <int kCount, int kThreads, class T>
+SCFA_DEVICE void block_copy_values(T* target, const T* source, int valid) {
+  const int thread = thread_here();
+#pragma unroll
+  for (int first = 0; first < kCount; first += kThreads) {
+    const int item = first + thread;
+    if (kCount % kThreads != 0 && item >= kCount) break;
+    copy4_async(target + item, item < valid ? source + item : source, item < valid);
+  }
+}
+
+// kWarpRows rows of a swizzled tile, from row `first_row` on, to the rows index[...] of an array; index < 0: no such row.
+template <int kWarpRows, int kTileRows, int kDim>
+SCFA_DEVICE void warp_scatter(const char* tile, int first_row, u16* base, i64 row_stride, const int* index) {
+  constexpr int kChunks = kDim / 8;
+  constexpr int kItems = kWarpRows * kChunks;
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll 4
+  for (int first = 0; first < kItems; first += kWarpSize) {
+    const int item = first + lane;
+    if (kItems % kWarpSize != 0 && item >= kItems) break;
+    const int row = first_row + item / kChunks;
+    const int chunk = item % kChunks;
+    const int target_row = index[row];
+    if (target_row < 0) continue;
+    const uint4 packed = *reinterpret_cast<const uint4*>(tile + chunk_offset(row, chunk, kTileRows));
+    u16* target = base + target_row * row_stride + chunk * 8;
+    if constexpr (kAligned) {
+      *reinterpret_cast<uint4*>(target) = packed;
+    } else {
+      const u32 words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) target[2 * i] = u16(words[i]), target[2 * i + 1] = u16(words[i] >> 16);
+    }
+  }
+}
+
+// Changes the sign of kWarpRows rows of a tile, for this warp's own later ldmatrix.
+template <int kWarpRows, int kTileRows, int kDim>
+SCFA_DEVICE void warp_negate_rows(char* tile, int first_row) {
+  for (int item = threadIdx.x % kWarpSize; item < kWarpRows * padded(kDim) / 8; item += kWarpSize) {
+    uint4& packed = *reinterpret_cast<uint4*>(tile + chunk_offset(first_row + item % kWarpRows, item / kWarpRows, kTileRows));
+    packed.x ^= 0x80008000u, packed.y ^= 0x80008000u, packed.z ^= 0x80008000u, packed.w ^= 0x80008000u;
+  }
+  order_shared_accesses();
+  __syncwarp();  // every lane's rows are negated
+}

@@ -1,0 +1,159 @@
+// The careful way, one row at a time, for rows whose fast result is not finite.
+//
+// A tile product multiplies the zero of an invisible pair with whatever the row of that pair holds, and 0 * NaN is NaN.
+// Kernels therefore check their accumulators at the end (NaN and Inf never go away again) and recompute a tainted row
+// here from its visible pairs alone. So every result depends on visible pairs only, bit for bit, and the check costs one
+// fused multiply-add per accumulator. A row stops early once all it computes is NaN. All threads of the block take part.
+#pragma once
+#include "mma.cuh"
+#include "params.cuh"
+
+template <int kDim>
+SCFA_DEVICE float dot_rows(const Element* a, const Element* b) {
+  float sum = 0.0f;
+#pragma unroll 1
+  for (int d = 0; d < kDim; d += 8) {
+    float x[8], y[8];
+    load8(a + d, x);
+    load8(b + d, y);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum = fmaf(x[i], y[i], sum);
+  }
+  return sum;
+}
+
+SCFA_DEVICE bool is_nan(float x) { return x != x; }
+
+// Columns threadIdx.x, threadIdx.x + kThreads, ... of one row.
+template <int kDim, int kThreads>
+struct RowSlice {
+  static constexpr int kColumns = ceil_div(kDim, kThreads);
+  float value[kColumns];
+
+  SCFA_DEVICE void init() {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) value[c] = 0.0f;
+  }
+  SCFA_DEVICE void scale(float factor) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) value[c] *= factor;
+  }
+  SCFA_DEVICE void add(float factor, const Element* row) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c)
+      if (column(c) < kDim) value[c] = fmaf(factor, to_float(row[column(c)]), value[c]);
+  }
+  SCFA_DEVICE void store(Element* row) const {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c)
+      if (column(c) < kDim) row[column(c)] = from_float<Element>(value[c]);
+  }
+  SCFA_DEVICE bool all_nan() const {
+    bool all = true;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) all &= column(c) >= kDim || is_nan(value[c]);
+    return all;
+  }
+  SCFA_DEVICE static int column(int c) { return c * kThreads + threadIdx.x; }
+};
+
+// out and lse of one query row over sorted keys [start, end). `scratch`: kThreads floats of shared memory.
+template <int kThreads>
+SCFA_DEVICE void block_exact_out(const Element* q_row, const Element* k, const Element* v, const int* k_index, int start, int end,
+                                 const Params& p, float* scratch, Element* out_row, float* lse) {
+  RowSlice<kHeadDimV, kThreads> acc;
+  acc.init();
+  float reference = -infinity(), row_sum = 0.0f;
+  for (int first = start; first < end; first += kThreads) {
+    const int count = min(kThreads, end - first);
+    const int mine = first + threadIdx.x;
+    __syncthreads();  // the scores of the last round have been read
+    if (mine < end) {
+      scratch[threadIdx.x] = dot_rows<kHeadDim>(q_row, k + k_index[mine] * p.k_strides.row) * p.softmax_scale_log2;
+    }
+    __syncthreads();  // scores are complete
+
+    float moved = reference;
+    for (int j = 0; j < count; ++j) moved = fmaxf(moved, scratch[j]);
+    const float factor = moved == reference ? 1.0f : exp2_fast(reference - moved);
+    acc.scale(factor);
+    row_sum *= factor;
+    reference = moved;
+    for (int j = 0; j < count; ++j) {
+      const float probability = exp2_fast(scratch[j] - reference);
+      row_sum += probability;
+      acc.add(probability, v + k_index[first + j] * p.v_strides.row);
+    }
+    if (__syncthreads_and(acc.all_nan() && is_nan(row_sum))) break;
+  }
+  const bool empty = reference == -infinity() && !is_nan(row_sum);
+  acc.scale(empty ? 0.0f : 1.0f / row_sum);
+  acc.store(out_row);
+  if (threadIdx.x == 0) *lse = empty ? -infinity() : (reference + log2f(row_sum)) * kLn2;
+}
+
+// dq of one query row. `scratch`: kThreads floats of shared memory.
+template <int kThreads>
+SCFA_DEVICE void block_exact_dq(const Element* q_row, const Element* dout_row, float lse_log2, float delta, const Element* k,
+                                const Element* v, const int* k_index, int start, int end, const Params& p, float* scratch,
+                                Element* dq_row) {
+  RowSlice<kHeadDim, kThreads> acc;
+  acc.init();
+  for (int first = start; first < end; first += kThreads) {
+    const int count = min(kThreads, end - first);
+    const int mine = first + threadIdx.x;
+    __syncthreads();  // the gradients of the last round have been read
+    if (mine < end) {
+      const float score = dot_rows<kHeadDim>(q_row, k + k_index[mine] * p.k_strides.row) * p.softmax_scale_log2;
+      const float dp = dot_rows<kHeadDimV>(dout_row, v + k_index[mine] * p.v_strides.row);
+      scratch[threadIdx.x] = exp2_fast(score - lse_log2) * (dp - delta);
+    }
+    __syncthreads();  // gradients of the scores are complete
+    for (int j = 0; j < count; ++j) acc.add(scratch[j], k + k_index[first + j] * p.k_strides.row);
+    if (__syncthreads_and(acc.all_nan())) break;
+  }
+  acc.scale(p.softmax_scale);
+  acc.store(dq_row);
+}
+
+// What one key row gathers from its queries, head after head. `scratch`: 2 * kThreads floats of shared memory.
+template <int kThreads>
+struct ExactKeyRow {
+  RowSlice<kHeadDim, kThreads> acc_dk;
+  RowSlice<kHeadDimV, kThreads> acc_dv;
+
+  SCFA_DEVICE void init() { acc_dk.init(), acc_dv.init(); }
+
+  // Adds the queries of head `head` among sorted rows [first_query, last_query) that see sorted key `key`.
+  SCFA_DEVICE void add_head(const Params& p, int batch, int head, int key, const Element* k_row, const Element* v_row,
+                            int first_query, int last_query, float* scratch) {
+    const Element* q = head_base(p.q, p.q_strides, batch, head);
+    const Element* dout = head_base(p.dout, p.dout_strides, batch, head);
+    const i64 list = (i64(batch) * p.heads + head) * p.seqlen_q;
+    const int* q_index = p.q_index + list;
+    float* probabilities = scratch;
+    float* gradients = scratch + kThreads;
+    for (int first = first_query; first < last_query; first += kThreads) {
+      const int count = min(kThreads, last_query - first);
+      const int mine = first + threadIdx.x;
+      __syncthreads();  // the values of the last round have been read
+      if (mine < last_query) {
+        // A probability of -1 marks a query that does not see the key.
+        probabilities[threadIdx.x] = -1.0f;
+        if (key >= p.key_start[list + mine] && key < p.key_end[list + mine]) {
+          const float score = dot_rows<kHeadDim>(q + q_index[mine] * p.q_strides.row, k_row) * p.softmax_scale_log2;
+          const float dp = dot_rows<kHeadDimV>(dout + q_index[mine] * p.dout_strides.row, v_row);
+          probabilities[threadIdx.x] = exp2_fast(score - p.lse_log2[list + mine]);
+          gradients[threadIdx.x] = probabilities[threadIdx.x] * (dp - p.delta[list + mine]);
+        }
+      }
+      __syncthreads();  // probabilities and gradients are complete
+      for (int j = 0; j < count; ++j) {
+        if (probabilities[j] == -1.0f) continue;
+        acc_dk.add(gradients[j], q + q_index[first + j] * p.q_strides.row);
+        acc_dv.add(probabilities[j], dout + q_index[first + j] * p.dout_strides.row);
+      }
+      if (__syncthreads_and(acc_dk.all_nan() && acc_dv.all_nan())) return;
+    }
+  }
+};

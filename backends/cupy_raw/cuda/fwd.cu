@@ -1,0 +1,189 @@
+// scfa_fwd: attention of sorted query rows over their ranges of the sorted key list, 16-bit inputs, tensor cores.
+//
+// Computes   out[i] = sum_j p[i][j] v[j] / sum_j p[i][j],  p[i][j] = exp(scale * q[i] . k[j]),  lse[i] = ln sum_j p[i][j]
+//            over j = k_index[key_start[r] : key_end[r]] for i = q_index[r]. Rows that see nothing: out 0, lse -inf.
+// Grid       one block per kBlockM sorted query rows of one (batch, head), heads one after another; warp w owns kWarpRows of
+//            them. A block walks the union of its rows' ranges kBlockN keys at a time; a warp skips tiles its rows do
+//            not see and masks only tiles some row sees in part.
+// Shared     q tile (reused for out) + kStages * (k tile + v tile) + row ranges + kStages * kBlockN key indices; see Shared.
+// Inputs     q k v (batch, heads, seqlen, head_dim) float16 | bfloat16 at any strides; plan arrays int32.
+// Outputs    out like q, every row; lse float32, natural log, in the user's order.
+// Exactness  rows outside the block's union are never read; NaN or Inf of invisible rows inside it cannot leak: exact.cuh.
+// Source     Dao et al., FlashAttention-2 (tiling, warps own rows); Pagliardini et al. 2023 (key ranges). This version:
+//            gather fused, 32 rows a warp, lazy rescaling (softmax.cuh).
+#include "exact.cuh"
+#include "mask.cuh"
+#include "schedule.cuh"
+#include "softmax.cuh"
+
+constexpr int kBlockM = SCFA_BLOCK_M;
+constexpr int kBlockN = SCFA_BLOCK_N;
+constexpr int kStages = SCFA_STAGES;
+constexpr int kWarps = SCFA_NUM_WARPS;
+constexpr bool kQInRegisters = SCFA_OWN_IN_REGISTERS != 0;
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kWarpRows = kBlockM / kWarps;
+constexpr int kMi = kWarpRows / 16;
+constexpr int kSteps = padded(kHeadDim) / 16;
+constexpr int kOutBlocks = padded(kHeadDimV) / 8;
+static_assert(kWarpRows % 16 == 0, "a warp owns whole blocks of 16 rows");
+static_assert(kBlockN % 16 == 0, "keys are multiplied 16 at a time");
+static_assert(kStages >= 2, "the next tile loads while this one computes");
+
+struct Shared {
+  char q[tile_bytes(kBlockM, larger(kHeadDim, kHeadDimV))];
+  char k[kStages][tile_bytes(kBlockN, kHeadDim)];
+  char v[kStages][tile_bytes(kBlockN, kHeadDimV)];
+  RowRanges<kBlockM> rows;
+  int key_rows[kStages][kBlockN];
+  int tainted[kBlockM];
+};
+
+template <bool kMasked>
+SCFA_DEVICE void visit_tile(const Shared& shared, int stage, int first_key, int row,
+                            const u32 (&q)[kMi][kQInRegisters ? kSteps : 1][4], SoftmaxState<kMi>& softmax,
+                            float (&acc_o)[kMi][kOutBlocks][4], float scale) {
+  const int lane = threadIdx.x % kWarpSize;
+
+  // acc_s = q @ k^T
+  float acc_s[kMi][kBlockN / 8][4] = {};
+  const auto k = right_operand<kBlockN>(shared.k[stage], 0);
+  if constexpr (kQInRegisters) {
+    warp_product_nt(acc_s, q, k);
+  } else {
+    warp_product_nt<kSteps>(acc_s, left_operand<kBlockM>(shared.q, row), k);
+  }
+
+  // acc_s = -inf where row i does not see key j
+  if constexpr (kMasked) warp_mask_scores(acc_s, shared.rows, row + lane / 4, first_key);
+
+  // p = 2^(acc_s * scale - reference)
+  softmax.update(acc_s, acc_o, scale);
+
+  // acc_o += p @ v
+  u32 p[kMi][kBlockN / 16][4];
+  warp_pack<kMi, kBlockN / 8>(p, acc_s);
+  warp_product_nn(acc_o, p, left_operand<kBlockN>(shared.v[stage], 0));
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, SCFA_MIN_BLOCKS) scfa_fwd(const __grid_constant__ Params p) {
+  extern __shared__ __align__(128) char shared_bytes[];
+  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+  const Tile tile = query_tile<kBlockM>(p);
+  const int head_kv = tile.head / p.group_size;
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp_row = threadIdx.x / kWarpSize * kWarpRows;
+  const i64 list = (i64(tile.batch) * p.heads + tile.head) * p.seqlen_q + tile.first_row;
+  const int rows = min(kBlockM, p.seqlen_q - tile.first_row);
+  const Element* q = head_base(p.q, p.q_strides, tile.batch, tile.head);
+  const Element* k = head_base(p.k, p.k_strides, tile.batch, head_kv);
+  const Element* v = head_base(p.v, p.v_strides, tile.batch, head_kv);
+  const int* k_index = p.k_index + (i64(tile.batch) * p.heads_kv + head_kv) * p.seqlen_k;
+
+  // load q and the ranges of its rows; keys [first, last) are what some row sees
+  block_gather<kBlockM, kHeadDim, kThreads>(shared.q, q, p.q_strides.row, p.q_index + list, rows);
+  copies_commit();
+  for (int row = threadIdx.x; row < kBlockM; row += kThreads) {
+    shared.rows.start[row] = row < rows ? p.key_start[list + row] : 0;
+    shared.rows.end[row] = row < rows ? p.key_end[list + row] : 0;
+    shared.rows.index[row] = row < rows ? p.q_index[list + row] : -1;
+  }
+  __syncthreads();  // row ranges are complete
+  const KeySpan block_keys = warp_span(shared.rows, 0, kBlockM);
+  const KeySpan warp_keys = warp_span(shared.rows, warp_row, kWarpRows);
+  const int first = block_keys.first, last = block_keys.last;
+  const int tiles = last > first ? ceil_div(last - first, kBlockN) : 0;
+
+  // the first kStages - 1 key tiles, with the key indices that the loop will need
+#pragma unroll
+  for (int t = 0; t < kStages - 1; ++t) {
+    const int key = first + t * kBlockN;
+    if (t < tiles) {
+      block_gather<kBlockN, kHeadDim, kThreads>(shared.k[t], k, p.k_strides.row, k_index + key, last - key);
+      block_gather<kBlockN, kHeadDimV, kThreads>(shared.v[t], v, p.v_strides.row, k_index + key, last - key);
+    }
+    const int ahead = t + kStages - 1;
+    if (ahead < tiles) {
+      const int ahead_key = first + ahead * kBlockN;
+      block_copy_values<kBlockN, kThreads>(shared.key_rows[ahead % kStages], k_index + ahead_key, last - ahead_key);
+    }
+    copies_commit();
+  }
+
+  copies_wait<kStages - 1>();
+  __syncthreads();  // q is complete
+  if (p.negative_scale) warp_negate_rows<kWarpRows, kBlockM, kHeadDim>(shared.q, warp_row);
+  u32 q_operand[kMi][kQInRegisters ? kSteps : 1][4];
+  if constexpr (kQInRegisters) warp_load_left(q_operand, left_operand<kBlockM>(shared.q, warp_row));
+
+  SoftmaxState<kMi> softmax;
+  softmax.init();
+  float acc_o[kMi][kOutBlocks][4] = {};
+  int stage = 0;
+#pragma unroll 1
+  for (int t = 0; t < tiles; ++t) {
+    copies_wait<kStages - 2>();
+    __syncthreads();  // tile t is complete, and everyone has left the stage that is filled next
+
+    const int next = t + kStages - 1;
+    const int next_stage = stage == 0 ? kStages - 1 : stage - 1;
+    if (next < tiles) {
+      const int next_key = first + next * kBlockN;
+      block_gather<kBlockN, kHeadDim, kThreads>(shared.k[next_stage], k, p.k_strides.row, shared.key_rows[next_stage],
+                                                last - next_key);
+      block_gather<kBlockN, kHeadDimV, kThreads>(shared.v[next_stage], v, p.v_strides.row, shared.key_rows[next_stage],
+                                                 last - next_key);
+      const int ahead_key = next_key + (kStages - 1) * kBlockN;
+      const int ahead_stage = next_stage == 0 ? kStages - 1 : next_stage - 1;
+      if (ahead_key < last) {
+        block_copy_values<kBlockN, kThreads>(shared.key_rows[ahead_stage], k_index + ahead_key, last - ahead_key);
+      }
+    }
+    copies_commit();
+
+    const int key = first + t * kBlockN;
+    if (!warp_keys.sees(key, key + kBlockN)) {
+    } else if (warp_keys.sees_all(key, key + kBlockN)) {
+      visit_tile<false>(shared, stage, key, warp_row, q_operand, softmax, acc_o, p.exponent_scale);
+    } else {
+      visit_tile<true>(shared, stage, key, warp_row, q_operand, softmax, acc_o, p.exponent_scale);
+    }
+    stage = stage == kStages - 1 ? 0 : stage + 1;
+  }
+
+  // out = acc_o / row_sum through this warp's rows of the q tile; lse
+  float inverse[kMi][2], lse[kMi][2], taint[kMi][2] = {};
+  softmax.finalize(inverse, lse);
+  warp_row_taint(taint, acc_o);
+  __syncwarp();  // this warp has read its q for the last time
+  warp_store_rows(shared.q + warp_row * kRowBytes, kBlockM, acc_o, inverse);
+  float* lse_base = head_base(p.lse, p.lse_strides, tile.batch, tile.head);
+  bool any_tainted = false;
+#pragma unroll
+  for (int mi = 0; mi < kMi; ++mi)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp_row + mi * 16 + half * 8 + lane / 4;
+      const int q_row = shared.rows.index[row];
+      const bool bad = ((__ballot_sync(kAllLanes, taint[mi][half] != 0.0f) >> (lane & 28)) & 15) != 0 && q_row >= 0;
+      any_tainted |= bad;
+      if (lane % 4 == 0) {
+        shared.tainted[row] = bad;
+        if (q_row >= 0) lse_base[q_row * p.lse_strides.row] = lse[mi][half];
+      }
+    }
+  __syncwarp();  // out of this warp is in shared memory
+  Element* out = head_base(p.out, p.out_strides, tile.batch, tile.head);
+  warp_scatter<kWarpRows, kBlockM, kHeadDimV>(shared.q, warp_row, out, p.out_strides.row, shared.rows.index);
+
+  // rows with NaN or Inf once more, from visible pairs alone
+  if (__syncthreads_or(any_tainted)) {
+    for (int row = 0; row < kBlockM; ++row) {
+      if (!shared.tainted[row]) continue;
+      const int q_row = shared.rows.index[row];
+      block_exact_out<kThreads>(q + q_row * p.q_strides.row, k, v, k_index, shared.rows.start[row], shared.rows.end[row], p,
+                                reinterpret_cast<float*>(shared.k), out + q_row * p.out_strides.row,
+                                lse_base + q_row * p.lse_strides.row);
+    }
+  }
+}

@@ -1,0 +1,86 @@
+// The one vocabulary of every kernel: integer names, the element type, the conversions between it and float, and the
+// constants that describe the problem. A kernel adds its own tile constants.
+#pragma once
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long i64;
+
+#define SCFA_DEVICE __device__ __forceinline__
+
+#ifndef SCFA_HEAD_DIM
+#error "SCFA_HEAD_DIM: set by variants.py"
+#endif
+#ifndef SCFA_HEAD_DIM_V
+#error "SCFA_HEAD_DIM_V: set by variants.py"
+#endif
+#ifndef SCFA_ELEMENT
+#error "SCFA_ELEMENT (0 float32, 1 float16, 2 bfloat16): set by variants.py"
+#endif
+#ifndef SCFA_ALIGNED
+#error "SCFA_ALIGNED (1: every row starts at a multiple of 16 bytes): set by variants.py"
+#endif
+
+constexpr int kHeadDim = SCFA_HEAD_DIM;
+constexpr int kHeadDimV = SCFA_HEAD_DIM_V;
+constexpr bool kIsBf16 = SCFA_ELEMENT == 2;
+constexpr bool kAligned = SCFA_ALIGNED != 0;
+static_assert(kHeadDim % 8 == 0 && kHeadDim >= 8 && kHeadDim <= 256, "head_dim is a multiple of 8, at most 256");
+static_assert(kHeadDimV % 8 == 0 && kHeadDimV >= 8 && kHeadDimV <= 256, "head_dim_v is a multiple of 8, at most 256");
+
+#if SCFA_ELEMENT == 0
+using Element = float;
+#else
+using Element = u16;  // the bits of a half or a bfloat16
+#endif
+
+constexpr int kWarpSize = 32;
+constexpr u32 kAllLanes = 0xffffffffu;
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr int kIntMax = 0x7fffffff;
+
+SCFA_DEVICE float infinity() { return __int_as_float(0x7f800000); }
+
+SCFA_DEVICE constexpr int ceil_div(int value, int unit) { return (value + unit - 1) / unit; }
+
+SCFA_DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
+
+SCFA_DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
+
+// Two neighbouring 16-bit elements of one 32-bit word, low half first.
+SCFA_DEVICE void unpack_pair(u32 word, float& low, float& high) {
+  if constexpr (kIsBf16) {
+    low = __uint_as_float(word << 16);
+    high = __uint_as_float(word & 0xffff0000u);
+  } else {
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(low), "=f"(high) : "r"(word));
+  }
+}
+
+SCFA_DEVICE u32 pack_pair(float low, float high) {
+  u32 word;
+  if constexpr (kIsBf16) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  }
+  return word;
+}
+
+SCFA_DEVICE float to_float(float x) { return x; }
+
+SCFA_DEVICE float to_float(u16 x) {
+  float low, high;
+  unpack_pair(x, low, high);
+  return low;
+}
+
+template <class T>
+SCFA_DEVICE T from_float(float x) {
+  if constexpr (sizeof(T) == 4) {
+    return x;
+  } else {
+    return T(pack_pair(x, 0.0f) & 0xffffu);
+  }
+}
