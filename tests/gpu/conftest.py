@@ -1,0 +1,176 @@
+"""What every GPU test shares: backends, reasons to skip, guarded memory, the worst errors seen."""
+
+import os
+
+import numpy as np
+import pytest
+
+from scfa_core import testing
+
+BACKENDS = tuple(os.environ.get("SCFA_GPU_BACKENDS", "cupy").split(","))
+REQUIRED = "gpu" in os.environ.get("SCFA_REQUIRE", "").split(",")
+GUARD = 512  # elements before and after every tensor
+TORCH_NAMES = {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32"}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.parent.name == "gpu":
+            item.add_marker(pytest.mark.gpu)
+
+
+def missing(reason):
+    """Skip with `reason`, or fail where $SCFA_REQUIRE names gpu."""
+    if REQUIRED:
+        pytest.fail(f"SCFA_REQUIRE=gpu, but {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def torch():
+    torch = pytest.importorskip("torch") if not REQUIRED else __import__("torch")
+    if not torch.cuda.is_available():
+        missing("torch sees no CUDA device")
+    return torch
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def backend(request, torch):
+    """Name of a backend that can run here."""
+    from scfa_core.dispatch import unavailable_reason
+
+    reason = unavailable_reason(request.param)
+    if reason is not None:
+        missing(f"backend {request.param} cannot run here: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def hold(request):
+    """Judge results by the error rule, and note the worst ratio for the record."""
+
+    def hold(case, got, right=None):
+        verdicts = testing.judge(case, got, right)
+        for verdict in verdicts:
+            worst = max(verdict.max_ratio, verdict.norm_ratio)
+            name = f"{case.spec.dtype}/{verdict.name}"
+            request.node.user_properties.append(("ratio", (name, worst)))
+        bad = [
+            f"{v.name}: {v.max_ratio:.2f} {v.norm_ratio:.2f} {v.detail}"
+            for v in verdicts
+            if not v.ok
+        ]
+        assert not bad, f"{case.spec}: {bad}"
+
+    return hold
+
+
+class Arena:
+    """Tensors inside buffers of noise: what a kernel must not touch is seen to be untouched."""
+
+    def __init__(self, torch):
+        self.torch = torch
+        self.held = []
+
+    def tensor(self, shape, dtype, *, strides="bhtd", values=None, gap=0):
+        """View of `shape` in a guarded buffer; without `values` it starts as NaN.
+
+        `strides` is the memory order "bhtd" or "bthd"; `gap` elements follow each row. Buffers
+        begin on 16-byte boundaries; an odd gap moves rows off them.
+        """
+        torch = self.torch
+        batch, heads, rows, width = shape
+        pitch = width + gap
+        if strides == "bhtd":
+            steps = (heads * rows * pitch, rows * pitch, pitch, 1)
+        else:
+            steps = (rows * heads * pitch, pitch, heads * pitch, 1)
+        size = batch * heads * rows * pitch
+        buffer = torch.full(
+            (size + 2 * GUARD,), float("nan"), dtype=getattr(torch, dtype), device="cuda"
+        )
+        view = buffer.as_strided(shape, steps, GUARD)
+        if values is not None:
+            view.copy_(as_torch(torch, values, dtype))
+        self.held.append((buffer, view, values is None))
+        return view
+
+    def check(self):
+        """Raise unless everything outside of the views still is NaN."""
+        for buffer, view, _ in self.held:
+            rest = buffer.clone()
+            rest.as_strided(view.shape, view.stride(), GUARD).fill_(float("nan"))
+            touched = int((~rest.isnan()).sum())
+            assert touched == 0, (
+                f"{touched} elements outside of a {tuple(view.shape)} tensor were written"
+            )
+
+
+@pytest.fixture
+def arena(torch):
+    return Arena(torch)
+
+
+def as_torch(torch, x, dtype):
+    """NumPy (bfloat16 as uint16 bits) to a CUDA tensor."""
+    if dtype == "bfloat16" and x.dtype == np.uint16:
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).cuda()
+    return torch.from_numpy(np.ascontiguousarray(x)).cuda()
+
+
+def as_float64(x):
+    return x.detach().double().cpu().numpy()
+
+
+@pytest.fixture
+def call(torch, backend, arena):
+    """Run a `testing.Case` on guarded, NaN-filled memory by the backend's own verbs."""
+    from scfa_core.dispatch import load_backend
+    from scfa_core.lowering import lower
+    from scfa_core.plan import PlanArrays, plan_shapes
+    from scfa_core.problem import Problem
+    from scfa_core.torch_framework import TORCH_FRAMEWORK
+    from scfa_core.verify import carried_pattern
+
+    def call(case, *, strides="bhtd", gap=0, deterministic=True):
+        spec = case.spec
+        engine = load_backend(backend)
+        sizes = (spec.batch, spec.heads, spec.heads_kv, spec.seqlen_q, spec.seqlen_k)
+        widths = (spec.head_dim, spec.head_dim_v)
+        scale = case.softmax_scale
+        problem = Problem(*sizes, *widths, spec.dtype, "cuda:0", scale, deterministic)
+        assert engine.can_run(problem) is None
+        native = lambda x: TORCH_FRAMEWORK.native(x, "cuda")  # noqa: E731
+        context = TORCH_FRAMEWORK.context("cuda:0")
+        pattern = carried_pattern(
+            case.pattern, lambda x: torch.from_numpy(np.ascontiguousarray(x)).cuda()
+        )
+        clauses = lower(pattern, problem, TORCH_FRAMEWORK)
+        fields = ("q_groups", "k_groups", "q_keeps", "k_keeps", "starts", "ends")
+        clauses_native = clauses._replace(
+            **{name: tuple(map(native, getattr(clauses, name))) for name in fields}
+        )
+        arrays = [
+            torch.full(shape, -(2**31), dtype=torch.int32, device="cuda")
+            for shape in plan_shapes(problem, "cuda")
+        ]
+        plan = PlanArrays(*map(native, arrays), clauses.monotone)
+        engine.make_plan(problem, clauses_native, plan, context)
+
+        options = {"strides": strides, "gap": gap}
+        q, k, v, dout = (
+            arena.tensor(x.shape, spec.dtype, values=x, **options)
+            for x in (case.q, case.k, case.v, case.dout)
+        )
+        out = arena.tensor((*q.shape[:3], spec.head_dim_v), spec.dtype, **options)
+        lse = torch.full(q.shape[:3], float("nan"), device="cuda")
+        engine.forward(problem, plan, *map(native, (q, k, v, out, lse)), context)
+        grads = [arena.tensor(x.shape, spec.dtype, **options) for x in (q, k, v)]
+        inputs = map(native, (dout, q, k, v, out, lse))
+        engine.backward(problem, plan, *inputs, *map(native, grads), context)
+        torch.cuda.synchronize()
+        arena.check()
+        plan_arrays = [x.cpu().numpy() for x in arrays[:6]]
+        return testing.Results(*map(as_float64, (out, lse, *grads))), plan_arrays, clauses
+
+    return call

@@ -1,0 +1,146 @@
+"""Every kernel against the float64 truth by the error rule, on memory full of NaN."""
+
+import numpy as np
+import pytest
+
+from scfa_core import testing
+from scfa_core.testing import Part, Spec
+
+DTYPES = ("bfloat16", "float16", "float32")
+HASH = (Part("hash", "uniform", 5),)
+PATTERNS = {
+    "causal": (Part("causal", number=0),),
+    "bottom-right": (Part("causal", number=1),),
+    "hash": HASH,
+    "hash, not causal": (Part("hash", "zipf", 5, causal=False),),
+    "one bucket": (Part("hash", "single"),),
+    "tiny buckets": (Part("hash", "distinct"),),
+    "tile edges": (Part("hash", "tile-edges"),),
+    "extreme ids": (Part("hash", "extreme"),),
+    "keep half": (Part("keep", "uniform", 50),),
+    "keep none": (Part("keep", "none"),),
+    "documents": (Part("documents", "uniform", 4),),
+    "window": (Part("window", number=70),),
+    "ranges": (Part("ranges", "random"),),
+    "sorted ranges": (Part("ranges", "sorted"),),
+    "all together": (
+        Part("hash", "uniform", 3),
+        Part("keep", "uniform", 80),
+        Part("window", number=90),
+    ),
+}
+
+
+def check(call, hold, spec):
+    case = testing.build(spec)
+    got, _, _ = call(case)
+    hold(case, got)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns(call, hold, name, dtype):
+    spec = Spec(2, 4, 2, 333, 290, 64, 64, dtype, parts=PATTERNS[name], poison=True, seed=11)
+    check(call, hold, spec)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [16, 32, 40, 64, 80, 96, 128, 192, 256])
+def test_head_dims(call, hold, head_dim, dtype):
+    parts = (Part("hash", "uniform", 3),)
+    check(call, hold, Spec(1, 2, 2, 270, 270, head_dim, head_dim, dtype, parts=parts, seed=2))
+
+
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(64, 128), (128, 64), (24, 256), (192, 128)])
+def test_values_of_another_width(call, hold, head_dim, head_dim_v):
+    spec = Spec(1, 2, 1, 200, 260, head_dim, head_dim_v, "bfloat16", parts=HASH, seed=3)
+    check(call, hold, spec)
+
+
+@pytest.mark.parametrize("seqlen", [1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 257])
+def test_edges_of_tiles(call, hold, seqlen):
+    parts = (Part("causal", number=0),)
+    check(call, hold, Spec(1, 1, 1, seqlen, seqlen, 64, 64, "bfloat16", parts=parts, seed=seqlen))
+    check(call, hold, Spec(1, 1, 1, 100, seqlen, 128, 128, "float16", parts=HASH, seed=seqlen))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 1e-6, 4.0])
+def test_scales(call, hold, scale):
+    spec = Spec(1, 2, 2, 150, 150, 64, 64, "bfloat16", softmax_scale=scale, parts=HASH, seed=4)
+    check(call, hold, spec)
+
+
+@pytest.mark.parametrize(("heads", "heads_kv"), [(8, 1), (6, 2), (3, 3)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_grouped_heads(call, hold, heads, heads_kv, dtype):
+    check(call, hold, Spec(2, heads, heads_kv, 190, 210, 64, 64, dtype, parts=HASH, seed=5))
+
+
+@pytest.mark.parametrize("strides", ["bhtd", "bthd"])
+@pytest.mark.parametrize("gap", [0, 8, 1], ids=["dense", "sliced", "unaligned"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strides(call, hold, strides, gap, dtype):
+    case = testing.build(Spec(2, 3, 1, 130, 140, 64, 64, dtype, parts=HASH, seed=6, poison=True))
+    got, _, _ = call(case, strides=strides, gap=gap)
+    hold(case, got)
+
+
+def test_large_scores_and_infinities(call, hold):
+    """Scores of thousands, and visible infinities, follow the formula."""
+    case = testing.build(Spec(1, 1, 1, 140, 140, 64, 64, "float32", parts=HASH, seed=7))
+    case.q[...] *= 300.0
+    got, _, _ = call(case)
+    assert np.isfinite(got.out).all()
+    assert np.isfinite(got.lse[case.mask.any(-1)]).all()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_problems(call, hold, seed):
+    check(call, hold, testing.random_spec(seed, most_rows=300, dtypes=DTYPES))
+
+
+def test_not_deterministic_is_as_exact(call, hold):
+    case = testing.build(Spec(2, 4, 2, 300, 300, 64, 64, "bfloat16", parts=HASH, seed=8))
+    got, _, _ = call(case, deterministic=False)
+    hold(case, got)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_thousands_of_rows_against_torch_on_the_card(torch, backend, request, head_dim, dtype):
+    """The rule at its word: twice the error of torch's own evaluation in the same dtype."""
+    import scfa_core as scfa
+
+    generator = torch.Generator("cuda").manual_seed(head_dim)
+    kind = getattr(torch, dtype)
+    shape = (1, 4, 2500, head_dim)
+
+    def draw():
+        return torch.randn(shape, device="cuda", generator=generator).to(kind)
+
+    q, k, v, dout = draw(), draw(), draw(), draw()
+    q_hash, k_hash = (
+        torch.randint(0, 4, shape[:3], device="cuda", generator=generator) for _ in range(2)
+    )
+    row = torch.arange(2500, device="cuda")
+    mask = (q_hash[..., :, None] == k_hash[..., None, :]) & (row[:, None] >= row[None, :])
+    blind = ~mask.any(-1, keepdim=True)
+
+    def formula(wide):
+        x, y, z = (t.to(wide).requires_grad_() for t in (q, k, v))
+        scores = (x @ y.transpose(-1, -2)) * head_dim**-0.5
+        scores = scores.masked_fill(~mask, float("-inf")).masked_fill(blind, 0.0)
+        out = torch.softmax(scores, -1).masked_fill(blind, 0.0) @ z
+        return (out, *torch.autograd.grad(out, (x, y, z), dout.to(wide)))
+
+    truth, plain = formula(torch.float64), formula(kind)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    out = scfa.attention(*leaves, scfa.HashSparse(q_hash, k_hash), backend=backend)
+    mine = (out, *torch.autograd.grad(out, leaves, dout))
+    for name, got, other, true in zip(("out", "dq", "dk", "dv"), mine, plain, truth, strict=True):
+        error, allowed = (got.double() - true).abs(), (other.double() - true).abs()
+        worst = max(
+            float(error.max() / (2 * allowed.max())), float(error.norm() / (2 * allowed.norm()))
+        )
+        request.node.user_properties.append(("ratio", (f"torch {dtype}/{name}", worst)))
+        assert worst <= 1.0, name

@@ -1,0 +1,212 @@
+"""A well-behaved guest: streams, graphs, threads, no waiting, no hidden memory, the same bits."""
+
+import threading
+
+import pytest
+
+import scfa_core as scfa
+
+
+def inputs(torch, shape=(2, 4, 700, 64), heads_kv=None, dtype=None, buckets=5, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    kv_shape = (shape[0], heads_kv or shape[1], *shape[2:])
+
+    def draw(size):
+        return torch.randn(size, device="cuda", generator=generator).to(dtype or torch.bfloat16)
+
+    tensors = draw(shape), draw(kv_shape), draw(kv_shape), draw(shape)
+    hashes = [
+        torch.randint(0, buckets, size[:3], device="cuda", generator=generator)
+        for size in (shape, kv_shape)
+    ]
+    return tensors, hashes
+
+
+def everything(backend, tensors, pattern):
+    q, k, v, dout = tensors
+    out, lse = scfa.attention(q, k, v, pattern, return_lse=True, backend=backend)
+    return out, lse, *scfa.attention_backward(dout, q, k, v, out, lse, pattern, backend=backend)
+
+
+def assert_same(torch, left, right):
+    for mine, other in zip(left, right, strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_same_bits_every_time(torch, backend, dtype):
+    tensors, hashes = inputs(torch, (2, 8, 900, 64), 2, getattr(torch, dtype))
+    pattern = scfa.HashSparse(*hashes)
+    first = everything(backend, tensors, pattern)
+    for _ in range(5):
+        assert_same(torch, first, everything(backend, tensors, pattern))
+
+
+def test_a_call_does_not_wait(torch, backend):
+    tensors, hashes = inputs(torch)
+    pattern = scfa.HashSparse(*hashes)
+    everything(backend, tensors, pattern)
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = everything(backend, tensors, pattern)
+        everything(backend, tensors, scfa.Causal())
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert all(bool(x.isfinite().all()) for x in results[2:])
+
+
+def test_work_stays_on_the_callers_stream(torch, backend):
+    """Inputs that are still being made on the current stream are waited for."""
+    tensors, hashes = inputs(torch)
+    right = everything(backend, tensors, scfa.HashSparse(*hashes))
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    staged = [torch.zeros_like(x) for x in (*tensors, *hashes)]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # about 30 ms: the copies below come late
+        for target, source in zip(staged, (*tensors, *hashes), strict=True):
+            target.copy_(source)
+        results = everything(backend, staged[:4], scfa.HashSparse(*staged[4:]))
+    stream.synchronize()
+    assert_same(torch, right, results)
+
+
+def test_graph_replay_with_new_hashes(torch, backend):
+    tensors, hashes = inputs(torch)
+    held = [x.clone() for x in hashes]
+    everything(backend, tensors, scfa.HashSparse(*held))  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = everything(backend, tensors, scfa.HashSparse(*held))
+    for seed in (1, 2):
+        (*fresh, _), new_hashes = inputs(torch, seed=seed, buckets=3 + seed)
+        for target, source in zip((*tensors[:3], *held), (*fresh, *new_hashes), strict=True):
+            target.copy_(source)
+        for x in captured:
+            x.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        right = everything(backend, tensors, scfa.HashSparse(*new_hashes))
+        assert_same(torch, right, captured)
+
+
+def test_autograd_runs_on_its_own_thread(torch, backend):
+    (q, k, v, dout), hashes = inputs(torch)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    pattern = scfa.HashSparse(*hashes)
+    out = scfa.attention(*leaves, pattern, backend=backend)
+    out.backward(dout)
+    _, _, *grads = everything(backend, (q, k, v, dout), pattern)
+    assert_same(torch, grads, [x.grad for x in leaves])
+
+
+def test_threads_at_once(torch, backend):
+    tensors, hashes = inputs(torch)
+    pattern = scfa.HashSparse(*hashes)
+    right = everything(backend, tensors, pattern)
+    torch.cuda.synchronize()
+    wrong = []
+
+    def work():
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(10):
+                results = everything(backend, tensors, pattern)
+                torch.cuda.current_stream().synchronize()
+                if not all(torch.equal(a, b) for a, b in zip(right, results, strict=True)):
+                    wrong.append(threading.get_ident())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", ["hash", "causal", "keep"])
+def test_memory_beyond_results(torch, backend, name):
+    """Plan and workspace together hold at most 32 bytes per query row."""
+    shape = (2, 8, 8192, 64)
+    (q, k, v, dout), hashes = inputs(torch, shape, buckets=16)
+    keeps = [torch.rand(shape[:3], device="cuda") < 0.5 for _ in range(2)]
+    pattern = {
+        "hash": scfa.HashSparse(*hashes),
+        "causal": scfa.Causal(),
+        "keep": scfa.QKSparse(*keeps),
+    }[name]
+    everything(backend, (q, k, v, dout), pattern)  # compiles
+    rows = shape[0] * shape[1] * shape[2]
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    plan = scfa.make_plan(pattern, q, k, backend=backend)
+    out, lse = scfa.attention(q, k, v, plan, return_lse=True, backend=backend)
+    grads = scfa.attention_backward(dout, q, k, v, out, lse, plan, backend=backend)
+    torch.cuda.synchronize()
+    results = sum(x.numel() * x.element_size() for x in (out, lse, *grads))
+    extra = torch.cuda.max_memory_allocated() - before - results
+    assert extra <= 32 * rows + 2**20, f"{extra / rows:.1f} bytes per query row"
+
+
+def test_tensors_beyond_two_to_the_31_elements(torch, backend):
+    """Two rows of heads 2^31 elements apart: every offset must be 64 bits wide."""
+    free, _ = torch.cuda.mem_get_info()
+    rows, width = 2**15, 64
+    heads = 2**31 // (rows * width) + 2  # the last heads lie beyond 2^31
+    need = heads * rows * width * 2 * 5 + 2**31
+    if free < need:
+        pytest.skip(f"needs {need / 2**30:.0f} GiB of GPU memory, {free / 2**30:.0f} are free")
+    q = torch.randn((1, heads, rows, width), device="cuda", dtype=torch.bfloat16)
+    pattern = scfa.SlidingWindow(100)
+    out, lse = scfa.attention(q, q, q, pattern, return_lse=True, backend=backend)
+    last = q[:, -1:]
+    alone, alone_lse = scfa.attention(last, last, last, pattern, return_lse=True, backend=backend)
+    assert torch.equal(out[:, -1:], alone)
+    assert torch.equal(lse[:, -1:], alone_lse)
+    grads = scfa.attention_backward(q, q, q, q, out, lse, pattern, backend=backend)
+    small = (last, last, last, last, alone, alone_lse, pattern)
+    for whole, part in zip(grads, scfa.attention_backward(*small, backend=backend), strict=True):
+        assert torch.equal(whole[:, -1:], part)
+
+
+def test_out_of_memory_is_told_and_survived(torch, backend):
+    tensors, hashes = inputs(torch)
+    pattern = scfa.HashSparse(*hashes)
+    right = everything(backend, tensors, pattern)
+    huge = torch.zeros((1,), device="cuda", dtype=torch.bfloat16).expand(1, 2**20, 2**20, 64)
+    with pytest.raises((MemoryError, torch.OutOfMemoryError)):
+        scfa.attention(huge, huge, huge, scfa.Causal(), backend=backend)
+    assert_same(torch, right, everything(backend, tensors, pattern))
+
+
+def test_expanded_keys_and_values(torch, backend):
+    """Heads that share memory by stride 0 are read in place."""
+    (q, k, v, _), hashes = inputs(torch)
+    shared_k, shared_v = (x[:, :1].expand_as(x) for x in (k, v))
+    pattern = scfa.HashSparse(*hashes)
+    got = scfa.attention(q, shared_k, shared_v, pattern, backend=backend)
+    right = scfa.attention(
+        q, shared_k.contiguous(), shared_v.contiguous(), pattern, backend=backend
+    )
+    assert torch.equal(got, right)
+
+
+def test_cupy_arrays(torch, backend):
+    cupy = pytest.importorskip("cupy")
+    (q, k, v, _), hashes = inputs(torch, dtype=torch.float16)
+    right = scfa.attention(q, k, v, scfa.HashSparse(*hashes), backend=backend)
+    pattern = scfa.HashSparse(*map(cupy.from_dlpack, hashes))
+    got = scfa.attention(*(cupy.from_dlpack(x) for x in (q, k, v)), pattern, backend=backend)
+    assert isinstance(got, cupy.ndarray)
+    assert torch.equal(torch.from_dlpack(got), right)
+
+
+def test_host_tensors_are_refused_by_name(torch, backend):
+    q = torch.zeros(1, 1, 8, 64)
+    with pytest.raises(scfa.BackendUnavailable, match="cuda"):
+        scfa.attention(q, q, q, scfa.Causal(), backend=backend)
