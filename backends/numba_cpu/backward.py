@@ -1,18 +1,21 @@
 """Backward in two deterministic passes: dq by query tile, then dk and dv by key tile.
 
-s = scale * q @ k.T;  p = exp(s - lse);  dp = dout @ v.T;  ds = p * (dp - delta), delta = rowsum(dout * out)
+s = scale * q @ k.T;  p = exp(s - lse);  dp = dout @ v.T
+ds = p * (dp - delta), delta = rowsum(dout * out)
 dq = scale * ds @ k;  dk = scale * ds.T @ q;  dv = p.T @ dout
 """
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+# numba infers the types of compiled functions from their arguments.
 
 import math
 
 import numba
 import numpy as np
-
-from .compiling import device_function, kernel
-from .convert import exp2, widen
-from .forward import hide, softmax_update
-from .tiles import (
+from scfa_core.backends.numba_cpu.compiling import device_function, kernel
+from scfa_core.backends.numba_cpu.convert import exp2, widen
+from scfa_core.backends.numba_cpu.forward import hide, softmax_update
+from scfa_core.backends.numba_cpu.tiles import (
     BLOCK,
     FULL,
     NOTHING,
@@ -28,7 +31,7 @@ from .tiles import (
     store_lanes,
     visibility,
 )
-from .vector import atomic_next
+from scfa_core.backends.numba_cpu.vector import atomic_next
 
 __all__ = ["dkdv_tiles", "dq_tiles"]
 
@@ -46,7 +49,7 @@ def row_product(x, y):
 
 @device_function
 def score_gradients(scores, dp, count, first, starts, ends, seen, lse, delta, part):
-    """dp becomes ds; lanes are queries, row r is sorted key first + r. Hidden pairs get 0."""
+    """Turn dp into ds; lanes are queries, row r is sorted key first + r. Hidden pairs get 0."""
     zero = scores.dtype.type(0)
     for r in range(count):
         row, grad = scores[r * BLOCK : (r + 1) * BLOCK], dp[r * BLOCK : (r + 1) * BLOCK]
@@ -97,6 +100,7 @@ def dq_tiles(
     seen = np.zeros(BLOCK * BLOCK, np.uint8)
     ones[:] = 1
     factor[:] = scale[0]
+    one = sample.dtype.type(1)
     while True:
         task = atomic_next(counter)
         if task >= batch * heads * blocks:
@@ -130,7 +134,7 @@ def dq_tiles(
                 q, q_base, q_layout[3], q_index, q_at, rows, head_dim, scale_log2[0], q_lanes
             )
             load_lanes(
-                dout, dout_base, dout_layout[3], q_index, q_at, rows, head_dim_v, ones[0], dout_lanes
+                dout, dout_base, dout_layout[3], q_index, q_at, rows, head_dim_v, one, dout_lanes
             )
         if exact_lse:
             row_max[:] = -np.inf
@@ -140,7 +144,16 @@ def dq_tiles(
                 part = visibility(starts, ends, rows, n0, n0 + count)
                 if part != NOTHING:
                     load_rows(
-                        k, k_base, k_layout[3], k_index, k_at + n0, count, head_dim, width, k_rows
+                        k,
+                        k_base,
+                        k_layout[3],
+                        k_index,
+                        k_at + n0,
+                        count,
+                        head_dim,
+                        width,
+                        one,
+                        k_rows,
                     )
                     multiply(k_rows, width, count, head_dim, q_lanes, scores, keep)
                     if part != FULL:
@@ -169,9 +182,11 @@ def dq_tiles(
                 continue
 
             # s = q @ k.T, in log2 units; dp = dout @ v.T
-            load_rows(k, k_base, k_layout[3], k_index, k_at + n0, count, head_dim, width, k_rows)
             load_rows(
-                v, v_base, v_layout[3], k_index, k_at + n0, count, head_dim_v, width_v, v_rows
+                k, k_base, k_layout[3], k_index, k_at + n0, count, head_dim, width, one, k_rows
+            )
+            load_rows(
+                v, v_base, v_layout[3], k_index, k_at + n0, count, head_dim_v, width_v, one, v_rows
             )
             multiply(k_rows, width, count, head_dim, q_lanes, scores, ones)
             multiply(v_rows, width_v, count, head_dim_v, dout_lanes, dp, ones)
@@ -222,7 +237,7 @@ def dkdv_tiles(
     monotone,
     sample,
 ):  # fmt: skip
-    """Write dk and dv, summing over the query heads of a group in order and over query tiles in order."""
+    """Write dk and dv, summed over the heads of a group and their query tiles, both in order."""
     batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v = sizes
     blocks_q = (seqlen_q + BLOCK - 1) // BLOCK
     blocks = (seqlen_k + BLOCK - 1) // BLOCK
@@ -241,6 +256,7 @@ def dkdv_tiles(
     seen = np.zeros(BLOCK * BLOCK, np.uint8)
     ones[:] = 1
     factor[:] = scale[0]
+    one = sample.dtype.type(1)
     while True:
         task = atomic_next(counter)
         if task >= batch * heads_kv * blocks:
@@ -254,7 +270,7 @@ def dkdv_tiles(
         dk_base = dk_layout[0] + b * dk_layout[1] + g * dk_layout[2]
         dv_base = dv_layout[0] + b * dv_layout[1] + g * dv_layout[2]
         load_lanes(k, k_base, k_layout[3], k_index, k_at, keys, head_dim, scale_log2[0], k_lanes)
-        load_lanes(v, v_base, v_layout[3], k_index, k_at, keys, head_dim_v, ones[0], v_lanes)
+        load_lanes(v, v_base, v_layout[3], k_index, k_at, keys, head_dim_v, one, v_lanes)
         acc_dk[:] = 0
         acc_dv[:] = 0
         for h in range(g * group_size, (g + 1) * group_size):
@@ -265,7 +281,10 @@ def dkdv_tiles(
             if monotone:
                 first_block = first_query_tile(tile_high, head * blocks_q, blocks_q, n0)
             for m_block in range(first_block, blocks_q):
-                low, high = tile_low[head * blocks_q + m_block], tile_high[head * blocks_q + m_block]
+                low, high = (
+                    tile_low[head * blocks_q + m_block],
+                    tile_high[head * blocks_q + m_block],
+                )
                 if low >= n0 + keys:
                     if monotone:
                         break
@@ -281,10 +300,10 @@ def dkdv_tiles(
                     continue
 
                 # s = q @ k.T, in log2 units; dp = dout @ v.T
-                load_rows(q, q_base, q_layout[3], q_index, q_at, rows, head_dim, width, q_rows)
+                load_rows(q, q_base, q_layout[3], q_index, q_at, rows, head_dim, width, one, q_rows)
                 load_rows(
                     dout, dout_base, dout_layout[3], q_index, q_at, rows, head_dim_v, width_v,
-                    dout_rows,
+                    one, dout_rows,
                 )  # fmt: skip
                 multiply(q_rows, width, rows, head_dim, k_lanes, scores, ones)
                 multiply(dout_rows, width_v, rows, head_dim_v, v_lanes, dp, ones)

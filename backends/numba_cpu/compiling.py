@@ -1,4 +1,4 @@
-"""How kernels are compiled: without the interpreter lock, cached on disk, one fingerprint over all sources."""
+"""How kernels are compiled: no interpreter lock, cached on disk, one fingerprint of all sources."""
 
 import hashlib
 import logging

@@ -1,16 +1,18 @@
-"""Element conversion: stored type <-> arithmetic type, and 2**x, as straight-line code that vectorises.
+"""Stored type <-> arithmetic type, and 2**x, as straight-line code that vectorises.
 
-Stored types are float32, float64, int16 (the bits of a float16) and uint16 (the bits of a bfloat16); the
-arithmetic type is float64 for float64 and float32 for the rest.
+Stored types are float32, float64, int16 (bits of a float16) and uint16 (bits of a bfloat16);
+the arithmetic type is float64 for float64 and float32 for the rest.
 """
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+# numba infers the types of compiled functions from their arguments.
 
 from math import factorial, log
 
 import numpy as np
 from numba import types
 from numba.extending import overload, register_jitable
-
-from .vector import as_bits, as_float
+from scfa_core.backends.numba_cpu.vector import as_bits, as_float
 
 __all__ = ["exp2", "narrow", "widen"]
 

@@ -1,4 +1,4 @@
-"""Any strided tensor as one flat array and four strides, so that a kernel is compiled once per dtype."""
+"""Any strided tensor as one flat array and four strides: a kernel is compiled once per dtype."""
 
 from typing import Any
 
@@ -6,7 +6,9 @@ import numpy as np
 
 __all__ = ["Layout", "STORED", "flat"]
 
-Layout = tuple[int, int, int, int]  # elements: offset of (0, 0, 0), then batch, head and row strides
+Layout = tuple[
+    int, int, int, int
+]  # elements: offset of (0, 0, 0), then batch, head and row strides
 
 # float16 and bfloat16 travel as the integers that convert.py knows them by.
 STORED = {"float16": "<i2", "bfloat16": "<u2", "float32": "<f4", "float64": "<f8", "int32": "<i4"}
@@ -28,7 +30,7 @@ class _Window:
 def flat(x: np.ndarray, dtype: str) -> tuple[np.ndarray, Layout]:
     """View (batch, heads, rows[, dim]) as a flat array of `dtype` and its (offset, strides).
 
-    No copy, except of an input whose strides are not whole elements (a field of a structured array).
+    No copy, except of an input whose strides are not whole elements (a structured field).
     """
     size = x.itemsize
     if any(stride % size for stride in x.strides):

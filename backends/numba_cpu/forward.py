@@ -1,15 +1,17 @@
 """Forward: one task per tile of 64 sorted queries, online softmax in base 2 over the keys they see.
 
-A lane is a query, a row of the score tile is a key: maxima, sums and masks need no reduction across lanes.
+A lane is a query, a row of the score tile is a key: maxima, sums and masks stay in their lane.
 """
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+# numba infers the types of compiled functions from their arguments.
 
 import math
 
 import numpy as np
-
-from .compiling import device_function, kernel
-from .convert import exp2
-from .tiles import (
+from scfa_core.backends.numba_cpu.compiling import device_function, kernel
+from scfa_core.backends.numba_cpu.convert import exp2
+from scfa_core.backends.numba_cpu.tiles import (
     BLOCK,
     FULL,
     NOTHING,
@@ -25,7 +27,7 @@ from .tiles import (
     store_lanes,
     visibility,
 )
-from .vector import atomic_next
+from scfa_core.backends.numba_cpu.vector import atomic_next
 
 __all__ = ["forward_tiles", "hide", "softmax_update"]
 
@@ -48,9 +50,10 @@ def hide(scores, count, first, starts, ends, seen):
 
 @device_function
 def softmax_update(scores, count, row_max, row_sum, keep, base):
-    """Turn scores (log2) into weights; move row_max and row_sum on; keep is what old sums are worth.
+    """Turn scores (log2) into weights, move row_max and row_sum on; `keep` rescales old sums.
 
-    `base` is the subtracted maximum, 0 in lanes that have seen nothing: (-inf) - (-inf) never happens.
+    `base` is the subtracted maximum, 0 in lanes that have seen nothing, so that (-inf) - (-inf)
+    never happens.
     """
     zero = scores.dtype.type(0)
     for lane in range(BLOCK):
@@ -101,6 +104,7 @@ def forward_tiles(
     starts, ends = np.zeros(BLOCK, np.int32), np.zeros(BLOCK, np.int32)
     unsafe = np.zeros(BLOCK, np.int32)
     seen = np.zeros(BLOCK * BLOCK, np.uint8)
+    one = sample.dtype.type(1)
     while True:
         task = atomic_next(counter)
         if task >= batch * heads * blocks:
@@ -133,7 +137,9 @@ def forward_tiles(
                 continue
 
             # s = q @ k.T, in log2 units
-            load_rows(k, k_base, k_layout[3], k_index, k_at + n0, count, head_dim, width, k_rows)
+            load_rows(
+                k, k_base, k_layout[3], k_index, k_at + n0, count, head_dim, width, one, k_rows
+            )
             multiply(k_rows, width, count, head_dim, q_lanes, scores, keep)
             if part != FULL:
                 hide(scores, count, n0, starts, ends, seen)
@@ -143,7 +149,7 @@ def forward_tiles(
 
             # out = keep * out + p @ v
             load_rows(
-                v, v_base, v_layout[3], k_index, k_at + n0, count, head_dim_v, width_v, v_rows
+                v, v_base, v_layout[3], k_index, k_at + n0, count, head_dim_v, width_v, one, v_rows
             )
             found = 0
             if part != FULL:

@@ -6,13 +6,12 @@ import math
 from typing import Any
 
 import numpy as np
-
-from .backward import dkdv_tiles, dq_tiles
-from .flat import flat
-from .forward import forward_tiles
-from .plan import UNBOUNDED, key_ranges, sort_lists, table
-from .threads import run_tiles
-from .tiles import BLOCK
+from scfa_core.backends.numba_cpu.backward import dkdv_tiles, dq_tiles
+from scfa_core.backends.numba_cpu.flat import flat
+from scfa_core.backends.numba_cpu.forward import forward_tiles
+from scfa_core.backends.numba_cpu.plan import UNBOUNDED, key_ranges, sort_lists, table
+from scfa_core.backends.numba_cpu.threads import run_tiles
+from scfa_core.backends.numba_cpu.tiles import BLOCK
 
 __all__ = ["backward", "forward", "make_plan"]
 

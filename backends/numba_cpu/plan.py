@@ -1,13 +1,15 @@
 """Plan: sort rows by groups with a stable counting sort, then find every query's key range.
 
-Near-linear in seqlen. Clause arrays come as a table of addresses and byte strides, so that any number of
-columns, of either integer type and any strides, is served by one compiled kernel.
+Near-linear in seqlen. Clause arrays come as a table of addresses and byte strides, so that any
+number of columns, of either integer type and any strides, is served by one compiled kernel.
 """
 
-import numpy as np
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+# numba infers the types of compiled functions from their arguments.
 
-from .compiling import device_function, kernel
-from .vector import atomic_next, load_int8, load_int32, load_int64
+import numpy as np
+from scfa_core.backends.numba_cpu.compiling import device_function, kernel
+from scfa_core.backends.numba_cpu.vector import atomic_next, load_int8, load_int32, load_int64
 
 __all__ = ["key_ranges", "sort_lists", "table"]
 
@@ -44,7 +46,7 @@ def at_head(columns, b, h):
 
 @device_function
 def counting_pass(values, order, count, least, shift, bins, values_out, order_out):
-    """One stable pass by ``(value - least) >> shift & (bins.size - 1)`` or the whole value."""
+    """Sort stably by ``(value - least) >> shift & (bins.size - 1)``."""
     bins[:] = 0
     mask = np.uint64(bins.size - 1)
     for r in range(count):
@@ -94,7 +96,7 @@ def sort_by_column(column, order, count, values, values_spare, order_spare):
 
 @kernel
 def sort_lists(counter, lists, heads, seqlen, groups, keeps, index, counts):
-    """Fill `index` and `counts`: kept rows by (groups, row), then dropped rows, per (batch, head)."""
+    """Fill `index` and `counts` of every list: kept rows by (groups, row), then dropped rows."""
     values, values_spare = np.empty(seqlen, np.int64), np.empty(seqlen, np.int64)
     order_spare = np.empty(seqlen, np.int32)
     while True:

@@ -1,7 +1,7 @@
 """Run one kernel on several threads that draw tiles from a shared counter.
 
-Kernels release the interpreter lock, so plain Python threads run them side by side. Compared with numba's own
-parallel layers this may be called from many threads at once, survives `fork`, adds no second
+Kernels release the interpreter lock, so plain Python threads run them side by side. Unlike numba's
+own parallel layers this may be called from many threads at once, survives `fork`, adds no second
 OpenMP runtime beside torch's, and compiles in a fraction of the time. No result depends on which
 thread draws which tile.
 """
@@ -24,7 +24,7 @@ _pool_size = 0
 
 
 def thread_count() -> int:
-    """Threads one call may use: NUMBA_NUM_THREADS (default: usable cores), torch's limit if lower."""
+    """Threads of one call: NUMBA_NUM_THREADS (default: usable cores), torch's limit if lower."""
     count = int(numba.config.NUMBA_NUM_THREADS)
     torch = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "get_num_threads"):
@@ -56,7 +56,9 @@ def _start(job: Callable[[], Any], count: int) -> list[Future[Any]]:
             return []
 
 
-def run_tiles(kernel: Callable[..., Any], tiles: int, *arguments: Any, helpers: bool = True) -> None:
+def run_tiles(
+    kernel: Callable[..., Any], tiles: int, *arguments: Any, helpers: bool = True
+) -> None:
     """Call ``kernel(counter, *arguments)`` on as many threads as are useful, and wait.
 
     Every call of the kernel takes numbers from the int64 `counter` until it has reached `tiles`.

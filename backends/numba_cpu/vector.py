@@ -1,9 +1,12 @@
-"""Vector arithmetic LLVM would not find by itself: one matrix micro-kernel and bit casts, as numba intrinsics.
+"""What Python cannot say to LLVM: one matrix micro-kernel, bit casts, an atomic counter.
 
-The micro-kernel holds a block of the product in vector registers over its whole inner loop, which a loop
-vectoriser cannot be talked into. It is written in LLVM's own portable vector types, so the same few lines
-become AVX-512, AVX2 or NEON code. Nothing here knows what attention is.
+The micro-kernel holds a block of the product in vector registers over its whole inner loop, which
+a loop vectoriser cannot be talked into. It is written in LLVM's portable vector types, so the same
+few lines become AVX-512, AVX2 or NEON code. Nothing here knows what attention is.
 """
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+# numba infers the types of compiled functions from their arguments.
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -114,20 +117,22 @@ def _emit_micro_kernel(module, scalar, name):
         builder.position_at_end(block)
         for r in range(ROWS):
             for j in range(REGISTER_COLUMNS):
-                target = builder.gep(c, [builder.add(builder.mul(c_row, index(r)), index(j * lanes))])
+                target = builder.gep(
+                    c, [builder.add(builder.mul(c_row, index(r)), index(j * lanes))]
+                )
                 value = sums[r][j]
                 if update:
-                    value = multiply_add(load(target), load(builder.gep(keep, [index(j * lanes)])), value)
+                    value = multiply_add(
+                        load(target), load(builder.gep(keep, [index(j * lanes)])), value
+                    )
                 builder.store(value, builder.bitcast(target, vector.as_pointer()), align=align)
         builder.ret_void()
     return function
 
 
 @intrinsic
-def multiply_block(
-    typing, a, a_at, a_row, a_k, b, b_at, b_k, c, c_at, c_row, keep, keep_at, depth
-):
-    """Write one register block c[r, :] = sum_k a[r, k] b[k, :]; add keep[:] * c[r, :] if keep_at >= 0."""
+def multiply_block(typing, a, a_at, a_row, a_k, b, b_at, b_k, c, c_at, c_row, keep, keep_at, depth):
+    """Write one register block: sum_k a[r, k] b[k, :], plus keep[:] * c[r, :] if keep_at >= 0."""
     int64 = types.int64
     signature = types.void(
         a, int64, int64, int64, b, int64, int64, c, int64, int64, keep, int64, int64
