@@ -11,6 +11,15 @@
 #if !defined(SCFA_HEAD_DIM) || !defined(SCFA_BLOCK_N) || !defined(SCFA_WARPGROUPS) || !defined(SCFA_STAGES)
 #error "SCFA_HEAD_DIM, SCFA_BLOCK_N, SCFA_WARPGROUPS, SCFA_STAGES: set by launch_sm90.py"
 #endif
+#ifndef SCFA_TURNS
+#define SCFA_TURNS 1
+#endif
+#ifndef SCFA_LAZY
+#define SCFA_LAZY 1
+#endif
+#ifndef SCFA_POLY
+#define SCFA_POLY 0
+#endif
 #include "mbarrier.cuh"
 #include "wgmma.cuh"
 #include "params_sm90.cuh"
@@ -28,6 +37,8 @@ constexpr int kPanels = kHeadDim / kPanelColumns;
 constexpr int kThreads = 128 * (kWarpgroups + 1);
 constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 40;
 constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 232;
+constexpr bool kTakeTurns = SCFA_TURNS;
+constexpr int kTurnBarrier = 2;  // named barriers kTurnBarrier + warpgroup
 static_assert(kHeadDim == 64 || kHeadDim == 128, "one or two panels of columns");
 static_assert(kBlockN == 64 || kBlockN == 128, "scores of one wgmma");
 static_assert(kStages >= 2, "keys run one block ahead of values");
@@ -147,6 +158,15 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
         value.advance();
     };
 
+    // The warpgroups issue their products in turn, once per key block, so that one's softmax runs beside another's products.
+    const auto take_turn = [&]() {
+        if (kTakeTurns) named_barrier_sync(kTurnBarrier + group, 256);
+    };
+    const auto pass_turn = [&]() {
+        if (kTakeTurns) named_barrier_arrive(kTurnBarrier + (group + 1 == kWarpgroups ? 0 : group + 1), 256);
+    };
+    if (group == kWarpgroups - 1) pass_turn();  // the first turn is warpgroup 0's
+
     while (true) {
         const TileData<kBlockM> data = shared.data(query.slot);
         barrier_wait(shared.query_full(query.slot), query.parity);
@@ -167,37 +187,48 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
 #pragma unroll
         for (int i = 0; i < kHeadDim / 2; ++i) output[i] = 0.0f;
 
-        const auto mask = [&](int block) {
+        const unsigned own_start = data.starts() + 4 * row, own_end = data.ends() + 4 * row;
+        float decay[2];
+        const auto weigh = [&](int block) {
             const int key0 = first_key + block * kBlockN;
-            if (key0 < rows.inner_start || key0 + kBlockN > rows.inner_end) {
-                const int start[2] = {shared_load(data.starts() + 4 * row), shared_load(data.starts() + 4 * row + 32)};
-                const int end[2] = {shared_load(data.ends() + 4 * row), shared_load(data.ends() + 4 * row + 32)};
-                mask_scores(scores, start, end, key0, lane % 4);
+            if (SCFA_POLY == 0) {
+                mask_block<kBlockN>(scores, rows, own_start, own_end, key0, lane % 4);
+                return softmax.update<false>(scores, decay, p.scale_log2);
             }
+            if (key0 < rows.inner_start || key0 + kBlockN > rows.inner_end) {
+                mask_block<kBlockN>(scores, rows, own_start, own_end, key0, lane % 4);
+                return softmax.update<false>(scores, decay, p.scale_log2);
+            }
+            return softmax.update<true>(scores, decay, p.scale_log2);
         };
 
-        for (; block >= high_block; --block) skip_block();
+        for (; block >= high_block; --block) {
+            take_turn();
+            pass_turn();
+            skip_block();
+        }
 
         if (block >= low_block && any) {
-            float decay[2];
             // S = Q K^T of the last block, nothing to overlap with yet.
             barrier_wait(shared.key_full(key.slot), key.parity);
             async_proxy_fence();
+            take_turn();
             wgmma_fence();
             product_of_rows<kBlockM, kBlockN, kHeadDim>(scores, query_tile, shared.key(key.slot));
             wgmma_commit();
+            pass_turn();
             wgmma_wait<0>();
             pin(scores);
             barrier_release(shared.key_empty(key.slot), lane);
             key.advance();
-            mask(block);
-            softmax.update(scores, decay, p.scale_log2);
+            weigh(block);
             pack_fragment(weights, scores);
 
             // S of this block is computed while O += P V of the one before runs behind its softmax.
             for (--block; block >= low_block; --block) {
                 barrier_wait(shared.key_full(key.slot), key.parity);
                 async_proxy_fence();
+                take_turn();
                 pin(scores);
                 pin(output);
                 pin(weights);
@@ -208,20 +239,20 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
                 async_proxy_fence();
                 accumulate_weighted_rows<kBlockN>(output, weights, shared.value(value.slot));
                 wgmma_commit();
+                pass_turn();
                 wgmma_wait<1>();
                 pin(scores);
                 barrier_release(shared.key_empty(key.slot), lane);
                 key.advance();
 
-                mask(block);
-                softmax.update(scores, decay, p.scale_log2);
+                const bool moved = weigh(block);
 
                 wgmma_wait<0>();
                 pin(output);
                 pin(weights);
                 barrier_release(shared.value_empty(value.slot), lane);
                 value.advance();
-                scale_rows(output, decay);
+                if (moved) scale_rows(output, decay);
                 pack_fragment(weights, scores);
             }
 
@@ -255,7 +286,11 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
                 if (index[half] >= 0) *reinterpret_cast<float*>(address) = lse[half];
             }
         }
-        for (; block >= 0; --block) skip_block();
+        for (; block >= 0; --block) {
+            take_turn();
+            pass_turn();
+            skip_block();
+        }
     }
 }
 
