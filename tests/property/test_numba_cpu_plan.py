@@ -68,7 +68,7 @@ def test_strided_and_reversed_hashes():
 
 
 def test_planning_time_grows_almost_linearly():
-    """16 times the rows may not take more than 64 times as long (a quadratic plan takes 256 times)."""
+    """16 times the rows take less than 64 times as long; a quadratic plan takes 256 times."""
     from time import perf_counter
 
     def seconds(seqlen):
