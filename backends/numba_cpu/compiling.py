@@ -39,7 +39,7 @@ def kernel(function: Callable[..., Any]) -> Any:
         _logger.warning("compiled code is not cached on disk: %s", error)
         return numba.njit(**_OPTIONS)(function)
     index = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
-    if hasattr(index, "_source_stamp"):
+    if index is not None and hasattr(index, "_source_stamp"):
         index._source_stamp = (index._source_stamp, _fingerprint())
         return dispatcher
     _logger.warning("compiled code is not cached on disk: unknown cache layout of this numba")

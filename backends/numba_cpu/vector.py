@@ -5,7 +5,7 @@ a loop vectoriser cannot be talked into. It is written in LLVM's portable vector
 few lines become AVX-512, AVX2 or NEON code. Nothing here knows what attention is.
 """
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,import-untyped"
 # numba infers the types of compiled functions from their arguments.
 
 import llvmlite.binding as llvm
