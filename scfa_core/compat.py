@@ -1,0 +1,272 @@
+"""The functions of the paper's released code, under their own names, layouts and defaults.
+
+For code written against epfml/dynamic-sparse-flash-attention: change the import, keep the calls.
+Arrays are (batch, seqlen, heads, head_dim) and indices (batch, seqlen, heads), as there. What the
+original restricts (bfloat16, head_dim 64, equal head counts, CUDA) is free here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from scfa_core.api import attention
+from scfa_core.errors import PatternError, ShapeError
+from scfa_core.hashing import angular_hash
+from scfa_core.patterns import HashSparse, Pattern, QKSparse
+
+__all__ = [
+    "compact",
+    "dynamic_sparse_attention",
+    "hash_attention_fn",
+    "hash_sparse_attention",
+    "pad_index",
+    "qk_attention_fn",
+    "qk_sparse_attention",
+]
+
+_MODES = ("hash", "qk")
+
+
+def dynamic_sparse_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    q_idx: Any,
+    k_idx: Any,
+    sm_scale: float | None = None,
+    sparsity_mode: str = "hash",
+) -> Any:
+    """Causal attention where each head of each sequence has its own sparsity.
+
+    >>> x = torch.randn(1, 6, 2, 16)
+    >>> buckets = torch.tensor([0, 1, 0, 1, 0, 1]).view(1, 6, 1).expand(1, 6, 2)
+    >>> dynamic_sparse_attention(x, x, x, buckets, buckets).shape
+    torch.Size([1, 6, 2, 16])
+
+    Parameters
+    ----------
+    q : array, (batch, seqlen_q, heads, head_dim)
+        Any dtype and library that `scfa_core.attention` takes.
+    k, v : array, (batch, seqlen_k, heads_kv, head_dim)
+        As there; v may have its own head_dim.
+    q_idx : array, (batch, seqlen_q, heads)
+        Mode ``"hash"``: the bucket of each query, any integers. Mode ``"qk"``: 1 where the query
+        is kept, 0 where dropped; floats, integers or bools.
+    k_idx : array, (batch, seqlen_k, heads_kv)
+        The same of each key.
+    sm_scale : float, optional
+        Multiplies ``q @ k.T``; default ``head_dim ** -0.5``.
+    sparsity_mode : "hash" | "qk"
+        Which of `hash_sparse_attention` and `qk_sparse_attention` to call.
+
+    Returns
+    -------
+    out : array, (batch, seqlen_q, heads, head_dim of v)
+        Differentiable for torch tensors. 0 where a query sees no key.
+
+    Raises
+    ------
+    PatternError
+        An unknown mode (the original raises KeyError).
+    ShapeError, DTypeError, DeviceError, LayoutError, ScaleError, BackendUnavailable
+        As `scfa_core.attention`.
+
+    Notes
+    -----
+    Exact: every visible pair is computed, whatever the sizes of buckets. seqlen_q and seqlen_k may
+    differ; positions count from 0 on both sides.
+    """
+    if sparsity_mode == "hash":
+        return hash_sparse_attention(q, k, v, q_idx, k_idx, sm_scale)
+    if sparsity_mode == "qk":
+        return qk_sparse_attention(q, k, v, q_idx, k_idx, sm_scale)
+    raise PatternError(f"sparsity_mode must be one of {_MODES}, got {sparsity_mode!r}")
+
+
+def hash_sparse_attention(
+    q: Any, k: Any, v: Any, q_hash: Any, k_hash: Any, sm_scale: float | None = None
+) -> Any:
+    """Key j is visible to query i iff ``q_hash[i] == k_hash[j]`` and ``j <= i``.
+
+    Arguments, result and errors are those of `dynamic_sparse_attention`.
+    """
+    return _attend(q, k, v, HashSparse(*_heads_before_rows(q_hash=q_hash, k_hash=k_hash)), sm_scale)
+
+
+def qk_sparse_attention(
+    q: Any, k: Any, v: Any, q_keep: Any, k_keep: Any, sm_scale: float | None = None
+) -> Any:
+    """Key j is visible to query i iff both are kept and ``j <= i``, in original positions.
+
+    Arguments, result and errors are those of `dynamic_sparse_attention`. Dropped queries give 0;
+    neither they nor dropped keys and values take gradients.
+    """
+    return _attend(q, k, v, QKSparse(*_heads_before_rows(q_keep=q_keep, k_keep=k_keep)), sm_scale)
+
+
+def _attend(q: Any, k: Any, v: Any, pattern: Pattern, sm_scale: float | None) -> Any:
+    return attention(q, k, v, pattern, softmax_scale=sm_scale, layout="bthd")
+
+
+def _heads_before_rows(**indices: Any) -> tuple[Any, ...]:
+    """Views (batch, heads, seqlen) of indices (batch, seqlen, heads)."""
+    for name, x in indices.items():
+        if len(getattr(x, "shape", ())) != 3:
+            raise ShapeError(
+                f"{name} must be an array (batch, seqlen, heads), got "
+                f"{tuple(x.shape) if hasattr(x, 'shape') else type(x).__name__}"
+            )
+    return tuple(x.swapaxes(1, 2) for x in indices.values())
+
+
+def compact(
+    keep_tensor: Tensor, x: Tensor, index: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Move the kept rows of each head to the front, in order, and cut after the longest head.
+
+    Attention here needs none of this (kernels read rows where they lie); it serves code that did
+    its own work on compacted tensors.
+
+    >>> x = torch.arange(4.0).view(1, 4, 1, 1)
+    >>> rows, index, count = compact(torch.tensor([0.0, 1, 0, 1]).view(1, 4, 1), x)
+    >>> rows.flatten().tolist(), index.flatten().tolist(), count.tolist()
+    ([1.0, 3.0], [1, 3], [[2]])
+
+    Parameters
+    ----------
+    keep_tensor : Tensor, (batch, seqlen, heads)
+        Nonzero where a row is kept.
+    x : Tensor, (batch, seqlen, heads, head_dim)
+        Differentiable.
+    index : Tensor, optional, (batch, rows, heads), int64
+        What an earlier call returned, to take the same rows of another tensor.
+
+    Returns
+    -------
+    compacted : Tensor, (batch, rows, heads, head_dim)
+        Heads with fewer kept rows are filled up with their first dropped ones.
+    index : Tensor, (batch, rows, heads), int64
+        Original row of each.
+    count : Tensor or None, (batch, heads), int64
+        Number of kept rows; None if `index` was given.
+
+    Notes
+    -----
+    Waits for the device, because `rows` is a number on the host.
+    """
+    count = None
+    if index is None:
+        kept = keep_tensor.detach() != 0
+        count = kept.sum(dim=1)
+        rows = int(count.max()) if count.numel() else 0
+        index = torch.argsort((~kept).to(torch.uint8), dim=1, stable=True)[:, :rows]
+    return torch.take_along_dim(x, index.unsqueeze(-1), dim=1), index, count
+
+
+@torch.no_grad()
+def pad_index(index: Tensor, indices_per_head: Tensor, pad_idx: float = -1) -> Tensor:
+    """Overwrite the entries of `compact`'s index that stand for no kept row.
+
+    Parameters
+    ----------
+    index : Tensor, (batch, rows, heads)
+    indices_per_head : Tensor, (batch, heads)
+        Number of kept rows, from `compact`.
+    pad_idx : int or float
+        What to write; a whole number such as -1 or 1e9.
+
+    Returns
+    -------
+    padded : Tensor, (batch, rows, heads), int32
+        A copy.
+    """
+    place = torch.arange(index.shape[1], device=index.device).view(1, -1, 1)
+    return index.to(torch.int32).masked_fill(place >= indices_per_head.unsqueeze(1), int(pad_idx))
+
+
+def hash_attention_fn(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    nb_hash: int = 8,
+    hashes_per_head: bool = False,
+    attention_dropout: float | None = None,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """``attention_fn`` of the original's hash language model, (batch, heads, seqlen, head_dim).
+
+    Buckets come from angular hashing with directions drawn anew at every call, and a query sees the
+    keys of its bucket *before* its own position: ``j < i``. The scale is ``head_dim ** -0.5``.
+
+    Parameters
+    ----------
+    Q, K, V : Tensor, (batch, heads, seqlen, head_dim)
+        The original passes normalised queries as keys.
+    nb_hash : int
+        Number of buckets, even.
+    hashes_per_head : bool
+        Whether each head has its own directions.
+    attention_dropout : float, optional
+        Ignored, as in the original; dropout of attention weights is not supported.
+    generator : torch.Generator, optional
+        Source of the directions, on Q's device; torch's own by default.
+
+    Returns
+    -------
+    out : Tensor, (batch, heads, seqlen, head_dim of V)
+    """
+    heads = Q.shape[1] if hashes_per_head else 1
+    shape = (1, heads, Q.shape[3], _even(nb_hash) // 2)
+    directions = normalize(torch.randn(shape, device=Q.device, generator=generator), dim=2)
+    pattern = HashSparse(
+        angular_hash(Q, directions)[0], angular_hash(K, directions)[0], include_self=False
+    )
+    out: Tensor = attention(Q, K, V, pattern)
+    return out
+
+
+def _even(buckets: int) -> int:
+    if buckets < 2 or buckets % 2:
+        raise PatternError(f"nb_hash must be an even number of buckets, at least 2, got {buckets}")
+    return buckets
+
+
+def qk_attention_fn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sparsity: float = 0.5,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """``attention_fn`` of the original's dropping language model, (batch, seqlen, heads, head_dim).
+
+    Each query and each key of each head is dropped with probability `sparsity`, independently and
+    anew at every call; keys are normalised to length 1; ``j <= i``.
+
+    Parameters
+    ----------
+    q, k, v : Tensor, (batch, seqlen, heads, head_dim)
+        The original passes the queries as keys.
+    sparsity : float
+        Probability of being dropped, 0 to 1.
+    generator : torch.Generator, optional
+        Source of the choice, on q's device; torch's own by default.
+
+    Returns
+    -------
+    out : Tensor, (batch, seqlen, heads, head_dim of v)
+        In q's dtype; the original always returns bfloat16.
+    """
+    if not 0 <= sparsity <= 1:
+        raise PatternError(f"sparsity must be a probability from 0 to 1, got {sparsity!r}")
+    q_keep, k_keep = (
+        torch.rand(x.shape[:3], device=x.device, generator=generator) >= sparsity for x in (q, k)
+    )
+    out: Tensor = qk_sparse_attention(q, normalize(k, dim=-1).to(q.dtype), v, q_keep, k_keep)
+    return out

@@ -1,0 +1,287 @@
+"""Locality-sensitive hashing of queries and keys, one round or several, for `HashSparse`.
+
+Angular hashing (arXiv 2306.01160, section 3.2): the bucket of x is ``argmax [xR, -xR]`` for random
+directions R, so vectors that point the same way tend to share a bucket. Works on torch tensors,
+NumPy and CuPy arrays; imports none of them but NumPy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from scfa_core.arrays import is_torch_tensor
+from scfa_core.errors import PatternError, ShapeError
+from scfa_core.patterns import HashSparse
+
+__all__ = [
+    "Balance",
+    "angular_hash",
+    "bucket_balance",
+    "disjoint_rounds",
+    "random_directions",
+]
+
+_WORKSPACE = 1 << 24  # projections held at once by `angular_hash`: 64 MiB of float32
+_PACKED_BITS = 62
+
+
+def random_directions(
+    heads: int, head_dim: int, buckets: int, *, rounds: int = 1, seed: int | None = None
+) -> np.ndarray:
+    """Draw the directions of `angular_hash`: independent normal columns of length 1.
+
+    >>> random_directions(heads=4, head_dim=32, buckets=16, seed=0).shape
+    (1, 4, 32, 8)
+
+    Parameters
+    ----------
+    heads : int
+        Heads with directions of their own; 1 shares them among all. With grouped queries: heads_kv.
+    head_dim : int
+        Length of the vectors to hash.
+    buckets : int
+        Even, at least 2.
+    rounds : int
+        Independent hashes.
+    seed : int, optional
+        The same seed gives the same directions everywhere; None draws fresh ones.
+
+    Returns
+    -------
+    directions : numpy float32 array, (rounds, heads, head_dim, buckets // 2)
+        Store them with the model: buckets mean nothing without them.
+
+    Raises
+    ------
+    PatternError
+        An odd number of buckets, or a count below 1.
+    """
+    if buckets < 2 or buckets % 2:
+        raise PatternError(f"buckets must be even and at least 2, got {buckets}")
+    if min(heads, head_dim, rounds) < 1:
+        raise PatternError(
+            f"heads, head_dim and rounds must be at least 1, got {heads}, {head_dim}, {rounds}"
+        )
+    shape = (rounds, heads, head_dim, buckets // 2)
+    directions = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    length = np.linalg.norm(directions, axis=2, keepdims=True)
+    return directions / np.maximum(length, np.finfo(np.float32).tiny)
+
+
+def angular_hash(x: Any, directions: Any) -> Any:
+    """Bucket of each row of `x`, in every round: ``argmax [x @ R, -(x @ R)]``.
+
+    >>> x = np.eye(4, 16, dtype=np.float32)[None, None]
+    >>> angular_hash(x, random_directions(1, 16, 8, seed=1)).shape
+    (1, 1, 1, 4)
+
+    Parameters
+    ----------
+    x : array, (batch, heads, seqlen, head_dim)
+        Torch, NumPy or CuPy. The length of a row does not matter, only its direction.
+    directions : array of the same library and device, (rounds, heads or a divisor, head_dim, n)
+        From `random_directions`. Where it has fewer heads than `x`, consecutive heads of `x` share
+        them, as grouped queries share keys.
+
+    Returns
+    -------
+    bucket : int32 array, (rounds, batch, heads, seqlen)
+        From 0 to 2 n - 1. Not differentiable.
+
+    Raises
+    ------
+    ShapeError
+        Axes that do not fit.
+
+    Notes
+    -----
+    Projections are float32 also for narrower `x`, and made for a stretch of rows at a time, so that
+    memory stays bounded (64 MiB) whatever the length.
+    """
+    if len(x.shape) != 4 or len(directions.shape) != 4:
+        raise ShapeError(
+            "angular_hash needs x (batch, heads, seqlen, head_dim) and directions "
+            f"(rounds, heads, head_dim, buckets // 2), got {tuple(x.shape)} and "
+            f"{tuple(directions.shape)}"
+        )
+    batch, heads, seqlen, head_dim = x.shape
+    rounds, own_heads, dim, half = directions.shape
+    if dim != head_dim or heads % own_heads:
+        raise ShapeError(
+            f"directions have {own_heads} heads of head_dim {dim}; x.shape={tuple(x.shape)} needs "
+            "the same head_dim and a multiple of these heads"
+        )
+    group = heads // own_heads
+    rows = max(1, _WORKSPACE // max(1, rounds * batch * heads * half))
+    hash_rows = _hash_torch if is_torch_tensor(x) else _hash_array
+    if seqlen <= rows:
+        return hash_rows(x, directions, group)
+    cuts = range(0, seqlen, rows)
+    return _join([hash_rows(x[:, :, at : at + rows], directions, group) for at in cuts])
+
+
+def _hash_torch(x: Any, directions: Any, group: int) -> Any:
+    """Buckets of some rows, torch; autocast would narrow the projection, so it is off."""
+    import torch
+
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        if group > 1:
+            directions = directions.repeat_interleave(group, dim=1)
+        turned = torch.matmul(x.detach().float(), directions.detach().float().unsqueeze(1))
+        most, up = turned.max(dim=-1)
+        least, down = turned.min(dim=-1)
+        return torch.where(most >= -least, up, down + turned.shape[-1]).to(torch.int32)
+
+
+def _hash_array(x: Any, directions: Any, group: int) -> Any:
+    """Buckets of some rows, NumPy or CuPy."""
+    if group > 1:
+        directions = directions.repeat(group, axis=1)
+    turned = x.astype(np.float32) @ directions.astype(np.float32)[:, None]
+    up, down = turned.argmax(axis=-1), turned.argmin(axis=-1)
+    is_up = turned.max(axis=-1) >= -turned.min(axis=-1)
+    return (up * is_up + (down + turned.shape[-1]) * ~is_up).astype(np.int32)
+
+
+def _join(pieces: Sequence[Any]) -> Any:
+    """Concatenate along the rows, in the pieces' own library."""
+    first = pieces[0]
+    if is_torch_tensor(first):
+        import torch
+
+        return torch.cat(list(pieces), dim=-1)
+    from scfa_core.merging import namespace
+
+    return namespace(first).concatenate(pieces, axis=-1)
+
+
+class Balance(NamedTuple):
+    """How evenly rows spread over buckets; floats and NumPy arrays on the host."""
+
+    counts: np.ndarray  # (..., buckets): rows in each bucket
+    largest: float  # rows in the largest bucket of all
+    imbalance: float  # largest over the even share; 1 is perfect
+    effective_buckets: float  # 1 / sum(share**2), averaged: as many even buckets cost the same
+    empty: float  # fraction of buckets without a row
+
+
+def bucket_balance(bucket: Any, buckets: int) -> Balance:
+    """Count rows per bucket, to judge a hash.
+
+    The pairs that attention computes grow with the sum of squared bucket sizes; skewed buckets cost
+    time, never exactness.
+
+    >>> bucket_balance(np.array([0, 0, 1, 2]), 4).imbalance
+    2.0
+
+    Parameters
+    ----------
+    bucket : integer array, (..., seqlen)
+        From `angular_hash`, any library.
+    buckets : int
+        How many there are.
+
+    Returns
+    -------
+    balance : Balance
+
+    Raises
+    ------
+    PatternError
+        A bucket outside ``range(buckets)``.
+
+    Notes
+    -----
+    Copies to the host and so waits for the device.
+    """
+    from scfa_core.reference.masks import to_host
+
+    ids = to_host(bucket)
+    if ids.size and (ids.min() < 0 or ids.max() >= buckets):
+        raise PatternError(
+            f"buckets must lie in [0, {buckets}), got values from {ids.min()} to {ids.max()}"
+        )
+    flat = ids.reshape(-1, ids.shape[-1]).astype(np.int64)
+    counts = np.zeros((flat.shape[0], buckets), np.int64)
+    np.add.at(counts, (np.arange(flat.shape[0])[:, None], flat), 1)
+    seqlen = max(ids.shape[-1], 1)
+    share = counts / seqlen
+    largest = float(counts.max(initial=0))
+    squares = (share**2).sum(axis=-1)
+    return Balance(
+        counts.reshape(*ids.shape[:-1], buckets),
+        largest,
+        largest * buckets / seqlen,
+        float(np.mean(1 / np.maximum(squares, np.finfo(np.float64).tiny))) if ids.size else 0.0,
+        float((counts == 0).mean()) if counts.size else 0.0,
+    )
+
+
+def disjoint_rounds(
+    q_bucket: Any, k_bucket: Any, buckets: int, *, causal: bool = True, include_self: bool = True
+) -> list[HashSparse]:
+    """Patterns that together see each pair sharing a bucket in *any* round, exactly once.
+
+    Give them to `scfa_core.merging.attention_over`.
+
+    Parameters
+    ----------
+    q_bucket : integer array, (rounds, batch, heads, seqlen_q)
+        Values from 0 to buckets - 1; others are not noticed and give wrong pairs.
+    k_bucket : integer array, (rounds, batch, heads_kv, seqlen_k)
+    buckets : int
+        How many there are.
+    causal, include_self : bool
+        As for `HashSparse`.
+
+    Returns
+    -------
+    patterns : list of HashSparse
+        Pairwise disjoint. ``1 + L + L**2 + ...`` of them, one power per round, where L is the
+        number of bits of a bucket: with 16 buckets 5 for 2 rounds, 21 for 3.
+
+    Raises
+    ------
+    PatternError
+        Different numbers of rounds, or so many that their bits do not fit 64.
+
+    Notes
+    -----
+    Round r must see the pairs that are equal in r and unequal in every earlier round. Two buckets
+    are unequal iff they differ first (from the top) in some bit t, for exactly one t; that is again
+    an equality, ``(q >> t) ^ 1 == k >> t``. So "unequal" is a disjoint union of L hash patterns and
+    everything stays a sum of positive terms. Inclusion-exclusion would need ``2**rounds - 1`` calls
+    but subtracts: a pair that agrees in all rounds, such as a query's nearest key, would be summed
+    up to ``2**rounds - 1`` times over and cancelled again, losing as many times the precision.
+    """
+    rounds = q_bucket.shape[0]
+    bits = max(1, math.ceil(math.log2(max(buckets, 2))))
+    if k_bucket.shape[0] != rounds:
+        raise PatternError(f"q has {rounds} rounds of buckets, k has {k_bucket.shape[0]}")
+    if rounds * bits > _PACKED_BITS:
+        raise PatternError(
+            f"{rounds} rounds of {buckets} buckets need {rounds * bits} bits, at most "
+            f"{_PACKED_BITS} fit; use fewer rounds"
+        )
+    q, k = _as_int64(q_bucket), _as_int64(k_bucket)
+    patterns = []
+    for r in range(rounds):
+        prefixes = [(q[r], k[r])]  # one pair of ids per choice of first differing bits
+        for earlier in range(r):
+            prefixes = [
+                ((a << bits) | ((q[earlier] >> t) ^ 1), (b << bits) | (k[earlier] >> t))
+                for a, b in prefixes
+                for t in range(bits)
+            ]
+        patterns += [
+            HashSparse(a, b, causal=causal, include_self=include_self) for a, b in prefixes
+        ]
+    return patterns
+
+
+def _as_int64(x: Any) -> Any:
+    return x.long() if is_torch_tensor(x) else x.astype(np.int64)

@@ -1,0 +1,167 @@
+"""Attention in parts: merge results over disjoint sets of keys, or attend over disjoint patterns.
+
+With ``lse = log(sum(exp(lse_i)))`` and weights ``w_i = exp(lse_i - lse)``, ``sum(w_i out_i)`` is
+attention over all keys, exactly; where a part sees nothing its lse is -inf and its weight 0.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from scfa_core.api import attention
+from scfa_core.arrays import is_torch_tensor
+from scfa_core.errors import PatternError, ShapeError
+from scfa_core.patterns import Pattern
+from scfa_core.plan import Plan
+from scfa_core.problem import check_layout
+
+__all__ = ["attention_over", "merge_attention", "namespace"]
+
+
+def namespace(x: Any) -> Any:
+    """The library of an array (torch, numpy, cupy), already imported by whoever made it."""
+    name = "torch" if is_torch_tensor(x) else type(x).__module__.partition(".")[0]
+    if name not in ("torch", "numpy", "cupy"):
+        raise PatternError(
+            f"merging takes torch, NumPy and CuPy arrays, got {type(x).__name__}; convert by DLPack"
+        )
+    return sys.modules[name]
+
+
+def merge_attention(
+    outs: Sequence[Any], lses: Sequence[Any], *, layout: str = "bhtd"
+) -> tuple[Any, Any]:
+    """Merge results of the same queries over disjoint sets of keys.
+
+    >>> import numpy as np, scfa_core as scfa
+    >>> q = np.random.default_rng(0).standard_normal((1, 2, 4, 16))
+    >>> halves = [scfa.attention(q, x, x, scfa.SlidingWindow(9, causal=False), return_lse=True,
+    ...                          backend="reference") for x in (q[:, :, :2], q[:, :, 2:])]
+    >>> out, lse = merge_attention(*zip(*halves))
+
+    Parameters
+    ----------
+    outs : sequence of arrays, (batch, heads, seqlen_q, head_dim_v)
+        Torch (differentiable), NumPy or CuPy.
+    lses : sequence of arrays, (batch, heads, seqlen_q), float32
+        Natural logarithms, as ``return_lse=True`` gives.
+    layout : "bhtd" | "bthd"
+        Of `outs`.
+
+    Returns
+    -------
+    out : array like ``outs[0]``
+        0 where no part sees a key.
+    lse : array like ``lses[0]``
+        ``-inf`` there.
+
+    Raises
+    ------
+    PatternError
+        No parts, different numbers of them, or arrays of another library.
+    ShapeError
+        Parts whose shapes differ.
+
+    Notes
+    -----
+    Weights and sums are float32 (float64 for float64 outs). Gradients flow into every out and lse.
+    A key that two parts see is counted twice: keep the parts disjoint. Source: the online softmax
+    of flash attention (arXiv 2205.14135), applied between calls instead of between tiles.
+    """
+    outs, lses = list(outs), list(lses)
+    if not outs or len(outs) != len(lses):
+        raise PatternError(f"merge needs as many lses as outs, got {len(outs)} and {len(lses)}")
+    swap = check_layout(layout)
+    want = tuple(outs[0].shape)
+    rows = (want[0], want[2], want[1]) if swap else want[:3]
+    for out, lse in zip(outs, lses, strict=True):
+        if tuple(out.shape) != want or tuple(lse.shape) != rows:
+            raise ShapeError(
+                f"each out must be {want} and each lse {rows}, got {tuple(out.shape)} and "
+                f"{tuple(lse.shape)}"
+            )
+    xp = namespace(outs[0])
+    top = lses[0]
+    for lse in lses[1:]:
+        top = xp.maximum(top, lse)
+    top = top.detach() if is_torch_tensor(top) else top  # a mere shift: takes no gradient
+    empty = xp.isneginf(top)
+    shift = xp.where(empty, xp.zeros_like(top), top)
+    weights = [xp.exp(lse - shift) for lse in lses]
+    total = sum(weights[1:], weights[0])
+    total = xp.where(empty, xp.ones_like(total), total)
+    lse = xp.where(empty, top, shift + xp.log(total))
+    merged = None
+    for out, weight in zip(outs, weights, strict=True):
+        share = (weight / total).swapaxes(1, 2) if swap else weight / total
+        term = share[..., None] * out
+        merged = term if merged is None else merged + term
+    return _cast_like(merged, outs[0]), lse
+
+
+def _cast_like(x: Any, like: Any) -> Any:
+    if is_torch_tensor(x):
+        return x.to(like.dtype)
+    return x.astype(like.dtype, copy=False)
+
+
+def attention_over(
+    q: Any,
+    k: Any,
+    v: Any,
+    patterns: Sequence[Pattern | Plan],
+    *,
+    softmax_scale: float | None = None,
+    layout: str = "bhtd",
+    return_lse: bool = False,
+    deterministic: bool = True,
+    backend: str | None = None,
+) -> Any:
+    """Attend over the union of pairwise disjoint patterns.
+
+    A query sees what any of the patterns lets it see; `&` intersects, this unites.
+
+    Parameters
+    ----------
+    q, k, v, softmax_scale, layout, return_lse, deterministic, backend
+        As for `scfa_core.attention`; torch, NumPy or CuPy.
+    patterns : sequence of Pattern or Plan
+        No pair may be visible in two of them, or it counts twice; `hashing.disjoint_rounds` and
+        `KeyRanges` that do not overlap are such.
+
+    Returns
+    -------
+    out, or (out, lse)
+        As `scfa_core.attention`.
+
+    Raises
+    ------
+    PatternError
+        No patterns.
+    ScfaError
+        As `scfa_core.attention`.
+
+    Notes
+    -----
+    One call per pattern, forward and backward. The backward of a part is the ordinary one given the
+    merged out and lse, so arrays without autograd get their gradients by summing
+    ``attention_backward(dout, q, k, v, out, lse, pattern)`` over the patterns.
+    """
+    if len(patterns) == 0:
+        raise PatternError("attention_over needs at least one pattern")
+    options = {
+        "softmax_scale": softmax_scale,
+        "layout": layout,
+        "deterministic": deterministic,
+        "backend": backend,
+    }
+    if not is_torch_tensor(q):
+        parts = [attention(q, k, v, p, return_lse=True, **options) for p in patterns]
+        out, lse = merge_attention(*zip(*parts, strict=True), layout=layout)
+        return (out, lse) if return_lse else out
+    from scfa_core.torch_union import union_attention
+
+    out, lse = union_attention(q, k, v, list(patterns), options, return_lse)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,75 @@
+"""Attention over disjoint patterns on torch tensors: the autograd node of `attention_over`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scfa_core.api import attention, attention_backward, make_plan
+from scfa_core.merging import merge_attention
+from scfa_core.patterns import Pattern
+from scfa_core.plan import Plan
+from scfa_core.torch_transforms import functorch_is_active
+
+
+def union_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    patterns: list[Pattern | Plan],
+    options: dict[str, Any],
+    wants_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Merge one call per pattern; lse is differentiable only if `wants_lse`.
+
+    The cheap node below cannot pass a gradient that arrives at lse, and tracers want operators
+    only; in those cases every part is an ordinary call, differentiated through its own lse.
+    """
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if (tracked and wants_lse) or torch.compiler.is_compiling() or functorch_is_active():
+        parts = [attention(q, k, v, p, return_lse=True, **options) for p in patterns]
+        return merge_attention(*zip(*parts, strict=True), layout=options["layout"])
+    out, lse = _Union.apply(q, k, v, patterns, options)
+    return out, lse
+
+
+class _Union(torch.autograd.Function):
+    """Forward: merge. Backward: sum of the parts' gradients under the merged softmax."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        patterns: list[Pattern | Plan],
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        layout, backend = options["layout"], options["backend"]
+        plans = [
+            p if isinstance(p, Plan) else make_plan(p, q, k, layout=layout, backend=backend)
+            for p in patterns
+        ]
+        parts = [attention(q, k, v, plan, return_lse=True, **options) for plan in plans]
+        out, lse = merge_attention(*zip(*parts, strict=True), layout=layout)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.plans, ctx.options = plans, options
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        wide = torch.promote_types(q.dtype, torch.float32)
+        sums: list[Tensor] = []
+        for plan in ctx.plans:
+            grads = attention_backward(dout, q, k, v, out, lse, plan, **ctx.options)
+            if sums:
+                for total, grad in zip(sums, grads, strict=True):
+                    total += grad
+            else:
+                sums = [grad.to(wide) for grad in grads]
+        dq, dk, dv = (x.to(q.dtype) for x in sums)
+        return dq, dk, dv, None, None

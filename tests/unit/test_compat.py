@@ -1,0 +1,174 @@
+"""The original's functions against the definitions of its modes, written out here in float64."""
+
+import pytest
+
+import scfa_core as scfa
+
+torch = pytest.importorskip("torch", reason="the original's functions take torch tensors")
+
+from scfa_core import compat  # noqa: E402 - needs torch
+
+
+def by_definition(q, k, v, visible, scale):
+    """Dense attention; visible is (batch, heads, seqlen_q, seqlen_k), tensors are (b, n, h, d)."""
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
+    weights = torch.softmax(scores.masked_fill(~visible, -torch.inf), dim=-1)
+    return torch.einsum("bhij,bjhd->bihd", weights.nan_to_num(), v)
+
+
+def draw(batch=2, seqlen_q=37, seqlen_k=37, heads=3, head_dim=16, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, n, heads, head_dim) for n in (seqlen_q, seqlen_k, seqlen_k)]
+    return [
+        torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for s in shapes
+    ]
+
+
+def pairs(q_idx, k_idx):
+    """(batch, heads, seqlen_q, 1) and (batch, heads, 1, seqlen_k) views of indices (b, n, h)."""
+    return q_idx.transpose(1, 2)[..., :, None], k_idx.transpose(1, 2)[..., None, :]
+
+
+def causal(seqlen_q, seqlen_k, strict=False):
+    i, j = torch.arange(seqlen_q)[:, None], torch.arange(seqlen_k)[None, :]
+    return j < i if strict else j <= i
+
+
+def same_with_gradients(mine, right, tensors, tolerance=1e-10):
+    torch.testing.assert_close(mine, right, rtol=0, atol=tolerance)
+    seed = torch.randn(mine.shape, generator=torch.Generator().manual_seed(9), dtype=mine.dtype)
+    for a, b in zip(
+        torch.autograd.grad(mine, tensors, seed, retain_graph=True),
+        torch.autograd.grad(right, tensors, seed, retain_graph=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(37, 37), (20, 45), (45, 20), (1, 1)])
+@pytest.mark.parametrize("sm_scale", [None, 0.5, 0.0])
+def test_hash_mode(seqlen_q, seqlen_k, sm_scale):
+    q, k, v = draw(seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+    q_idx = torch.randint(0, 4, q.shape[:3], dtype=torch.int32)
+    k_idx = torch.randint(0, 4, k.shape[:3], dtype=torch.int32)
+    out = compat.dynamic_sparse_attention(q, k, v, q_idx, k_idx, sm_scale)
+    a, b = pairs(q_idx, k_idx)
+    scale = 0.25 if sm_scale is None else sm_scale
+    right = by_definition(q, k, v, (a == b) & causal(seqlen_q, seqlen_k), scale)
+    same_with_gradients(out, right, (q, k, v))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bool, torch.int64])
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(37, 37), (20, 45)])
+def test_qk_mode(kind, seqlen_q, seqlen_k):
+    q, k, v = draw(seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+    q_keep, k_keep = (torch.rand(x.shape[:3]) > 0.4 for x in (q, k))
+    out = compat.dynamic_sparse_attention(
+        q, k, v, q_keep.to(kind), k_keep.to(kind), sparsity_mode="qk"
+    )
+    a, b = pairs(q_keep, k_keep)
+    right = by_definition(q, k, v, a & b & causal(seqlen_q, seqlen_k), 0.25)
+    same_with_gradients(out, right, (q, k, v))
+    dq, dk, dv = torch.autograd.grad(out.sum(), (q, k, v))
+    assert not out[~q_keep].any()
+    assert not dq[~q_keep].any()
+    assert not dk[~k_keep].any()
+    assert not dv[~k_keep].any()
+
+
+def test_gradients_where_buckets_cluster_in_time():
+    # Each stretch uses two buckets, chosen apart for q and k: where the original loses gradients.
+    q, k, v = draw(batch=1, seqlen_q=512, seqlen_k=512, heads=2, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    choice = torch.randint(0, 32, (2, 1, 8, 2, 2), generator=generator)
+    pick = torch.randint(0, 2, (2, 1, 512, 2), generator=generator)
+    spread = choice.repeat_interleave(64, dim=2)
+    q_idx, k_idx = torch.gather(spread, -1, pick[..., None])[..., 0].int()
+    out = compat.hash_sparse_attention(q, k, v, q_idx, k_idx)
+    a, b = pairs(q_idx, k_idx)
+    right = by_definition(q, k, v, (a == b) & causal(512, 512), 0.25)
+    same_with_gradients(out, right, (q, k, v), tolerance=2e-5)
+
+
+def test_unknown_mode_and_flat_indices_raise():
+    q, k, v = draw()
+    with pytest.raises(scfa.PatternError, match="sparsity_mode"):
+        compat.dynamic_sparse_attention(q, k, v, q[..., 0], k[..., 0], sparsity_mode="bloom")
+    with pytest.raises(scfa.ShapeError, match="q_hash must be an array"):
+        compat.hash_sparse_attention(q, k, v, torch.zeros(37), torch.zeros(37))
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5, 1.0])
+def test_compact_keeps_order_and_scatters_back(kept):
+    generator = torch.Generator().manual_seed(1)
+    keep = torch.rand((2, 19, 3), generator=generator) < kept
+    x = torch.randn((2, 19, 3, 4), generator=generator, requires_grad=True)
+    rows, index, count = compat.compact(keep.float(), x)
+    assert rows.shape == (2, int(keep.sum(1).max()), 3, 4)
+    padded = compat.pad_index(index, count, pad_idx=1e9)
+    assert padded.dtype == torch.int32
+    for b in range(2):
+        for h in range(3):
+            kept_rows = keep[b, :, h].nonzero().flatten()
+            n = len(kept_rows)
+            assert padded[b, :n, h].tolist() == kept_rows.tolist()
+            assert (padded[b, n:, h] == 10**9).all()
+            torch.testing.assert_close(rows[b, :n, h], x[b, kept_rows, h])
+    again, same_index, none = compat.compact(keep.float(), x, index)
+    assert none is None
+    assert same_index is index
+    assert torch.equal(again, rows)
+    (dx,) = torch.autograd.grad(rows.sum(), x)
+    assert (dx[keep] == 1).all()
+
+
+def test_hash_attention_fn_is_strict_and_seeded():
+    q, _, v = (x.transpose(1, 2) for x in draw(dtype=torch.float32))
+    k = torch.nn.functional.normalize(q, dim=-1)
+    calls = [
+        compat.hash_attention_fn(
+            q, k, v, nb_hash=4, hashes_per_head=True, generator=torch.Generator().manual_seed(s)
+        )
+        for s in (0, 0, 1)
+    ]
+    assert torch.equal(calls[0], calls[1])
+    assert not torch.equal(calls[0], calls[2])
+    assert not calls[0][:, :, 0].any()  # nothing comes before the first position
+    assert calls[0].shape == q.shape
+    # Two buckets of opposite vectors: whatever the directions, only parallel keys share a bucket.
+    line = torch.ones(1, 1, 6, 16) * torch.tensor([1.0, -1, 1, 1, -1, -1]).view(1, 1, 6, 1)
+    out = compat.hash_attention_fn(line, line, line, nb_hash=2)
+    torch.testing.assert_close(out[0, 0, :, 0], torch.tensor([0.0, 0, 1, 1, -1, -1]))
+
+
+def test_hash_attention_fn_refuses_odd_buckets():
+    q = torch.zeros(1, 1, 4, 16)
+    with pytest.raises(scfa.PatternError, match="even"):
+        compat.hash_attention_fn(q, q, q, nb_hash=5)
+
+
+def test_qk_attention_fn_without_and_with_dropping():
+    q, k, v = draw(dtype=torch.float32)
+    out = compat.qk_attention_fn(q, k, v, sparsity=0.0)
+    unit = torch.nn.functional.normalize(k, dim=-1)
+    right = by_definition(q, unit, v, causal(37, 37).expand(2, 3, -1, -1), 0.25)
+    same_with_gradients(out, right, (q, k, v), tolerance=1e-5)
+    assert not compat.qk_attention_fn(q, k, v, sparsity=1.0).any()
+    seeds = [torch.Generator().manual_seed(s) for s in (3, 3)]
+    halves = [compat.qk_attention_fn(q, k, v, generator=g) for g in seeds]
+    assert torch.equal(*halves)
+    gone = (halves[0] == 0).all(dim=-1).float().mean()
+    assert 0.3 < gone < 0.75
+    with pytest.raises(scfa.PatternError, match="probability"):
+        compat.qk_attention_fn(q, k, v, sparsity=1.5)
+
+
+def test_numpy_arrays_pass_through():
+    import numpy as np
+
+    x = np.random.default_rng(0).standard_normal((1, 9, 2, 16)).astype(np.float32)
+    ids = np.zeros((1, 9, 2), np.int32)
+    out = compat.dynamic_sparse_attention(x, x, x, ids, ids)
+    assert out.shape == x.shape
+    assert isinstance(out, np.ndarray)
