@@ -17,7 +17,7 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
-from scfa_core.backends.cupy_raw import cache as disk
+from scfa_core.backends.cupy_raw import disk_cache
 from scfa_core.backends.cupy_raw import nvrtc
 from scfa_core.backends.cupy_raw.nvrtc import Constants, compile_to_cubin
 
@@ -203,7 +203,7 @@ def _cubin(source: str, constants: Constants, arch: str) -> bytes:
     """Return the cubin from disk, or compile it and keep it there."""
     compiler = nvrtc.cupy_compiler()
     key = cache_key(source, constants, arch, compiler.version())
-    cubin = disk.load(key)
+    cubin = disk_cache.load(key)
     if cubin is not None:
         return cubin
     told = ", ".join(f"{name}={value}" for name, value in constants)
@@ -211,7 +211,7 @@ def _cubin(source: str, constants: Constants, arch: str) -> bytes:
     start = time.perf_counter()
     cubin = compile_to_cubin(source, constants, arch, compiler).cubin
     _LOG.debug("compiled %s in %.1f s", key, time.perf_counter() - start)
-    disk.store(key, cubin)
+    disk_cache.store(key, cubin)
     return cubin
 
 
