@@ -145,9 +145,9 @@ def attention_over(
 
     Notes
     -----
-    One call per pattern, forward and backward. The backward of a part is the ordinary one given the
-    merged out and lse, so arrays without autograd get their gradients by summing
-    ``attention_backward(dout, q, k, v, out, lse, pattern)`` over the patterns.
+    One call per pattern, forward and backward: the gradient of a part is that of `attention` under
+    the merged lse. Where a backend computes lse anew (float64, and the reference), or a gradient
+    arrives at lse, each part is differentiated through its own lse instead, at thrice the cost.
     """
     if len(patterns) == 0:
         raise PatternError("attention_over needs at least one pattern")

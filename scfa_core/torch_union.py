@@ -24,15 +24,30 @@ def union_attention(
 ) -> tuple[Tensor, Tensor]:
     """Merge one call per pattern; lse is differentiable only if `wants_lse`.
 
-    The cheap node below cannot pass a gradient that arrives at lse, and tracers want operators
-    only; in those cases every part is an ordinary call, differentiated through its own lse.
+    The cheap node below cannot pass a gradient that arrives at lse, tracers want operators only,
+    and the backward of the reference, like every one in float64, does not use the lse it is given;
+    in those cases every part is an ordinary call, differentiated through its own lse.
     """
+    layout, backend = options["layout"], options["backend"]
+    plans = [
+        p if isinstance(p, Plan) else make_plan(p, q, k, layout=layout, backend=backend)
+        for p in patterns
+    ]
     tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if (tracked and wants_lse) or torch.compiler.is_compiling() or functorch_is_active():
-        parts = [attention(q, k, v, p, return_lse=True, **options) for p in patterns]
-        return merge_attention(*zip(*parts, strict=True), layout=options["layout"])
-    out, lse = _Union.apply(q, k, v, patterns, options)
+    traced = torch.compiler.is_compiling() or functorch_is_active()
+    trusted = q.dtype != torch.float64 and all(plan.backend != "reference" for plan in plans)
+    if traced or (tracked and wants_lse) or not trusted:
+        return _merged(q, k, v, plans, options)
+    out, lse = _Union.apply(q, k, v, plans, options)
     return out, lse
+
+
+def _merged(
+    q: Tensor, k: Tensor, v: Tensor, plans: list[Plan], options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Out and lse over all plans."""
+    parts = [attention(q, k, v, plan, return_lse=True, **options) for plan in plans]
+    return merge_attention(*zip(*parts, strict=True), layout=options["layout"])
 
 
 class _Union(torch.autograd.Function):
@@ -44,16 +59,10 @@ class _Union(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        patterns: list[Pattern | Plan],
+        plans: list[Plan],
         options: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        layout, backend = options["layout"], options["backend"]
-        plans = [
-            p if isinstance(p, Plan) else make_plan(p, q, k, layout=layout, backend=backend)
-            for p in patterns
-        ]
-        parts = [attention(q, k, v, plan, return_lse=True, **options) for plan in plans]
-        out, lse = merge_attention(*zip(*parts, strict=True), layout=layout)
+        out, lse = _merged(q, k, v, plans, options)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plans, ctx.options = plans, options
         ctx.mark_non_differentiable(lse)

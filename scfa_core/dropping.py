@@ -1,0 +1,191 @@
+"""Choose which queries and keys to keep, for `QKSparse`: at random, by score, or learned.
+
+All functions take scores of any axes whose last is the row, and give bool flags of the same shape:
+(batch, heads, seqlen_q) for queries, (batch, heads_kv, seqlen_k) for keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scfa_core.api import attention
+from scfa_core.errors import PatternError, ShapeError
+from scfa_core.patterns import Causal, Pattern, QKSparse
+from scfa_core.problem import check_layout
+
+__all__ = ["drop_attention", "random_keep", "straight_through", "threshold_keep", "top_k_keep"]
+
+
+def random_keep(
+    shape: Sequence[int],
+    keep: float,
+    *,
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Keep each row with probability `keep`, independently of all others.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Of the flags, e.g. ``q.shape[:3]``.
+    keep : float
+        From 0 to 1; the paper's ``sparsity`` is ``1 - keep``.
+    device : torch.device, optional
+        Where; the CPU by default.
+    generator : torch.Generator, optional
+        On that device; torch's own by default.
+
+    Returns
+    -------
+    flags : bool Tensor of that shape
+
+    Raises
+    ------
+    PatternError
+        `keep` outside [0, 1].
+    """
+    if not 0 <= keep <= 1:
+        raise PatternError(f"keep must be a probability from 0 to 1, got {keep!r}")
+    return torch.rand(tuple(shape), device=device, generator=generator) < keep
+
+
+def top_k_keep(scores: Tensor, k: int) -> Tensor:
+    """Keep the `k` rows of highest score in each head; of equals the earlier ones.
+
+    >>> top_k_keep(torch.tensor([[0.3, 0.9, 0.3, -1.0]]), 2).int().tolist()
+    [[1, 1, 0, 0]]
+
+    Parameters
+    ----------
+    scores : Tensor, (..., seqlen)
+    k : int
+        At least 0; more than seqlen keeps all.
+
+    Returns
+    -------
+    flags : bool Tensor like `scores`
+
+    Raises
+    ------
+    PatternError
+        A negative `k`.
+
+    Notes
+    -----
+    A causal model must not choose by comparing with later rows if it is to generate text: what a
+    row sees then depends on the future. Use `threshold_keep` there.
+    """
+    if k < 0:
+        raise PatternError(f"k must be a number of rows, at least 0, got {k}")
+    order = torch.argsort(scores.detach(), dim=-1, descending=True, stable=True)
+    flags = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    return flags.scatter_(-1, order[..., :k], True)
+
+
+def threshold_keep(scores: Tensor, threshold: float = 0.0) -> Tensor:
+    """Keep the rows whose score exceeds `threshold`; each row is judged by itself, so causally."""
+    return scores.detach() > threshold
+
+
+def straight_through(keep: Tensor, scores: Tensor) -> Tensor:
+    """Gate that is exactly `keep` forward and has the gradient of ``sigmoid(scores)`` backward.
+
+    Parameters
+    ----------
+    keep : bool Tensor
+        The choice made.
+    scores : Tensor of the same shape
+        What the choice was made by.
+
+    Returns
+    -------
+    gate : Tensor like `scores`
+        0.0 or 1.0.
+
+    Raises
+    ------
+    ShapeError
+        Shapes that differ.
+    """
+    if keep.shape != scores.shape:
+        raise ShapeError(
+            f"keep and scores must have one shape, got {tuple(keep.shape)} and "
+            f"{tuple(scores.shape)}"
+        )
+    soft = torch.sigmoid(scores)
+    return keep.to(scores.dtype) + (soft - soft.detach())  # the bracket is exactly 0
+
+
+def drop_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_keep: Tensor,
+    k_keep: Tensor,
+    *,
+    q_scores: Tensor | None = None,
+    k_scores: Tensor | None = None,
+    causal: bool = True,
+    include_self: bool = True,
+    layout: str = "bhtd",
+    **options: Any,
+) -> Tensor:
+    """Attend among the kept queries and keys, and let gradients reach the scores that chose them.
+
+    Parameters
+    ----------
+    q, k, v : Tensor
+        As for `scfa_core.attention`.
+    q_keep, k_keep : bool Tensor, (batch, heads, seqlen_q), (batch, heads_kv, seqlen_k)
+        As for `QKSparse`.
+    q_scores, k_scores : Tensor, optional
+        Scores behind the flags, of the same shapes; they get straight-through gradients.
+    causal, include_self : bool
+        ``j <= i``, or ``j < i`` without self.
+    layout, **options
+        As for `scfa_core.attention`, but for `return_lse`.
+
+    Returns
+    -------
+    out : Tensor, as `scfa_core.attention`
+        The scores do not change it.
+
+    Raises
+    ------
+    PatternError
+        ``include_self=False`` without `causal`.
+    ScfaError
+        As `scfa_core.attention`.
+
+    Notes
+    -----
+    A query's score is learned as a gate on its output row, a key's as a gate on its value:
+    d loss / d q_score = sigmoid' * (out . dout), d loss / d k_score = sigmoid' * (v . dv). Rows
+    that were dropped take part in nothing, so their scores get a gradient of 0: scores of kept rows
+    are pushed up or down, and a dropped row returns only as others fall (`top_k_keep`) or by
+    weights shared between rows (a scoring layer). What a dropped row *would* have contributed is
+    not computed; that costs dense attention.
+    """
+    if not causal and not include_self:
+        raise PatternError("include_self=False means j < i and so needs causal=True")
+    swap = check_layout(layout)
+    pattern: Pattern = QKSparse(q_keep, k_keep, causal=causal)
+    if not include_self:
+        pattern = pattern & Causal(include_self=False)
+    if k_scores is not None:
+        v = v * _gate(k_keep, k_scores, swap, v)
+    out: Tensor = attention(q, k, v, pattern, layout=layout, **options)
+    if q_scores is not None:
+        out = out * _gate(q_keep, q_scores, swap, out)
+    return out
+
+
+def _gate(keep: Tensor, scores: Tensor, swap: bool, like: Tensor) -> Tensor:
+    """Straight-through gate with the axes and dtype of a 4-axis tensor."""
+    gate = straight_through(keep != 0, scores).to(like.dtype)
+    return (gate.transpose(1, 2) if swap else gate).unsqueeze(-1)

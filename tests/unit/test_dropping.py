@@ -1,0 +1,117 @@
+"""Who is kept, and what gradients reach the scores."""
+
+import pytest
+
+import scfa_core as scfa
+
+torch = pytest.importorskip("torch", reason="dropping works on torch tensors")
+
+from scfa_core import dropping  # noqa: E402 - needs torch
+
+
+def test_random_keep_has_its_rate_and_seed():
+    calls = [
+        dropping.random_keep((2, 4, 4096), 0.3, generator=torch.Generator().manual_seed(s))
+        for s in (0, 0, 1)
+    ]
+    assert torch.equal(calls[0], calls[1])
+    assert not torch.equal(calls[0], calls[2])
+    assert calls[0].float().mean() == pytest.approx(0.3, abs=0.02)
+    assert dropping.random_keep((100,), 1.0).all()
+    assert not dropping.random_keep((100,), 0.0).any()
+    with pytest.raises(scfa.PatternError, match="probability"):
+        dropping.random_keep((3,), 1.2)
+
+
+@pytest.mark.parametrize("k", [0, 1, 7, 20, 50])
+def test_top_k_keeps_k_of_each_head(k):
+    scores = torch.randn(2, 3, 20)
+    flags = dropping.top_k_keep(scores, k)
+    assert (flags.sum(-1) == min(k, 20)).all()
+    if 0 < k < 20:
+        lowest_kept = scores.masked_fill(~flags, torch.inf).amin(-1)
+        assert (lowest_kept > scores.masked_fill(flags, -torch.inf).amax(-1)).all()
+
+
+def test_ties_go_to_the_earlier_row():
+    flags = dropping.top_k_keep(torch.zeros(1, 6), 2)
+    assert flags.int().tolist() == [[1, 1, 0, 0, 0, 0]]
+    with pytest.raises(scfa.PatternError, match="at least 0"):
+        dropping.top_k_keep(torch.zeros(1, 6), -1)
+
+
+def test_threshold():
+    assert dropping.threshold_keep(torch.tensor([-1.0, 0, 2]), 0.0).tolist() == [False, False, True]
+
+
+def test_straight_through_is_exact_forward_and_sigmoid_backward():
+    scores = torch.randn(1000, requires_grad=True)
+    keep = dropping.threshold_keep(scores)
+    gate = dropping.straight_through(keep, scores)
+    assert torch.equal(gate, keep.float())
+    (slope,) = torch.autograd.grad(gate.sum(), scores)
+    s = torch.sigmoid(scores)
+    torch.testing.assert_close(slope, s * (1 - s))
+    with pytest.raises(scfa.ShapeError, match="one shape"):
+        dropping.straight_through(keep[:3], scores)
+
+
+@pytest.mark.parametrize("layout", ["bhtd", "bthd"])
+@pytest.mark.parametrize("include_self", [True, False])
+def test_scores_change_nothing_and_get_the_gradient_of_a_soft_gate(layout, include_self):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    q, k, v = draw(2, 4, 25, 16), draw(2, 2, 25, 16), draw(2, 2, 25, 16)
+    q_scores, k_scores = draw(2, 4, 25), draw(2, 2, 25)
+    q_keep, k_keep = (dropping.threshold_keep(s) for s in (q_scores, k_scores))
+    swap = (lambda x: x.transpose(1, 2)) if layout == "bthd" else (lambda x: x)
+    out = swap(
+        dropping.drop_attention(
+            *(swap(x) for x in (q, k, v)),
+            q_keep,
+            k_keep,
+            q_scores=q_scores,
+            k_scores=k_scores,
+            include_self=include_self,
+            layout=layout,
+        )
+    )
+    pattern = scfa.QKSparse(q_keep, k_keep) & scfa.Causal(include_self=include_self)
+    assert torch.equal(out, scfa.attention(q, k, v, pattern))
+    dout = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    dv, dq_scores, dk_scores = torch.autograd.grad(out, (v, q_scores, k_scores), dout)
+    for scores, keep, dgate, mine in (
+        (q_scores, q_keep, (out * dout).sum(-1), dq_scores),
+        (k_scores, k_keep, (v * dv).sum(-1), dk_scores),
+    ):
+        s = torch.sigmoid(scores)
+        torch.testing.assert_close(mine, s * (1 - s) * dgate, rtol=0, atol=1e-10)
+        assert not mine[~keep].any()
+        assert mine[keep].any()
+
+
+def test_learned_scores_find_the_useful_keys():
+    # Odd keys carry the target, even ones its opposite; half may stay: the odd ones do in the end.
+    torch.manual_seed(0)
+    q = k = torch.zeros(1, 1, 16, 16)
+    v = (torch.arange(16) % 2 * 2.0 - 1).view(1, 1, 16, 1).expand(1, 1, 16, 16).contiguous()
+    scores = (0.01 * torch.randn(1, 1, 16)).requires_grad_()
+    every = torch.ones(1, 1, 16, dtype=torch.bool)
+    step = torch.optim.SGD([scores], lr=5.0)
+    for _ in range(30):
+        keep = dropping.top_k_keep(scores, 8)
+        out = dropping.drop_attention(q, k, v, every, keep, k_scores=scores, causal=False)
+        step.zero_grad()
+        ((out - 1) ** 2).mean().backward()
+        step.step()
+    assert dropping.top_k_keep(scores, 8)[0, 0, 1::2].all()
+
+
+def test_self_cannot_be_left_out_without_causality():
+    x = torch.zeros(1, 1, 4, 16)
+    keep = torch.ones(1, 1, 4, dtype=torch.bool)
+    with pytest.raises(scfa.PatternError, match="needs causal"):
+        dropping.drop_attention(x, x, x, keep, keep, causal=False, include_self=False)
