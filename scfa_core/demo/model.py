@@ -16,6 +16,7 @@ from torch.nn import functional
 import scfa_core as scfa
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+NEAR_BYTES = 4
 SOFTMAX_SCALE = 1.0  # keys have length 1, so the queries' own length sets how sharp attention is
 
 
@@ -73,12 +74,12 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Bytes to logits of the next byte; a convolution over four bytes stands in for positions."""
+    """Bytes to logits of the next byte; a mix of the last four bytes stands in for positions."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
         self.embed = nn.Embedding(256, size.width)
-        self.near = nn.Conv1d(size.width, size.width, 4, groups=size.width)
+        self.near = nn.Parameter(torch.randn(NEAR_BYTES, size.width) * NEAR_BYTES**-0.5)
         self.blocks = nn.ModuleList(Block(size) for _ in range(size.layers))
         self.norm = nn.LayerNorm(size.width)
         self.head = nn.Linear(size.width, 256)
@@ -90,8 +91,9 @@ class LanguageModel(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         """(batch, seqlen) bytes to (batch, seqlen, 256)."""
-        x = self.embed(text)
-        x = x + self.near(functional.pad(x.transpose(1, 2), (3, 0))).transpose(1, 2)
+        last = self.embed(text)
+        shifted = (functional.pad(last, (0, 0, back, -back)) for back in range(NEAR_BYTES))
+        x = sum(weight * x for weight, x in zip(self.near, shifted, strict=True))
         for block in self.blocks:
             x = block(x)
         logits: Tensor = self.head(self.norm(x))

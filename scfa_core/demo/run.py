@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import time
 from pathlib import Path
 
@@ -21,10 +22,11 @@ from scfa_core.demo.model import (
 from scfa_core.demo.text import read_text
 from scfa_core.terminal import Terminal
 
-CPU_SIZE = {"seqlen": 4096}
+CPU_SIZE = {"seqlen": 8192}
 GPU_SIZE = {"seqlen": 16384, "batch": 2, "layers": 4, "heads": 8}
-FEWEST_STEPS, MOST_STEPS = 20, 120
-BASELINE_STEPS = 12
+FEWEST_STEPS, MOST_STEPS = 10, 200
+BASELINE_STEPS = 8
+WARM_UP = 3
 MARKS = 6  # columns of the table of losses
 BASELINE = "torch dense"
 
@@ -49,9 +51,10 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     kinds = variants(size)
     _introduce(terminal, size, source, device, options.backend)
 
-    steps = options.steps or _affordable_steps(terminal, corpus, kinds, options)
-    runs, models = _train_all(terminal, corpus, kinds, steps, options)
-    baseline = _train_baseline(terminal, corpus, min(BASELINE_STEPS, steps), steps, options.seed)
+    planned = options.steps or _affordable_steps(terminal, corpus, kinds, options)
+    trainers = _train(terminal, corpus, kinds, planned, options)
+    runs, models = [t.run for t in trainers[:-1]], [t.model for t in trainers[:-1]]
+    baseline = trainers[-1].run
     _report(terminal, size, runs, baseline)
     fine = _compare(terminal, corpus, kinds, models, options.backend)
     _draw(terminal, Path(options.out), runs, kinds[0], models[0], corpus, options.backend)
@@ -81,59 +84,48 @@ def _affordable_steps(
     first, later = 0.0, 0.0
     for kind in kinds:
         attend = sparse_attend(kind, options.backend)
-        model = training.fresh_model(corpus.size, attend, corpus.device, options.seed)
-        probe = training.train(kind.name, model, corpus, 3, 3, lambda loss: None)
-        first += probe.seconds[0]
-        later += min(probe.seconds[1:])
+        probe = training.Trainer(kind.name, attend, corpus, WARM_UP)
+        for _ in range(WARM_UP):
+            probe.step()
+        first += probe.run.seconds[0]
+        later += min(probe.run.seconds[1:])
     steps = int(min(max(options.time_budget / later, FEWEST_STEPS), MOST_STEPS))
     terminal.print(
         f"warm-up   first steps {first:.1f} s (kernels are compiled once and kept on disk), then "
-        f"{later:.2f} s for a step of each: {steps} steps\n"
+        f"{later:.2f} s for a step of each: up to {steps} steps in {options.time_budget:.0f} s\n"
     )
     return steps
 
 
-def _train_all(
+def _train(
     terminal: Terminal,
     corpus: training.Corpus,
     kinds: list[Variant],
-    steps: int,
+    planned: int,
     options: argparse.Namespace,
-) -> tuple[list[training.Run], list[training.LanguageModel]]:
-    runs, models = [], []
-    for kind in kinds:
-        attend = sparse_attend(kind, options.backend)
-        model = training.fresh_model(corpus.size, attend, corpus.device, options.seed)
-        torch.manual_seed(options.seed + 1)
-        with terminal.progress(f"{kind.name:<11}", steps) as progress:
-            done = training.train(
-                kind.name,
-                model,
-                corpus,
-                steps,
-                steps,
-                lambda loss, shown=progress: shown.advance(f"loss {loss:.3f}"),
-            )
-        done.held_out = training.held_out_loss(model, corpus)
-        runs.append(done)
-        models.append(model)
-    return runs, models
+) -> list[training.Trainer]:
+    """Train all variants in turn, step by step: whatever else the machine does, all feel it alike.
 
-
-def _train_baseline(
-    terminal: Terminal, corpus: training.Corpus, steps: int, planned: int, seed: int
-) -> training.Run:
-    """A few steps with torch's own dense attention: its speed, and the losses it gives."""
-    model = training.fresh_model(corpus.size, torch_dense, corpus.device, seed)
-    with terminal.progress(f"{BASELINE:<11}", steps) as progress:
-        return training.train(
-            BASELINE,
-            model,
-            corpus,
-            steps,
-            planned,
-            lambda loss: progress.advance(f"loss {loss:.3f}"),
-        )
+    All take as many steps, fewer than planned if the time budget ends first. torch's own dense
+    attention, the last, takes only the first few: it is there for its speed and its losses.
+    """
+    trainers = [
+        training.Trainer(kind.name, sparse_attend(kind, options.backend), corpus, planned)
+        for kind in kinds
+    ]
+    baseline = training.Trainer(BASELINE, torch_dense, corpus, planned)
+    deadline = time.perf_counter() + (options.time_budget if options.steps is None else math.inf)
+    with terminal.progress("training", planned) as progress:
+        for step in range(planned):
+            if step >= FEWEST_STEPS and time.perf_counter() > deadline:
+                break
+            losses = [f"{trainer.run.name} {trainer.step():.3f}" for trainer in trainers]
+            if step < BASELINE_STEPS:
+                baseline.step()
+            progress.advance("loss: " + ", ".join(losses))
+    for trainer in trainers:
+        trainer.run.held_out = training.held_out_loss(trainer.model, corpus)
+    return [*trainers, baseline]
 
 
 def _report(
@@ -157,7 +149,7 @@ def _report(
     for done in [*runs, baseline]:
         speed = tokens / done.step_seconds()
         rows.append([done.name, f"{speed:,.0f}", f"{speed / reference_speed:.2f}x"])
-    terminal.print(f"\nwhole training steps at seqlen {size.seqlen}")
+    terminal.print(f"\nspeed of whole training steps at seqlen {size.seqlen}")
     terminal.table(("attention", "tokens/s", f"against {BASELINE}"), rows)
     dense = next(done for done in runs if done.name == "dense")
     pairs = zip(dense.losses, baseline.losses, strict=False)

@@ -6,7 +6,6 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +22,7 @@ from scfa_core.demo.model import (
 )
 
 LEARNING_RATE = 4e-3
+WARM_UP_STEPS = 8
 CHECK_ROWS = 4096  # the reference is quadratic in memory
 HELD_OUT_SHARE = 0.05
 HELD_OUT_BATCHES = 4
@@ -98,32 +98,33 @@ def loss_of(model: LanguageModel, batch: tuple[Tensor, Tensor], device: str) -> 
     return functional.cross_entropy(logits.float().flatten(0, 1), batch[1].flatten())
 
 
-def train(
-    name: str,
-    model: LanguageModel,
-    corpus: Corpus,
-    steps: int,
-    planned: int,
-    after_step: Callable[[float], None],
-) -> Run:
-    """Take `steps` steps of a schedule laid out for `planned`."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95))
-    run = Run(name)
-    for step in range(steps):
+class Trainer:
+    """One variant on its way: model, optimizer and what came of it."""
+
+    def __init__(self, name: str, attend: Attend, corpus: Corpus, planned: int) -> None:
+        self.run, self.corpus, self.planned = Run(name), corpus, planned
+        self.model = fresh_model(corpus.size, attend, corpus.device, corpus.seed)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True
+        )
+
+    def step(self) -> float:
+        """Take the next step of a schedule laid out for `planned`; return its loss."""
+        number = len(self.run.losses)
         began = time.perf_counter()
-        warm_up = min(1.0, (step + 1) / 10)
-        decay = 0.1 + 0.45 * (1 + math.cos(math.pi * step / planned))
-        for group in optimizer.param_groups:
+        warm_up = min(1.0, (number + 1) / WARM_UP_STEPS)
+        decay = 0.1 + 0.45 * (1 + math.cos(math.pi * number / self.planned))
+        for group in self.optimizer.param_groups:
             group["lr"] = LEARNING_RATE * warm_up * decay
-        loss = loss_of(model, corpus.batch(step), corpus.device)
-        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(self.model, self.corpus.batch(number), self.corpus.device)
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        run.losses.append(loss.item())  # waits for the device
-        run.seconds.append(time.perf_counter() - began)
-        after_step(run.losses[-1])
-    return run
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        value = loss.item()  # waits for the device
+        self.run.losses.append(value)
+        self.run.seconds.append(time.perf_counter() - began)
+        return value
 
 
 def held_out_loss(model: LanguageModel, corpus: Corpus) -> float:
