@@ -21,6 +21,7 @@ from scfa_core.plan import Plan, PlanArrays
 from scfa_core.problem import Problem, build_problem, one_framework
 from scfa_core.torch_calls import (
     Call,
+    Seven,
     check_backward,
     checked_plan_arrays,
     find_call,
@@ -155,7 +156,7 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _wants_gradient(*tensors: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+    return bool(torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))
 
 
 def _plan_for(pattern: Pattern | Plan, call: Call) -> Plan:
@@ -176,21 +177,21 @@ def _eager(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Check, plan and run without the dispatcher."""
     requested = requested_backend(backend)
+    given = pattern if isinstance(pattern, Plan) else None
+    call = find_call(q, k, v, softmax_scale, layout, deterministic, requested, given)
+    own: tuple[torch.Tensor, ...] = ()
     if isinstance(pattern, Plan):
-        call = find_call(q, k, v, softmax_scale, layout, deterministic, requested, pattern)
-        arrays, tensors = native_plan(pattern, call), ()
+        arrays = native_plan(pattern, call)
     else:
-        call = find_call(q, k, v, softmax_scale, layout, deterministic, requested)
         plan = new_plan(pattern, call.problem, call.backend)
-        arrays, tensors = plan.native(TORCH_FRAMEWORK, call.backend.memory), plan.arrays
-    if _wants_gradient(q, k, v):
-        if not tensors:
-            return ScfaAttention.apply(q, k, v, call, arrays, pattern)
-        return ScfaAttention.apply(q, k, v, call, arrays, None, *tensors)
-    return run_forward(call, arrays, q, k, v)
+        arrays, own = plan.native(TORCH_FRAMEWORK, call.backend.memory), plan.arrays
+    if not _wants_gradient(q, k, v):
+        return run_forward(call, arrays, q, k, v)
+    out, lse = ScfaAttention.apply(q, k, v, call, arrays, given, *own)
+    return out, lse
 
 
-class ScfaAttention(torch.autograd.Function):
+class ScfaAttention(torch.autograd.Function):  # type: ignore[misc]  # torch is Any to mypy
     """Autograd node of an eager call; traced calls have the operator's own.
 
     A plan made for this call alone is saved like any activation (checkpointing drops and remakes
@@ -248,15 +249,14 @@ def _traced_plan(
     """Name the backend and make the plan by operators; v is k where only planning is asked for."""
     facts = (index(q.shape[-1]), index(v.shape[-1]), dtype_name(q.dtype), device_name(q.device))
     if isinstance(pattern, Plan):
-        maker = (pattern.backend, pattern.device, pattern.monotone)
-        return _name_backend(*facts, backend, *maker), pattern
-    name = _name_backend(*facts, backend, None, None, None)
+        return _name_backend(*facts, backend, pattern.backend), pattern
+    name = _name_backend(*facts, backend, None)
     text, tensors, ints = encode(pattern)
-    arrays = MAKE_PLAN(q.detach(), k.detach(), text, tensors, ints, layout, name)
+    arrays: Seven = MAKE_PLAN(q.detach(), k.detach(), text, tensors, ints, layout, name)
     return name, Plan(*arrays, is_monotone(pattern), name, device_name(q.device))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[misc]  # reads a ContextVar and os.environ
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # reads context, environment
 def _name_backend(
     head_dim: int,
     head_dim_v: int,
@@ -264,8 +264,6 @@ def _name_backend(
     device: str,
     backend: str | None,
     maker: str | None,
-    plan_device: str | None,
-    monotone: bool | None,
 ) -> str:
     """Settle the backend by everything but batch, heads and seqlen, which may be symbolic.
 
@@ -278,5 +276,5 @@ def _name_backend(
         return AUTO if requested == AUTO else requested  # the dispatcher has its own words
     if maker is None:
         return choose_backend(nominal, requested).name
-    plan = Plan(*(None,) * 7, bool(monotone), maker, plan_device or device)
-    return choose_for_plan(plan, nominal, requested).name
+    nothing: Seven = (None, None, None, None, None, None, None)
+    return choose_for_plan(Plan(*nothing, True, maker, device), nominal, requested).name

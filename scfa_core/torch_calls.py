@@ -7,7 +7,7 @@ a training loop pays for them once. Nothing here knows about autograd or tracing
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -36,6 +36,7 @@ _HOST_CONTEXT = HostContext()
 _NEGATIVE_INFINITY = float("-inf")
 
 Shape = tuple[int, ...]
+Seven = tuple[Any, Any, Any, Any, Any, Any, Any]  # the arrays of a plan
 Facts = tuple[Shape, Shape, str, int]  # a `DeviceArray` but for its pointer, heads first
 
 
@@ -164,7 +165,11 @@ def _new_call(
         plan.check_fits(problem)
         backend = choose_for_plan(plan, problem, requested)
     swap = check_layout(layout)
-    tail = (swap, problem.dtype, cuda_ordinal(problem.device))
+    ordinal = cuda_ordinal(problem.device)
+
+    def facts(shape: Shape, strides: Shape) -> Facts:
+        return _facts(shape, strides, swap, problem.dtype, ordinal)
+
     out_shape = (*q.shape[:3], problem.head_dim_v)
     out = (out_shape, like_order(q, out_shape))
     grads = tuple((tuple(x.shape), like_order(x, x.shape)) for x in (q, k, v))
@@ -174,7 +179,7 @@ def _new_call(
         host=backend.memory == "host",
         swap=swap,
         device=q.device,
-        ordinal=cuda_ordinal(problem.device),
+        ordinal=ordinal,
         dtype=q.dtype,
         sizes=(
             problem.batch,
@@ -183,12 +188,12 @@ def _new_call(
             problem.seqlen_q,
             problem.seqlen_k,
         ),
-        inputs=tuple(_facts(x.shape, x.stride(), *tail) for x in (q, k, v)),
+        inputs=tuple(facts(x.shape, x.stride()) for x in (q, k, v)),
         out=out,
-        out_facts=_facts(*out, *tail),
+        out_facts=facts(*out),
         lse=(problem.batch, problem.heads, problem.seqlen_q),
         grads=grads,
-        grad_facts=tuple(_facts(*x, *tail) for x in grads),
+        grad_facts=tuple(facts(*x) for x in grads),
     )
 
 
@@ -201,7 +206,7 @@ def new_plan(pattern: Pattern, problem: Problem, backend: Backend) -> Plan:
     else:
         with torch.cuda.device(ordinal):
             arrays = run_make_plan(backend, problem, clauses, TORCH_FRAMEWORK)
-    return Plan(*arrays, clauses.monotone, backend.name, problem.device)
+    return Plan(*cast(Seven, arrays), clauses.monotone, backend.name, problem.device)
 
 
 def native_plan(plan: Plan, call: Call) -> PlanArrays:
@@ -234,8 +239,8 @@ def checked_plan_arrays(tensors: Sequence[torch.Tensor], monotone: bool, call: C
             )
         if not x.is_contiguous():
             raise LayoutError(f"plan.{name} must be contiguous, got strides {x.stride()}")
-    native = (TORCH_FRAMEWORK.native(x, call.backend.memory) for x in tensors)
-    return PlanArrays(*native, monotone)
+    native = tuple(TORCH_FRAMEWORK.native(x, call.backend.memory) for x in tensors)
+    return PlanArrays(*cast(Seven, native), monotone)
 
 
 def run_forward(

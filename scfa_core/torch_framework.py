@@ -48,7 +48,8 @@ def host_view(x: torch.Tensor) -> np.ndarray:
     """
     if x.requires_grad:
         x = x.detach()
-    return x.view(torch.uint16).numpy() if x.dtype is torch.bfloat16 else x.numpy()
+    view: np.ndarray = (x.view(torch.uint16) if x.dtype is torch.bfloat16 else x).numpy()
+    return view
 
 
 def raw_stream(ordinal: int) -> int:

@@ -27,8 +27,9 @@ def encode(pattern: Pattern) -> tuple[str, list[torch.Tensor], list[int]]:
     ints: list[int] = []
     parts = []
     for part in pattern.parts:
-        fields = []
-        for field in type(part).__slots__:
+        fields: list[str] = []
+        names: tuple[str, ...] = type(part).__slots__
+        for field in names:
             value = getattr(part, field)
             if isinstance(value, torch.Tensor):
                 fields.append(f"{field}=@{len(tensors)}")

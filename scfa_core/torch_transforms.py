@@ -24,11 +24,11 @@ from scfa_core.torch_ops import (
 functorch_is_active = torch._C._are_functorch_transforms_active
 
 
-class _Backward(torch.autograd.Function):
+class _Backward(torch.autograd.Function):  # type: ignore[misc]  # torch is Any to mypy
     """``scfa::backward`` under functorch, which always records it; differentiating it raises."""
 
     @staticmethod
-    def forward(*arguments: Any) -> Tensors:
+    def forward(*arguments: Any) -> Any:
         return BACKWARD(*arguments)
 
     @staticmethod
@@ -40,11 +40,11 @@ class _Backward(torch.autograd.Function):
     vmap = staticmethod(batched(lambda *arguments: _Backward.apply(*arguments)))
 
 
-class _Forward(torch.autograd.Function):
+class _Forward(torch.autograd.Function):  # type: ignore[misc]
     """``scfa::forward`` under functorch."""
 
     @staticmethod
-    def forward(*arguments: Any) -> Tensors:
+    def forward(*arguments: Any) -> Any:
         return FORWARD(*arguments)
 
     setup_context = staticmethod(save_for_backward)
