@@ -1,0 +1,57 @@
+"""Which keys a tile of queries visits, which queries a tile of keys, and whether at all."""
+
+from __future__ import annotations
+
+from scfa_core.backends.numba_cuda.compiling import device
+
+
+@device
+def tile_is_wanted(flags, flag_rows, head, row, seqlen):
+    """Whether the tile at `row` must be computed: all if flag_rows is 0, else where a flag is set.
+
+    flags holds one entry per `flag_rows` sorted rows of each head.
+    """
+    if flag_rows == 0:
+        return True
+    per_head = (seqlen + flag_rows - 1) // flag_rows
+    return flags[head * per_head + row // flag_rows] != 0
+
+
+@device
+def key_span(key_start, key_end, b, h, m0, m1, monotone):
+    """Sorted keys [first, last) that hold the ranges of sorted queries [m0, m1)."""
+    first = key_start[b, h, m0]
+    last = key_end[b, h, m1 - 1]
+    if not monotone:
+        first = 2147483647
+        last = 0
+        for r in range(m0, m1):
+            if key_start[b, h, r] < key_end[b, h, r]:
+                first = min(first, key_start[b, h, r])
+                last = max(last, key_end[b, h, r])
+    return first, last
+
+
+@device
+def first_above(values, b, h, count, bound):
+    """First place of the nondecreasing values[b, h, :count] that holds more than `bound`."""
+    low = 0
+    high = count
+    while low < high:
+        middle = (low + high) // 2
+        if values[b, h, middle] > bound:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+@device
+def query_span(key_start, key_end, b, h, n0, n1, seqlen_q, monotone):
+    """Sorted queries [first, last) among which are all that see a key of [n0, n1)."""
+    if not monotone:
+        return 0, seqlen_q
+    return (
+        first_above(key_end, b, h, seqlen_q, n0),
+        first_above(key_start, b, h, seqlen_q, n1 - 1),
+    )

@@ -1,0 +1,43 @@
+"""The running maximum of the online softmax, where it may be infinite or not there at all."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+from scfa_core.backends.numba_cuda.compiling import INFINITY, LOG2_E, device
+from scfa_core.backends.numba_cuda.convert import ELEMENTS
+
+
+@cache
+def softmax_functions(dtype: str) -> tuple[Any, Any]:
+    """Build `shift_of` and `rescale_factor` for the accumulator of `dtype`."""
+    element = ELEMENTS[dtype]
+    acc, exp2 = element.acc, element.exp2
+
+    @device
+    def shift_of(row_max):
+        """What is subtracted from scores: the maximum, 0 where it is no number to subtract."""
+        if row_max > -INFINITY and row_max < INFINITY:
+            return row_max
+        return acc(0)
+
+    @device
+    def rescale_factor(old, new):
+        """Factor of the sums when the maximum moves from old to new; 0 before any score."""
+        if old == -INFINITY:
+            return acc(0)
+        return exp2(shift_of(old) - shift_of(new))
+
+    return shift_of, rescale_factor
+
+
+@device
+def log2(x):
+    """Logarithm to base 2; -inf at 0."""
+    if x > 0:
+        return math.log(x) * LOG2_E
+    if x == 0:
+        return -INFINITY
+    return x

@@ -1,0 +1,111 @@
+"""The portable kernels' building blocks: tiles of rows in shared memory, products in registers.
+
+A block of TY x TX threads works on tiles. Thread (ty, tx) owns rows ty, ty + TY, ... of the result
+and columns tx, tx + TX, ... of it. Sizes are compile-time constants, fixed when `tile_functions`
+builds the device functions; a fresh set is compiled for each (dtype, head_dim, head_dim_v).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+from scfa_core.backends.numba_cuda.compiling import SHARED_LIMIT, SIMULATED, device
+from scfa_core.backends.numba_cuda.convert import ELEMENTS
+
+
+class Shape(NamedTuple):
+    """Threads and tile of a portable kernel: rows of the result, rows streamed past them."""
+
+    ty: int
+    tx: int
+    rows: int
+    columns: int
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.ty * self.tx
+
+
+# From the fastest to what fits float64 rows of 256; the simulator runs one small block.
+_SHAPES = (
+    Shape(8, 16, 32, 32),
+    Shape(8, 16, 16, 16),
+    Shape(8, 8, 8, 8),
+    Shape(4, 4, 4, 4),
+)
+_SIMULATED = (Shape(8, 4, 16, 8),)
+
+
+def shared_bytes(shape: Shape, widths: tuple[int, ...], itemsize: int) -> int:
+    """Bytes of the tiles: `widths` alternate resident (rows) and streamed (columns) tiles."""
+    per_row = sum(width + 1 for width in widths) * itemsize
+    rows = max(shape.rows, shape.columns)
+    return rows * per_row + rows * rows * 2 * (itemsize + 1) + 4 * rows * (itemsize + 4)
+
+
+def choose_shape(dtype: str, widths: tuple[int, ...]) -> Shape:
+    """Return the largest shape whose tiles of `widths` columns fit in shared memory."""
+    itemsize = 8 if dtype == "float64" else 4
+    shapes = _SIMULATED if SIMULATED else _SHAPES
+    fitting = [s for s in shapes if shared_bytes(s, widths, itemsize) <= SHARED_LIMIT]
+    return (fitting or [shapes[-1]])[0]
+
+
+class TileFunctions(NamedTuple):
+    """Device functions for one dtype and shape."""
+
+    load_rows: Any
+    multiply: Any
+    accumulate: Any
+
+
+@cache
+def tile_functions(dtype: str, shape: Shape) -> TileFunctions:
+    """Build the device functions of the portable kernels."""
+    element = ELEMENTS[dtype]
+    acc, widen = element.acc, element.widen
+    ty_count, tx_count, rows, columns = shape
+    per_row, per_column = rows // ty_count, columns // tx_count
+    threads = shape.threads
+
+    @device
+    def load_rows(tile, count, x, b, h, index, index_head, first, limit, width, thread):
+        """tile[r, :] = x[b, h, index[first + r], :], 0 from row `limit` on; `count` rows."""
+        for place in range(thread, count * width, threads):
+            r = place // width
+            c = place % width
+            if first + r < limit:
+                tile[r, c] = widen(x[b, h, index[b, index_head, first + r], c])
+            else:
+                tile[r, c] = acc(0)
+
+    @device
+    def multiply(out, left, right, width, ty, tx):
+        """out[i, j] = sum_c left[row i, c] * right[row j, c]: one register tile of a product."""
+        for e in range(per_row * per_column):
+            out[e] = acc(0)
+        for c in range(width):
+            for i in range(per_row):
+                x = left[ty + ty_count * i, c]
+                for j in range(per_column):
+                    out[i * per_column + j] += x * right[tx + tx_count * j, c]
+
+    @device
+    def accumulate(out, per_width, weights, seen, values, width, ty, tx):
+        """out[i, c] += sum_n weights[row i, n] * values[n, c] over the pairs that are seen.
+
+        A pair that is not seen is skipped, not multiplied by 0: values may hold NaN.
+        """
+        for n in range(columns):
+            for i in range(per_row):
+                r = ty + ty_count * i
+                if seen[r, n] != 0:
+                    weight = weights[r, n]
+                    for c in range(per_width):
+                        column = tx + tx_count * c
+                        if column < width:
+                            out[i * per_width + c] += weight * values[n, column]
+
+    return TileFunctions(load_rows, multiply, accumulate)

@@ -1,0 +1,57 @@
+"""Arrays as kernels see them: numba device arrays over the caller's memory, nothing copied.
+
+16-bit floats are shown as uint16. In the simulator arrays are NumPy's and are shared likewise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+from numba import cuda
+from scfa_core.backends.numba_cuda.compiling import SIMULATED
+from scfa_core.backends.numba_cuda.convert import as_storage
+
+from scfa_core.arrays import CallContext
+
+if SIMULATED:
+    from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+else:
+    from numba.cuda.cudadrv.devicearray import DeviceNDArray
+    from numba.cuda.cudadrv.driver import MemoryPointer
+
+_STORAGE = {"float16": np.dtype(np.uint16), "bfloat16": np.dtype(np.uint16)}
+
+
+def view(x: Any) -> Any:
+    """Show one native array (NumPy in the simulator, else `DeviceArray`) to kernels."""
+    if SIMULATED:
+        return FakeCUDAArray(as_storage(x))
+    dtype = _STORAGE.get(x.dtype) or np.dtype(x.dtype)
+    strides = tuple(stride * dtype.itemsize for stride in x.strides)
+    size = int(np.prod(x.shape)) * dtype.itemsize
+    memory = MemoryPointer(cuda.current_context(), ctypes.c_void_p(x.pointer), size)
+    return DeviceNDArray(x.shape, strides, dtype, gpu_data=memory)
+
+
+def stream_of(ctx: CallContext) -> Any:
+    """The caller's stream as numba names it."""
+    return 0 if SIMULATED else cuda.external_stream(ctx.stream)
+
+
+def device_of(ctx: CallContext) -> AbstractContextManager[Any]:
+    """Make the caller's device current for a while."""
+    return contextlib.nullcontext() if SIMULATED else cuda.gpus[ctx.device]
+
+
+def multiprocessors() -> int:
+    """Multiprocessors of the current device."""
+    return 1 if SIMULATED else int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
+
+
+def compute_capability() -> tuple[int, int]:
+    """Compute capability of the current device; (0, 0) in the simulator."""
+    return (0, 0) if SIMULATED else tuple(cuda.get_current_device().compute_capability)

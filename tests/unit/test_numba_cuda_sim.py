@@ -1,0 +1,120 @@
+"""The portable CUDA kernels, run as plain Python in numba's simulator: no GPU, no GPU package.
+
+The simulator must be chosen before numba is imported, so this file runs itself in a process of its
+own, which works through all cases and prints what it found.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scfa_core.testing import Part, Spec
+
+# Tiles of the simulated kernels are 16 rows by 8: every case has ragged tiles and more than one.
+CASES = {
+    "causal": Spec(seqlen_q=19, seqlen_k=19),
+    "causal-aligned-right": Spec(seqlen_q=9, seqlen_k=21, parts=(Part("causal", number=1),)),
+    "hash": Spec(
+        heads=2, seqlen_q=21, seqlen_k=18, parts=(Part("hash", number=3),), poison=True, seed=1
+    ),
+    "hash-extreme": Spec(seqlen_q=17, seqlen_k=17, parts=(Part("hash", "extreme"),), seed=2),
+    "hash-disjoint": Spec(seqlen_q=9, seqlen_k=9, parts=(Part("hash", "disjoint"),), poison=True),
+    "keep": Spec(seqlen_q=20, seqlen_k=20, parts=(Part("keep", number=50),), poison=True, seed=3),
+    "keep-twice": Spec(
+        seqlen_q=18, seqlen_k=12, parts=(Part("keep", number=80), Part("keep", number=80)), seed=4
+    ),
+    "documents": Spec(
+        seqlen_q=20, seqlen_k=20, head_dim=24, parts=(Part("documents", causal=False),), seed=5
+    ),
+    "window": Spec(
+        batch=2, seqlen_q=17, seqlen_k=17, head_dim_v=24, parts=(Part("window", number=5),)
+    ),
+    "ranges": Spec(
+        seqlen_q=18, seqlen_k=23, parts=(Part("ranges", "random"),), poison=True, seed=6
+    ),
+    "ranges-outside": Spec(
+        seqlen_q=11, seqlen_k=9, parts=(Part("ranges", "outside"), Part("ranges", "narrow")), seed=7
+    ),
+    "two-groups": Spec(
+        seqlen_q=19,
+        seqlen_k=19,
+        parts=(Part("hash", number=2), Part("documents", number=2), Part("window", number=9)),
+        seed=8,
+    ),
+    "everything-bfloat16": Spec(
+        heads=2,
+        heads_kv=1,
+        seqlen_q=13,
+        seqlen_k=17,
+        dtype="bfloat16",
+        layout="bthd",
+        parts=(Part("hash", number=2), Part("keep", number=80), Part("ranges", "sorted")),
+        poison=True,
+        seed=9,
+    ),
+    "float16-one-key": Spec(seqlen_q=5, seqlen_k=1, dtype="float16", softmax_scale=-0.2),
+    "float64": Spec(seqlen_q=9, seqlen_k=11, dtype="float64", parts=(Part("hash", number=2),)),
+}
+PLAN_FIELDS = ("q_index", "q_count", "k_index", "k_count", "key_start", "key_end")
+
+
+def run_case(spec):
+    """Run one case: plan fields that differ from the reference, and what is not exact."""
+    import numpy as np
+
+    from scfa_core.testing import build, judge, run_numpy
+
+    case = build(spec)
+    got, plan = run_numpy(case, "numba-cuda")
+    _, right = run_numpy(case, "reference")
+    differing = [x for x in PLAN_FIELDS if not np.array_equal(getattr(plan, x), getattr(right, x))]
+    return {"plan": differing, "inexact": [str(v) for v in judge(case, got) if not v.ok]}
+
+
+def main():
+    import warnings
+
+    from scfa_core.dispatch import unavailable_reason
+
+    warnings.filterwarnings("ignore", category=RuntimeWarning)  # Inf and NaN are among the data
+    report = {"availability": unavailable_reason("numba-cuda")}
+    for name, spec in CASES.items():
+        report[name] = run_case(spec)
+    print(json.dumps(report))
+
+
+@pytest.fixture(scope="module")
+def report():
+    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1"}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).resolve())],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_simulator_is_available(report):
+    assert report["availability"] is None
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_plan_equals_reference(report, name):
+    assert report[name]["plan"] == []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_and_backward_are_exact(report, name):
+    assert report[name]["inexact"] == []
+
+
+if __name__ == "__main__":
+    main()
