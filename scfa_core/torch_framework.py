@@ -6,6 +6,7 @@ operators' fake implementations.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -52,9 +53,15 @@ def host_view(x: torch.Tensor) -> np.ndarray:
     return view
 
 
-def raw_stream(ordinal: int) -> int:
-    """Handle of torch's current stream on one GPU."""
+def _public_raw_stream(ordinal: int) -> int:
     return int(torch.cuda.current_stream(ordinal).cuda_stream)
+
+
+# Handle of torch's current stream on one GPU; the private getter is what compiled torch code calls,
+# and builds no Stream object. CPU builds of torch lack it.
+raw_stream: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", _public_raw_stream
+)
 
 
 class TorchContext:
