@@ -72,9 +72,11 @@ struct Shared {
   int query_rows[kStages][kBlockM];
   Cursor at[2 * kStages];  // where the query tiles t, t + 1, ... lie, tile t in slot t % (2 * kStages)
   int key_index[kBlockN];
-  int tainted[kBlockN];
+  char tainted[kBlockN];
+  int first_key;  // sorted key of the first row
   Member members[1];  // group_size of them
 };
+static_assert(sizeof(Shared) <= SCFA_SHARED_BYTES, "launch.py asks for less shared memory than Shared needs");
 
 SCFA_DEVICE void block_load_indices(Shared& shared, const Params& p, const Cursor& at, int stage) {
   if (at.member >= p.group_size) return;
@@ -97,16 +99,12 @@ SCFA_DEVICE void block_load_tile(Shared& shared, const Params& p, const Cursor& 
   block_copy_values<kBlockM, kThreads>(shared.rows[stage].delta, const_cast<const float*>(p.delta) + list, valid);
 }
 
-struct Own {
-  int row;  // the warp's first row of the tile
-  u32 k[kMi][kOwnInRegisters ? kSteps : 1][4];
-  int first_key, last_key;  // sorted keys of this warp
-};
 
 template <bool kMasked, bool kDoDk, bool kDoDv>
-SCFA_DEVICE void visit_queries(const Shared& shared, int stage, int sub, const Own& own, float (&acc_dk)[kMi][kDoDk ? kSteps * 2 : 1][4],
+SCFA_DEVICE void visit_queries(const Shared& shared, int stage, int sub, const u32 (&own_k)[kMi][kOwnInRegisters ? kSteps : 1][4], float (&acc_dk)[kMi][kDoDk ? kSteps * 2 : 1][4],
                                float (&acc_dv)[kMi][kDoDv ? kStepsV * 2 : 1][4], float scale) {
   const int lane = threadIdx.x % kWarpSize;
+  const int own_row = thread_here() / kWarpSize * kWarpRows;
   const QueryRows& rows = shared.rows[stage];
   const int column = sub * kSubM + 2 * (lane % 4);
 
@@ -115,12 +113,12 @@ SCFA_DEVICE void visit_queries(const Shared& shared, int stage, int sub, const O
   float acc_dp[kMi][kSubM / 8][4] = {};
   const auto q = right_operand<kBlockM>(shared.q[stage], sub * kSubM);
   if constexpr (kOwnInRegisters) {
-    warp_product_nt(acc_s, own.k, q);
+    warp_product_nt(acc_s, own_k, q);
   } else {
-    warp_product_nt<kSteps>(acc_s, left_operand<kBlockN>(shared.k, own.row), q);
+    warp_product_nt<kSteps>(acc_s, left_operand<kBlockN>(shared.k, own_row), q);
   }
   if constexpr (kDoDk) {
-    warp_product_nt<kStepsV>(acc_dp, left_operand<kBlockN>(shared.v, own.row),
+    warp_product_nt<kStepsV>(acc_dp, left_operand<kBlockN>(shared.v, own_row),
                              right_operand<kBlockM>(shared.dout[stage], sub * kSubM));
   }
 
@@ -141,7 +139,7 @@ SCFA_DEVICE void visit_queries(const Shared& shared, int stage, int sub, const O
         float probability = exp2_fast(fmaf(acc_s[mi][nb][i], scale, -(i % 2 ? lse_log2.y : lse_log2.x)));
         float ds = probability * (acc_dp[mi][nb][i] - (i % 2 ? delta.y : delta.x));
         if constexpr (kMasked) {
-          const int key = own.first_key + mi * 16 + (i / 2) * 8 + lane / 4;
+          const int key = shared.first_key + own_row + mi * 16 + (i / 2) * 8 + lane / 4;
           if (!is_visible(key, i % 2 ? start.y : start.x, i % 2 ? end.y : end.x)) probability = ds = 0.0f;
         }
         acc_s[mi][nb][i] = probability, acc_dp[mi][nb][i] = ds;
@@ -161,100 +159,16 @@ SCFA_DEVICE void visit_queries(const Shared& shared, int stage, int sub, const O
   }
 }
 
+// Stores dk and dv; everything it needs to know of its place is found again.
 template <bool kDoDk, bool kDoDv>
-SCFA_DEVICE void block_gradients(const Params& p, Shared& shared) {
+SCFA_DEVICE void block_finish(const Params& p, Shared& shared, const float (&acc_dk)[kMi][kDoDk ? kSteps * 2 : 1][4],
+                              const float (&acc_dv)[kMi][kDoDv ? kStepsV * 2 : 1][4]) {
   const Tile tile = key_tile<kBlockN>(p);
-  const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
-  const int warp_row = warp * kWarpRows;
-  const i64 list = (i64(tile.batch) * p.heads_kv + tile.head) * p.seqlen_k;
-  const int count = p.k_count[tile.batch * p.heads_kv + tile.head];
-  const int keys = max(0, min(kBlockN, count - tile.first_row));  // kept keys of this tile; queries see no others
-  const int last_key = tile.first_row + keys;
+  const int lane = thread_here() % kWarpSize;
+  const int warp_row = thread_here() / kWarpSize * kWarpRows;
   const int first_head = tile.head * p.group_size;
   const Element* k = head_base(p.k, p.k_strides, tile.batch, tile.head);
   const Element* v = head_base(p.v, p.v_strides, tile.batch, tile.head);
-
-  // load k and v; meanwhile find the query rows of each head that can see one of the keys
-  block_gather<kBlockN, kHeadDim, kThreads>(shared.k, k, p.k_strides.row, p.k_index + list + tile.first_row, keys);
-  block_gather<kBlockN, kHeadDimV, kThreads>(shared.v, v, p.v_strides.row, p.k_index + list + tile.first_row, keys);
-  copies_commit();
-  for (int row = threadIdx.x; row < kBlockN; row += kThreads) {
-    shared.key_index[row] = tile.first_row + row < p.seqlen_k ? p.k_index[list + tile.first_row + row] : -1;
-  }
-  for (int member = warp; member < p.group_size; member += kWarps) {
-    const int head = first_head + member;
-    const i64 queries = (i64(tile.batch) * p.heads + head) * p.seqlen_q;
-    QueryRange range = {0, 0};
-    if (keys > 0) {
-      range = kMonotone ? warp_query_range_monotone(p.key_start + queries, p.key_end + queries, p.seqlen_q, tile.first_row, last_key)
-                        : warp_query_range_scan(p.key_start + queries, p.key_end + queries, p.seqlen_q, tile.first_row, last_key);
-    }
-    if (lane == 0) {
-      shared.members[member] = {head_base(p.q, p.q_strides, tile.batch, head), head_base(p.dout, p.dout_strides, tile.batch, head),
-                                queries, range};
-    }
-  }
-  __syncthreads();  // the members are complete
-
-  // the first kStages - 1 query tiles, with the query indices that the loop will need
-  constexpr int kSlots = 2 * kStages;
-  if (threadIdx.x == 0) {
-    Cursor at;
-    at.start(shared.members, p.group_size);
-    for (int t = 0; t < kSlots - 1; ++t) {
-      shared.at[t] = at;
-      at.advance(shared.members, p.group_size);
-    }
-  }
-  __syncthreads();  // the first tiles are known
-#pragma unroll
-  for (int t = 0; t < kStages - 1; ++t) {
-    block_load_tile(shared, p, shared.at[t], t, false);
-    block_load_indices(shared, p, shared.at[t + kStages - 1], (t + kStages - 1) % kStages);
-    copies_commit();
-  }
-
-  copies_wait<kStages - 1>();
-  __syncthreads();  // k and v are complete
-  if (p.negative_scale) warp_negate_rows<kWarpRows, kBlockN, kHeadDim>(shared.k, warp_row);
-  Own own;
-  own.row = warp_row;
-  own.first_key = tile.first_row + warp_row;
-  own.last_key = own.first_key + kWarpRows;  // a step that holds dropped keys is a masked one, so they gather exact zeros
-  if constexpr (kOwnInRegisters) warp_load_left(own.k, left_operand<kBlockN>(shared.k, warp_row));
-
-  float acc_dk[kMi][kDoDk ? kSteps * 2 : 1][4] = {};
-  float acc_dv[kMi][kDoDv ? kStepsV * 2 : 1][4] = {};
-#pragma unroll 1
-  for (int t = 0; shared.at[t % kSlots].member < p.group_size; ++t) {
-    copies_wait<kStages - 2>();
-    __syncthreads();  // tile t is complete, and everyone has left the stage and the slot that are filled next
-
-    const int stage = t % kStages;
-    const int next = t + kStages - 1, ahead = next + kStages - 1;
-    block_load_tile(shared, p, shared.at[next % kSlots], next % kStages, true);
-    block_load_indices(shared, p, shared.at[ahead % kSlots], ahead % kStages);
-    copies_commit();
-    if (threadIdx.x == 0) {
-      Cursor at = shared.at[ahead % kSlots];
-      at.advance(shared.members, p.group_size);
-      shared.at[(ahead + 1) % kSlots] = at;
-    }
-
-#pragma unroll 1
-    for (int sub = 0; sub < kBlockM / kSubM; ++sub) {
-      const int row = sub * kSubM + lane % kSubM;
-      const int start = shared.rows[stage].start[row], end = shared.rows[stage].end[row];
-      // rows beyond the range were zeroed: they see nothing, and make the step a masked one
-      if (!__any_sync(kAllLanes, start < end && start < own.last_key && end > own.first_key)) continue;
-      if (__all_sync(kAllLanes, start <= own.first_key && end >= own.last_key)) {
-        visit_queries<false, kDoDk, kDoDv>(shared, stage, sub, own, acc_dk, acc_dv, p.exponent_scale);
-      } else {
-        visit_queries<true, kDoDk, kDoDv>(shared, stage, sub, own, acc_dk, acc_dv, p.exponent_scale);
-      }
-    }
-  }
 
   // dk = scale * acc_dk and dv = acc_dv through this warp's rows of the k and v tiles; 0 for keys that were dropped
   float factor_dk[kMi][2], factor_dv[kMi][2], taint[kMi][2] = {};
@@ -297,6 +211,104 @@ SCFA_DEVICE void block_gradients(const Params& p, Shared& shared) {
       if constexpr (kDoDv) exact.acc_dv.store(dv + k_row * p.dv_strides.row);
     }
   }
+}
+
+template <bool kDoDk, bool kDoDv>
+SCFA_DEVICE void block_gradients(const Params& p, Shared& shared) {
+  const Tile tile = key_tile<kBlockN>(p);
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  const int warp_row = warp * kWarpRows;
+  const i64 list = (i64(tile.batch) * p.heads_kv + tile.head) * p.seqlen_k;
+  const int count = p.k_count[tile.batch * p.heads_kv + tile.head];
+  const int keys = max(0, min(kBlockN, count - tile.first_row));  // kept keys of this tile; queries see no others
+  const int last_key = tile.first_row + keys;
+  const int first_head = tile.head * p.group_size;
+  const Element* k = head_base(p.k, p.k_strides, tile.batch, tile.head);
+  const Element* v = head_base(p.v, p.v_strides, tile.batch, tile.head);
+
+  // load k and v; meanwhile find the query rows of each head that can see one of the keys
+  block_gather<kBlockN, kHeadDim, kThreads>(shared.k, k, p.k_strides.row, p.k_index + list + tile.first_row, keys);
+  block_gather<kBlockN, kHeadDimV, kThreads>(shared.v, v, p.v_strides.row, p.k_index + list + tile.first_row, keys);
+  copies_commit();
+  for (int row = threadIdx.x; row < kBlockN; row += kThreads) {
+    shared.key_index[row] = tile.first_row + row < p.seqlen_k ? p.k_index[list + tile.first_row + row] : -1;
+  }
+  for (int member = warp; member < p.group_size; member += kWarps) {
+    const int head = first_head + member;
+    const i64 queries = (i64(tile.batch) * p.heads + head) * p.seqlen_q;
+    QueryRange range = {0, 0};
+    if (keys > 0) {
+      range = kMonotone ? warp_query_range_monotone(p.key_start + queries, p.key_end + queries, p.seqlen_q, tile.first_row, last_key)
+                        : warp_query_range_scan(p.key_start + queries, p.key_end + queries, p.seqlen_q, tile.first_row, last_key);
+    }
+    if (lane == 0) {
+      shared.first_key = tile.first_row;
+      shared.members[member] = {head_base(p.q, p.q_strides, tile.batch, head), head_base(p.dout, p.dout_strides, tile.batch, head),
+                                queries, range};
+    }
+  }
+  __syncthreads();  // the members are complete
+
+  // the first kStages - 1 query tiles, with the query indices that the loop will need
+  constexpr int kSlots = 2 * kStages;
+  if (threadIdx.x == 0) {
+    Cursor at;
+    at.start(shared.members, p.group_size);
+    for (int t = 0; t < kSlots - 1; ++t) {
+      shared.at[t] = at;
+      at.advance(shared.members, p.group_size);
+    }
+  }
+  __syncthreads();  // the first tiles are known
+#pragma unroll
+  for (int t = 0; t < kStages - 1; ++t) {
+    block_load_tile(shared, p, shared.at[t], t, false);
+    block_load_indices(shared, p, shared.at[t + kStages - 1], (t + kStages - 1) % kStages);
+    copies_commit();
+  }
+
+  copies_wait<kStages - 1>();
+  __syncthreads();  // k and v are complete
+  if (p.negative_scale) warp_negate_rows<kWarpRows, kBlockN, kHeadDim>(shared.k, warp_row);
+  u32 own_k[kMi][kOwnInRegisters ? kSteps : 1][4];
+  if constexpr (kOwnInRegisters) warp_load_left(own_k, left_operand<kBlockN>(shared.k, warp_row));
+
+  float acc_dk[kMi][kDoDk ? kSteps * 2 : 1][4] = {};
+  float acc_dv[kMi][kDoDv ? kStepsV * 2 : 1][4] = {};
+#pragma unroll 1
+  for (int t = 0; shared.at[t % kSlots].member < p.group_size; ++t) {
+    copies_wait<kStages - 2>();
+    __syncthreads();  // tile t is complete, and everyone has left the stage and the slot that are filled next
+
+    const int stage = t % kStages;
+    const int next = t + kStages - 1, ahead = next + kStages - 1;
+    block_load_tile(shared, p, shared.at[next % kSlots], next % kStages, true);
+    block_load_indices(shared, p, shared.at[ahead % kSlots], ahead % kStages);
+    copies_commit();
+    if (threadIdx.x == 0) {
+      Cursor at = shared.at[ahead % kSlots];
+      at.advance(shared.members, p.group_size);
+      shared.at[(ahead + 1) % kSlots] = at;
+    }
+
+#pragma unroll 1
+    for (int sub = 0; sub < kBlockM / kSubM; ++sub) {
+      const int row = sub * kSubM + lane % kSubM;
+      const int start = shared.rows[stage].start[row], end = shared.rows[stage].end[row];
+      // rows beyond the range were zeroed: they see nothing, and make the step a masked one, as dropped keys do
+      const int first_key = shared.first_key + thread_here() / kWarpSize * kWarpRows;
+      const int past_key = first_key + kWarpRows;
+      if (!__any_sync(kAllLanes, start < end && start < past_key && end > first_key)) continue;
+      if (__all_sync(kAllLanes, start <= first_key && end >= past_key)) {
+        visit_queries<false, kDoDk, kDoDv>(shared, stage, sub, own_k, acc_dk, acc_dv, p.exponent_scale);
+      } else {
+        visit_queries<true, kDoDk, kDoDv>(shared, stage, sub, own_k, acc_dk, acc_dv, p.exponent_scale);
+      }
+    }
+  }
+
+  block_finish<kDoDk, kDoDv>(p, shared, acc_dk, acc_dv);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, SCFA_MIN_BLOCKS) scfa_bwd_dkdv(const __grid_constant__ Params p) {

@@ -12,8 +12,8 @@
 // Source     Dao, FlashAttention-2, split in two kernels so that nothing is accumulated across blocks; see
 //            docs/decisions/0004-two-kernel-backward.md.
 #include "exact.cuh"
-#include "mask.cuh"
 #include "schedule.cuh"
+#include "stream.cuh"
 
 constexpr int kBlockM = SCFA_BLOCK_M;
 constexpr int kBlockN = SCFA_BLOCK_N;
@@ -35,19 +35,20 @@ static_assert(kStages >= 2, "the next tile loads while this one computes");
 struct Shared {
   char q[tile_bytes(kBlockM, kHeadDim)];
   char dout[tile_bytes(kBlockM, kHeadDimV)];
-  char k[kStages][tile_bytes(kBlockN, kHeadDim)];
-  char v[kStages][tile_bytes(kBlockN, kHeadDimV)];
+  KeyStages<kBlockN, kStages> keys;
   RowRanges<kBlockM> rows;
+  KeySource source;
+  KeySpan spans[kWarps];  // read anew for each tile: four registers less
   float lse_log2[kBlockM];
   float delta[kBlockM];
   int key_rows[kStages][kBlockN];
-  int tainted[kBlockM];
+  char tainted[kBlockM];
 };
+static_assert(sizeof(Shared) <= SCFA_SHARED_BYTES, "launch.py asks for less shared memory than Shared needs");
 
 struct Own {  // what a warp keeps of its rows
   u32 q[kMi][kHeldQ][4];
   u32 dout[kMi][kHeldDout][4];
-  float lse_log2[kMi][2], delta[kMi][2];
 };
 
 // Eight lanes a row: delta and lse * log2(e), kept here in shared memory and stored for the kernel of the keys.
@@ -87,14 +88,15 @@ SCFA_DEVICE void block_row_statistics(Shared& shared, const Params& p, const Til
 }
 
 template <bool kMasked>
-SCFA_DEVICE void visit_keys(const Shared& shared, int stage, int sub, int first_key, int row, const Own& own,
+SCFA_DEVICE void visit_keys(const Shared& shared, int stage, int sub, int first_key, const Own& own,
                             float (&acc_dq)[kMi][kSteps * 2][4], float scale) {
   const int lane = threadIdx.x % kWarpSize;
+  const int row = thread_here() / kWarpSize * kWarpRows;
 
   // acc_s = q @ k^T, acc_dp = dout @ v^T
   float acc_s[kMi][kSubN / 8][4] = {}, acc_dp[kMi][kSubN / 8][4] = {};
-  const auto k = right_operand<kBlockN>(shared.k[stage], sub * kSubN);
-  const auto v = right_operand<kBlockN>(shared.v[stage], sub * kSubN);
+  const auto k = right_operand<kBlockN>(shared.keys.k[stage], sub * kSubN);
+  const auto v = right_operand<kBlockN>(shared.keys.v[stage], sub * kSubN);
   if constexpr (kOwnInRegisters) {
     warp_product_nt(acc_s, own.q, k);
     warp_product_nt(acc_dp, own.dout, v);
@@ -109,6 +111,8 @@ SCFA_DEVICE void visit_keys(const Shared& shared, int stage, int sub, int first_
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int lane_key = first_key + 2 * (lane % 4);
+      const float lse_log2 = shared.lse_log2[row + mi * 16 + half * 8 + lane / 4];
+      const float delta = shared.delta[row + mi * 16 + half * 8 + lane / 4];
       const int start = kMasked ? shared.rows.start[row + mi * 16 + half * 8 + lane / 4] - lane_key : 0;
       const int end = kMasked ? shared.rows.end[row + mi * 16 + half * 8 + lane / 4] - lane_key : 0;
 #pragma unroll
@@ -116,8 +120,8 @@ SCFA_DEVICE void visit_keys(const Shared& shared, int stage, int sub, int first_
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& s = acc_s[mi][nb][2 * half + i];
-          const float probability = exp2_fast(fmaf(s, scale, -own.lse_log2[mi][half]));
-          s = probability * (acc_dp[mi][nb][2 * half + i] - own.delta[mi][half]);
+          const float probability = exp2_fast(fmaf(s, scale, -lse_log2));
+          s = probability * (acc_dp[mi][nb][2 * half + i] - delta);
           if (kMasked && !is_visible(nb * 8 + i, start, end)) s = 0.0f;
         }
     }
@@ -125,107 +129,16 @@ SCFA_DEVICE void visit_keys(const Shared& shared, int stage, int sub, int first_
   // acc_dq += ds @ k
   u32 ds[kMi][kSubN / 16][4];
   warp_pack<kMi, kSubN / 8>(ds, acc_s);
-  warp_product_nn(acc_dq, ds, left_operand<kBlockN>(shared.k[stage], sub * kSubN));
+  warp_product_nn(acc_dq, ds, left_operand<kBlockN>(shared.keys.k[stage], sub * kSubN));
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, SCFA_MIN_BLOCKS) scfa_bwd_dq(const __grid_constant__ Params p) {
-  extern __shared__ __align__(128) char shared_bytes[];
-  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+// Stores dq; everything it needs to know of its place is found again.
+SCFA_DEVICE void block_finish(const Params& p, Shared& shared, const float (&acc_dq)[kMi][kSteps * 2][4]) {
   const Tile tile = query_tile<kBlockM>(p);
-  const int head_kv = tile.head / p.group_size;
-  const int lane = threadIdx.x % kWarpSize;
-  const int warp_row = threadIdx.x / kWarpSize * kWarpRows;
-  const i64 list = (i64(tile.batch) * p.heads + tile.head) * p.seqlen_q + tile.first_row;
-  const int rows = min(kBlockM, p.seqlen_q - tile.first_row);
+  const int lane = thread_here() % kWarpSize;
+  const int warp_row = thread_here() / kWarpSize * kWarpRows;
   const Element* q = head_base(p.q, p.q_strides, tile.batch, tile.head);
   const Element* dout = head_base(p.dout, p.dout_strides, tile.batch, tile.head);
-  const Element* k = head_base(p.k, p.k_strides, tile.batch, head_kv);
-  const Element* v = head_base(p.v, p.v_strides, tile.batch, head_kv);
-  const int* k_index = p.k_index + (i64(tile.batch) * p.heads_kv + head_kv) * p.seqlen_k;
-
-  // load q, dout and the ranges of their rows; keys [first, last) are what some row sees
-  block_gather<kBlockM, kHeadDim, kThreads>(shared.q, q, p.q_strides.row, p.q_index + list, rows);
-  block_gather<kBlockM, kHeadDimV, kThreads>(shared.dout, dout, p.dout_strides.row, p.q_index + list, rows);
-  copies_commit();
-  for (int row = threadIdx.x; row < kBlockM; row += kThreads) {
-    shared.rows.start[row] = row < rows ? p.key_start[list + row] : 0;
-    shared.rows.end[row] = row < rows ? p.key_end[list + row] : 0;
-    shared.rows.index[row] = row < rows ? p.q_index[list + row] : -1;
-  }
-  __syncthreads();  // row ranges are complete
-  const KeySpan block_keys = warp_span(shared.rows, 0, kBlockM);
-  const KeySpan warp_keys = warp_span(shared.rows, warp_row, kWarpRows);
-  const int first = block_keys.first, last = block_keys.last;
-  const int tiles = last > first ? ceil_div(last - first, kBlockN) : 0;
-
-  // the first kStages - 1 key tiles, with the key indices that the loop will need
-#pragma unroll
-  for (int t = 0; t < kStages - 1; ++t) {
-    const int key = first + t * kBlockN;
-    if (t < tiles) {
-      block_gather<kBlockN, kHeadDim, kThreads>(shared.k[t], k, p.k_strides.row, k_index + key, last - key);
-      block_gather<kBlockN, kHeadDimV, kThreads>(shared.v[t], v, p.v_strides.row, k_index + key, last - key);
-    }
-    const int ahead = t + kStages - 1;
-    if (ahead < tiles) {
-      const int ahead_key = first + ahead * kBlockN;
-      block_copy_values<kBlockN, kThreads>(shared.key_rows[ahead % kStages], k_index + ahead_key, last - ahead_key);
-    }
-    copies_commit();
-  }
-
-  block_row_statistics(shared, p, tile, list);
-  copies_wait<kStages - 1>();
-  __syncthreads();  // q, dout and row statistics are complete
-  if (p.negative_scale) warp_negate_rows<kWarpRows, kBlockM, kHeadDim>(shared.q, warp_row);
-  Own own;
-  if constexpr (kOwnInRegisters) {
-    warp_load_left(own.q, left_operand<kBlockM>(shared.q, warp_row));
-    warp_load_left(own.dout, left_operand<kBlockM>(shared.dout, warp_row));
-  }
-#pragma unroll
-  for (int mi = 0; mi < kMi; ++mi)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      own.lse_log2[mi][half] = shared.lse_log2[warp_row + mi * 16 + half * 8 + lane / 4];
-      own.delta[mi][half] = shared.delta[warp_row + mi * 16 + half * 8 + lane / 4];
-    }
-
-  float acc_dq[kMi][kSteps * 2][4] = {};
-  int stage = 0;
-#pragma unroll 1
-  for (int t = 0; t < tiles; ++t) {
-    copies_wait<kStages - 2>();
-    __syncthreads();  // tile t is complete, and everyone has left the stage that is filled next
-
-    const int next = t + kStages - 1;
-    const int next_stage = stage == 0 ? kStages - 1 : stage - 1;
-    if (next < tiles) {
-      const int next_key = first + next * kBlockN;
-      block_gather<kBlockN, kHeadDim, kThreads>(shared.k[next_stage], k, p.k_strides.row, shared.key_rows[next_stage],
-                                                last - next_key);
-      block_gather<kBlockN, kHeadDimV, kThreads>(shared.v[next_stage], v, p.v_strides.row, shared.key_rows[next_stage],
-                                                 last - next_key);
-      const int ahead_key = next_key + (kStages - 1) * kBlockN;
-      const int ahead_stage = next_stage == 0 ? kStages - 1 : next_stage - 1;
-      if (ahead_key < last) {
-        block_copy_values<kBlockN, kThreads>(shared.key_rows[ahead_stage], k_index + ahead_key, last - ahead_key);
-      }
-    }
-    copies_commit();
-
-#pragma unroll 1
-    for (int sub = 0; sub < kBlockN / kSubN; ++sub) {
-      const int key = first + t * kBlockN + sub * kSubN;
-      if (!warp_keys.sees(key, key + kSubN)) continue;
-      if (warp_keys.sees_all(key, key + kSubN)) {
-        visit_keys<false>(shared, stage, sub, key, warp_row, own, acc_dq, p.exponent_scale);
-      } else {
-        visit_keys<true>(shared, stage, sub, key, warp_row, own, acc_dq, p.exponent_scale);
-      }
-    }
-    stage = stage == kStages - 1 ? 0 : stage + 1;
-  }
 
   // dq = scale * acc_dq through this warp's rows of the q tile
   float factor[kMi][2], taint[kMi][2] = {};
@@ -254,8 +167,74 @@ extern "C" __global__ void __launch_bounds__(kThreads, SCFA_MIN_BLOCKS) scfa_bwd
       if (!shared.tainted[row]) continue;
       const int q_row = shared.rows.index[row];
       block_exact_dq<kThreads>(q + q_row * p.q_strides.row, dout + q_row * p.dout_strides.row, shared.lse_log2[row],
-                               shared.delta[row], k, v, k_index, shared.rows.start[row], shared.rows.end[row], p,
-                               reinterpret_cast<float*>(shared.k), dq + q_row * p.dq_strides.row);
+                               shared.delta[row], shared.source.k, shared.source.v, shared.source.index, shared.rows.start[row], shared.rows.end[row], p,
+                               reinterpret_cast<float*>(shared.keys.k[0]), dq + q_row * p.dq_strides.row);
     }
   }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, SCFA_MIN_BLOCKS) scfa_bwd_dq(const __grid_constant__ Params p) {
+  extern __shared__ __align__(128) char shared_bytes[];
+  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+  const Tile tile = query_tile<kBlockM>(p);
+  const int head_kv = tile.head / p.group_size;
+  const int warp_row = threadIdx.x / kWarpSize * kWarpRows;
+  const i64 list = (i64(tile.batch) * p.heads + tile.head) * p.seqlen_q + tile.first_row;
+  const int rows = min(kBlockM, p.seqlen_q - tile.first_row);
+  const Element* q = head_base(p.q, p.q_strides, tile.batch, tile.head);
+  const Element* dout = head_base(p.dout, p.dout_strides, tile.batch, tile.head);
+  const Element* k = head_base(p.k, p.k_strides, tile.batch, head_kv);
+  const Element* v = head_base(p.v, p.v_strides, tile.batch, head_kv);
+  const int* k_index = p.k_index + (i64(tile.batch) * p.heads_kv + head_kv) * p.seqlen_k;
+
+  // load q, dout and the ranges of their rows; keys [first, last) are what some row sees
+  block_gather<kBlockM, kHeadDim, kThreads>(shared.q, q, p.q_strides.row, p.q_index + list, rows);
+  block_gather<kBlockM, kHeadDimV, kThreads>(shared.dout, dout, p.dout_strides.row, p.q_index + list, rows);
+  copies_commit();
+  for (int row = threadIdx.x; row < kBlockM; row += kThreads) {
+    shared.rows.start[row] = row < rows ? p.key_start[list + row] : 0;
+    shared.rows.end[row] = row < rows ? p.key_end[list + row] : 0;
+    shared.rows.index[row] = row < rows ? p.q_index[list + row] : -1;
+  }
+  __syncthreads();  // row ranges are complete
+  const KeySpan block_keys = warp_span(shared.rows, 0, kBlockM);
+  shared.spans[threadIdx.x / kWarpSize] = warp_span(shared.rows, warp_row, kWarpRows);
+  if (threadIdx.x == 0) shared.source = {k, v, k_index, block_keys.first, block_keys.last};
+  __syncthreads();  // the source of keys is known
+
+  // the first kStages - 1 key tiles
+#pragma unroll
+  for (int t = 0; t < kStages - 1; ++t) block_stream_tile<kBlockN, kThreads>(shared.keys, shared.key_rows, shared.source, p, t, false);
+
+  block_row_statistics(shared, p, tile, list);
+  copies_wait<kStages - 1>();
+  __syncthreads();  // q, dout and row statistics are complete
+  if (p.negative_scale) warp_negate_rows<kWarpRows, kBlockM, kHeadDim>(shared.q, warp_row);
+  Own own;
+  if constexpr (kOwnInRegisters) {
+    warp_load_left(own.q, left_operand<kBlockM>(shared.q, warp_row));
+    warp_load_left(own.dout, left_operand<kBlockM>(shared.dout, warp_row));
+  }
+  float acc_dq[kMi][kSteps * 2][4] = {};
+#pragma unroll 1
+  for (int t = 0; shared.source.first + t * kBlockN < shared.source.last; ++t) {
+    copies_wait<kStages - 2>();
+    __syncthreads();  // tile t is complete, and everyone has left the stage that is filled next
+    const int stage = t % kStages;
+    block_stream_tile<kBlockN, kThreads>(shared.keys, shared.key_rows, shared.source, p, t + kStages - 1, true);
+
+#pragma unroll 1
+    for (int sub = 0; sub < kBlockN / kSubN; ++sub) {
+      const KeySpan warp_keys = shared.spans[thread_here() / kWarpSize];
+      const int key = shared.source.first + t * kBlockN + sub * kSubN;
+      if (!warp_keys.sees(key, key + kSubN)) continue;
+      if (warp_keys.sees_all(key, key + kSubN)) {
+        visit_keys<false>(shared, stage, sub, key, own, acc_dq, p.exponent_scale);
+      } else {
+        visit_keys<true>(shared, stage, sub, key, own, acc_dq, p.exponent_scale);
+      }
+    }
+  }
+
+  block_finish(p, shared, acc_dq);
 }

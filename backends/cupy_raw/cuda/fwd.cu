@@ -12,9 +12,9 @@
 // Source     Dao et al., FlashAttention-2 (tiling, warps own rows); Pagliardini et al. 2023 (key ranges). This version:
 //            gather fused, 32 rows a warp, lazy rescaling (softmax.cuh).
 #include "exact.cuh"
-#include "mask.cuh"
 #include "schedule.cuh"
 #include "softmax.cuh"
+#include "stream.cuh"
 
 constexpr int kBlockM = SCFA_BLOCK_M;
 constexpr int kBlockN = SCFA_BLOCK_N;
@@ -32,22 +32,26 @@ static_assert(kStages >= 2, "the next tile loads while this one computes");
 
 struct Shared {
   char q[tile_bytes(kBlockM, larger(kHeadDim, kHeadDimV))];
-  char k[kStages][tile_bytes(kBlockN, kHeadDim)];
-  char v[kStages][tile_bytes(kBlockN, kHeadDimV)];
+  KeyStages<kBlockN, kStages> keys;
   RowRanges<kBlockM> rows;
+  KeySource source;
+  KeySpan spans[kWarps];  // read anew for each tile: four registers less
   int key_rows[kStages][kBlockN];
-  int tainted[kBlockM];
+  char tainted[kBlockM];
 };
+static_assert(sizeof(Shared) <= SCFA_SHARED_BYTES, "launch.py asks for less shared memory than Shared needs");
 
 template <bool kMasked>
-SCFA_DEVICE void visit_tile(const Shared& shared, int stage, int first_key, int row,
+SCFA_DEVICE void visit_tile(const Shared& shared, int t,
                             const u32 (&q)[kMi][kQInRegisters ? kSteps : 1][4], SoftmaxState<kMi>& softmax,
                             float (&acc_o)[kMi][kOutBlocks][4], float scale) {
-  const int lane = threadIdx.x % kWarpSize;
+  const int thread = thread_here();
+  const int row = thread / kWarpSize * kWarpRows;
+  const int stage = t % kStages;
 
   // acc_s = q @ k^T
   float acc_s[kMi][kBlockN / 8][4] = {};
-  const auto k = right_operand<kBlockN>(shared.k[stage], 0);
+  const auto k = right_operand<kBlockN>(shared.keys.k[stage], 0);
   if constexpr (kQInRegisters) {
     warp_product_nt(acc_s, q, k);
   } else {
@@ -55,7 +59,9 @@ SCFA_DEVICE void visit_tile(const Shared& shared, int stage, int first_key, int 
   }
 
   // acc_s = -inf where row i does not see key j
-  if constexpr (kMasked) warp_mask_scores(acc_s, shared.rows, row + lane / 4, first_key);
+  if constexpr (kMasked) {
+    warp_mask_scores(acc_s, shared.rows, row + thread % kWarpSize / 4, shared.source.first + t * kBlockN);
+  }
 
   // p = 2^(acc_s * scale - reference)
   softmax.update(acc_s, acc_o, scale);
@@ -63,93 +69,15 @@ SCFA_DEVICE void visit_tile(const Shared& shared, int stage, int first_key, int 
   // acc_o += p @ v
   u32 p[kMi][kBlockN / 16][4];
   warp_pack<kMi, kBlockN / 8>(p, acc_s);
-  warp_product_nn(acc_o, p, left_operand<kBlockN>(shared.v[stage], 0));
+  warp_product_nn(acc_o, p, left_operand<kBlockN>(shared.keys.v[stage], 0));
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, SCFA_MIN_BLOCKS) scfa_fwd(const __grid_constant__ Params p) {
-  extern __shared__ __align__(128) char shared_bytes[];
-  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+// Stores out and lse; everything it needs to know of its place is found again.
+SCFA_DEVICE void block_finish(const Params& p, Shared& shared, SoftmaxState<kMi>& softmax, float (&acc_o)[kMi][kOutBlocks][4]) {
   const Tile tile = query_tile<kBlockM>(p);
-  const int head_kv = tile.head / p.group_size;
-  const int lane = threadIdx.x % kWarpSize;
-  const int warp_row = threadIdx.x / kWarpSize * kWarpRows;
-  const i64 list = (i64(tile.batch) * p.heads + tile.head) * p.seqlen_q + tile.first_row;
-  const int rows = min(kBlockM, p.seqlen_q - tile.first_row);
+  const int lane = thread_here() % kWarpSize;
+  const int warp_row = thread_here() / kWarpSize * kWarpRows;
   const Element* q = head_base(p.q, p.q_strides, tile.batch, tile.head);
-  const Element* k = head_base(p.k, p.k_strides, tile.batch, head_kv);
-  const Element* v = head_base(p.v, p.v_strides, tile.batch, head_kv);
-  const int* k_index = p.k_index + (i64(tile.batch) * p.heads_kv + head_kv) * p.seqlen_k;
-
-  // load q and the ranges of its rows; keys [first, last) are what some row sees
-  block_gather<kBlockM, kHeadDim, kThreads>(shared.q, q, p.q_strides.row, p.q_index + list, rows);
-  copies_commit();
-  for (int row = threadIdx.x; row < kBlockM; row += kThreads) {
-    shared.rows.start[row] = row < rows ? p.key_start[list + row] : 0;
-    shared.rows.end[row] = row < rows ? p.key_end[list + row] : 0;
-    shared.rows.index[row] = row < rows ? p.q_index[list + row] : -1;
-  }
-  __syncthreads();  // row ranges are complete
-  const KeySpan block_keys = warp_span(shared.rows, 0, kBlockM);
-  const KeySpan warp_keys = warp_span(shared.rows, warp_row, kWarpRows);
-  const int first = block_keys.first, last = block_keys.last;
-  const int tiles = last > first ? ceil_div(last - first, kBlockN) : 0;
-
-  // the first kStages - 1 key tiles, with the key indices that the loop will need
-#pragma unroll
-  for (int t = 0; t < kStages - 1; ++t) {
-    const int key = first + t * kBlockN;
-    if (t < tiles) {
-      block_gather<kBlockN, kHeadDim, kThreads>(shared.k[t], k, p.k_strides.row, k_index + key, last - key);
-      block_gather<kBlockN, kHeadDimV, kThreads>(shared.v[t], v, p.v_strides.row, k_index + key, last - key);
-    }
-    const int ahead = t + kStages - 1;
-    if (ahead < tiles) {
-      const int ahead_key = first + ahead * kBlockN;
-      block_copy_values<kBlockN, kThreads>(shared.key_rows[ahead % kStages], k_index + ahead_key, last - ahead_key);
-    }
-    copies_commit();
-  }
-
-  copies_wait<kStages - 1>();
-  __syncthreads();  // q is complete
-  if (p.negative_scale) warp_negate_rows<kWarpRows, kBlockM, kHeadDim>(shared.q, warp_row);
-  u32 q_operand[kMi][kQInRegisters ? kSteps : 1][4];
-  if constexpr (kQInRegisters) warp_load_left(q_operand, left_operand<kBlockM>(shared.q, warp_row));
-
-  SoftmaxState<kMi> softmax;
-  softmax.init();
-  float acc_o[kMi][kOutBlocks][4] = {};
-  int stage = 0;
-#pragma unroll 1
-  for (int t = 0; t < tiles; ++t) {
-    copies_wait<kStages - 2>();
-    __syncthreads();  // tile t is complete, and everyone has left the stage that is filled next
-
-    const int next = t + kStages - 1;
-    const int next_stage = stage == 0 ? kStages - 1 : stage - 1;
-    if (next < tiles) {
-      const int next_key = first + next * kBlockN;
-      block_gather<kBlockN, kHeadDim, kThreads>(shared.k[next_stage], k, p.k_strides.row, shared.key_rows[next_stage],
-                                                last - next_key);
-      block_gather<kBlockN, kHeadDimV, kThreads>(shared.v[next_stage], v, p.v_strides.row, shared.key_rows[next_stage],
-                                                 last - next_key);
-      const int ahead_key = next_key + (kStages - 1) * kBlockN;
-      const int ahead_stage = next_stage == 0 ? kStages - 1 : next_stage - 1;
-      if (ahead_key < last) {
-        block_copy_values<kBlockN, kThreads>(shared.key_rows[ahead_stage], k_index + ahead_key, last - ahead_key);
-      }
-    }
-    copies_commit();
-
-    const int key = first + t * kBlockN;
-    if (!warp_keys.sees(key, key + kBlockN)) {
-    } else if (warp_keys.sees_all(key, key + kBlockN)) {
-      visit_tile<false>(shared, stage, key, warp_row, q_operand, softmax, acc_o, p.exponent_scale);
-    } else {
-      visit_tile<true>(shared, stage, key, warp_row, q_operand, softmax, acc_o, p.exponent_scale);
-    }
-    stage = stage == kStages - 1 ? 0 : stage + 1;
-  }
 
   // out = acc_o / row_sum through this warp's rows of the q tile; lse
   float inverse[kMi][2], lse[kMi][2], taint[kMi][2] = {};
@@ -181,9 +109,68 @@ extern "C" __global__ void __launch_bounds__(kThreads, SCFA_MIN_BLOCKS) scfa_fwd
     for (int row = 0; row < kBlockM; ++row) {
       if (!shared.tainted[row]) continue;
       const int q_row = shared.rows.index[row];
-      block_exact_out<kThreads>(q + q_row * p.q_strides.row, k, v, k_index, shared.rows.start[row], shared.rows.end[row], p,
-                                reinterpret_cast<float*>(shared.k), out + q_row * p.out_strides.row,
+      block_exact_out<kThreads>(q + q_row * p.q_strides.row, shared.source.k, shared.source.v, shared.source.index, shared.rows.start[row], shared.rows.end[row], p,
+                                reinterpret_cast<float*>(shared.keys.k[0]), out + q_row * p.out_strides.row,
                                 lse_base + q_row * p.lse_strides.row);
     }
   }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, SCFA_MIN_BLOCKS) scfa_fwd(const __grid_constant__ Params p) {
+  extern __shared__ __align__(128) char shared_bytes[];
+  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+  const Tile tile = query_tile<kBlockM>(p);
+  const int head_kv = tile.head / p.group_size;
+  const int warp_row = threadIdx.x / kWarpSize * kWarpRows;
+  const i64 list = (i64(tile.batch) * p.heads + tile.head) * p.seqlen_q + tile.first_row;
+  const int rows = min(kBlockM, p.seqlen_q - tile.first_row);
+  const Element* q = head_base(p.q, p.q_strides, tile.batch, tile.head);
+  const Element* k = head_base(p.k, p.k_strides, tile.batch, head_kv);
+  const Element* v = head_base(p.v, p.v_strides, tile.batch, head_kv);
+  const int* k_index = p.k_index + (i64(tile.batch) * p.heads_kv + head_kv) * p.seqlen_k;
+
+  // load q and the ranges of its rows; keys [first, last) are what some row sees
+  block_gather<kBlockM, kHeadDim, kThreads>(shared.q, q, p.q_strides.row, p.q_index + list, rows);
+  copies_commit();
+  for (int row = threadIdx.x; row < kBlockM; row += kThreads) {
+    shared.rows.start[row] = row < rows ? p.key_start[list + row] : 0;
+    shared.rows.end[row] = row < rows ? p.key_end[list + row] : 0;
+    shared.rows.index[row] = row < rows ? p.q_index[list + row] : -1;
+  }
+  __syncthreads();  // row ranges are complete
+  const KeySpan block_keys = warp_span(shared.rows, 0, kBlockM);
+  shared.spans[threadIdx.x / kWarpSize] = warp_span(shared.rows, warp_row, kWarpRows);
+  if (threadIdx.x == 0) shared.source = {k, v, k_index, block_keys.first, block_keys.last};
+  __syncthreads();  // the source of keys is known
+
+  // the first kStages - 1 key tiles
+#pragma unroll
+  for (int t = 0; t < kStages - 1; ++t) block_stream_tile<kBlockN, kThreads>(shared.keys, shared.key_rows, shared.source, p, t, false);
+
+  copies_wait<kStages - 1>();
+  __syncthreads();  // q is complete
+  if (p.negative_scale) warp_negate_rows<kWarpRows, kBlockM, kHeadDim>(shared.q, warp_row);
+  u32 q_operand[kMi][kQInRegisters ? kSteps : 1][4];
+  if constexpr (kQInRegisters) warp_load_left(q_operand, left_operand<kBlockM>(shared.q, warp_row));
+
+  SoftmaxState<kMi> softmax;
+  softmax.init();
+  float acc_o[kMi][kOutBlocks][4] = {};
+#pragma unroll 1
+  for (int t = 0; shared.source.first + t * kBlockN < shared.source.last; ++t) {
+    copies_wait<kStages - 2>();
+    __syncthreads();  // tile t is complete, and everyone has left the stage that is filled next
+    block_stream_tile<kBlockN, kThreads>(shared.keys, shared.key_rows, shared.source, p, t + kStages - 1, true);
+
+    const int key = shared.source.first + t * kBlockN;
+    const KeySpan warp_keys = shared.spans[thread_here() / kWarpSize];
+    if (!warp_keys.sees(key, key + kBlockN)) {
+    } else if (warp_keys.sees_all(key, key + kBlockN)) {
+      visit_tile<false>(shared, t, q_operand, softmax, acc_o, p.exponent_scale);
+    } else {
+      visit_tile<true>(shared, t, q_operand, softmax, acc_o, p.exponent_scale);
+    }
+  }
+
+  block_finish(p, shared, softmax, acc_o);
 }

@@ -2,6 +2,13 @@
 #pragma once
 #include "params.cuh"
 
+// blockIdx.x, read anew: an epilogue that asks again where it is keeps nothing alive through the main loop.
+SCFA_DEVICE int block_here() {
+  int block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
+}
+
 struct Tile {
   int batch, head, first_row;
 };
@@ -10,8 +17,9 @@ struct Tile {
 template <int kBlockM>
 SCFA_DEVICE Tile query_tile(const Params& p) {
   const int tiles = ceil_div(p.seqlen_q, kBlockM);
-  const int list = blockIdx.x / tiles;
-  const int tile = tiles - 1 - int(blockIdx.x % tiles);
+  const int block = block_here();
+  const int list = block / tiles;
+  const int tile = tiles - 1 - block % tiles;
   return {list / p.heads, list % p.heads, tile * kBlockM};
 }
 
@@ -19,8 +27,9 @@ SCFA_DEVICE Tile query_tile(const Params& p) {
 template <int kBlockN>
 SCFA_DEVICE Tile key_tile(const Params& p) {
   const int tiles = ceil_div(p.seqlen_k, kBlockN);
-  const int list = blockIdx.x / tiles;
-  return {list / p.heads_kv, list % p.heads_kv, int(blockIdx.x % tiles) * kBlockN};
+  const int block = block_here();
+  const int list = block / tiles;
+  return {list / p.heads_kv, list % p.heads_kv, block % tiles * kBlockN};
 }
 
 // First position of a nondecreasing list whose value is at least `bound`; 32 probes at a time.

@@ -1,0 +1,203 @@
+"""Which tile shapes the portable kernels are compiled with, and how much shared memory that takes.
+
+One table: for each kernel, by the wider of head_dim and head_dim_v, shapes in order of preference;
+the first that fits the card's shared memory is taken. Nothing here needs a GPU.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+Constants = tuple[tuple[str, int], ...]
+
+ELEMENTS = {"float32": 0, "float16": 1, "bfloat16": 2}  # SCFA_ELEMENT
+SMALLEST_SHARED = 99 * 1024  # bytes a block may have on sm_86, 89 and 120
+_ROW_BYTES = 128  # kRowBytes: one row of one panel of 64 columns
+_MEMBER_BYTES = 32  # sizeof(Member) of bwd_dkdv.cu
+
+
+class Shape(NamedTuple):
+    """Tile shape of one kernel."""
+
+    block_m: int  # query rows of a tile
+    block_n: int  # keys of a tile
+    warps: int
+    sub: int = 0  # streamed rows taken at a time: keys in dq, queries in dkdv
+    stages: int = 2  # buffers of the streamed tiles
+    own_in_registers: int = 0  # keep the owned operands in registers
+    split: int = 0  # dkdv: dv and dk in two passes
+    min_blocks: int = 2  # blocks per multiprocessor the register budget aims at
+
+
+# kernel -> ((widest head, (shape, ...)), ...)
+_SHAPES: dict[str, tuple[tuple[int, tuple[Shape, ...]], ...]] = {
+    "fwd": (
+        (64, (Shape(128, 64, 4, own_in_registers=1),)),
+        (128, (Shape(128, 48, 4),)),
+        (256, (Shape(64, 32, 4),)),
+    ),
+    "bwd_dq": (
+        (64, (Shape(128, 64, 4, sub=32, own_in_registers=1),)),
+        (128, (Shape(128, 32, 4, sub=32),)),
+        (256, (Shape(64, 32, 4, sub=32), Shape(64, 16, 4, sub=16))),
+    ),
+    "bwd_dkdv": (
+        (64, (Shape(64, 128, 4, sub=32),)),
+        (128, (Shape(64, 64, 4, sub=32), Shape(32, 64, 4, sub=32))),
+        (256, (Shape(32, 64, 4, sub=32, split=1), Shape(16, 64, 4, sub=16, split=1))),
+    ),
+    "fwd_fp32": ((128, (Shape(64, 32, 8),)), (256, (Shape(32, 32, 8),))),
+    "bwd_dq_fp32": ((128, (Shape(32, 32, 8),)), (256, (Shape(16, 16, 8),))),
+    "bwd_dkdv_fp32": ((128, (Shape(32, 32, 8),)), (256, (Shape(16, 16, 8),))),
+}
+
+
+class Variant(NamedTuple):
+    """One kernel as it is compiled and launched."""
+
+    name: str  # of the symbol
+    source: str
+    constants: Constants
+    shape: Shape
+    threads: int
+    shared_bytes: int  # for one query head per kv head
+    shared_per_head: int  # more for each further one
+
+    def shared(self, group_size: int) -> int:
+        """Bytes of dynamic shared memory of a block."""
+        return self.shared_bytes + self.shared_per_head * (group_size - 1)
+
+
+def _tile(rows: int, dim: int) -> int:
+    """Bytes of a swizzled 16-bit tile: tile_bytes of copy.cuh."""
+    return -(-dim // 64) * rows * _ROW_BYTES
+
+
+def _shared_bytes(kernel: str, shape: Shape, dim: int, dim_v: int) -> int:
+    """Sizeof(Shared) of the kernel, rounded up; a static_assert there compares."""
+    m, n, stages = shape.block_m, shape.block_n, shape.stages
+    keys, queries = (_tile(rows, dim) + _tile(rows, dim_v) for rows in (n, m))
+    floats, floats_v = dim + 4, dim_v + 4
+    size = {
+        "fwd": _tile(m, max(dim, dim_v)) + stages * (keys + 4 * n) + 13 * m + 16 * shape.warps + 40,
+        "bwd_dq": queries + stages * (keys + 4 * n) + 21 * m + 16 * shape.warps + 40,
+        "bwd_dkdv": keys + stages * (queries + 20 * m + 16) + 5 * n + 16 + _MEMBER_BYTES,
+        "fwd_fp32": 4 * (m * floats + n * max(floats, floats_v) + m * (n + 1)) + 13 * m,
+        "bwd_dq_fp32": 4 * ((m + n) * (floats + floats_v) + m * (n + 1) + 256) + 21 * m,
+        "bwd_dkdv_fp32": 4 * ((m + n) * (floats + floats_v) + 2 * n * (m + 1) + 512) + 16 * m + n,
+    }[kernel]
+    return -(-size // 16) * 16
+
+
+@cache
+def choose(
+    kernel: str,
+    dtype: str,
+    head_dim: int,
+    head_dim_v: int,
+    *,
+    aligned: bool,
+    monotone: bool,
+    group_size: int,
+    shared_limit: int,
+) -> Variant:
+    """Return the variant of `kernel` ("fwd", "bwd_dq", "bwd_dkdv") for one kind of problem.
+
+    Parameters
+    ----------
+    aligned : bool
+        Every row of every array starts at a multiple of 16 bytes.
+    monotone : bool
+        Of the plan; only dkdv looks.
+    shared_limit : int
+        Bytes of shared memory a block may have on the card.
+    """
+    if dtype == "float32":
+        kernel += "_fp32"
+    width = max(head_dim, head_dim_v)
+    shapes = next(shapes for widest, shapes in _SHAPES[kernel] if width <= widest)
+    found = [
+        _variant(kernel, shape, dtype, head_dim, head_dim_v, aligned, monotone) for shape in shapes
+    ]
+    fitting = [variant for variant in found if variant.shared(group_size) <= shared_limit]
+    return (fitting or found)[0]
+
+
+def _variant(
+    kernel: str,
+    shape: Shape,
+    dtype: str,
+    head_dim: int,
+    head_dim_v: int,
+    aligned: bool,
+    monotone: bool,
+) -> Variant:
+    """Spell out the constants of one shape."""
+    shared = _shared_bytes(kernel, shape, head_dim, head_dim_v)
+    values = {
+        "HEAD_DIM": head_dim,
+        "HEAD_DIM_V": head_dim_v,
+        "ELEMENT": ELEMENTS[dtype],
+        "ALIGNED": int(aligned),
+        "BLOCK_M": shape.block_m,
+        "BLOCK_N": shape.block_n,
+        "SHARED_BYTES": shared,
+    }
+    if dtype != "float32":
+        values |= {
+            "NUM_WARPS": shape.warps,
+            "STAGES": shape.stages,
+            "OWN_IN_REGISTERS": shape.own_in_registers,
+            "MIN_BLOCKS": shape.min_blocks,
+        }
+        if shape.sub:
+            values["SUB_N" if kernel == "bwd_dq" else "SUB_M"] = shape.sub
+    if kernel.startswith("bwd_dkdv"):
+        values["MONOTONE"] = int(monotone)
+        if dtype != "float32":
+            values["SPLIT"] = shape.split
+    return Variant(
+        f"scfa_{kernel}",
+        f"{kernel}.cu",
+        tuple(values.items()),
+        shape,
+        32 * shape.warps,
+        shared,
+        _MEMBER_BYTES if kernel == "bwd_dkdv" else 0,
+    )
+
+
+def shipped_variants(shared_limit: int = SMALLEST_SHARED) -> list[Variant]:
+    """Return what a compile test must build: every shape, element type and special case once.
+
+    Any other head_dim differs from one of these only in loop counts.
+    """
+    cases = [
+        (dtype, dim, dim, True, True)
+        for dtype, dims in (
+            ("bfloat16", (16, 40, 64, 72, 128, 136, 192, 256)),
+            ("float16", (64, 128, 256)),
+            ("float32", (16, 64, 128, 256)),
+        )
+        for dim in dims
+    ]
+    cases += [("bfloat16", 64, 64, False, True), ("float32", 64, 64, False, True)]
+    cases += [("bfloat16", 64, 64, True, False), ("bfloat16", 192, 128, True, True)]
+    cases += [("bfloat16", 24, 256, True, True), ("bfloat16", 128, 128, False, False)]
+    return list(
+        dict.fromkeys(
+            choose(
+                kernel,
+                dtype,
+                head_dim,
+                head_dim_v,
+                aligned=aligned,
+                monotone=monotone,
+                group_size=1,
+                shared_limit=shared_limit,
+            )
+            for dtype, head_dim, head_dim_v, aligned, monotone in cases
+            for kernel in ("fwd", "bwd_dq", "bwd_dkdv")
+        )
+    )
