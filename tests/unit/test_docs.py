@@ -1,0 +1,94 @@
+"""Every code block of the documentation runs, and every command in it exists."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from scfa_core.cli import build_parser
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+if not (ROOT / "README.md").exists():
+    pytest.skip("the tests run outside a source tree", allow_module_level=True)
+
+
+def blocks(page, *languages):
+    """(line, code) of each block of a page."""
+    text = page.read_text()
+    return [
+        (text[: found.start(2)].count("\n") + 1, found.group(2))
+        for found in BLOCK.finditer(text)
+        if found.group(1) in languages
+    ]
+
+
+def commands(page):
+    """Each shell command of a page: those in console blocks and those quoted in the text."""
+    lines = [line for _, code in blocks(page, "console") for line in code.splitlines()]
+    lines += re.findall(r"`((?:make|scfa) [^`]+)`", BLOCK.sub("", page.read_text()))
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+def name_of(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)
+def test_python_blocks_run(page, monkeypatch, tmp_path):
+    """Blocks of a page run in order and share their names, as a reader would run them."""
+    monkeypatch.delenv("SCFA_BACKEND", raising=False)
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "documentation"}
+    for line, code in blocks(page, "python"):
+        if re.search(r"^(import|from) torch", code, re.MULTILINE):
+            pytest.importorskip("torch", reason="needs the extra torch")
+        exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)
+
+
+def test_no_block_is_left_out():
+    for page in PAGES:
+        languages = {found.group(1) for found in BLOCK.finditer(page.read_text())}
+        assert languages <= {"python", "console", "text"}, page
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    for page in PAGES:
+        for command in commands(page):
+            if command[0] == "make":
+                assert command[1] in targets, f"{name_of(page)}: {command}"
+
+
+def test_scfa_commands_are_understood():
+    parsed = 0
+    for page in PAGES:
+        for command in commands(page):
+            if command[0] == "scfa":
+                build_parser().parse_args(command[1:])
+                parsed += 1
+    assert parsed >= 4
+
+
+def test_readme_starts_with_the_two_commands():
+    (_, first), *_ = blocks(ROOT / "README.md", "console")
+    assert [shlex.split(line, comments=True) for line in first.splitlines()] == [
+        ["make", "demo"],
+        ["make", "test"],
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_inside_the_repository_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_pictures_have_a_row_for_every_pattern():
+    text = (ROOT / "README.md").read_text()
+    for name in ("Causal", "HashSparse", "QKSparse", "Documents", "SlidingWindow", "KeyRanges"):
+        assert re.search(rf"^\| !\[\]\(docs/img/\w+\.png\) \| `{name}\(", text, re.MULTILINE)
