@@ -1,0 +1,27 @@
+"""Modules for torch models: self-attention with each pattern, the hash, and a Reformer baseline.
+
+>>> from scfa_core.nn import HashSelfAttention
+>>> HashSelfAttention(64, heads=4, buckets=8)(torch.randn(2, 30, 64)).shape
+torch.Size([2, 30, 64])
+"""
+
+from scfa_core.nn.attention import (
+    DenseSelfAttention,
+    DropSelfAttention,
+    HashSelfAttention,
+    SparseSelfAttention,
+    WindowSelfAttention,
+)
+from scfa_core.nn.hashing import AngularHash
+from scfa_core.nn.reformer import Coverage, ReformerAttention
+
+__all__ = [
+    "AngularHash",
+    "Coverage",
+    "DenseSelfAttention",
+    "DropSelfAttention",
+    "HashSelfAttention",
+    "ReformerAttention",
+    "SparseSelfAttention",
+    "WindowSelfAttention",
+]

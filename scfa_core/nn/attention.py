@@ -1,0 +1,340 @@
+"""Self-attention layers that differ in one method: which pattern their queries and keys follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from scfa_core.api import attention
+from scfa_core.dropping import random_keep, straight_through, threshold_keep, top_k_keep
+from scfa_core.errors import PatternError, ShapeError
+from scfa_core.hashing import disjoint_rounds
+from scfa_core.merging import attention_over
+from scfa_core.nn.hashing import AngularHash
+from scfa_core.patterns import Causal, Documents, Pattern, QKSparse, SlidingWindow
+from scfa_core.plan import Plan
+
+MakePattern = Callable[[Tensor, Tensor], Pattern]
+
+
+class SparseSelfAttention(nn.Module):
+    """Causal self-attention under a pattern: project, attend, project back.
+
+    Dense unless `pattern` is given or a subclass has its own `make_patterns`.
+
+    Parameters
+    ----------
+    width : int
+        Channels in and out.
+    heads : int
+        Query heads.
+    heads_kv : int, optional
+        Key and value heads, a divisor of `heads`; `heads` by default.
+    head_dim : int, optional
+        Of queries, keys and values; ``width // heads`` by default.
+    pattern : callable, optional
+        ``pattern(q, k) -> Pattern`` from q (batch, heads, seqlen, head_dim) and k. Write it with
+        `include_self` and causality of its own.
+    shared_qk : bool
+        Keys are the queries, normalised to length 1, with no projection of their own (the paper's
+        hash layers). Needs ``heads_kv == heads``.
+    include_self : bool
+        False: a row does not see itself; of use with `shared_qk`, where each row would see little
+        else.
+    softmax_scale : float, optional
+        Default ``head_dim ** -0.5``.
+    bias : bool
+        Of the projections.
+    rotary : callable, optional
+        Applied to q and, apart, to k, each (batch, heads, seqlen, head_dim), before normalisation
+        and hashing; a module is registered as a child.
+    backend : str, optional
+        As for `scfa_core.attention`.
+
+    Raises
+    ------
+    ShapeError
+        Heads that do not divide, or `shared_qk` with fewer key heads.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        heads_kv: int | None = None,
+        head_dim: int | None = None,
+        pattern: MakePattern | None = None,
+        shared_qk: bool = False,
+        include_self: bool = True,
+        softmax_scale: float | None = None,
+        bias: bool = False,
+        rotary: Callable[[Tensor], Tensor] | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        heads_kv = heads if heads_kv is None else heads_kv
+        if heads < 1 or heads_kv < 1 or heads % heads_kv or (head_dim is None and width % heads):
+            raise ShapeError(
+                "heads must be a multiple of heads_kv and divide width (or pass head_dim), got "
+                f"{width=}, {heads=}, {heads_kv=}"
+            )
+        if shared_qk and heads_kv != heads:
+            raise ShapeError(f"shared_qk needs heads_kv == heads, got {heads_kv=}, {heads=}")
+        self.width = width
+        self.heads = heads
+        self.heads_kv = heads_kv
+        self.head_dim = width // heads if head_dim is None else head_dim
+        self.pattern = pattern
+        self.shared_qk = shared_qk
+        self.include_self = include_self
+        self.softmax_scale = softmax_scale
+        self.rotary = rotary
+        self.backend = backend
+        self.query = nn.Linear(width, heads * self.head_dim, bias=bias)
+        self.key = None if shared_qk else nn.Linear(width, heads_kv * self.head_dim, bias=bias)
+        self.value = nn.Linear(width, heads_kv * self.head_dim, bias=bias)
+        self.output = nn.Linear(heads * self.head_dim, width, bias=bias)
+
+    def make_patterns(self, q: Tensor, k: Tensor) -> list[Pattern]:
+        """Who sees whom, as pairwise disjoint patterns; q, k (batch, heads, seqlen, head_dim)."""
+        if self.pattern is not None:
+            return [self.pattern(q, k)]
+        return [Causal(include_self=self.include_self)]
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        documents: Tensor | None = None,
+        keep: Tensor | None = None,
+        plan: Plan | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Parameters
+        ----------
+        x : Tensor, (batch, seqlen, width)
+        documents : integer Tensor, (batch, seqlen), optional
+            Rows see rows of their own document only.
+        keep : bool Tensor, (batch, seqlen), optional
+            False where a row is padding: nobody sees it and its attention is 0.
+        plan : Plan, optional
+            Instead of the layer's own pattern, e.g. one plan for all layers.
+
+        Returns
+        -------
+        out : Tensor, (batch, seqlen, width)
+        """
+        q, k, v = self.project(x)
+        if plan is None:
+            limits = self._limits(documents, keep)
+            patterns = [_narrowed(p, limits) for p in self.make_patterns(q, k)]
+        elif documents is None and keep is None:
+            patterns = [plan]
+        else:
+            raise PatternError("documents and keep belong into the plan; pass them or a plan")
+        return self.output(self.attend(q, k, v, x, patterns).transpose(1, 2).flatten(2))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (batch, heads, seqlen, head_dim) views."""
+        q, v = (self._split(projection(x)) for projection in (self.query, self.value))
+        q = q if self.rotary is None else self.rotary(q)
+        if self.key is None:
+            return q, normalize(q, dim=-1).to(q.dtype), v
+        k = self._split(self.key(x))
+        return q, k if self.rotary is None else self.rotary(k), v
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, patterns: list[Pattern | Plan]
+    ) -> Tensor:
+        """Attention of (batch, heads, seqlen, head_dim) tensors; `x` is the layer's input."""
+        options: dict[str, Any] = {"softmax_scale": self.softmax_scale, "backend": self.backend}
+        if len(patterns) == 1:
+            out: Tensor = attention(q, k, v, patterns[0], **options)
+        else:
+            out = attention_over(q, k, v, patterns, **options)
+        return out
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    @staticmethod
+    def _limits(documents: Tensor | None, keep: Tensor | None) -> list[Pattern]:
+        limits: list[Pattern] = []
+        if documents is not None:
+            limits.append(Documents(documents, causal=False))
+        if keep is not None:
+            limits.append(QKSparse(keep[:, None], keep[:, None], causal=False))
+        return limits
+
+    def extra_repr(self) -> str:
+        """Sizes and choices, for printing."""
+        text = f"width={self.width}, heads={self.heads}, head_dim={self.head_dim}"
+        if self.heads_kv != self.heads:
+            text += f", heads_kv={self.heads_kv}"
+        if self.shared_qk:
+            text += ", shared_qk=True"
+        if not self.include_self:
+            text += ", include_self=False"
+        return text
+
+
+def _narrowed(pattern: Pattern, limits: list[Pattern]) -> Pattern:
+    for limit in limits:
+        pattern = pattern & limit
+    return pattern
+
+
+class DenseSelfAttention(SparseSelfAttention):
+    """Every row sees itself and all before it: the baseline of the others."""
+
+
+class WindowSelfAttention(SparseSelfAttention):
+    """Every row sees the last `window` rows, itself among them; other arguments as the base.
+
+    Parameters
+    ----------
+    width, heads : int
+    window : int
+    """
+
+    def __init__(self, width: int, heads: int, window: int, **options: Any) -> None:
+        super().__init__(width, heads, **options)
+        self.window = window
+
+    def make_patterns(self, q: Tensor, k: Tensor) -> list[Pattern]:
+        """One window."""
+        window: Pattern = SlidingWindow(self.window)
+        return [window if self.include_self else window & Causal(include_self=False)]
+
+    def extra_repr(self) -> str:
+        """Sizes and choices, for printing."""
+        return f"{super().extra_repr()}, window={self.window}"
+
+
+class HashSelfAttention(SparseSelfAttention):
+    """Every row sees the earlier rows whose key shares a bucket with its query, in any round.
+
+    The layer of the paper is ``shared_qk=True, include_self=False, redraw=True``.
+
+    Parameters
+    ----------
+    width, heads : int
+    buckets : int
+        Even. More buckets are sparser: visible pairs fall about as ``rounds / buckets``.
+    rounds : int
+        Independent hashes; the union of what they see, each pair once. 2 or 3 at most: see
+        `scfa_core.hashing.disjoint_rounds`.
+    seed, redraw
+        As for `AngularHash`.
+    **options
+        As for `SparseSelfAttention`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        buckets: int,
+        *,
+        rounds: int = 1,
+        seed: int | None = None,
+        redraw: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(width, heads, **options)
+        self.hash = AngularHash(
+            self.heads_kv, self.head_dim, buckets, rounds=rounds, seed=seed, redraw=redraw
+        )
+
+    def make_patterns(self, q: Tensor, k: Tensor) -> list[Pattern]:
+        """One hash pattern per round and way of differing from the earlier ones."""
+        if self.shared_qk:  # a normalised query has its query's bucket, but for rounding
+            (q_bucket,) = self.hash(q)
+            k_bucket = q_bucket
+        else:
+            q_bucket, k_bucket = self.hash(q, k)
+        return list(
+            disjoint_rounds(q_bucket, k_bucket, self.hash.buckets, include_self=self.include_self)
+        )
+
+
+class DropSelfAttention(SparseSelfAttention):
+    """Each head drops some queries and keys; what is dropped attends to nothing.
+
+    Parameters
+    ----------
+    width, heads : int
+    keep : float
+        Share of rows that stay, queries and keys alike.
+    how : "random" | "top-k" | "threshold"
+        ``"random"``: each row by lot, in training only unless `always`. ``"top-k"``: the rows of
+        highest score, which a linear layer learns; a row's fate depends on later rows, so such a
+        model cannot generate. ``"threshold"``: rows of positive score; `keep` has no say.
+    always : bool
+        Whether ``"random"`` also drops in evaluation, as the paper's layer does.
+    **options
+        As for `SparseSelfAttention`.
+
+    Notes
+    -----
+    Scores learn by straight-through gradients: `scfa_core.dropping.drop_attention`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        keep: float = 0.5,
+        *,
+        how: str = "random",
+        always: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(width, heads, **options)
+        if how not in ("random", "top-k", "threshold"):
+            raise PatternError(f"how must be 'random', 'top-k' or 'threshold', got {how!r}")
+        if not 0 <= keep <= 1:
+            raise PatternError(f"keep must be a share from 0 to 1, got {keep!r}")
+        self.keep = keep
+        self.how = how
+        self.always = always
+        learned = how != "random"
+        self.query_score = nn.Linear(width, heads) if learned else None
+        self.key_score = nn.Linear(width, self.heads_kv) if learned else None
+
+    def make_patterns(self, q: Tensor, k: Tensor) -> list[Pattern]:
+        """The triangle; `attend` drops."""
+        return [Causal(include_self=self.include_self)]
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, patterns: list[Pattern | Plan]
+    ) -> Tensor:
+        """Attention among the kept rows."""
+        (pattern,) = patterns
+        if isinstance(pattern, Plan):
+            raise PatternError("DropSelfAttention chooses rows at every call and takes no plan")
+        if self.query_score is None or self.key_score is None:
+            if not (self.training or self.always):
+                return super().attend(q, k, v, x, patterns)
+            q_keep, k_keep = (random_keep(y.shape[:3], self.keep, device=y.device) for y in (q, k))
+            return super().attend(q, k, v, x, [pattern & QKSparse(q_keep, k_keep, causal=False)])
+        q_scores, k_scores = (s(x).transpose(1, 2) for s in (self.query_score, self.key_score))
+        q_keep, k_keep = self._choose(q_scores), self._choose(k_scores)
+        v = v * straight_through(k_keep, k_scores).to(v.dtype).unsqueeze(-1)
+        out = super().attend(q, k, v, x, [pattern & QKSparse(q_keep, k_keep, causal=False)])
+        return out * straight_through(q_keep, q_scores).to(out.dtype).unsqueeze(-1)
+
+    def _choose(self, scores: Tensor) -> Tensor:
+        if self.how == "threshold":
+            return threshold_keep(scores)
+        return top_k_keep(scores, round(self.keep * scores.shape[-1]))
+
+    def extra_repr(self) -> str:
+        """Sizes and choices, for printing."""
+        share = "" if self.how == "threshold" else f", keep={self.keep}"
+        return f"{super().extra_repr()}, how={self.how!r}{share}"
