@@ -155,7 +155,7 @@ def dq_tiles(
                         one,
                         k_rows,
                     )
-                    multiply(k_rows, width, count, head_dim, q_lanes, scores, keep)
+                    multiply(k_rows, width, count, head_dim, q_lanes, rows, scores, keep)
                     if part != FULL:
                         hide(scores, count, n0, starts, ends, seen)
                     softmax_update(scores, count, row_max, row_sum, keep, base)
@@ -188,8 +188,8 @@ def dq_tiles(
             load_rows(
                 v, v_base, v_layout[3], k_index, k_at + n0, count, head_dim_v, width_v, one, v_rows
             )
-            multiply(k_rows, width, count, head_dim, q_lanes, scores, ones)
-            multiply(v_rows, width_v, count, head_dim_v, dout_lanes, dp, ones)
+            multiply(k_rows, width, count, head_dim, q_lanes, rows, scores, ones)
+            multiply(v_rows, width_v, count, head_dim_v, dout_lanes, rows, dp, ones)
 
             # ds = p * (dp - delta)
             score_gradients(scores, dp, count, n0, starts, ends, seen, lse_log2, delta, part)
@@ -198,7 +198,7 @@ def dq_tiles(
             found = 0
             if part != FULL:
                 found = set_aside_unsafe_rows(k_rows, width, count, unsafe, spare)
-            multiply_transposed(k_rows, width, count, dp, acc_dq, ones)
+            multiply_transposed(k_rows, width, count, dp, rows, acc_dq, ones)
             if found > 0:
                 add_unsafe_rows(found, unsafe, spare, width, dp, seen, acc_dq)
 
@@ -305,8 +305,8 @@ def dkdv_tiles(
                     dout, dout_base, dout_layout[3], q_index, q_at, rows, head_dim_v, width_v,
                     one, dout_rows,
                 )  # fmt: skip
-                multiply(q_rows, width, rows, head_dim, k_lanes, scores, ones)
-                multiply(dout_rows, width_v, rows, head_dim_v, v_lanes, dp, ones)
+                multiply(q_rows, width, rows, head_dim, k_lanes, keys, scores, ones)
+                multiply(dout_rows, width_v, rows, head_dim_v, v_lanes, keys, dp, ones)
 
                 # p = 2 ** (s - lse); ds = p * (dp - delta)
                 key_weights(
@@ -317,7 +317,7 @@ def dkdv_tiles(
                 found = 0
                 if part != FULL:
                     found = set_aside_unsafe_rows(dout_rows, width_v, rows, unsafe, spare)
-                multiply_transposed(dout_rows, width_v, rows, scores, acc_dv, ones)
+                multiply_transposed(dout_rows, width_v, rows, scores, keys, acc_dv, ones)
                 if found > 0:
                     add_unsafe_rows(found, unsafe, spare, width_v, scores, seen, acc_dv)
 
@@ -325,7 +325,7 @@ def dkdv_tiles(
                 found = 0
                 if part != FULL:
                     found = set_aside_unsafe_rows(q_rows, width, rows, unsafe, spare)
-                multiply_transposed(q_rows, width, rows, dp, acc_dk, ones)
+                multiply_transposed(q_rows, width, rows, dp, keys, acc_dk, ones)
                 if found > 0:
                     add_unsafe_rows(found, unsafe, spare, width, dp, seen, acc_dk)
 

@@ -140,7 +140,7 @@ def forward_tiles(
             load_rows(
                 k, k_base, k_layout[3], k_index, k_at + n0, count, head_dim, width, one, k_rows
             )
-            multiply(k_rows, width, count, head_dim, q_lanes, scores, keep)
+            multiply(k_rows, width, count, head_dim, q_lanes, rows, scores, keep)
             if part != FULL:
                 hide(scores, count, n0, starts, ends, seen)
 
@@ -154,7 +154,7 @@ def forward_tiles(
             found = 0
             if part != FULL:
                 found = set_aside_unsafe_rows(v_rows, width_v, count, unsafe, spare)
-            multiply_transposed(v_rows, width_v, count, scores, acc_o, keep)
+            multiply_transposed(v_rows, width_v, count, scores, rows, acc_o, keep)
             if found > 0:
                 add_unsafe_rows(found, unsafe, spare, width_v, scores, seen, acc_o)
 

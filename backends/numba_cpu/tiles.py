@@ -17,6 +17,7 @@ from scfa_core.backends.numba_cpu.vector import (
     ROWS,
     address_of,
     multiply_block,
+    multiply_column,
 )
 
 __all__ = [
@@ -109,27 +110,47 @@ def store_lanes(x, base, stride, index, index_at, count, dim, factor, tile):
 
 
 @device_function
-def multiply(rows, width, count, depth, lanes, result, ones):
-    """result[r, lane] = sum_d rows[r, d] * lanes[d, lane]."""
-    step = REGISTER_COLUMNS * REGISTER_BYTES // rows.itemsize
-    for lane in range(0, BLOCK, step):
-        for r in range(0, count, ROWS):
-            multiply_block(
-                rows, r * width, width, 1, lanes, lane, BLOCK,
-                result, r * BLOCK + lane, BLOCK, ones, -1, depth,
-            )  # fmt: skip
+def multiply(rows, width, count, depth, lanes, used, result, ones):
+    """result[r, lane] = sum_d rows[r, d] * lanes[d, lane], for the first `used` lanes at least."""
+    vector = REGISTER_BYTES // rows.itemsize
+    lane = 0
+    while lane < used:
+        if used - lane > vector:
+            for r in range(0, count, ROWS):
+                multiply_block(
+                    rows, r * width, width, 1, lanes, lane, BLOCK,
+                    result, r * BLOCK + lane, BLOCK, ones, -1, depth,
+                )  # fmt: skip
+            lane += vector * REGISTER_COLUMNS
+        else:
+            for r in range(0, count, ROWS):
+                multiply_column(
+                    rows, r * width, width, 1, lanes, lane, BLOCK,
+                    result, r * BLOCK + lane, BLOCK, ones, -1, depth,
+                )  # fmt: skip
+            lane += vector
 
 
 @device_function
-def multiply_transposed(rows, width, count, weights, result, keep):
+def multiply_transposed(rows, width, count, weights, used, result, keep):
     """result[d, lane] = keep[lane] * result[d, lane] + sum_r rows[r, d] * weights[r, lane]."""
-    step = REGISTER_COLUMNS * REGISTER_BYTES // rows.itemsize
-    for lane in range(0, BLOCK, step):
-        for d in range(0, width, ROWS):
-            multiply_block(
-                rows, d, 1, width, weights, lane, BLOCK,
-                result, d * BLOCK + lane, BLOCK, keep, lane, count,
-            )  # fmt: skip
+    vector = REGISTER_BYTES // rows.itemsize
+    lane = 0
+    while lane < used:
+        if used - lane > vector:
+            for d in range(0, width, ROWS):
+                multiply_block(
+                    rows, d, 1, width, weights, lane, BLOCK,
+                    result, d * BLOCK + lane, BLOCK, keep, lane, count,
+                )  # fmt: skip
+            lane += vector * REGISTER_COLUMNS
+        else:
+            for d in range(0, width, ROWS):
+                multiply_column(
+                    rows, d, 1, width, weights, lane, BLOCK,
+                    result, d * BLOCK + lane, BLOCK, keep, lane, count,
+                )  # fmt: skip
+            lane += vector
 
 
 @device_function

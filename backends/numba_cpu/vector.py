@@ -26,6 +26,7 @@ __all__ = [
     "load_int32",
     "load_int64",
     "multiply_block",
+    "multiply_column",
 ]
 
 ROWS = 4  # rows of the product in one register block; rows of a tile are padded to a multiple of it
@@ -56,8 +57,8 @@ def _pointer(context, builder, array_type, array, offset):
     return builder.gep(data, [offset])
 
 
-def _emit_micro_kernel(module, scalar, name):
-    """Emit c[r, :] = c[r, :] * keep[:] + sum_k a[r, k] b[k, :] for one register block."""
+def _emit_micro_kernel(module, scalar, columns_wide, name):
+    """Emit c[r, :] = c[r, :] * keep[:] + sum_k a[r, k] b[k, :], `columns_wide` vectors wide."""
     lanes = REGISTER_BYTES // (8 if isinstance(scalar, ir.DoubleType) else 4)
     vector = ir.VectorType(scalar, lanes)
     index = ir.IntType(64)
@@ -93,13 +94,13 @@ def _emit_micro_kernel(module, scalar, name):
     builder.position_at_end(loop)
     step = builder.phi(index)
     step.add_incoming(index(0), entry)
-    sums = [[builder.phi(vector) for _ in range(REGISTER_COLUMNS)] for _ in range(ROWS)]
+    sums = [[builder.phi(vector) for _ in range(columns_wide)] for _ in range(ROWS)]
     b_at = builder.gep(b, [builder.mul(step, b_k)])
-    columns = [load(builder.gep(b_at, [index(j * lanes)])) for j in range(REGISTER_COLUMNS)]
+    columns = [load(builder.gep(b_at, [index(j * lanes)])) for j in range(columns_wide)]
     a_at = builder.gep(a, [builder.mul(step, a_k)])
     for r in range(ROWS):
         factor = broadcast(builder.gep(a_at, [builder.mul(a_row, index(r))]))
-        for j in range(REGISTER_COLUMNS):
+        for j in range(columns_wide):
             updated = multiply_add(factor, columns[j], sums[r][j])
             sums[r][j].add_incoming(zero, entry)
             sums[r][j].add_incoming(updated, loop)
@@ -116,7 +117,7 @@ def _emit_micro_kernel(module, scalar, name):
     for block, update in ((store_block, False), (update_block, True)):
         builder.position_at_end(block)
         for r in range(ROWS):
-            for j in range(REGISTER_COLUMNS):
+            for j in range(columns_wide):
                 target = builder.gep(
                     c, [builder.add(builder.mul(c_row, index(r)), index(j * lanes))]
                 )
@@ -130,44 +131,46 @@ def _emit_micro_kernel(module, scalar, name):
     return function
 
 
-@intrinsic
-def multiply_block(typing, a, a_at, a_row, a_k, b, b_at, b_k, c, c_at, c_row, keep, keep_at, depth):
-    """Write one register block: sum_k a[r, k] b[k, :], plus keep[:] * c[r, :] if keep_at >= 0."""
-    int64 = types.int64
-    signature = types.void(
-        a, int64, int64, int64, b, int64, int64, c, int64, int64, keep, int64, int64
-    )
+def _multiply(columns_wide):
+    """Make the intrinsic that writes a register block of ROWS rows and `columns_wide` vectors."""
 
-    def codegen(context, builder, signature, args):
-        a, a_at, a_row, a_k, b, b_at, b_k, c, c_at, c_row, keep, keep_at, depth = args
-        array_type = signature.args[0]
-        scalar = context.get_value_type(array_type.dtype)
-        name = f"scfa_micro_kernel_{array_type.dtype}"
-        function = builder.module.globals.get(name)
-        if function is None:
-            function = _emit_micro_kernel(builder.module, scalar, name)
-        first = _pointer(context, builder, signature.args[10], keep, keep_at)
-        unused = builder.icmp_signed("<", keep_at, ir.Constant(keep_at.type, 0))
-        keep_pointer = builder.select(unused, ir.Constant(first.type, None), first)
-        builder.call(
-            function,
-            [
-                _pointer(context, builder, signature.args[0], a, a_at),
-                a_row,
-                a_k,
-                _pointer(context, builder, signature.args[4], b, b_at),
-                b_k,
-                _pointer(context, builder, signature.args[7], c, c_at),
-                c_row,
-                keep_pointer,
-                depth,
-            ],
+    @intrinsic
+    def multiply(typing, a, a_at, a_row, a_k, b, b_at, b_k, c, c_at, c_row, keep, keep_at, depth):
+        """Write sum_k a[r, k] b[k, :], plus keep[:] * c[r, :] if keep_at >= 0."""
+        number = types.int64
+        signature = types.void(
+            a, number, number, number, b, number, number, c, number, number, keep, number, number
         )
-        return context.get_dummy_value()
 
-    return signature, codegen
+        def codegen(context, builder, signature, args):
+            a, a_at, a_row, a_k, b, b_at, b_k, c, c_at, c_row, keep, keep_at, depth = args
+            array_type = signature.args[0]
+            scalar = context.get_value_type(array_type.dtype)
+            name = f"scfa_micro_kernel_{array_type.dtype}_{columns_wide}"
+            function = builder.module.globals.get(name)
+            if function is None:
+                function = _emit_micro_kernel(builder.module, scalar, columns_wide, name)
+            keep_pointer = _pointer(context, builder, signature.args[10], keep, keep_at)
+            unused = builder.icmp_signed("<", keep_at, ir.Constant(keep_at.type, 0))
+            nothing = ir.Constant(keep_pointer.type, None)
+            pointers = (
+                _pointer(context, builder, signature.args[0], a, a_at),
+                _pointer(context, builder, signature.args[4], b, b_at),
+                _pointer(context, builder, signature.args[7], c, c_at),
+                builder.select(unused, nothing, keep_pointer),
+            )
+            builder.call(
+                function,
+                [pointers[0], a_row, a_k, pointers[1], b_k, pointers[2], c_row, pointers[3], depth],
+            )
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return multiply
 
 
+multiply_block, multiply_column = _multiply(REGISTER_COLUMNS), _multiply(1)
 _BITS_OF = {types.float32: types.int32, types.float64: types.int64}
 _FLOAT_OF = {bits: real for real, bits in _BITS_OF.items()}
 
