@@ -183,8 +183,8 @@ def _eager(
     if isinstance(pattern, Plan):
         arrays = native_plan(pattern, call)
     else:
-        plan = new_plan(pattern, call.problem, call.backend)
-        arrays, own = plan.native(TORCH_FRAMEWORK, call.backend.memory), plan.arrays
+        own = new_plan(pattern, call.problem, call.backend).arrays
+        arrays = checked_plan_arrays(own, is_monotone(pattern), call)
     if not _wants_gradient(q, k, v):
         return run_forward(call, arrays, q, k, v)
     out, lse = ScfaAttention.apply(q, k, v, call, arrays, given, *own)

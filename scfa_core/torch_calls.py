@@ -71,6 +71,7 @@ class Call(NamedTuple):
     lse: Shape
     grads: tuple[tuple[Shape, Shape], ...]
     grad_facts: tuple[Facts, ...]
+    plan: tuple[tuple[Shape, Shape], ...]  # shape and strides of each array of a plan
 
     def facts(self, x: torch.Tensor) -> Facts:
         """Facts of a 4-axis tensor of q's dtype whose strides are the caller's."""
@@ -194,6 +195,10 @@ def _new_call(
         lse=(problem.batch, problem.heads, problem.seqlen_q),
         grads=grads,
         grad_facts=tuple(facts(*x) for x in grads),
+        plan=tuple(
+            (shape, strides_in_order(shape, tuple(range(len(shape)))))
+            for shape in plan_shapes(problem, backend.memory)
+        ),
     )
 
 
@@ -223,8 +228,28 @@ def native_plan(plan: Plan, call: Call) -> PlanArrays:
 
 def checked_plan_arrays(tensors: Sequence[torch.Tensor], monotone: bool, call: Call) -> PlanArrays:
     """Hand plan tensors to the call's backend after checking that no index can miss its array."""
-    shapes = plan_shapes(call.problem, call.backend.memory)
-    for name, x, shape in zip(PlanArrays._fields, tensors, shapes, strict=False):
+    for x, (shape, _) in zip(tensors, call.plan, strict=True):
+        if (
+            x.shape != shape
+            or x.dtype is not torch.int32
+            or x.device != call.device
+            or not x.is_contiguous()
+        ):
+            _refuse_plan(tensors, call)
+    native: list[Any]
+    if call.host:
+        native = [host_view(x) for x in tensors]
+    else:
+        native = [
+            DeviceArray(x.data_ptr(), *facts, "int32", call.ordinal)
+            for x, facts in zip(tensors, call.plan, strict=True)
+        ]
+    return PlanArrays(*cast(Seven, tuple(native)), monotone)
+
+
+def _refuse_plan(tensors: Sequence[torch.Tensor], call: Call) -> None:
+    """Say what is wrong with a plan's tensors."""
+    for name, x, (shape, _) in zip(PlanArrays._fields, tensors, call.plan, strict=False):
         if x.shape != shape:
             raise ShapeError(
                 f"the plan does not fit: {name} must have shape {shape}, got {tuple(x.shape)}; "
@@ -239,8 +264,6 @@ def checked_plan_arrays(tensors: Sequence[torch.Tensor], monotone: bool, call: C
             )
         if not x.is_contiguous():
             raise LayoutError(f"plan.{name} must be contiguous, got strides {x.stride()}")
-    native = tuple(TORCH_FRAMEWORK.native(x, call.backend.memory) for x in tensors)
-    return PlanArrays(*cast(Seven, native), monotone)
 
 
 def run_forward(

@@ -152,6 +152,9 @@ def test_cuda_backends_get_raw_facts(recorder, monkeypatch):
         out_facts=(*call.out_facts[:3], 0),
         grad_facts=tuple((*facts[:3], 0) for facts in call.grad_facts),
     )
+    facts = torch_calls.checked_plan_arrays(plan.arrays, plan.monotone, call)
+    assert facts.k_index == DeviceArray(plan.k_index.data_ptr(), (2, 2, 8), (16, 8, 1), "int32", 0)
+    assert facts.work.pointer == 0
     out, lse = torch_calls.run_forward(call, plan, q.detach(), k.detach(), v.detach())
     _, _, *arrays, ctx = recorder.seen["forward"]
     for array, x in zip(arrays[:4], (q, k, v, out), strict=True):
