@@ -1,0 +1,67 @@
+"""One dataclass that fixes a run: model, attention, data, schedule; part of every checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides what a run computes.
+
+    `attention` is ``dense``, ``hash<buckets>``, ``drop<percent>``, ``window<keys>``,
+    ``hash<buckets>+window<keys>``, ``naive``, ``reformer<buckets>`` or ``none``: q + k + v, the
+    bound on speed.
+    """
+
+    attention: str = "hash16"
+    seqlen: int = 8192
+    tokens_per_step: int = 32768  # over all processes and accumulation steps
+    micro_batch: int = 1  # sequences in one forward pass of one process
+    layers: int = 12
+    heads: int = 12
+    head_dim: int = 64
+    vocabulary: int = 50304
+    softmax_scale: float | None = None
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    warmup: int = 100
+    steps: int = 1000
+    grad_clip: float = 1.0
+    seed: int = 0
+    compile: bool = True
+    packed: bool = False  # documents of a sequence do not see each other
+    backend: str | None = None
+
+    @property
+    def width(self) -> int:
+        """Channels of the residual stream."""
+        return self.heads * self.head_dim
+
+    def accumulation(self, processes: int) -> int:
+        """Forward passes of one process per step."""
+        each = self.micro_batch * self.seqlen * processes
+        if self.tokens_per_step % each:
+            raise SystemExit(
+                f"tokens_per_step={self.tokens_per_step} must be a multiple of micro_batch * "
+                f"seqlen * processes = {each}"
+            )
+        return self.tokens_per_step // each
+
+    def fingerprint(self) -> str:
+        """Short name of this exact configuration."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+PRESETS = {
+    "paper": Config(),
+    "small": Config(layers=6, heads=8, vocabulary=256, tokens_per_step=16384, steps=2000),
+    "tiny": Config(
+        layers=2, heads=2, head_dim=32, vocabulary=256, seqlen=512, tokens_per_step=1024, steps=40,
+        warmup=5, compile=False,
+    ),
+}  # fmt: skip

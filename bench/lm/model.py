@@ -1,0 +1,169 @@
+"""The paper's decoder, with one place where variants differ: `attend(q, v) -> out`.
+
+Keys are the normalised queries, as in the paper's language model, so that query and key of a token
+share their bucket; a token does not attend to itself in hash mode. Dense and dropped variants use
+the same projections, so that speed and quality differ by attention alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import scfa_core as scfa
+from bench.lm.config import Config
+from bench.lm.data import document_ids
+
+Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+
+
+def _buckets(q: Tensor, count: int) -> Tensor:
+    """Angular bucket of each query, fresh directions a call: int32 (batch, heads, seqlen)."""
+    shape = (q.shape[1], q.shape[-1], count // 2)
+    directions = functional.normalize(torch.randn(shape, device=q.device, dtype=q.dtype), dim=1)
+    turned = torch.matmul(q.detach(), directions)
+    return torch.cat([turned, -turned], -1).argmax(-1).to(torch.int32)
+
+
+def _part(name: str, q: Tensor) -> scfa.Pattern:
+    """One pattern from its name, e.g. ``hash16``."""
+    match = re.fullmatch(r"(hash|drop|window|dense)(\d*)", name)
+    if match is None:
+        raise SystemExit(f"no such attention: {name!r}")
+    kind, number = match[1], int(match[2] or 0)
+    if kind == "hash":
+        buckets = _buckets(q, number)
+        return scfa.HashSparse(buckets, buckets, include_self=False)
+    if kind == "drop":
+        keep = torch.rand((2, *q.shape[:3]), device=q.device) * 100 >= number
+        return scfa.QKSparse(keep[0], keep[1])
+    return scfa.SlidingWindow(number) if kind == "window" else scfa.Causal()
+
+
+def sparse(config: Config) -> Attend:
+    """Attention through this package."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+        names = config.attention.split("+")
+        pattern = _part(names[0], q)
+        for name in names[1:]:
+            pattern = pattern & _part(name, q)
+        if documents is not None:
+            pattern = pattern & scfa.Documents(documents)
+        out: Tensor = scfa.attention(
+            q, k, v, pattern, softmax_scale=config.softmax_scale, backend=config.backend
+        )
+        return out
+
+    return attend
+
+
+def attend_for(config: Config) -> Attend:
+    """Choose the attention of a configuration."""
+    scale = config.softmax_scale
+    if config.packed and config.attention in ("dense", "naive", "none"):
+        raise SystemExit(
+            f"packed=True is served by this package's attention, not {config.attention}"
+        )
+    if config.attention == "none":
+        return lambda q, k, v, documents: q + k + v
+    if config.attention == "dense":
+        return lambda q, k, v, documents: functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale
+        )
+    if config.attention == "naive":
+
+        def naive(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+            hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+            factor = q.shape[-1] ** -0.5 if scale is None else scale
+            scores = (q @ k.transpose(-1, -2) * factor).masked_fill(hidden, float("-inf"))
+            return torch.softmax(scores, -1) @ v
+
+        return naive
+    return sparse(config)
+
+
+class Mix(nn.Module):
+    """Queries and values projected, keys the normalised queries, attention, output projected."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.attend = attend_for(config)
+        self.query_value = nn.Linear(config.width, 2 * config.width, bias=False)
+        self.output = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor, documents: Tensor | None) -> Tensor:
+        """(batch, seqlen, width) to the same."""
+        batch, seqlen, width = x.shape
+        mixed = self.query_value(x).view(batch, seqlen, 2, self.heads, -1)
+        q, v = mixed.permute(2, 0, 3, 1, 4)
+        k = functional.normalize(q, dim=-1).to(q.dtype)
+        out = self.attend(q, k, v, documents).transpose(1, 2).reshape(batch, seqlen, width)
+        mixed_back: Tensor = self.output(out)
+        return mixed_back
+
+
+def _reformer(config: Config) -> nn.Module:
+    """The chunked baseline, e.g. ``reformer16`` for 16 buckets, chunks of two mean buckets."""
+    from scfa_core.nn import ReformerAttention
+
+    if config.packed:
+        raise SystemExit("packed=True is served by this package's attention, not the Reformer's")
+    buckets = int(config.attention.removeprefix("reformer") or 16)
+    chunk = max(2 * config.seqlen // buckets, 1)
+    return ReformerAttention(config.width, config.heads, buckets=buckets, chunk=chunk, rounds=1)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each normalised before and added to the stream."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        width = config.width
+        self.config = config
+        self.norm_attention = nn.LayerNorm(width, bias=False)
+        self.mix = _reformer(config) if config.attention.startswith("reformer") else Mix(config)
+        self.norm_feed = nn.LayerNorm(width, bias=False)
+        self.widen = nn.Linear(width, 4 * width, bias=False)
+        self.narrow = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor, documents: Tensor | None) -> Tensor:
+        """(batch, seqlen, width) to the same."""
+        normal = self.norm_attention(x)
+        x = x + (self.mix(normal, documents) if isinstance(self.mix, Mix) else self.mix(normal))
+        return x + self.narrow(functional.gelu(self.widen(self.norm_feed(x))))
+
+
+class LanguageModel(nn.Module):
+    """Tokens to the mean cross-entropy of the next one, in nats."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocabulary, config.width)
+        self.position = nn.Embedding(config.seqlen, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width, bias=False)
+        self.apply(self._start)
+        for name, weight in self.named_parameters():
+            if name.endswith(("output.weight", "narrow.weight")):
+                nn.init.normal_(weight, std=0.02 / (2 * config.layers) ** 0.5)
+
+    @staticmethod
+    def _start(module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, text: Tensor, target: Tensor) -> Tensor:
+        """(batch, seqlen) tokens and their successors to a scalar."""
+        x = self.embed(text) + self.position.weight[: text.shape[1]]
+        documents = document_ids(text) if self.config.packed else None
+        for block in self.blocks:
+            x = block(x, documents)
+        logits = functional.linear(self.norm(x), self.embed.weight)
+        return functional.cross_entropy(logits.flatten(0, 1), target.flatten())
