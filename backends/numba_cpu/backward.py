@@ -198,7 +198,7 @@ def dq_tiles(
             found = 0
             if part != FULL:
                 found = set_aside_unsafe_rows(k_rows, width, count, unsafe, spare)
-            multiply_transposed(k_rows, width, count, dp, rows, acc_dq, ones)
+            multiply_transposed(k_rows, width, count, dp, rows, acc_dq, ones, ones)
             if found > 0:
                 add_unsafe_rows(found, unsafe, spare, width, dp, seen, acc_dq)
 
@@ -317,7 +317,7 @@ def dkdv_tiles(
                 found = 0
                 if part != FULL:
                     found = set_aside_unsafe_rows(dout_rows, width_v, rows, unsafe, spare)
-                multiply_transposed(dout_rows, width_v, rows, scores, keys, acc_dv, ones)
+                multiply_transposed(dout_rows, width_v, rows, scores, keys, acc_dv, ones, ones)
                 if found > 0:
                     add_unsafe_rows(found, unsafe, spare, width_v, scores, seen, acc_dv)
 
@@ -325,7 +325,7 @@ def dkdv_tiles(
                 found = 0
                 if part != FULL:
                     found = set_aside_unsafe_rows(q_rows, width, rows, unsafe, spare)
-                multiply_transposed(q_rows, width, rows, dp, keys, acc_dk, ones)
+                multiply_transposed(q_rows, width, rows, dp, keys, acc_dk, ones, ones)
                 if found > 0:
                     add_unsafe_rows(found, unsafe, spare, width, dp, seen, acc_dk)
 

@@ -101,10 +101,12 @@ def forward_tiles(
     acc_o = aligned(width_v * BLOCK, sample)
     row_max, row_sum = aligned(BLOCK, sample), aligned(BLOCK, sample)
     keep, base = aligned(BLOCK, sample), aligned(BLOCK, sample)
+    ones = aligned(BLOCK, sample)
     starts, ends = np.zeros(BLOCK, np.int32), np.zeros(BLOCK, np.int32)
     unsafe = np.zeros(BLOCK, np.int32)
     seen = np.zeros(BLOCK * BLOCK, np.uint8)
     one = sample.dtype.type(1)
+    ones[:] = 1
     while True:
         task = atomic_next(counter)
         if task >= batch * heads * blocks:
@@ -154,7 +156,7 @@ def forward_tiles(
             found = 0
             if part != FULL:
                 found = set_aside_unsafe_rows(v_rows, width_v, count, unsafe, spare)
-            multiply_transposed(v_rows, width_v, count, scores, rows, acc_o, keep)
+            multiply_transposed(v_rows, width_v, count, scores, rows, acc_o, keep, ones)
             if found > 0:
                 add_unsafe_rows(found, unsafe, spare, width_v, scores, seen, acc_o)
 

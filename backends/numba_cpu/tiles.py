@@ -132,25 +132,33 @@ def multiply(rows, width, count, depth, lanes, used, result, ones):
 
 
 @device_function
-def multiply_transposed(rows, width, count, weights, used, result, keep):
-    """result[d, lane] = keep[lane] * result[d, lane] + sum_r rows[r, d] * weights[r, lane]."""
+def multiply_transposed(rows, width, count, weights, used, result, keep, ones):
+    """result[d, lane] = keep[lane] * result[d, lane] + sum_r rows[r, d] * weights[r, lane].
+
+    Sums of a tile are added up by themselves and then to the result, which keeps roundings few; in
+    float64, where nothing coarser hides them, in shorter runs.
+    """
     vector = REGISTER_BYTES // rows.itemsize
-    lane = 0
-    while lane < used:
-        if used - lane > vector:
-            for d in range(0, width, ROWS):
-                multiply_block(
-                    rows, d, 1, width, weights, lane, BLOCK,
-                    result, d * BLOCK + lane, BLOCK, keep, lane, count,
-                )  # fmt: skip
-            lane += vector * REGISTER_COLUMNS
-        else:
-            for d in range(0, width, ROWS):
-                multiply_column(
-                    rows, d, 1, width, weights, lane, BLOCK,
-                    result, d * BLOCK + lane, BLOCK, keep, lane, count,
-                )  # fmt: skip
-            lane += vector
+    run = 16 if rows.itemsize == 8 else BLOCK
+    for first in range(0, count, run):
+        depth = min(run, count - first)
+        factor = keep if first == 0 else ones
+        lane = 0
+        while lane < used:
+            if used - lane > vector:
+                for d in range(0, width, ROWS):
+                    multiply_block(
+                        rows, first * width + d, 1, width, weights, first * BLOCK + lane, BLOCK,
+                        result, d * BLOCK + lane, BLOCK, factor, lane, depth,
+                    )  # fmt: skip
+                lane += vector * REGISTER_COLUMNS
+            else:
+                for d in range(0, width, ROWS):
+                    multiply_column(
+                        rows, first * width + d, 1, width, weights, first * BLOCK + lane, BLOCK,
+                        result, d * BLOCK + lane, BLOCK, factor, lane, depth,
+                    )  # fmt: skip
+                lane += vector
 
 
 @device_function
