@@ -312,8 +312,7 @@ SCFA_DEVICE void block_gradients(const Params& p, Shared& shared) {
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, SCFA_MIN_BLOCKS) scfa_bwd_dkdv(const __grid_constant__ Params p) {
-  extern __shared__ __align__(128) char shared_bytes[];
-  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+  Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
   if constexpr (kSplit) {
     if (blockIdx.y == 0) {
       block_gradients<false, true>(p, shared);

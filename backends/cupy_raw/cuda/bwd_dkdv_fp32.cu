@@ -41,8 +41,7 @@ SCFA_DEVICE QueryRange query_range(const Params& p, i64 list, int begin, int end
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) scfa_bwd_dkdv_fp32(const __grid_constant__ Params p) {
-  extern __shared__ __align__(128) char shared_bytes[];
-  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+  Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
   const Tile tile = key_tile<kBlockN>(p);
   const i64 key_list = (i64(tile.batch) * p.heads_kv + tile.head) * p.seqlen_k + tile.first_row;
   const int* k_index = p.k_index + key_list;

@@ -174,8 +174,7 @@ SCFA_DEVICE void block_finish(const Params& p, Shared& shared, const float (&acc
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, SCFA_MIN_BLOCKS) scfa_bwd_dq(const __grid_constant__ Params p) {
-  extern __shared__ __align__(128) char shared_bytes[];
-  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+  Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
   const Tile tile = query_tile<kBlockM>(p);
   const int head_kv = tile.head / p.group_size;
   const int warp_row = threadIdx.x / kWarpSize * kWarpRows;

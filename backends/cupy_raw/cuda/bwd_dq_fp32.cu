@@ -32,8 +32,7 @@ struct Shared {
 static_assert(sizeof(Shared) <= SCFA_SHARED_BYTES, "launch.py asks for less shared memory than Shared needs");
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) scfa_bwd_dq_fp32(const __grid_constant__ Params p) {
-  extern __shared__ __align__(128) char shared_bytes[];
-  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+  Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
   const Tile tile = query_tile<kBlockM>(p);
   const int head_kv = tile.head / p.group_size;
   const i64 list = (i64(tile.batch) * p.heads + tile.head) * p.seqlen_q + tile.first_row;

@@ -4,7 +4,7 @@
 //   (c / 8) * R * 128 + r * 128 + ((c % 8) ^ (r % 8)) * 16
 // so that 8 lanes reading one chunk of 8 rows (ldmatrix) and 8 lanes writing one row (cp.async) each touch all 32 banks.
 #pragma once
-#include "types.cuh"
+#include "ptx.cuh"
 
 constexpr int kRowBytes = 128;
 
@@ -16,35 +16,21 @@ SCFA_DEVICE int chunk_offset(int row, int chunk, int rows) {
   return (chunk >> 3) * (rows * kRowBytes) + row * kRowBytes + (((chunk & 7) ^ (row & 7)) << 4);
 }
 
-SCFA_DEVICE u32 shared_address(const void* pointer) { return u32(__cvta_generic_to_shared(pointer)); }
+SCFA_DEVICE float to_float(float x) { return x; }
 
-// 16 bytes in the background; zeros where the row is not wanted, and then nothing is read.
-SCFA_DEVICE void copy16_async(void* target, const void* source, bool wanted) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source),
-               "r"(wanted ? 16 : 0)
-               : "memory");
+SCFA_DEVICE float to_float(u16 x) {
+  float low, high;
+  unpack_pair(x, low, high);
+  return low;
 }
 
-SCFA_DEVICE void copy4_async(void* target, const void* source, bool wanted) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(target)), "l"(source), "r"(wanted ? 4 : 0)
-               : "memory");
-}
-
-SCFA_DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int kPending>
-SCFA_DEVICE void copies_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-// Keeps ordinary shared stores of this thread before the ldmatrix that follow them in program order.
-SCFA_DEVICE void order_shared_accesses() { asm volatile("" ::: "memory"); }
-
-// threadIdx.x, read anew: what is computed from it inside a loop stays there, instead of holding registers all the way.
-SCFA_DEVICE int thread_here() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
+template <class T>
+SCFA_DEVICE T from_float(float x) {
+  if constexpr (sizeof(T) == 4) {
+    return x;
+  } else {
+    return T(pack_pair(x, 0.0f) & 0xffffu);
+  }
 }
 
 // Eight elements of one row as floats.

@@ -1,46 +1,9 @@
-// Tensor cores by mma.sync m16n8k16, one warp at a time, and the fast exponential and logarithm.
+// Tensor cores by mma.sync m16n8k16: products of tiles, one warp at a time.
 //
 // With lane = 4 * g + t, an accumulator block of 16 x 8 holds (row g, columns 2t, 2t+1) and (row g + 8, the same columns).
 // Packed to 16 bits, two neighbouring blocks are the left operand of the next product without any exchange.
 #pragma once
 #include "copy.cuh"
-
-SCFA_DEVICE float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-SCFA_DEVICE float log2_fast(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-SCFA_DEVICE void load_matrices(u32 (&r)[4], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address));
-}
-
-SCFA_DEVICE void load_matrices_transposed(u32 (&r)[4], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address));
-}
-
-// acc (16 x 8) += a (16 x 16) @ b (16 x 8)
-SCFA_DEVICE void multiply_add(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  if constexpr (kIsBf16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-}
 
 // Where a lane points ldmatrix: its place in the first 16 rows and 16 columns is kept apart from where those lie in shared
 // memory, because only the former takes part in the swizzle and is the same for every tile. kPanel: bytes of 64 columns.

@@ -1,13 +1,7 @@
 // Which tile is mine: heads one after another, so that the keys and values of a head stay in L2 while its tiles run.
 #pragma once
 #include "params.cuh"
-
-// blockIdx.x, read anew: an epilogue that asks again where it is keeps nothing alive through the main loop.
-SCFA_DEVICE int block_here() {
-  int block;
-  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
-  return block;
-}
+#include "ptx.cuh"
 
 struct Tile {
   int batch, head, first_row;

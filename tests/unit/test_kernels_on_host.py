@@ -1,0 +1,199 @@
+"""The portable attention kernels, compiled as host C++ and run on fibers, against the truth.
+
+Tensor-core instructions and background copies are played by ptx_on_host.hpp; all else is the
+shipped source: gathers, swizzle, pipelines, masks, softmax, schedules, the exact recomputation.
+"""
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scfa_core.backends.cupy_raw import nvrtc, params, variants
+
+import scfa_core as scfa
+from scfa_core import testing
+from scfa_core.problem import Problem
+from scfa_core.testing import Part, Results, Spec
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+DRIVER = """
+extern "C" void run(const Params* p, int blocks, int passes, int threads, int shared_bytes, int order) {
+  std::vector<char> shared(shared_bytes + 256);
+  dynamic_shared = (char*)(((size_t)shared.data() + 127) / 128 * 128);
+  gridDim = {(unsigned)blocks, (unsigned)passes, 1};
+  blockDim = {(unsigned)threads, 1, 1};
+  for (int y = 0; y < passes; ++y)
+    for (int x = 0; x < blocks; ++x) {
+      std::memset(shared.data(), 0xff, shared.size());  // NaN in every type
+      copy_queues.assign(threads, CopyQueue());
+      blockIdx = {(unsigned)x, (unsigned)y, 0};
+      host::body = [&] { KERNEL(*p); };
+      host::run_block(threads, order);
+    }
+}
+"""
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (g++ or clang++) here")
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """Return variant -> its compiled host function."""
+    folder = tmp_path_factory.mktemp("kernels")
+    for name, text in nvrtc.read_sources().items():
+        (folder / name).write_text(text)
+    (folder / "ptx.cuh").write_text((HERE / "ptx_on_host.hpp").read_text())
+    shutil.copy(HERE / "cuda_on_host.hpp", folder)
+    built = {}
+
+    def build(variant):
+        if variant not in built:
+            stem = hashlib.sha256(repr(variant).encode()).hexdigest()[:16]
+            source = folder / f"{stem}.cpp"
+            source.write_text(
+                f'#include "cuda_on_host.hpp"\n#include "ptx.cuh"\n#include "{variant.source}"\n'
+                f"#define KERNEL {variant.name}\n{DRIVER}"
+            )
+            defines = [f"-DSCFA_{key}={value}" for key, value in variant.constants]
+            options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-ffp-contract=off"]
+            library = folder / f"{stem}.so"
+            command = [COMPILER, *options, *defines, "-o", str(library), str(source)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[:4000]
+            built[variant] = ctypes.CDLL(str(library)).run
+        return built[variant]
+
+    return build
+
+
+def aligned_copy(x):
+    """Copy whose data begin on a 16-byte boundary."""
+    room = np.empty(x.nbytes + 16, np.uint8)
+    start = -room.ctypes.data % 16
+    y = room[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+    y[...] = x
+    return y
+
+
+class Machine:
+    """Runs the kernels of one case as launch.py would."""
+
+    def __init__(self, build, case, order=0, shared_limit=variants.SMALLEST_SHARED):
+        spec = case.spec
+        self.build, self.case, self.order, self.shared_limit = build, case, order, shared_limit
+        self.problem = Problem(
+            *(spec.batch, spec.heads, spec.heads_kv, spec.seqlen_q, spec.seqlen_k),
+            *(spec.head_dim, spec.head_dim_v, spec.dtype, "cpu", case.softmax_scale),
+        )
+        like = [np.zeros(x.shape, np.float32) for x in (case.q, case.k)]
+        self.plan = scfa.make_plan(case.pattern, *like, backend="reference")
+        q, k, v, dout = (aligned_copy(x) for x in (case.q, case.k, case.v, case.dout))
+        lse = np.full(q.shape[:3], np.nan, np.float32)
+        nan = np.float32("nan") if spec.dtype == "float32" else 0x7FFF
+        out, dq, dk, dv = (aligned_copy(np.full_like(x, nan)) for x in (dout, q, k, v))
+        self.arrays = (q, k, v, out, lse, dout, dq, dk, dv)
+        self.statistics = np.full((2, lse.size), np.nan, np.float32)
+
+    def run(self, kernel):
+        problem, plan = self.problem, self.plan
+        variant = variants.choose(
+            *(kernel, problem.dtype, problem.head_dim, problem.head_dim_v),
+            aligned=True,
+            monotone=plan.monotone or kernel != "bwd_dkdv",
+            group_size=problem.group_size,
+            shared_limit=self.shared_limit,
+        )
+        lists = (plan.q_index, plan.k_index, plan.k_count, plan.key_start, plan.key_end)
+        arrays = (*self.arrays, *self.statistics, *map(np.ascontiguousarray, lists))
+        strides = [tuple(s // x.itemsize for s in x.strides) for x in self.arrays]
+        packed = params.POINTERS.pack(*(x.ctypes.data for x in arrays))
+        packed += params.pack_strides(strides) + params.pack_sizes(problem)
+        per_list = -(-problem.seqlen_q // variant.shape.block_m) * problem.heads
+        if kernel == "bwd_dkdv":
+            per_list = -(-problem.seqlen_k // variant.shape.block_n) * problem.heads_kv
+        self.build(variant)(
+            *(packed, problem.batch * per_list, 1 + variant.shape.split, variant.threads),
+            *(variant.shared(problem.group_size), self.order),
+        )
+
+    def results(self):
+        for kernel in ("fwd", "bwd_dq", "bwd_dkdv"):
+            self.run(kernel)
+        _, _, _, out, lse, _, dq, dk, dv = self.arrays
+        wide = (testing.widen(x, self.case.spec.dtype) for x in (out, dq, dk, dv))
+        out, dq, dk, dv = wide
+        return Results(out, lse, dq, dk, dv)
+
+
+def check(build, spec, **how):
+    case = testing.build(spec)
+    got = Machine(build, case, **how).results()
+    bad = [v for v in testing.judge(case, got) if not v.ok]
+    assert not bad, f"{spec}: {bad}"
+
+
+HASH = (Part("hash", "uniform", 3),)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (Part("causal"),),
+        HASH,
+        (Part("hash", "zipf", 5, causal=False),),
+        (Part("keep", "uniform", 50),),
+        (Part("window", number=40),),
+        (Part("ranges", "random"),),
+        (Part("hash", "disjoint", 3),),
+    ],
+    ids=["causal", "hash", "hash-open", "keep", "window", "ranges", "unseen"],
+)
+def test_patterns(build, parts):
+    check(build, Spec(1, 2, 1, 150, 170, 64, 64, "bfloat16", parts=parts, poison=True, seed=1))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_no_barrier_is_missing(build, order):
+    spec = Spec(1, 2, 1, 150, 290, 64, 64, "float16", parts=HASH, poison=True, seed=2)
+    check(build, spec, order=order)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v"), [(16, 16), (72, 72), (128, 128), (24, 136), (256, 200)]
+)
+@pytest.mark.parametrize("shared_limit", [variants.SMALLEST_SHARED, 227 * 1024])
+def test_head_dims(build, head_dim, head_dim_v, shared_limit):
+    spec = Spec(1, 1, 1, 90, 100, head_dim, head_dim_v, "bfloat16", parts=HASH, seed=3)
+    check(build, spec, shared_limit=shared_limit)
+
+
+@pytest.mark.parametrize("head_dim", [24, 160])
+def test_float32(build, head_dim):
+    spec = Spec(1, 2, 1, 70, 90, head_dim, 40, "float32", parts=HASH, poison=True, seed=4)
+    check(build, spec)
+
+
+@pytest.mark.parametrize("scale", [-0.2, 0.0, 1.5])
+def test_scales(build, scale):
+    spec = Spec(1, 1, 1, 80, 80, 32, 32, "bfloat16", softmax_scale=scale, parts=HASH, seed=5)
+    check(build, spec)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_poisoned_row_reaches_only_those_who_see_it(build, dtype):
+    """NaN in one key and one query that many do see: everything else is exact all the same."""
+    clean = testing.build(Spec(1, 2, 1, 100, 100, 32, 32, dtype, seed=6))
+    bad = np.float32("nan") if dtype == "float32" else 0x7FC0
+    for x, row in ((clean.v, 60), (clean.k, 61), (clean.dout, 30)):
+        x[:, :, row] = bad
+    got = Machine(build, clean).results()
+    right = testing.truth(clean)
+    for name in Results._fields:
+        unspoilt = np.isfinite(getattr(right, name))
+        assert np.isfinite(getattr(got, name))[unspoilt].all(), name
+        assert np.isnan(getattr(got, name))[np.isnan(getattr(right, name))].all(), name
