@@ -17,8 +17,7 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
-from scfa_core.backends.cupy_raw import disk_cache
-from scfa_core.backends.cupy_raw import nvrtc
+from scfa_core.backends.cupy_raw import disk_cache, nvrtc
 from scfa_core.backends.cupy_raw.nvrtc import Constants, compile_to_cubin
 
 from scfa_core.errors import BackendUnavailable

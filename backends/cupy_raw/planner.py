@@ -18,7 +18,8 @@ from scfa_core.plan import PlanArrays
 from scfa_core.problem import Problem
 
 MAX_COLUMNS = 8  # kMaxColumns
-TILE = 1024  # kTile of plan_ranges and plan_identity
+RANGE_TILE = 4096  # kTile of plan_ranges
+IDENTITY_TILE = 1024  # kTile of plan_identity
 RANGE_THREADS = 256
 FAR = 1 << 40  # an offset beyond every row
 _MAX_BINS = 256
@@ -114,9 +115,10 @@ def sort_params(
     )
 
 
-def range_params(problem: Problem, clauses: Clauses, plan: PlanArrays) -> bytes:
+def range_params(
+    problem: Problem, clauses: Clauses, plan: PlanArrays, tiles: tuple[int, int]
+) -> bytes:
     """Pack RangeParams."""
-    tiles_q, tiles_k = range_tiles(problem)
     tail = _RANGE_TAIL.pack(
         _offset(clauses.lo_offset, -FAR),
         _offset(clauses.hi_offset, FAR),
@@ -135,8 +137,7 @@ def range_params(problem: Problem, clauses: Clauses, plan: PlanArrays) -> bytes:
         problem.seqlen_q,
         problem.seqlen_k,
         problem.batch,
-        tiles_q,
-        tiles_k,
+        *tiles,
         0,
     )
     return b"".join(
@@ -150,9 +151,9 @@ def range_params(problem: Problem, clauses: Clauses, plan: PlanArrays) -> bytes:
     )
 
 
-def range_tiles(problem: Problem) -> tuple[int, int]:
+def list_tiles(problem: Problem, tile: int) -> tuple[int, int]:
     """Tiles of a query list and of a key list; an empty list has one, which writes its count."""
-    return max(-(-problem.seqlen_q // TILE), 1), max(-(-problem.seqlen_k // TILE), 1)
+    return max(-(-problem.seqlen_q // tile), 1), max(-(-problem.seqlen_k // tile), 1)
 
 
 def run_make_plan(problem: Problem, clauses: Clauses, plan: PlanArrays, ctx: CallContext) -> None:
@@ -162,12 +163,15 @@ def run_make_plan(problem: Problem, clauses: Clauses, plan: PlanArrays, ctx: Cal
     """
     n_query_lists = problem.batch * problem.heads
     n_key_lists = problem.batch * problem.heads_kv
-    tiles_q, tiles_k = range_tiles(problem)
-    ranges = range_params(problem, clauses, plan)
     if not (clauses.q_groups or clauses.q_keeps or clauses.k_keeps):
+        tiles_q, tiles_k = tiles = list_tiles(problem, IDENTITY_TILE)
         blocks = n_query_lists * tiles_q + n_key_lists * tiles_k
         _kernel("plan_identity", ctx.device).launch(
-            (blocks, 1, 1), RANGE_THREADS, 0, ctx.stream, ranges
+            (blocks, 1, 1),
+            RANGE_THREADS,
+            0,
+            ctx.stream,
+            range_params(problem, clauses, plan, tiles),
         )
         return
     lengths = (problem.seqlen_q, problem.seqlen_k)
@@ -184,6 +188,11 @@ def run_make_plan(problem: Problem, clauses: Clauses, plan: PlanArrays, ctx: Cal
         ctx.stream,
         sort_params(problem, clauses, plan, k_scratch, capacity),
     )
+    tiles = list_tiles(problem, RANGE_TILE)
     _kernel("plan_ranges", ctx.device).launch(
-        (n_query_lists * tiles_q, 1, 1), RANGE_THREADS, 0, ctx.stream, ranges
+        (n_query_lists * tiles[0], 1, 1),
+        RANGE_THREADS,
+        0,
+        ctx.stream,
+        range_params(problem, clauses, plan, tiles),
     )

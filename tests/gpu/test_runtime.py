@@ -34,7 +34,7 @@ def assert_same(torch, left, right):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_same_bits_every_time(torch, backend, dtype):
+def test_same_bits_every_time(kernels, torch, backend, dtype):
     tensors, hashes = inputs(torch, (2, 8, 900, 64), 2, getattr(torch, dtype))
     pattern = scfa.HashSparse(*hashes)
     first = everything(backend, tensors, pattern)
@@ -74,7 +74,7 @@ def test_work_stays_on_the_callers_stream(torch, backend):
     assert_same(torch, right, results)
 
 
-def test_graph_replay_with_new_hashes(torch, backend):
+def test_graph_replay_with_new_hashes(kernels, torch, backend):
     tensors, hashes = inputs(torch)
     held = [x.clone() for x in hashes]
     everything(backend, tensors, scfa.HashSparse(*held))  # compiles
@@ -128,7 +128,7 @@ def test_threads_at_once(torch, backend):
 
 
 @pytest.mark.parametrize("name", ["hash", "causal", "keep"])
-def test_memory_beyond_results(torch, backend, name):
+def test_memory_beyond_results(kernels, torch, backend, name):
     """Plan and workspace together hold at most 32 bytes per query row."""
     shape = (2, 8, 8192, 64)
     (q, k, v, dout), hashes = inputs(torch, shape, buckets=16)
@@ -153,7 +153,7 @@ def test_memory_beyond_results(torch, backend, name):
     assert extra <= 32 * rows + 2**20, f"{extra / rows:.1f} bytes per query row"
 
 
-def test_tensors_beyond_two_to_the_31_elements(torch, backend):
+def test_tensors_beyond_two_to_the_31_elements(kernels, torch, backend):
     """Two rows of heads 2^31 elements apart: every offset must be 64 bits wide."""
     free, _ = torch.cuda.mem_get_info()
     rows, width = 2**15, 64

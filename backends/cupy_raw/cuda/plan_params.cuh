@@ -2,6 +2,8 @@
 #pragma once
 #include "plan_math.cuh"
 
+constexpr u32 kEveryLane = 0xffffffffu;
+
 // An integer or flag array (batch, heads, rows); strides in elements, 0 where broadcast.
 struct Column {
   const void* base;

@@ -9,7 +9,7 @@
 //                `capacity`) or the output (longer ones), and scratch; the last pass ends in the former.
 #include "sort.cuh"
 
-extern "C" __global__ void __launch_bounds__(512, 3) scfa_plan_sort(const __grid_constant__ SortParams p) {
+extern "C" __global__ void __launch_bounds__(512, 2) scfa_plan_sort(const __grid_constant__ SortParams p) {
   extern __shared__ __align__(16) char shared[];
   __shared__ ListRows list;
   __shared__ Survey survey;

@@ -3,7 +3,6 @@
 #pragma once
 #include "plan_params.cuh"
 
-constexpr u32 kEveryLane = 0xffffffffu;
 constexpr int kMaxBins = 1 << kMaxDigitBits;
 constexpr int kUnroll = 4;  // rounds of 32 rows whose keys are loaded before the first is used
 
@@ -13,16 +12,36 @@ struct ListRows {
   ColumnRow keeps[kMaxColumns];
   int n_groups, n_keeps, length;
 
-  __device__ __forceinline__ bool is_dropped(int row) const {
-    bool kept = true;
+  // Bit u: rows[u] is kept. All loads of one column are under way before the first is used.
+  template <int kRows>
+  __device__ __forceinline__ u32 kept(const int (&rows)[kRows]) const {
+    u32 bits = (1u << kRows) - 1;
 #pragma unroll 1
-    for (int c = 0; c < n_keeps; ++c) kept = kept && keeps[c].flag(row);
-    return !kept;
-  }
-  __device__ __forceinline__ u64 key(int column, int row) const {
-    return ordered_key(groups[column].integer(row), groups[column].wide != 0);
+    for (int c = 0; c < n_keeps; ++c) {
+      const ColumnRow column = keeps[c];
+      bool flags[kRows];
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) flags[u] = column.flag(rows[u]);
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) bits &= ~((u32)!flags[u] << u);
+    }
+    return bits;
   }
 };
+
+template <int kRows>
+__device__ __forceinline__ void load_keys(const ColumnRow& column, const int (&rows)[kRows], u64 (&keys)[kRows]) {
+  if (column.wide) {
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) keys[u] = ordered_key(*(const i64*)(column.base + rows[u] * column.row_stride), true);
+  } else {
+    int narrow[kRows];
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) narrow[u] = *(const int*)(column.base + rows[u] * column.row_stride);
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) keys[u] = ordered_key(narrow[u], false);
+  }
+}
 
 // Where an order of rows lies: in place (row i at i), in shared memory (16 bits a row), or in global memory.
 struct Order {
@@ -59,7 +78,38 @@ __device__ __forceinline__ u64 warp_min(u64 x) {
   return x;
 }
 
-// Counts dropped rows and finds, per column, the bits that differ among kept rows and the smallest key.
+// Calls visit(rows, present) for all rows of the list, kUnroll of them at a time; bit u of `present`: rows[u] is in
+// the list (otherwise it is 0, which may be read).
+template <class Visit>
+__device__ __forceinline__ void visit_rows(int length, Visit visit) {
+  for (u32 first = threadIdx.x; first < (u32)length; first += blockDim.x * kUnroll) {  // unsigned: may pass 2^31
+    int rows[kUnroll];
+    u32 present = 0;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const u32 row = first + u * blockDim.x;
+      rows[u] = row < (u32)length ? (int)row : 0;
+      present |= (u32)(row < (u32)length) << u;
+    }
+    visit(rows, present);
+  }
+}
+
+// Calls visit(key) for one column of all kept rows.
+template <class Visit>
+__device__ __forceinline__ void visit_keys(const ListRows& list, int column, Visit visit) {
+  visit_rows(list.length, [&](const int(&rows)[kUnroll], u32 present) {
+    u64 keys[kUnroll];
+    load_keys(list.groups[column], rows, keys);
+    present &= list.kept(rows);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (present >> u & 1) visit(keys[u]);
+    }
+  });
+}
+
+// Counts dropped rows and finds, per column, the bits that differ among kept rows.
 __device__ inline void survey_rows(const ListRows& list, Survey& survey) {
   const int lane = threadIdx.x % 32;
   for (int c = threadIdx.x; c < kMaxColumns; c += blockDim.x) {
@@ -70,40 +120,41 @@ __device__ inline void survey_rows(const ListRows& list, Survey& survey) {
   __syncthreads();  // the sums below start from these values
   if (list.n_keeps > 0) {
     int dropped = 0;
-    for (int row = threadIdx.x; row < list.length; row += blockDim.x) dropped += list.is_dropped(row);
+    visit_rows(list.length, [&](const int(&rows)[kUnroll], u32 present) { dropped += __popc(present & ~list.kept(rows)); });
     for (int step = 16; step; step >>= 1) dropped += __shfl_xor_sync(kEveryLane, dropped, step);
     if (lane == 0 && dropped) atomicAdd(&survey.dropped, dropped);
   }
+#pragma unroll 1
   for (int c = 0; c < list.n_groups; ++c) {
-    u64 any_one = 0, any_zero = 0, low = ~0ull;
-    for (int row = threadIdx.x; row < list.length; row += blockDim.x) {
-      if (list.is_dropped(row)) continue;
-      u64 key = list.key(c, row);
+    u64 any_one = 0, any_zero = 0;
+    visit_keys(list, c, [&](u64 key) {
       any_one |= key;
       any_zero |= ~key;
-      low = key < low ? key : low;
-    }
+    });
     any_one = warp_or(any_one);
     any_zero = warp_or(any_zero);
-    low = warp_min(low);
     if (lane == 0) {
       atomicOr(&survey.any_one[c], any_one);
       atomicAnd(&survey.all_one[c], ~any_zero);
-      atomicMin(&survey.low[c], low);
     }
   }
-  __syncthreads();  // survey is complete but for any_above
+  __syncthreads();  // survey is complete but for low and any_above
 }
 
 // For columns whose keys differ in many bits: the bits that differ once the smallest key is subtracted.
 // Ids from -1 to 15 differ in every bit, but their distances from -1 in five.
 __device__ inline void survey_distances(const ListRows& list, Survey& survey) {
+#pragma unroll 1
   for (int c = 0; c < list.n_groups; ++c) {
     if (survey.dropped == list.length || count_bits(survey.any_one[c] ^ survey.all_one[c]) <= kMaxDigitBits) continue;
-    u64 low = survey.low[c], any_above = 0;
-    for (int row = threadIdx.x; row < list.length; row += blockDim.x) {
-      if (!list.is_dropped(row)) any_above |= list.key(c, row) - low;
-    }
+    u64 low = ~0ull;
+    visit_keys(list, c, [&](u64 key) { low = key < low ? key : low; });
+    low = warp_min(low);
+    if (threadIdx.x % 32 == 0) atomicMin(&survey.low[c], low);
+    __syncthreads();  // low is complete
+    low = survey.low[c];
+    u64 any_above = 0;
+    visit_keys(list, c, [&](u64 key) { any_above |= key - low; });
     any_above = warp_or(any_above);
     if (threadIdx.x % 32 == 0) atomicOr(&survey.any_above[c], any_above);
   }
@@ -121,22 +172,32 @@ __device__ inline void start_cursor(const ListRows& list, const Survey& survey, 
   }
 }
 
-__device__ __forceinline__ u32 digit_of(const ListRows& list, const DigitCursor& cursor, const Digit& digit, int row) {
-  if (digit.tests_keep && list.is_dropped(row)) return digit.dropped;
-  u32 value = 0;
+__device__ __forceinline__ void digits_of(
+    const ListRows& list, const DigitCursor& cursor, const Digit& digit, const int (&rows)[kUnroll], u32 (&digits)[kUnroll]) {
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) digits[u] = 0;
 #pragma unroll 1
   for (int s = 0; s < digit.n_segments; ++s) {
-    const Segment& segment = digit.segments[s];
-    value |= segment_value(segment, list.key(segment.column, row), cursor.low[segment.column]);
+    const Segment segment = digit.segments[s];
+    const u64 low = cursor.low[segment.column];
+    u64 keys[kUnroll];
+    load_keys(list.groups[segment.column], rows, keys);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) digits[u] |= segment_value(segment, keys[u], low);
   }
-  return value;
+  if (digit.tests_keep) {
+    const u32 kept = list.kept(rows);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) digits[u] = kept >> u & 1 ? digits[u] : digit.dropped;
+  }
 }
 
 // Lanes among `active` that hold the same digit as this one.
 __device__ __forceinline__ u32 warp_peers(u32 digit, int bits, u32 active) {
   u32 peers = active;
-#pragma unroll 1
-  for (int b = 0; b < bits; ++b) {
+#pragma unroll
+  for (int b = 0; b < kMaxDigitBits; ++b) {
+    if (b == bits) break;  // the same for all lanes
     bool one = digit >> b & 1;
     u32 votes = __ballot_sync(kEveryLane, one);
     peers &= one ? votes : ~votes;
@@ -144,7 +205,8 @@ __device__ __forceinline__ u32 warp_peers(u32 digit, int bits, u32 active) {
   return peers;
 }
 
-// Walks this warp's stretch of the list in order; `visit(row, digit, peers, lane_is_active)` is called by all 32 lanes.
+// Walks this warp's stretch of the list in order, kUnroll rounds of 32 rows at a time: visit(rows, digits, left), where
+// `left` rows are left from the first round on. Called by all 32 lanes.
 template <class Visit>
 __device__ __forceinline__ void walk_stretch(
     const ListRows& list, const DigitCursor& cursor, const Digit& digit, const Order& source, Visit visit) {
@@ -157,20 +219,11 @@ __device__ __forceinline__ void walk_stretch(
     u32 digits[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      u32 i = round + 32 * u + lane;
+      const u32 i = round + 32 * u + lane;
       rows[u] = i < end ? source.get((int)i) : 0;
     }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      digits[u] = round + 32 * u + lane < end ? digit_of(list, cursor, digit, rows[u]) : 0;
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (round + 32 * u >= end) break;  // the same for all lanes
-      bool active = round + 32 * u + lane < end;
-      u32 peers = warp_peers(digits[u], digit.bits, __ballot_sync(kEveryLane, active));
-      visit(rows[u], digits[u], peers, active);
-    }
+    digits_of(list, cursor, digit, rows, digits);
+    visit(rows, digits, (int)(end - round));
   }
 }
 
@@ -186,9 +239,11 @@ __device__ inline void sort_pass(
   // count: how many rows of each digit are in this warp's stretch
   for (int bin = lane; bin < bins; bin += 32) my_counts[bin] = 0;
   __syncwarp();
-  walk_stretch(list, cursor, digit, source, [&](int, u32 value, u32 peers, bool active) {
-    if (active && lane == __ffs(peers) - 1) my_counts[value] += __popc(peers);
-    __syncwarp();  // the next round may add to the same bin from another lane
+  walk_stretch(list, cursor, digit, source, [&](const int(&)[kUnroll], const u32(&digits)[kUnroll], int left) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (32 * u + lane < left) atomicAdd(&my_counts[digits[u]], 1);
+    }
   });
   __syncthreads();  // every warp's counts are there
 
@@ -220,14 +275,20 @@ __device__ inline void sort_pass(
   __syncthreads();  // firsts holds the first place of each digit
 
   // place: rows of one digit keep their order, over warps, rounds and lanes
-  walk_stretch(list, cursor, digit, source, [&](int row, u32 value, u32 peers, bool active) {
-    int place = active ? firsts[value] + my_counts[value] + __popc(peers & ((1u << lane) - 1)) : 0;
-    __syncwarp();  // all lanes have read the count that the leader changes
-    if (active) {
-      target.set(place, row);
-      if (lane == __ffs(peers) - 1) my_counts[value] += __popc(peers);
+  walk_stretch(list, cursor, digit, source, [&](const int(&rows)[kUnroll], const u32(&digits)[kUnroll], int left) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (32 * u >= left) break;  // the same for all lanes
+      const bool present = 32 * u + lane < left;
+      const u32 peers = warp_peers(digits[u], digit.bits, __ballot_sync(kEveryLane, present));
+      const int place = present ? firsts[digits[u]] + my_counts[digits[u]] + __popc(peers & ((1u << lane) - 1)) : 0;
+      __syncwarp();  // all lanes have read the count that the leader changes
+      if (present) {
+        target.set(place, rows[u]);
+        if (lane == __ffs(peers) - 1) my_counts[digits[u]] += __popc(peers);
+      }
+      __syncwarp();  // the next round reads the new count
     }
-    __syncwarp();  // the next round reads the new count
   });
   __syncthreads();  // target is complete; counts may be reused
 }
