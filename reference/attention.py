@@ -46,7 +46,7 @@ def visible_product(weights: Array, mask: NDArray[np.bool_], values: Array) -> A
     Finite rows go through the plain product (a hidden pair's weight is exactly 0); rows of `values`
     that hold NaN or Inf are added pair by pair.
     """
-    finite = np.isfinite(values).all(axis=-1)
+    finite: NDArray[np.bool_] = np.all(np.isfinite(values), axis=-1)
     with np.errstate(invalid="ignore", over="ignore"):
         total = (
             np.where(mask, weights, 0.0)
@@ -68,7 +68,7 @@ def attention(
     """
     heads = q.shape[1]
     k, v = spread_heads(k, heads), spread_heads(v, heads)
-    q = hidden_rows_as_zero(q, mask.any(axis=-1))
+    q = hidden_rows_as_zero(q, np.asarray(mask.any(axis=-1)))
     with np.errstate(invalid="ignore", over="ignore"):
         p, lse = probabilities(q, k, mask, softmax_scale)
     return visible_product(p, mask, v), lse

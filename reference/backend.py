@@ -91,9 +91,9 @@ class ReferenceBackend:
         ctx: Any,
     ) -> None:
         """Write out and lse."""
-        wide = (widen(x, problem.dtype) for x in (q, k, v))
+        q, k, v = (widen(x, problem.dtype) for x in (q, k, v))
         mask = mask_of(plan, problem.group_size)
-        result, result_lse = _attention.attention(*wide, mask, problem.softmax_scale)
+        result, result_lse = _attention.attention(q, k, v, mask, problem.softmax_scale)
         out[...] = narrow(result, problem.dtype)
         lse[...] = result_lse
 
@@ -113,9 +113,9 @@ class ReferenceBackend:
         ctx: Any,
     ) -> None:
         """Write dq, dk, dv; out and lse are computed anew rather than trusted."""
-        wide = (widen(x, problem.dtype) for x in (dout, q, k, v))
+        dout, q, k, v = (widen(x, problem.dtype) for x in (dout, q, k, v))
         mask = mask_of(plan, problem.group_size)
-        grads = _gradients.gradients(*wide, mask, problem.softmax_scale)
+        grads = _gradients.gradients(dout, q, k, v, mask, problem.softmax_scale)
         for target, values in zip((dq, dk, dv), grads, strict=True):
             target[...] = narrow(values, problem.dtype)
 

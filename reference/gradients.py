@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def _sum_group(x: Array, heads_kv: int) -> Array:
     """Sum the heads that share a key/value head."""
     batch, heads, rows, cols = x.shape
-    return x.reshape(batch, heads_kv, heads // heads_kv, rows, cols).sum(axis=2)
+    groups = x.reshape(batch, heads_kv, heads // heads_kv, rows, cols)
+    return np.add.reduce(groups, axis=2)
 
 
 def gradients(

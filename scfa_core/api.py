@@ -13,8 +13,8 @@ from scfa_core.arrays import (
     is_torch_tensor,
     restore_kind,
 )
-from scfa_core.dispatch import Backend, choose_backend, load_backend, requested_backend
-from scfa_core.errors import BackendUnavailable, PatternError
+from scfa_core.dispatch import Backend, choose_backend, choose_for_plan, requested_backend
+from scfa_core.errors import PatternError
 from scfa_core.lowering import lower
 from scfa_core.patterns import Causal, KeyRanges, Pattern, QKSparse
 from scfa_core.plan import Plan
@@ -272,26 +272,9 @@ def prepare(
         clauses = lower(pattern, problem, framework)
         chosen = choose_backend(problem, requested)
         arrays = run_make_plan(chosen, problem, clauses, framework)
-        return chosen, Plan(*arrays, clauses.monotone, chosen.name, problem.device)
+        return chosen, Plan.of(arrays, clauses.monotone, chosen.name, problem.device)
     pattern.check_fits(problem)
     return choose_for_plan(pattern, problem, requested), pattern
-
-
-def choose_for_plan(plan: Plan, problem: Problem, requested: str) -> Backend:
-    """Choose the backend for a plan that exists: its maker, unless told otherwise.
-
-    Host plans are all alike; on a GPU the work list belongs to the backend that made it.
-    """
-    chosen = choose_backend(problem, plan.backend if requested == "auto" else requested)
-    maker = load_backend(plan.backend)
-    if chosen.name != plan.backend and not (
-        chosen.memory == "host" and getattr(maker, "memory", None) == "host"
-    ):
-        raise BackendUnavailable(
-            f"the plan was made by backend {plan.backend!r} and its work list is not for "
-            f"{chosen.name!r}; make it with make_plan(..., backend={chosen.name!r})"
-        )
-    return chosen
 
 
 def adopt_pattern(pattern: Any) -> Any:

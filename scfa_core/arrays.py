@@ -103,9 +103,13 @@ class Framework(Protocol):
 
 
 def stride_order(strides: tuple[int, ...]) -> tuple[int, ...]:
-    """Axes from slowest to fastest, the last axis always fastest; ties keep their order."""
+    """Axes from slowest to fastest, the last always fastest; ties keep their order.
+
+    Broadcast axes (stride 0) go first: innermost they would scatter every row of a result.
+    """
     last = len(strides) - 1
-    return (*sorted(range(last), key=lambda axis: -strides[axis]), last)
+    key = {axis: (strides[axis] != 0, -strides[axis]) for axis in range(last)}
+    return (*sorted(key, key=key.__getitem__), last)
 
 
 def strides_in_order(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
@@ -252,7 +256,8 @@ class CupyFramework(_ArrayModule):
 
     def to_numpy(self, x: Any) -> np.ndarray:
         """Bring to the host."""
-        return x.get()
+        host: np.ndarray = x.get()
+        return host
 
     def context(self, device: str) -> CallContext:
         """Where and how the call runs."""
@@ -274,7 +279,8 @@ class _CupyContext:
         """Uninitialised array."""
         x = self._framework.empty(shape, _NUMPY_NAME.get(dtype, dtype), self._name)
         self._kept.append(x)
-        return self._framework.native(x, "cuda")._replace(dtype=dtype)
+        array: DeviceArray = self._framework.native(x, "cuda")
+        return array._replace(dtype=dtype)
 
 
 @cache
@@ -339,8 +345,8 @@ def adopt(x: Any) -> Any:
     """
     if x is None or isinstance(x, np.ndarray) or is_torch_tensor(x):
         return x
-    cupy = sys.modules.get("cupy")
-    if cupy is not None and isinstance(x, cupy.ndarray):
+    loaded = sys.modules.get("cupy")
+    if loaded is not None and isinstance(x, loaded.ndarray):
         return x
     if not (hasattr(x, "__dlpack__") or hasattr(x, "__cuda_array_interface__")):
         return x

@@ -15,7 +15,7 @@ from scfa_core.errors import BackendUnavailable, UnknownBackend
 if TYPE_CHECKING:
     from scfa_core.arrays import CallContext
     from scfa_core.lowering import Clauses
-    from scfa_core.plan import PlanArrays
+    from scfa_core.plan import Plan, PlanArrays
     from scfa_core.problem import Problem
 
 logger = logging.getLogger("scfa_core")
@@ -189,7 +189,7 @@ def choose_backend(problem: Problem, requested: str) -> Backend:
         if reason is not None:
             raise BackendUnavailable(f"backend {requested!r} cannot serve this call: {reason}")
         return cast(Backend, load_backend(requested))
-    reasons = {}
+    reasons: dict[str, str] = {}
     kind = "cuda" if problem.device.startswith("cuda") else "cpu"
     for name in _AUTO_ORDER[kind]:
         reason = _reason_against(name, problem)
@@ -203,3 +203,20 @@ def choose_backend(problem: Problem, requested: str) -> Backend:
         f"no backend can serve this call on {problem.device}: {listed}. "
         "`python -m scfa_core info` shows the state of each"
     )
+
+
+def choose_for_plan(plan: Plan, problem: Problem, requested: str) -> Backend:
+    """Choose the backend for a plan that exists: its maker, unless told otherwise.
+
+    Host plans are all alike; on a GPU the work list belongs to the backend that made it.
+    """
+    chosen = choose_backend(problem, plan.backend if requested == "auto" else requested)
+    maker = load_backend(plan.backend)
+    if chosen.name != plan.backend and not (
+        chosen.memory == "host" and getattr(maker, "memory", None) == "host"
+    ):
+        raise BackendUnavailable(
+            f"the plan was made by backend {plan.backend!r} and its work list is not for "
+            f"{chosen.name!r}; make it with make_plan(..., backend={chosen.name!r})"
+        )
+    return chosen

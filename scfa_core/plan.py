@@ -100,9 +100,20 @@ class Plan:
         batch, heads, seqlen_q = self.q_index.shape
         return (batch, heads, self.k_index.shape[1], seqlen_q, self.k_index.shape[2])
 
+    @classmethod
+    def of(cls, arrays: tuple[Any, ...], monotone: bool, backend: str, device: str) -> Plan:
+        """Make a plan of arrays in the order of `PlanArrays`."""
+        q_index, q_count, k_index, k_count, start, end, work = arrays
+        return cls(q_index, q_count, k_index, k_count, start, end, work, monotone, backend, device)
+
     def native(self, framework: Framework, memory: str) -> PlanArrays:
         """Hand the arrays to a backend."""
-        return PlanArrays(*(framework.native(x, memory) for x in self.arrays), self.monotone)
+        q_index, q_count, k_index, k_count, start, end, work = (
+            framework.native(x, memory) for x in self.arrays
+        )
+        return PlanArrays(
+            q_index, q_count, k_index, k_count, start, end, work, monotone=self.monotone
+        )
 
     def check_fits(self, problem: Problem) -> None:
         """Raise unless the plan was made for these sizes and this device."""

@@ -25,15 +25,14 @@ def run_make_plan(
     )
     if problem.batch * problem.heads == 0:
         return arrays
-    native_plan = Plan(*arrays, clauses.monotone, backend.name, problem.device).native(
+    native_plan = Plan.of(arrays, clauses.monotone, backend.name, problem.device).native(
         framework, memory
     )
-    native_clauses = clauses._replace(
-        **{
-            name: tuple(framework.native(x, memory) for x in getattr(clauses, name))
-            for name in ("q_groups", "k_groups", "q_keeps", "k_keeps", "starts", "ends")
-        }
-    )
+    native_arrays: dict[str, Any] = {
+        name: tuple(framework.native(x, memory) for x in getattr(clauses, name))
+        for name in ("q_groups", "k_groups", "q_keeps", "k_keeps", "starts", "ends")
+    }
+    native_clauses = clauses._replace(**native_arrays)
     backend.make_plan(problem, native_clauses, native_plan, framework.context(problem.device))
     return arrays
 
@@ -58,9 +57,11 @@ def run_forward(
         framework.fill(lse, float("-inf"))
         return out, lse
     memory = backend.memory
-    native = [framework.native(x, memory) for x in (q, k, v, out, lse)]
+    q, k, v, out_native, lse_native = (framework.native(x, memory) for x in (q, k, v, out, lse))
     context = framework.context(problem.device)
-    backend.forward(problem, plan.native(framework, memory), *native, context)
+    backend.forward(
+        problem, plan.native(framework, memory), q, k, v, out_native, lse_native, context
+    )
     return out, lse
 
 
@@ -83,7 +84,10 @@ def run_backward(
             framework.fill(x, 0.0)
         return grads[0], grads[1], grads[2]
     memory = backend.memory
-    native = [framework.native(x, memory) for x in (dout, q, k, v, out, lse, *grads)]
+    dout, q, k, v, out, lse = (framework.native(x, memory) for x in (dout, q, k, v, out, lse))
+    dq, dk, dv = (framework.native(x, memory) for x in grads)
     context = framework.context(problem.device)
-    backend.backward(problem, plan.native(framework, memory), *native, context)
+    backend.backward(
+        problem, plan.native(framework, memory), dout, q, k, v, out, lse, dq, dk, dv, context
+    )
     return grads[0], grads[1], grads[2]

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from scfa_core.api import choose_for_plan
-from scfa_core.dispatch import AUTO, choose_backend, requested_backend
+from scfa_core.dispatch import AUTO, choose_backend, choose_for_plan, requested_backend
 from scfa_core.errors import PatternError
 from scfa_core.patterns import Pattern
 from scfa_core.plan import Plan, PlanArrays

@@ -13,9 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from scfa_core import dispatch
-from scfa_core.api import choose_for_plan
 from scfa_core.arrays import DeviceArray, HostContext, cuda_ordinal, stride_order, strides_in_order
-from scfa_core.dispatch import Backend, choose_backend
+from scfa_core.dispatch import Backend, choose_backend, choose_for_plan
 from scfa_core.errors import DeviceError, DTypeError, LayoutError, ShapeError
 from scfa_core.lowering import lower
 from scfa_core.patterns import Pattern
