@@ -190,7 +190,7 @@ def _eager(
     return out, lse
 
 
-class ScfaAttention(torch.autograd.Function):  # type: ignore[misc]  # torch is Any to mypy
+class ScfaAttention(torch.autograd.Function):
     """Autograd node of an eager call; traced calls have the operator's own.
 
     A plan made for this call alone is saved like any activation (checkpointing drops and remakes
@@ -255,7 +255,7 @@ def _traced_plan(
     return name, Plan(*arrays, is_monotone(pattern), name, device_name(q.device))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # reads context, environment
+@torch.compiler.assume_constant_result  # reads context, environment
 def _name_backend(
     head_dim: int,
     head_dim_v: int,

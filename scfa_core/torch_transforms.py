@@ -24,7 +24,7 @@ from scfa_core.torch_ops import (
 functorch_is_active = torch._C._are_functorch_transforms_active
 
 
-class _Backward(torch.autograd.Function):  # type: ignore[misc]  # torch is Any to mypy
+class _Backward(torch.autograd.Function):
     """``scfa::backward`` under functorch, which always records it; differentiating it raises."""
 
     @staticmethod
@@ -40,7 +40,7 @@ class _Backward(torch.autograd.Function):  # type: ignore[misc]  # torch is Any 
     vmap = staticmethod(batched(lambda *arguments: _Backward.apply(*arguments)))
 
 
-class _Forward(torch.autograd.Function):  # type: ignore[misc]
+class _Forward(torch.autograd.Function):
     """``scfa::forward`` under functorch."""
 
     @staticmethod
