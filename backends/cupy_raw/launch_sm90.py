@@ -121,7 +121,7 @@ def _array(array: DeviceArray | None, itemsize: int) -> bytes:
     if array is None:
         return bytes(32)
     batch, head, row = (stride * itemsize for stride in array.strides[:3])
-    return struct.pack("<Qqqq", array.pointer, batch, head, row)
+    return struct.pack("<Qqqii", array.pointer, batch, head, row, 0)
 
 
 def _params(
@@ -132,8 +132,9 @@ def _params(
     row_stats: tuple[int, int],
     counter: int,
     tiles: tuple[int, int],
+    heads: int,
 ) -> bytes:
-    """Pack struct Params of params_sm90.cuh; `arrays` are q, k, v, out, dout, dq, dk, dv."""
+    """Pack struct Params of params_sm90.cuh; `arrays` are q, k, v, out, dout, dq, dk, dv; `heads` of the tiles."""
     lists = (plan.q_index, plan.q_count, plan.k_index, plan.k_count, plan.key_start, plan.key_end)
     scale = problem.softmax_scale
     return b"".join(
@@ -146,8 +147,15 @@ def _params(
             struct.pack("<3i", problem.heads, problem.heads_kv, problem.group_size),
             struct.pack("<2i", problem.seqlen_q, problem.seqlen_k),
             struct.pack("<3i", *tiles, plan.monotone),
+            *(struct.pack("<2I", *_divisor(number)) for number in (tiles[0], heads, problem.group_size)),
         ]
     )
+
+
+def _divisor(number: int) -> tuple[int, int]:
+    """Multiplier and shift with n // number == n * multiplier >> shift for all 0 <= n < 2**31."""
+    shift = 31 + (number - 1).bit_length()
+    return -(-(1 << shift) // number), shift
 
 
 @cache
@@ -208,7 +216,7 @@ def run_forward(
     _zero(counter.pointer, 4, ctx.stream)
     tiles = _tiles(problem.seqlen_q, 64 * shape.warpgroups, problem.batch * problem.heads)
     arrays = (q, k, v, out, None, None, None, None)
-    params = _params(problem, plan, arrays, lse, (0, 0), counter.pointer, tiles)
+    params = _params(problem, plan, arrays, lse, (0, 0), counter.pointer, tiles, problem.heads)
     kernel = _kernel("fwd_sm90", device, problem.dtype, head_dim, shape)
     shared = _forward_shared(head_dim, shape)
     _launch(kernel, device, shape, shared, tiles[1], ctx.stream, params)
@@ -244,12 +252,16 @@ def run_backward(
 
     shape = _DQ[head_dim]
     tiles = _tiles(problem.seqlen_q, 64 * shape.warpgroups, problem.batch * problem.heads)
-    params = _params(problem, plan, arrays, lse, row_stats, counters.pointer, tiles)
+    params = _params(
+        problem, plan, arrays, lse, row_stats, counters.pointer, tiles, problem.heads
+    )
     kernel = _kernel("bwd_dq_sm90", device, problem.dtype, head_dim, shape)
     _launch(kernel, device, shape, _dq_shared(head_dim, shape), tiles[1], stream, params)
 
     shape = _DKDV[head_dim]
     tiles = _tiles(problem.seqlen_k, 64 * shape.warpgroups, problem.batch * problem.heads_kv)
-    params = _params(problem, plan, arrays, lse, row_stats, counters.pointer + 4, tiles)
+    params = _params(
+        problem, plan, arrays, lse, row_stats, counters.pointer + 4, tiles, problem.heads_kv
+    )
     kernel = _kernel("bwd_dkdv_sm90", device, problem.dtype, head_dim, shape)
     _launch(kernel, device, shape, _dkdv_shared(head_dim, shape), tiles[1], stream, params)

@@ -8,8 +8,8 @@
 // inputs/outputs: Params (params_sm90.cuh): q, k, v, dout, dk, dv in 16 bits; row_lse, row_delta as bwd_dq_sm90.cu wrote them.
 // version and source: column-owner form of FlashAttention-2 (Dao 2023, algorithm 2). New here: P^T and dS^T never leave registers, because
 //                dq has a kernel of its own; so no warpgroup waits for another.
-#if !defined(SCFA_HEAD_DIM) || !defined(SCFA_WARPGROUPS) || !defined(SCFA_STAGES)
-#error "SCFA_HEAD_DIM, SCFA_WARPGROUPS, SCFA_STAGES: set by launch_sm90.py"
+#if !defined(SCFA_HEAD_DIM) || !defined(SCFA_BLOCK_N) || !defined(SCFA_WARPGROUPS) || !defined(SCFA_STAGES)
+#error "SCFA_HEAD_DIM, SCFA_BLOCK_N, SCFA_WARPGROUPS, SCFA_STAGES: set by launch_sm90.py"
 #endif
 #include "mbarrier.cuh"
 #include "wgmma.cuh"
@@ -21,14 +21,18 @@ constexpr int kHeadDim = SCFA_HEAD_DIM;
 constexpr int kWarpgroups = SCFA_WARPGROUPS;
 constexpr int kStages = SCFA_STAGES;  // buffers of one q and one dout block each
 constexpr int kBlockN = 64 * kWarpgroups;  // keys of a tile
-constexpr int kBlockM = 64;                // queries of a step
+constexpr int kBlockM = SCFA_BLOCK_N;       // queries of a step
 constexpr int kPanels = kHeadDim / kPanelColumns;
 constexpr int kThreads = 128 * (kWarpgroups + 1);
 constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 40;
 constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 232;
-// Keys and values fit in registers as A operands at head_dim 64; at 128 the accumulators need the room.
-constexpr bool kKeysInRegisters = kHeadDim == 64;
-constexpr bool kOverlap = kHeadDim == 64;  // scores of the next queries run behind the products of these
+#ifndef SCFA_OVERLAP
+#define SCFA_OVERLAP (SCFA_HEAD_DIM == 64 && SCFA_BLOCK_N == 64 && SCFA_WARPGROUPS == 2)
+#endif
+// Two uses of registers that are free only at head_dim 64, 64 queries a step and two warpgroups: keys and values as A operands, and
+// scores of the next queries running behind the products of these.
+constexpr bool kOverlap = SCFA_OVERLAP;
+constexpr bool kKeysInRegisters = kOverlap;
 static_assert(kHeadDim == 64 || kHeadDim == 128, "one or two panels of columns");
 static_assert(kStages >= 2, "scores of the next block start before this one is done");
 
@@ -43,6 +47,7 @@ constexpr int kBarrierBase = kTileBase + 16;
 constexpr int kSharedBytes = kBarrierBase + 8 * (2 + 2 * kStages) + 1024;  // 1024: room to align the base
 static_assert(kSharedBytes <= 232448, "more shared memory than a block can have");
 
+constexpr int kSeesNothing = 0x7FFFFFFF;  // a range start beyond every key
 constexpr int kProducerBarrier = 1;  // named barrier of the gathering warpgroup
 
 struct Shared {
@@ -78,11 +83,6 @@ __device__ __forceinline__ int first_greater(const int* values, int count, int b
     return low;
 }
 
-// Copy four bytes, or write zero if `valid` is false.
-__device__ __forceinline__ void copy_word(unsigned target, const void* source, bool valid) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(source), "r"(valid ? 4 : 0) : "memory");
-}
-
 // Warpgroup 0: for each tile gather keys and values, then every block of queries that may see one of them.
 __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
     const int thread = threadIdx.x, lane = thread % 32;
@@ -94,11 +94,11 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
         barrier_wait(shared.key_empty(), key.parity ^ 1);
         if (thread == 0) shared_store(shared.tile(), next);
         named_barrier_sync(kProducerBarrier, kGatherThreads);  // the tile number is written
-        const int tile = shared_load(shared.tile());
+        const int tile = uniform(shared_load(shared.tile()));
         if (tile >= p.tiles) break;
         if (thread == 0) next = atomicAdd(p.counter, 1) + gridDim.x;
-        const int z = tile / p.tiles_per_head, n = tile % p.tiles_per_head;
-        const int b = z / p.heads_kv, h_kv = z % p.heads_kv;
+        const int z = p.by_tiles.quotient(tile), n = tile - z * p.tiles_per_head;
+        const int b = p.by_heads.quotient(z), h_kv = z - b * p.heads_kv;
         const int key0 = n * kBlockN, key1 = min(key0 + kBlockN, p.seqlen_k);
 
         const int* k_index = p.k_index + static_cast<long long>(z) * p.seqlen_k;
@@ -109,9 +109,9 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
             rows[i] = sorted < key1 ? k_index[sorted] : -1;
         }
         gather_rows<kBlockN, kPanels>(
-            shared.key(), p.k.of_head(b, h_kv) + lane_bytes, static_cast<int>(p.k.row), rows, thread);
+            shared.key(), p.k.of_head(b, h_kv) + lane_bytes, p.k.row, rows, thread);
         gather_rows<kBlockN, kPanels>(
-            shared.value(), p.v.of_head(b, h_kv) + lane_bytes, static_cast<int>(p.v.row), rows, thread);
+            shared.value(), p.v.of_head(b, h_kv) + lane_bytes, p.v.row, rows, thread);
         barrier_arrive_after_copies(shared.key_full());
         if (thread == 0) barrier_arrive(shared.key_full());  // releases the tile number
 
@@ -128,36 +128,40 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
                     if (lane == 0) shared_store(shared.base + kScratchBase + 4 * (thread / 32), found);
                 }
                 named_barrier_sync(kProducerBarrier, kGatherThreads);  // both bounds are written
-                first_query = shared_load(shared.base + kScratchBase);
-                end_query = shared_load(shared.base + kScratchBase + 4);
+                first_query = uniform(shared_load(shared.base + kScratchBase));
+                end_query = uniform(shared_load(shared.base + kScratchBase + 4));
                 named_barrier_sync(kProducerBarrier, kGatherThreads);  // and read, before the next search
             }
             const char* q = p.q.of_head(b, h) + lane_bytes;
             const char* dout = p.dout.of_head(b, h) + lane_bytes;
-            // Original row of the query this thread owns in a block, -1 if it sees no key of the tile.
-            const auto query_row = [&](int first) {
-                const int sorted = first + min(gather_owned_row(thread, 0), kBlockM - 1);
-                if (sorted >= end_query) return -1;
-                const int start = starts[sorted], end = ends[sorted];
-                return start < end && end > key0 && start < key1 ? indices[sorted] : -1;
+            // Range and original row of the query this thread owns in a block, loaded one block ahead and looked at only then.
+            struct Query {
+                int start, end, row;
             };
-            int upcoming = first_query < end_query ? query_row(first_query) : -1;
+            const auto load_query = [&](int first) {
+                const int sorted = first + min(gather_owned_row(thread, 0), kBlockM - 1);
+                const int at = min(sorted, p.seqlen_q - 1);
+                return Query{sorted < end_query ? starts[at] : kSeesNothing, ends[at], indices[at]};
+            };
+            Query upcoming = load_query(first_query);
             for (int first = first_query; first < end_query; first += kBlockM) {
-                const int current[1] = {upcoming};
-                if (first + kBlockM < end_query) upcoming = query_row(first + kBlockM);
-                if (!p.monotone && !named_barrier_any(kProducerBarrier, kGatherThreads, current[0] >= 0)) continue;
+                const Query own = upcoming;
+                upcoming = load_query(first + kBlockM);
+                const bool sees = own.start < own.end && own.end > key0 && own.start < key1;
+                const int current[1] = {sees ? own.row : -1};  // a query that sees no key of the tile becomes zeros
+                if (!p.monotone && !named_barrier_any(kProducerBarrier, kGatherThreads, sees)) continue;
                 barrier_wait(shared.query_empty(query.slot), query.parity ^ 1);
-                gather_rows<kBlockM, kPanels>(shared.query(query.slot), q, static_cast<int>(p.q.row), current, thread);
-                gather_rows<kBlockM, kPanels>(shared.dout(query.slot), dout, static_cast<int>(p.dout.row), current, thread);
-                // Rows past the end become zeros: an empty range.
+                gather_rows<kBlockM, kPanels>(shared.query(query.slot), q, p.q.row, current, thread);
+                gather_rows<kBlockM, kPanels>(shared.dout(query.slot), dout, p.dout.row, current, thread);
+                // Rows past the end repeat the last row's data; their q and dout are zeros.
                 const int column = thread % kBlockM, sorted = min(first + column, p.seqlen_q - 1);
-                const bool valid = first + column < end_query;
                 if (thread < kBlockM) {
-                    copy_word(shared.lse(query.slot) + 4 * column, p.row_lse + list + sorted, valid);
-                    copy_word(shared.delta(query.slot) + 4 * column, p.row_delta + list + sorted, valid);
-                } else {
-                    copy_word(shared.starts(query.slot) + 4 * column, starts + sorted, valid);
-                    copy_word(shared.ends(query.slot) + 4 * column, ends + sorted, valid);
+                    copy_word(shared.lse(query.slot) + 4 * column, p.row_lse + list + sorted, true);
+                    copy_word(shared.delta(query.slot) + 4 * column, p.row_delta + list + sorted, true);
+                }
+                if (thread >= kGatherThreads - kBlockM) {
+                    copy_word(shared.starts(query.slot) + 4 * column, starts + sorted, true);
+                    copy_word(shared.ends(query.slot) + 4 * column, ends + sorted, true);
                 }
                 if (thread == 0) shared_store(shared.last(query.slot), 0);
                 barrier_arrive_after_copies(shared.query_full(query.slot));
@@ -184,9 +188,9 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
     Ring<kStages> query;
     while (true) {
         barrier_wait(shared.key_full(), key.parity);
-        const int tile = shared_load(shared.tile());
+        const int tile = uniform(shared_load(shared.tile()));
         if (tile >= p.tiles) break;
-        const int z = tile / p.tiles_per_head, n = tile % p.tiles_per_head;
+        const int z = p.by_tiles.quotient(tile), n = tile - z * p.tiles_per_head;
         const int key0 = n * kBlockN + 64 * group;     // first key of this warpgroup
         const int own = key0 + 16 * warp + lane / 4;  // this thread's keys: own and own + 8
         const unsigned key_tile = shared.key() + group * 64 * kRowBytes;
@@ -212,9 +216,16 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
         bool last = false;
         const auto look = [&]() {
             barrier_wait(shared.query_full(query.slot), query.parity);
-            last = shared_load(shared.last(query.slot)) != 0;
+            last = uniform(shared_load(shared.last(query.slot))) != 0;
             if (last) return false;
-            range = row_extremes(shared.starts(query.slot), shared.ends(query.slot), lane);
+            const unsigned starts = shared.starts(query.slot), ends = shared.ends(query.slot);
+            if (p.monotone) {
+                constexpr int kLast = 4 * (kBlockM - 1);
+                range = {uniform(shared_load(starts)), uniform(shared_load(ends + kLast)),
+                         uniform(shared_load(starts + kLast)), uniform(shared_load(ends))};
+            } else {
+                range = row_extremes<kBlockM>(starts, ends, lane);
+            }
             return range.outer_end > key0 && range.outer_start < key0 + 64;
         };
         // Pass over blocks that do not concern this warpgroup; false at the end of the tile. No slot may be held meanwhile:
@@ -242,41 +253,48 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
         };
 
         // P^T and dS^T of the slot whose scores were issued last, as A operands; waits for the scores itself.
-        const auto weigh = [&](unsigned slot, bool partial) {
-            wgmma_wait<1>();
-            pin(scores);
+        const auto weigh = [&](unsigned slot, const RowExtremes& seen_by) {
             // P^T = exp2(S^T * scale - lse): lse and delta belong to columns here.
+            int2 column[kBlockM / 8];
 #pragma unroll
             for (int block = 0; block < kBlockM / 8; ++block) {
-                const int2 lse = shared_load_pair(shared.lse(slot) + 32 * block + 8 * q);
+                column[block] = shared_load_pair(shared.lse(slot) + 32 * block + 8 * q);
+            }
+            wgmma_wait<1>();
+            pin(scores);
 #pragma unroll
-                for (int i = 4 * block; i < 4 * block + 4; ++i) {
-                    scores[i] = exp2_fast(scores[i] * p.scale_log2 - __int_as_float(i & 1 ? lse.y : lse.x));
-                }
+            for (int i = 0; i < kBlockM / 2; ++i) {
+                const int lse = i & 1 ? column[i / 4].y : column[i / 4].x;
+                scores[i] = exp2_fast(scores[i] * p.scale_log2 - __int_as_float(lse));
+            }
+#pragma unroll
+            for (int block = 0; block < kBlockM / 8; ++block) {
+                column[block] = shared_load_pair(shared.delta(slot) + 32 * block + 8 * q);
             }
             wgmma_wait<0>();
             pin(slopes);
 #pragma unroll
-            for (int block = 0; block < kBlockM / 8; ++block) {
-                const int2 delta = shared_load_pair(shared.delta(slot) + 32 * block + 8 * q);
+            for (int i = 0; i < kBlockM / 2; ++i) {
+                const int delta = i & 1 ? column[i / 4].y : column[i / 4].x;
+                slopes[i] = scores[i] * (slopes[i] - __int_as_float(delta));
+            }
+            // Zero by selection, not by product: an unseen row may hold anything.
+            if (seen_by.inner_end < key0 + 64) {
 #pragma unroll
-                for (int i = 4 * block; i < 4 * block + 4; ++i) {
-                    slopes[i] = scores[i] * (slopes[i] - __int_as_float(i & 1 ? delta.y : delta.x));
+                for (int i = 0; i < kBlockM / 2; ++i) {
+                    if (i % 4 == 0) column[i / 4] = shared_load_pair(shared.ends(slot) + 8 * i + 8 * q);
+                    const bool seen = own + 8 * half_of(i) < (i & 1 ? column[i / 4].y : column[i / 4].x);
+                    scores[i] = seen ? scores[i] : 0.0f;
+                    slopes[i] = seen ? slopes[i] : 0.0f;
                 }
             }
-            if (partial) {
-                // Zero by selection, not by product: an unseen row may hold anything.
+            if (seen_by.inner_start > key0) {
 #pragma unroll
-                for (int block = 0; block < kBlockM / 8; ++block) {
-                    const int2 start = shared_load_pair(shared.starts(slot) + 32 * block + 8 * q);
-                    const int2 end = shared_load_pair(shared.ends(slot) + 32 * block + 8 * q);
-#pragma unroll
-                    for (int i = 4 * block; i < 4 * block + 4; ++i) {
-                        const int row = own + 8 * half_of(i);
-                        const bool seen = (i & 1 ? start.y : start.x) <= row && row < (i & 1 ? end.y : end.x);
-                        scores[i] = seen ? scores[i] : 0.0f;
-                        slopes[i] = seen ? slopes[i] : 0.0f;
-                    }
+                for (int i = 0; i < kBlockM / 2; ++i) {
+                    if (i % 4 == 0) column[i / 4] = shared_load_pair(shared.starts(slot) + 8 * i + 8 * q);
+                    const bool seen = own + 8 * half_of(i) >= (i & 1 ? column[i / 4].y : column[i / 4].x);
+                    scores[i] = seen ? scores[i] : 0.0f;
+                    slopes[i] = seen ? slopes[i] : 0.0f;
                 }
             }
             pack_fragment(weights, scores);
@@ -303,9 +321,11 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
                 issue_scores(query.slot);
                 while (true) {
                     const unsigned slot = query.slot;
-                    weigh(slot, range.inner_start > key0 || range.inner_end < key0 + 64);
+                    const RowExtremes seen_by = range;
                     query.advance();
-                    if (look()) {
+                    const bool next_too = look();  // while the scores are being computed
+                    weigh(slot, seen_by);
+                    if (next_too) {
                         // The next scores run behind these products.
                         async_proxy_fence();
                         pin_operands();
@@ -340,7 +360,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
                 pin(slopes);
                 wgmma_fence();
                 issue_scores(query.slot);
-                weigh(query.slot, range.inner_start > key0 || range.inner_end < key0 + 64);
+                weigh(query.slot, range);
                 pin_operands();
                 wgmma_fence();
                 accumulate(query.slot);
@@ -355,7 +375,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
 
         const int* k_index = p.k_index + static_cast<long long>(z) * p.seqlen_k;
         const int index[2] = {own < p.seqlen_k ? k_index[own] : -1, own + 8 < p.seqlen_k ? k_index[own + 8] : -1};
-        const int b = z / p.heads_kv, h_kv = z % p.heads_kv;
+        const int b = p.by_heads.quotient(z), h_kv = z - b * p.heads_kv;
         const float scale_k[2] = {p.scale, p.scale}, scale_v[2] = {1.0f, 1.0f};
         scatter_rows(grad_k, scale_k, p.dk.of_head(b, h_kv), p.dk.row, index, lane);
         scatter_rows(grad_v, scale_v, p.dv.of_head(b, h_kv), p.dv.row, index, lane);

@@ -75,19 +75,22 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
         barrier_wait(shared.query_empty(query.slot), query.parity ^ 1);
         if (thread == 0) shared_store(data.tile(), next);
         named_barrier_sync(kProducerBarrier, kGatherThreads);  // the tile number is written
-        const int tile = shared_load(data.tile());
+        const int tile = uniform(shared_load(data.tile()));
         if (tile >= p.tiles) break;
         if (thread == 0) next = atomicAdd(p.counter, 1) + gridDim.x;
-        const int z = tile / p.tiles_per_head, m = p.tiles_per_head - 1 - tile % p.tiles_per_head;
-        const int b = z / p.heads, h = z % p.heads, h_kv = h / p.group_size;
-        const KeyUnion keys = load_tile_rows(p, data, shared.base + kScratchBase, z, m * kBlockM, thread);
+        const QueryTile at = locate_query_tile<kBlockM>(p, tile);
+        const KeyUnion keys = load_tile_rows(p, data, shared.base + kScratchBase, at, thread);
         const int blocks = (keys.end - keys.first + kBlockN - 1) / kBlockN;
+        const int* k_index = p.k_index + static_cast<long long>(at.b * p.heads_kv + at.h_kv) * p.seqlen_k;
+        const auto key_row = [&](int block) {
+            const int sorted = keys.first + block * kBlockN + min(gather_owned_row(thread, 0), kBlockN - 1);
+            const bool seen = sorted < keys.end && (!keys.gaps || seen_by_tile(data, sorted, p.monotone));
+            return seen ? k_index[sorted] : -1;
+        };
+        int upcoming = blocks > 0 ? key_row(blocks - 1) : -1;
         for (int r = thread; r < kBlockM; r += kGatherThreads) {
             const int row = shared_load(data.indices() + 4 * r);
-            const char* address = p.lse.of_head(b, h) + max(row, 0) * p.lse.row;
-            const float lse = row < 0 ? -SCFA_INFINITY : *reinterpret_cast<const float*>(address);
-            // A row that sees nothing gets +inf here, so that its weights exp2(s - lse) are 0.
-            shared_store_float(shared.lse(query.slot) + 4 * r, lse == -SCFA_INFINITY ? SCFA_INFINITY : lse * kLog2E);
+            copy_word(shared.lse(query.slot) + 4 * r, p.lse.of_head(at.b, at.h) + static_cast<long long>(max(row, 0)) * p.lse.row, row >= 0);
         }
         if (thread == 0) {
             shared_store(data.first_key(), keys.first);
@@ -100,32 +103,25 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
             rows[i] = shared_load(data.indices() + 4 * min(gather_owned_row(thread, i), kBlockM - 1));
         }
         gather_rows<kBlockM, kPanels>(
-            shared.query(query.slot), p.q.of_head(b, h) + lane_bytes, static_cast<int>(p.q.row), rows, thread);
+            shared.query(query.slot), p.q.of_head(at.b, at.h) + lane_bytes, p.q.row, rows, thread);
         gather_rows<kBlockM, kPanels>(
-            shared.dout(query.slot), p.dout.of_head(b, h) + lane_bytes, static_cast<int>(p.dout.row), rows, thread);
+            shared.dout(query.slot), p.dout.of_head(at.b, at.h) + lane_bytes, p.dout.row, rows, thread);
         gather_rows<kBlockM, kPanels>(
-            shared.out(query.slot), p.out.of_head(b, h) + lane_bytes, static_cast<int>(p.out.row), rows, thread);
+            shared.out(query.slot), p.out.of_head(at.b, at.h) + lane_bytes, p.out.row, rows, thread);
         barrier_arrive_after_copies(shared.query_full(query.slot));
         barrier_arrive(shared.query_full(query.slot));  // releases the row data this thread wrote
 
-        const char* k = p.k.of_head(b, h_kv) + lane_bytes;
-        const char* v = p.v.of_head(b, h_kv) + lane_bytes;
-        const int* k_index = p.k_index + static_cast<long long>(b * p.heads_kv + h_kv) * p.seqlen_k;
-        const auto key_row = [&](int block) {
-            const int owned = min(gather_owned_row(thread, 0), kBlockN - 1);
-            const int sorted = keys.first + block * kBlockN + owned;
-            const bool seen = sorted < keys.end && (!keys.gaps || seen_by_tile(data, sorted, p.monotone));
-            return seen ? k_index[sorted] : -1;
-        };
-        int upcoming = blocks > 0 ? key_row(blocks - 1) : -1;
+        const char* k = p.k.of_head(at.b, at.h_kv) + lane_bytes;
+        const char* v = p.v.of_head(at.b, at.h_kv) + lane_bytes;
         for (int block = blocks - 1; block >= 0; --block) {
             const int current[1] = {upcoming};
             if (block > 0) upcoming = key_row(block - 1);
             barrier_wait(shared.key_empty(key.slot), key.parity ^ 1);
-            gather_rows<kBlockN, kPanels>(shared.key(key.slot), k, static_cast<int>(p.k.row), current, thread);
-            gather_rows<kBlockN, kPanels>(shared.value(key.slot), v, static_cast<int>(p.v.row), current, thread);
+            gather_rows<kBlockN, kPanels>(shared.key(key.slot), k, p.k.row, current, thread);
+            gather_rows<kBlockN, kPanels>(shared.value(key.slot), v, p.v.row, current, thread);
             barrier_arrive_after_copies(shared.key_full(key.slot));
             key.advance();
+            if (block == blocks - 1 && thread < 32) prefetch_tile_rows<kBlockM>(p, next, thread);
         }
         query.advance();
     }
@@ -174,12 +170,12 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
     while (true) {
         const TileData<kBlockM> data = shared.data(query.slot);
         barrier_wait(shared.query_full(query.slot), query.parity);
-        const int tile = shared_load(data.tile());
+        const int tile = uniform(shared_load(data.tile()));
         if (tile >= p.tiles) break;
-        const int z = tile / p.tiles_per_head, m = p.tiles_per_head - 1 - tile % p.tiles_per_head;
-        const int first_key = shared_load(data.first_key());
+        const QueryTile at = locate_query_tile<kBlockM>(p, tile);
+        const int first_key = uniform(shared_load(data.first_key()));
         const RowExtremes rows = row_extremes(data.starts() + 256 * group, data.ends() + 256 * group, lane);
-        int block = shared_load(data.key_blocks()) - 1;
+        int block = uniform(shared_load(data.key_blocks())) - 1;
         const bool any = rows.outer_start < rows.outer_end;
         const int low_block = any ? (rows.outer_start - first_key) / kBlockN : 0;
         const int high_block = any ? (rows.outer_end - first_key + kBlockN - 1) / kBlockN : 0;
@@ -188,18 +184,23 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
 
         {   // Row statistics: each warp for its own 16 rows, two lanes a row.
             const int own = 64 * group + 16 * warp + lane / 2;
-            const float lse = shared_load_float(shared.lse(query.slot) + 4 * own);
+            // A row that sees nothing gets +inf, so that its weights exp2(s - lse) are 0, and delta 0: its dout may hold anything.
+            const bool blind = shared_load(data.starts() + 4 * own) >= shared_load(data.ends() + 4 * own);
+            const float given = shared_load_float(shared.lse(query.slot) + 4 * own);
+            const float lse = blind || given == -SCFA_INFINITY ? SCFA_INFINITY : given * kLog2E;
             float delta = row_product(shared.dout(query.slot), shared.out(query.slot), own, lane & 1);
-            if (lse == SCFA_INFINITY) delta = 0.0f;  // sees nothing: whatever its dout holds must not spread
+            if (blind) delta = 0.0f;
             if ((lane & 1) == 0) {
                 shared_store_float(shared.delta(query.slot) + 4 * own, delta);
-                const int sorted = m * kBlockM + own;
+                const int sorted = at.first_row + own;
                 if (sorted < p.seqlen_q) {
-                    p.row_lse[static_cast<long long>(z) * p.seqlen_q + sorted] = lse;
-                    p.row_delta[static_cast<long long>(z) * p.seqlen_q + sorted] = delta;
+                    p.row_lse[static_cast<long long>(at.z) * p.seqlen_q + sorted] = lse;
+                    p.row_delta[static_cast<long long>(at.z) * p.seqlen_q + sorted] = delta;
                 }
             }
-            __syncwarp();  // delta of the warp's rows is written
+            __syncwarp();  // every lane has read what it needs of lse, delta of the warp's rows is written
+            if ((lane & 1) == 0) shared_store_float(shared.lse(query.slot) + 4 * own, lse);
+            __syncwarp();  // and so is lse in base 2
         }
         const float lse[2] = {shared_load_float(shared.lse(query.slot) + 4 * row),
                               shared_load_float(shared.lse(query.slot) + 4 * row + 32)};
@@ -278,7 +279,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
             key.advance();
         }
         const float scale[2] = {lse[0] == SCFA_INFINITY ? 0.0f : p.scale, lse[1] == SCFA_INFINITY ? 0.0f : p.scale};
-        scatter_rows(gradient, scale, p.dq.of_head(z / p.heads, z % p.heads), p.dq.row, index, lane);
+        scatter_rows(gradient, scale, p.dq.of_head(at.b, at.h), p.dq.row, index, lane);
         for (; block >= 0; --block) skip_block();
     }
 }

@@ -83,18 +83,23 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
         barrier_wait(shared.query_empty(query.slot), query.parity ^ 1);
         if (thread == 0) shared_store(data.tile(), next);
         named_barrier_sync(kProducerBarrier, kGatherThreads);  // the tile number is written
-        const int tile = shared_load(data.tile());
+        const int tile = uniform(shared_load(data.tile()));
         if (tile >= p.tiles) break;
         if (thread == 0) next = atomicAdd(p.counter, 1) + gridDim.x;
-        const int z = tile / p.tiles_per_head, m = p.tiles_per_head - 1 - tile % p.tiles_per_head;
-        const int b = z / p.heads, h = z % p.heads, h_kv = h / p.group_size;
-        const KeyUnion keys =
-            load_tile_rows(p, data, shared.base + kScratchBase, z, m * kBlockM, thread);
+        const QueryTile at = locate_query_tile<kBlockM>(p, tile);
+        const KeyUnion keys = load_tile_rows(p, data, shared.base + kScratchBase, at, thread);
         const int blocks = (keys.end - keys.first + kBlockN - 1) / kBlockN;
         if (thread == 0) {
             shared_store(data.first_key(), keys.first);
             shared_store(data.key_blocks(), blocks);
         }
+        const int* k_index = p.k_index + static_cast<long long>(at.b * p.heads_kv + at.h_kv) * p.seqlen_k;
+        const auto key_row = [&](int block) {
+            const int sorted = keys.first + block * kBlockN + min(gather_owned_row(thread, 0), kBlockN - 1);
+            const bool seen = sorted < keys.end && (!keys.gaps || seen_by_tile(data, sorted, p.monotone));
+            return seen ? k_index[sorted] : -1;
+        };
+        int upcoming = blocks > 0 ? key_row(blocks - 1) : -1;
 
         int rows[(kBlockM + 127) / 128];
 #pragma unroll
@@ -102,30 +107,25 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
             rows[i] = shared_load(data.indices() + 4 * min(gather_owned_row(thread, i), kBlockM - 1));
         }
         gather_rows<kBlockM, kPanels>(
-            shared.query(query.slot), p.q.of_head(b, h) + lane_bytes, static_cast<int>(p.q.row), rows, thread);
+            shared.query(query.slot), p.q.of_head(at.b, at.h) + lane_bytes, p.q.row, rows, thread);
         barrier_arrive_after_copies(shared.query_full(query.slot));
         if (thread == 0) barrier_arrive(shared.query_full(query.slot));  // releases the row data written above
 
-        const char* k = p.k.of_head(b, h_kv) + lane_bytes;
-        const char* v = p.v.of_head(b, h_kv) + lane_bytes;
-        const int* k_index = p.k_index + static_cast<long long>(b * p.heads_kv + h_kv) * p.seqlen_k;
-        const auto key_row = [&](int block) {
-            const int sorted = keys.first + block * kBlockN + gather_owned_row(thread, 0);
-            const bool seen = sorted < keys.end && (!keys.gaps || seen_by_tile(data, sorted, p.monotone));
-            return seen ? k_index[sorted] : -1;
-        };
-        int upcoming = blocks > 0 ? key_row(blocks - 1) : -1;
+        const char* k = p.k.of_head(at.b, at.h_kv) + lane_bytes;
+        const char* v = p.v.of_head(at.b, at.h_kv) + lane_bytes;
         int previous[1];
         for (int block = blocks - 1; block >= 0; --block) {
             const int current[1] = {upcoming};
             if (block > 0) upcoming = key_row(block - 1);
             barrier_wait(shared.key_empty(key.slot), key.parity ^ 1);
-            gather_rows<kBlockN, kPanels>(shared.key(key.slot), k, static_cast<int>(p.k.row), current, thread);
+            gather_rows<kBlockN, kPanels>(shared.key(key.slot), k, p.k.row, current, thread);
             barrier_arrive_after_copies(shared.key_full(key.slot));
             key.advance();
-            if (block < blocks - 1) {
+            if (block == blocks - 1) {
+                if (thread < 32) prefetch_tile_rows<kBlockM>(p, next, thread);
+            } else {
                 barrier_wait(shared.value_empty(value.slot), value.parity ^ 1);
-                gather_rows<kBlockN, kPanels>(shared.value(value.slot), v, static_cast<int>(p.v.row), previous, thread);
+                gather_rows<kBlockN, kPanels>(shared.value(value.slot), v, p.v.row, previous, thread);
                 barrier_arrive_after_copies(shared.value_full(value.slot));
                 value.advance();
             }
@@ -133,7 +133,7 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
         }
         if (blocks > 0) {
             barrier_wait(shared.value_empty(value.slot), value.parity ^ 1);
-            gather_rows<kBlockN, kPanels>(shared.value(value.slot), v, static_cast<int>(p.v.row), previous, thread);
+            gather_rows<kBlockN, kPanels>(shared.value(value.slot), v, p.v.row, previous, thread);
             barrier_arrive_after_copies(shared.value_full(value.slot));
             value.advance();
         }
@@ -170,11 +170,11 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
     while (true) {
         const TileData<kBlockM> data = shared.data(query.slot);
         barrier_wait(shared.query_full(query.slot), query.parity);
-        const int tile = shared_load(data.tile());
+        const int tile = uniform(shared_load(data.tile()));
         if (tile >= p.tiles) break;
-        const int first_key = shared_load(data.first_key());
+        const int first_key = uniform(shared_load(data.first_key()));
         const RowExtremes rows = row_extremes(data.starts() + 256 * group, data.ends() + 256 * group, lane);
-        int block = shared_load(data.key_blocks()) - 1;
+        int block = uniform(shared_load(data.key_blocks())) - 1;
         // Blocks [low_block, high_block) hold keys that a row of this warpgroup sees.
         const bool any = rows.outer_start < rows.outer_end;
         const int low_block = any ? (rows.outer_start - first_key) / kBlockN : 0;
@@ -277,12 +277,12 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
             value.advance();
         }
 
-        const int z = tile / p.tiles_per_head, b = z / p.heads, h = z % p.heads;
-        scatter_rows(output, inverse, p.out.of_head(b, h), p.out.row, index, lane);
+        const QueryTile at = locate_query_tile<kBlockM>(p, tile);
+        scatter_rows(output, inverse, p.out.of_head(at.b, at.h), p.out.row, index, lane);
         if (lane % 4 == 0) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                char* address = p.lse.of_head(b, h) + index[half] * p.lse.row;
+                char* address = p.lse.of_head(at.b, at.h) + static_cast<long long>(index[half]) * p.lse.row;
                 if (index[half] >= 0) *reinterpret_cast<float*>(address) = lse[half];
             }
         }

@@ -12,31 +12,52 @@ __device__ __forceinline__ int gather_owned_row(int thread, int slot) {
     return thread / kLanesPerRow + kRowsPerPass * (thread % kLanesPerRow) + kRowsPerRegister * slot;
 }
 
+// Start copying 16 bytes, or writing 16 zero bytes where `row` is negative, and bring the rest of the row (kPanels lines) into L2.
+template <int kPanels>
+__device__ __forceinline__ void copy_chunk(unsigned target, const char* source, int row) {
+    if constexpr (kPanels == 1) {
+        asm volatile(
+            "{\n.reg .pred valid;\n.reg .b32 bytes;\nsetp.ge.s32 valid, %2, 0;\nselp.b32 bytes, 16, 0, valid;\n"
+            "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, bytes;\n}" ::"r"(target), "l"(source), "r"(row));
+    } else {
+        asm volatile(
+            "{\n.reg .pred valid;\n.reg .b32 bytes;\nsetp.ge.s32 valid, %2, 0;\nselp.b32 bytes, 16, 0, valid;\n"
+            "cp.async.cg.shared.global.L2::256B [%0], [%1], 16, bytes;\n}" ::"r"(target), "l"(source), "r"(row));
+    }
+}
+
 // Copy kRows rows of kPanels * 128 bytes; index -1 fills the row with zeros (and reads nothing).
 // `source` is the head's first row plus this thread's chunk (16 bytes times its lane).
 template <int kRows, int kPanels>
 __device__ __forceinline__ void gather_rows(
     unsigned tile, const char* source, int row_bytes, const int (&index)[(kRows + 127) / 128], int thread) {
+    constexpr int kBatch = 4;  // index shuffles in flight together: their latency is what a pass would otherwise wait for
     const int lane = thread % kLanesPerRow, first = thread / kLanesPerRow;
     const unsigned target = tile + first * kRowBytes + ((lane ^ (first & 7)) << 4);
+    asm volatile("" : "+l"(source));  // one base register pair, not one sum of strides per row
 #pragma unroll
-    for (int pass = 0; pass < kRows / kRowsPerPass; ++pass) {
-        const int row = __shfl_sync(0xFFFFFFFFu, index[pass / kLanesPerRow], pass % kLanesPerRow, kLanesPerRow);
-        const char* address = source + static_cast<long long>(max(row, 0)) * row_bytes;
-        const unsigned bytes = row < 0 ? 0 : 16;
+    for (int pass0 = 0; pass0 < kRows / kRowsPerPass; pass0 += kBatch) {
+        int row[kBatch];
 #pragma unroll
-        for (int panel = 0; panel < kPanels; ++panel) {
-            const unsigned chunk = target + (panel * kRows + pass * kRowsPerPass) * kRowBytes;
-            if constexpr (kPanels == 1) {
-                asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(chunk), "l"(address), "r"(bytes)
-                             : "memory");
-            } else {
-                asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(chunk),
-                             "l"(address + panel * kRowBytes), "r"(bytes)
-                             : "memory");
+        for (int i = 0; i < kBatch; ++i) {
+            row[i] = __shfl_sync(0xFFFFFFFFu, index[(pass0 + i) / kLanesPerRow], (pass0 + i) % kLanesPerRow, kLanesPerRow);
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            const char* address =
+                source + static_cast<unsigned long long>(static_cast<unsigned>(row[i])) * static_cast<unsigned>(row_bytes);
+#pragma unroll
+            for (int panel = 0; panel < kPanels; ++panel) {
+                copy_chunk<kPanels>(target + (panel * kRows + (pass0 + i) * kRowsPerPass) * kRowBytes,
+                                    address + panel * kRowBytes, row[i]);
             }
         }
     }
+}
+
+// Copy four bytes, or write zero if `valid` is false.
+__device__ __forceinline__ void copy_word(unsigned target, const void* source, bool valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(source), "r"(valid ? 4 : 0));
 }
 
 // Give lane t of each quad the values that the four lanes hold in their register t: a 4 x 4 transpose.
@@ -59,10 +80,10 @@ __device__ __forceinline__ void transpose_quad(unsigned (&r)[4], int lane) {
 // (rows g and g + 8; -1 writes nothing). Scale 0 writes exact zeros whatever the accumulator holds.
 template <int kCount>
 __device__ __forceinline__ void scatter_rows(
-    const float (&values)[kCount], const float (&scale)[2], char* head, long long row_bytes, const int (&index)[2], int lane) {
+    const float (&values)[kCount], const float (&scale)[2], char* head, int row_bytes, const int (&index)[2], int lane) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        char* row = head + index[half] * row_bytes + (lane & 3) * 16;
+        char* row = head + static_cast<long long>(index[half]) * row_bytes + (lane & 3) * 16;
 #pragma unroll
         for (int block = 0; block < kCount / 16; ++block) {
             unsigned pairs[4];

@@ -4,9 +4,19 @@
 // A (batch, heads, rows, columns) array: address and strides in bytes; columns are contiguous.
 struct Array {
     char* data;
-    long long batch, head, row;
+    long long batch, head;
+    int row, unused;
 
     __device__ __forceinline__ char* of_head(int b, int h) const { return data + b * batch + h * head; }
+};
+
+// Division of 0 .. 2^31 - 1 by a number the host knows: one wide product and a shift.
+struct Divisor {
+    unsigned multiplier, shift;
+
+    __device__ __forceinline__ int quotient(int n) const {
+        return static_cast<int>((static_cast<unsigned long long>(static_cast<unsigned>(n)) * multiplier) >> shift);
+    }
 };
 
 struct Params {
@@ -18,4 +28,5 @@ struct Params {
     int heads, heads_kv, group_size, seqlen_q, seqlen_k;
     int tiles_per_head, tiles;   // tiles of one head (query head, or kv head in the dk/dv kernel), and of all
     int monotone;
+    Divisor by_tiles, by_heads, by_group;  // by tiles_per_head, by heads (heads_kv in the dk/dv kernel), by group_size
 };

@@ -44,21 +44,28 @@ __device__ __forceinline__ float quad_sum(float x) {
 __device__ constexpr int half_of(int i) { return (i >> 1) & 1; }
 __device__ constexpr int column_of(int i) { return 8 * (i >> 2) + (i & 1); }  // plus 2 q
 
-// Smallest and largest range ends of the 64 rows of a warpgroup; rows that see nothing count for `inner` only.
+// Smallest and largest range ends of some rows; rows that see nothing count for `inner` only.
 struct RowExtremes {
     int outer_start, outer_end;  // some row sees something in here
     int inner_start, inner_end;  // every row sees all of this (empty if start >= end)
 };
 
+template <int kRows = 64>
 __device__ __forceinline__ RowExtremes row_extremes(unsigned starts, unsigned ends, int lane) {
-    const int start0 = shared_load(starts + 4 * lane), start1 = shared_load(starts + 4 * lane + 128);
-    const int end0 = shared_load(ends + 4 * lane), end1 = shared_load(ends + 4 * lane + 128);
     constexpr int kNone = 0x7FFFFFFF;
-    RowExtremes e;
-    e.outer_start = __reduce_min_sync(0xFFFFFFFFu, min(start0 < end0 ? start0 : kNone, start1 < end1 ? start1 : kNone));
-    e.outer_end = __reduce_max_sync(0xFFFFFFFFu, max(start0 < end0 ? end0 : 0, start1 < end1 ? end1 : 0));
-    e.inner_start = __reduce_max_sync(0xFFFFFFFFu, max(start0, start1));
-    e.inner_end = __reduce_min_sync(0xFFFFFFFFu, min(end0, end1));
+    RowExtremes e{kNone, 0, 0, kNone};
+#pragma unroll
+    for (int r = 0; r < kRows; r += 32) {
+        const int start = shared_load(starts + 4 * (lane + r)), end = shared_load(ends + 4 * (lane + r));
+        e.outer_start = min(e.outer_start, start < end ? start : kNone);
+        e.outer_end = max(e.outer_end, start < end ? end : 0);
+        e.inner_start = max(e.inner_start, start);
+        e.inner_end = min(e.inner_end, end);
+    }
+    e.outer_start = __reduce_min_sync(0xFFFFFFFFu, e.outer_start);
+    e.outer_end = __reduce_max_sync(0xFFFFFFFFu, e.outer_end);
+    e.inner_start = __reduce_max_sync(0xFFFFFFFFu, e.inner_start);
+    e.inner_end = __reduce_min_sync(0xFFFFFFFFu, e.inner_end);
     return e;
 }
 

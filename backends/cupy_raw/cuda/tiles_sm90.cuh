@@ -18,6 +18,17 @@ struct TileData {
     __device__ __forceinline__ unsigned key_blocks() const { return base + 12 * kRows + 8; }
 };
 
+// A tile by name: head z = b * heads + h, its key/value head, and the sorted row it starts at. The last rows of a head go first: they see most.
+struct QueryTile {
+    int z, b, h, h_kv, first_row;
+};
+
+template <int kRows>
+__device__ __forceinline__ QueryTile locate_query_tile(const Params& p, int tile) {
+    const int z = p.by_tiles.quotient(tile), b = p.by_heads.quotient(z), h = z - b * p.heads;
+    return {z, b, h, p.by_group.quotient(h), ((z + 1) * p.tiles_per_head - 1 - tile) * kRows};
+}
+
 // The keys a query tile visits: [first, end) of the sorted list; `gaps`: some key in there is seen by no row of the tile.
 struct KeyUnion {
     int first, end;
@@ -27,27 +38,34 @@ struct KeyUnion {
 // Load the tile's row data into shared memory and agree on its key range. All threads of the gathering warpgroup call it.
 template <int kRows>
 __device__ __forceinline__ KeyUnion load_tile_rows(
-    const Params& p, TileData<kRows> data, unsigned scratch, long long z, int first_row, int thread) {
-    const int* starts = p.key_start + z * p.seqlen_q;
-    const int* ends = p.key_end + z * p.seqlen_q;
-    const int* indices = p.q_index + z * p.seqlen_q;
+    const Params& p, TileData<kRows> data, unsigned scratch, const QueryTile& tile, int thread) {
+    const long long list = static_cast<long long>(tile.z) * p.seqlen_q;
+    const int *starts = p.key_start + list, *ends = p.key_end + list, *indices = p.q_index + list;
     const int last = p.seqlen_q - 1;
-    constexpr int kNone = 0x7FFFFFFF;
-    int low = kNone, high = 0;
-    bool gaps = false;
+    constexpr int kNone = 0x7FFFFFFF, kCount = (kRows + kGatherThreads - 1) / kGatherThreads;
+    int start[kCount], end[kCount], index[kCount], next[kCount];
 #pragma unroll
-    for (int r = thread; r < kRows; r += kGatherThreads) {
+    for (int i = 0; i < kCount; ++i) {  // all loads in flight together
         // Rows past the end repeat the last row's range, and are neither gathered nor stored.
-        const int row = min(first_row + r, last);
-        const int start = starts[row], end = ends[row];
-        shared_store(data.starts() + 4 * r, start);
-        shared_store(data.ends() + 4 * r, end);
-        shared_store(data.indices() + 4 * r, first_row + r <= last ? indices[row] : -1);
-        if (start < end) {
-            low = min(low, start);
-            high = max(high, end);
+        const int wanted = tile.first_row + thread + i * kGatherThreads, row = min(wanted, last);
+        start[i] = starts[row];
+        end[i] = ends[row];
+        index[i] = wanted <= last ? indices[row] : -1;
+        next[i] = starts[min(wanted + 1, last)];
+    }
+    int low = kNone, high = 0;
+    bool gaps = !p.monotone;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+        const int r = thread + i * kGatherThreads;
+        if (r < kRows) {
+            shared_store(data.starts() + 4 * r, start[i]);
+            shared_store(data.ends() + 4 * r, end[i]);
+            shared_store(data.indices() + 4 * r, index[i]);
+            low = start[i] < end[i] ? min(low, start[i]) : low;
+            high = start[i] < end[i] ? max(high, end[i]) : high;
+            gaps |= r + 1 < kRows && next[i] > end[i];
         }
-        if (r + 1 < kRows && row < last) gaps |= starts[row + 1] > end;
     }
     low = __reduce_min_sync(0xFFFFFFFFu, low);
     high = __reduce_max_sync(0xFFFFFFFFu, high);
@@ -56,16 +74,34 @@ __device__ __forceinline__ KeyUnion load_tile_rows(
         shared_store(scratch + 8 * (thread / 32) + 4, high);
     }
     KeyUnion keys;
-    keys.gaps = named_barrier_any(kProducerBarrier, kGatherThreads, gaps || !p.monotone);
+    keys.gaps = named_barrier_any(kProducerBarrier, kGatherThreads, gaps);
     keys.first = kNone;
     keys.end = 0;
 #pragma unroll
     for (int warp = 0; warp < kGatherThreads / 32; ++warp) {
-        keys.first = min(keys.first, shared_load(scratch + 8 * warp));
-        keys.end = max(keys.end, shared_load(scratch + 8 * warp + 4));
+        const int2 range = shared_load_pair(scratch + 8 * warp);
+        keys.first = min(keys.first, range.x);
+        keys.end = max(keys.end, range.y);
     }
+    keys.first = uniform(keys.first);
+    keys.end = uniform(keys.end);
     if (keys.first >= keys.end) keys.first = keys.end = 0;
     return keys;
+}
+
+// Bring the row data of a tile nearer, ahead of load_tile_rows; one warp calls it with the tile number in its lane 0.
+template <int kRows>
+__device__ __forceinline__ void prefetch_tile_rows(const Params& p, int number, int lane) {
+    number = __shfl_sync(0xFFFFFFFFu, number, 0);
+    if (number >= p.tiles) return;
+    const QueryTile tile = locate_query_tile<kRows>(p, number);
+    constexpr int kLines = kRows / 32 + 1;  // of 128 bytes, wherever the first row lies in its line
+    if (lane < 3 * kLines) {
+        const int* array = lane < kLines ? p.key_start : lane < 2 * kLines ? p.key_end : p.q_index;
+        const int row = min(tile.first_row + 32 * (lane % kLines), p.seqlen_q - 1);
+        const int* line = array + static_cast<long long>(tile.z) * p.seqlen_q + row;
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+    }
 }
 
 // Is this key seen by any row of the tile? Exact, so that rows nobody sees are never multiplied, not even by zero.
