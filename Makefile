@@ -17,6 +17,9 @@ CUDA   ?= $(shell d=$(or $(DRIVER),0); \
 	  if [ $$d -ge 580 ]; then echo cuda13; elif [ $$d -ge 525 ]; then echo cuda12; else echo none; fi)
 ALL_EXTRAS := $(EXTRAS)$(if $(filter-out none,$(CUDA)),$(comma)$(CUDA))
 
+# torch's threads sleep while they wait: spinning costs more than tenfold where cores are shared.
+export OMP_WAIT_POLICY ?= passive
+
 READY  := $(VENV)/.ready-$(CUDA)
 TOOLS  := $(VENV)/.tools
 
@@ -45,7 +48,7 @@ $(TOOLS): pyproject.toml | $(READY)
 demo: $(READY)
 	$(BIN)/python -m scfa_core demo $(ARGS)
 
-# K=expression picks tests, ARGS passes anything on: make test K=plan ARGS=-x
+# ARGS passes anything on: make demo ARGS='--text notes.txt'; K=expression picks tests
 test: $(READY)
 	$(BIN)/pytest -m "not gpu" $(if $(K),-k "$(K)") $(ARGS)
 
@@ -75,7 +78,7 @@ typecheck: $(TOOLS)
 	  --python-executable ../../$(BIN)/python -p scfa_core
 
 bench: $(READY)
-	$(BIN)/python bench/run.py $(if $(CASE),--case $(CASE)) $(ARGS)
+	$(BIN)/python -m bench $(if $(CASE),--case $(CASE)) $(ARGS)
 
 wheel: $(TOOLS)
 	rm -rf build/lib dist

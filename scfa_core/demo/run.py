@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,9 +23,11 @@ from scfa_core.demo.model import (
 from scfa_core.demo.text import read_text
 from scfa_core.terminal import Terminal
 
-CPU_SIZE = {"seqlen": 8192}
-GPU_SIZE = {"seqlen": 16384, "batch": 2, "layers": 4, "heads": 8}
-FEWEST_STEPS, MOST_STEPS = 10, 200
+CPU_SIZES = [Size(seqlen) for seqlen in (8192, 4096, 2048)]
+GPU_SIZES = [Size(seqlen, batch=2, layers=4, heads=8) for seqlen in (16384, 8192, 4096)]
+GROWTH = 3.0  # a step's time, at most, when seqlen doubles: dense attention alone would make it 4
+WORTHWHILE_STEPS, MOST_STEPS = 30, 200  # a longer seqlen is not worth fewer; more are not needed
+TRAINING_SHARE = 0.8  # of the time budget, warm-up included; the rest is for the comparison
 BASELINE_STEPS = 8
 WARM_UP = 3
 MARKS = 6  # columns of the table of losses
@@ -44,15 +47,28 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     """Run the demo; the exit code is 0 unless a deviation is beyond what the dtype explains."""
     began = time.perf_counter()
     device = choose_device(options.backend)
-    defaults = CPU_SIZE if device == "cpu" else GPU_SIZE
-    size = Size(**(defaults | ({"seqlen": options.seqlen} if options.seqlen else {})))
     text, source = read_text(options.text, options.seed)
-    corpus = training.Corpus(text, size, device, options.seed)
-    kinds = variants(size)
-    _introduce(terminal, size, source, device, options.backend)
+    terminal.print(f"text      {source}")
+    _introduce_backend(terminal, device, options.backend)
+    sizes = CPU_SIZES if device == "cpu" else GPU_SIZES
+    if options.seqlen:
+        sizes = [replace(sizes[0], seqlen=options.seqlen)]
 
-    planned = options.steps or _affordable_steps(terminal, corpus, kinds, options)
-    trainers = _train(terminal, corpus, kinds, planned, options)
+    deadline = began + TRAINING_SHARE * options.time_budget
+    shortest = training.Corpus(text, sizes[-1], device, options.seed)
+    size, planned = sizes[0], options.steps
+    if planned is None:
+        size, planned = _affordable(terminal, shortest, sizes, deadline, options)
+    else:
+        deadline = math.inf
+    corpus = training.Corpus(text, size, device, options.seed)
+    terminal.print(
+        f"model     {size.layers} layers of {size.heads} heads of {size.head_dim}, "
+        f"{size.batch} x {size.seqlen} bytes a step, up to {planned} steps; keys are normalised "
+        "queries, no byte sees itself\n"
+    )
+    kinds = variants(size)
+    trainers = _train(terminal, corpus, kinds, planned, deadline, options)
     runs, models = [t.run for t in trainers[:-1]], [t.model for t in trainers[:-1]]
     baseline = trainers[-1].run
     _report(terminal, size, runs, baseline)
@@ -62,39 +78,43 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     return 0 if fine else 1
 
 
-def _introduce(
-    terminal: Terminal, size: Size, source: str, device: str, backend: str | None
-) -> None:
-    probe = torch.zeros((1, 1, 16, size.head_dim), device=device)
+def _introduce_backend(terminal: Terminal, device: str, backend: str | None) -> None:
+    probe = torch.zeros((1, 1, 16, 64), device=device)
     plan = scfa.make_plan(scfa.Causal(), probe, probe, backend=backend)
     where = "CPU, float32" if device == "cpu" else torch.cuda.get_device_name() + ", bfloat16"
-    terminal.print(f"text      {source}")
-    terminal.print(
-        f"model     {size.layers} layers of {size.heads} heads of {size.head_dim}, "
-        f"{size.batch} x {size.seqlen} bytes a step; keys are normalised queries, "
-        "no byte sees itself"
-    )
     terminal.print(f"backend   {plan.backend} ({where}, {torch.get_num_threads()} CPU threads)")
 
 
-def _affordable_steps(
-    terminal: Terminal, corpus: training.Corpus, kinds: list[Variant], options: argparse.Namespace
-) -> int:
-    """How many steps of each variant fit the time budget, measured once kernels are compiled."""
+def _affordable(
+    terminal: Terminal,
+    shortest: training.Corpus,
+    sizes: list[Size],
+    deadline: float,
+    options: argparse.Namespace,
+) -> tuple[Size, int]:
+    """The longest sequences, of `sizes` from long to short, that leave time for enough steps.
+
+    Measured on the shortest, after its kernels are compiled, and taken to grow by `GROWTH`.
+    """
     first, later = 0.0, 0.0
-    for kind in kinds:
+    for kind in variants(shortest.size):
         attend = sparse_attend(kind, options.backend)
-        probe = training.Trainer(kind.name, attend, corpus, WARM_UP)
+        probe = training.Trainer(kind.name, attend, shortest, WARM_UP)
         for _ in range(WARM_UP):
             probe.step()
         first += probe.run.seconds[0]
         later += min(probe.run.seconds[1:])
-    steps = int(min(max(options.time_budget / later, FEWEST_STEPS), MOST_STEPS))
     terminal.print(
         f"warm-up   first steps {first:.1f} s (kernels are compiled once and kept on disk), then "
-        f"{later:.2f} s for a step of each: up to {steps} steps in {options.time_budget:.0f} s\n"
+        f"{later:.2f} s for a step of each at seqlen {shortest.size.seqlen}"
     )
-    return steps
+    left = deadline - time.perf_counter()
+    for size in sizes:
+        expected = later * GROWTH ** math.log2(size.seqlen / shortest.size.seqlen)
+        steps = int(left / expected)
+        if steps >= WORTHWHILE_STEPS:
+            break
+    return size, min(max(steps, 1), MOST_STEPS)
 
 
 def _train(
@@ -102,11 +122,12 @@ def _train(
     corpus: training.Corpus,
     kinds: list[Variant],
     planned: int,
+    deadline: float,
     options: argparse.Namespace,
 ) -> list[training.Trainer]:
     """Train all variants in turn, step by step: whatever else the machine does, all feel it alike.
 
-    All take as many steps, fewer than planned if the time budget ends first. torch's own dense
+    All take as many steps, fewer than planned if the deadline comes first. torch's own dense
     attention, the last, takes only the first few: it is there for its speed and its losses.
     """
     trainers = [
@@ -114,10 +135,9 @@ def _train(
         for kind in kinds
     ]
     baseline = training.Trainer(BASELINE, torch_dense, corpus, planned)
-    deadline = time.perf_counter() + (options.time_budget if options.steps is None else math.inf)
     with terminal.progress("training", planned) as progress:
         for step in range(planned):
-            if step >= FEWEST_STEPS and time.perf_counter() > deadline:
+            if step and time.perf_counter() > deadline:
                 break
             losses = [f"{trainer.run.name} {trainer.step():.3f}" for trainer in trainers]
             if step < BASELINE_STEPS:
