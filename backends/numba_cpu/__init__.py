@@ -5,6 +5,7 @@ Importing this module imports neither numba nor a kernel; the first verb does.
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,12 @@ class NumbaCpuBackend:
     memory = "host"
 
     def availability(self) -> str | None:
-        """Return None if numba is installed."""
-        return None if find_spec("numba") else "numba is not installed: pip install numba"
+        """Return None if numba is installed and may compile."""
+        if find_spec("numba") is None:
+            return "numba is not installed: pip install numba"
+        if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+            return "NUMBA_DISABLE_JIT is set and its kernels exist compiled only: unset it"
+        return None
 
     def can_run(self, problem: Problem) -> str | None:
         """Return None: every dtype and size that passes the door."""

@@ -16,7 +16,7 @@ from scfa_core.backends.numba_cpu.tiles import BLOCK
 __all__ = ["backward", "forward", "make_plan"]
 
 LOG2E = 1.0 / math.log(2.0)
-SMALL = 2**16  # multiply-adds below which waking other threads costs more than it saves
+SMALL = 2**21  # multiply-adds below which waking other threads costs more than it saves
 SMALL_ROWS = 2**13
 
 

@@ -11,7 +11,7 @@ few lines become AVX-512, AVX2 or NEON code. Nothing here knows what attention i
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 __all__ = [
@@ -33,18 +33,25 @@ ROWS = 4  # rows of the product in one register block; rows of a tile are padded
 _CONTRACT = ("contract",)  # a * b + c may become one fused operation; nothing else is relaxed
 
 
+def _features() -> set[str]:
+    """Instruction sets numba compiles for: this machine's, unless its settings say otherwise."""
+    chosen = config.CPU_FEATURES
+    if chosen is not None:
+        return {name[1:] for name in chosen.split(",") if name.startswith("+")}
+    return {name for name, there in llvm.get_host_cpu_features().items() if there}
+
+
 def _register_bytes() -> int:
-    """Width of a vector register on this machine, in bytes."""
-    features = llvm.get_host_cpu_features()
-    if features.get("avx512f"):
+    """Width of a vector register, in bytes."""
+    features = _features()
+    if "avx512f" in features:
         return 64
-    return 32 if features.get("avx") else 16
+    return 32 if "avx" in features else 16
 
 
 def _register_columns() -> int:
     """Vectors per row of a register block: four where there are 32 registers, else two."""
-    features = llvm.get_host_cpu_features()
-    return 4 if features.get("avx512f") or features.get("neon") else 2
+    return 4 if _features() & {"avx512f", "neon"} else 2
 
 
 REGISTER_BYTES = _register_bytes()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -178,3 +179,29 @@ def test_memory_does_not_grow_with_the_square():
         print(peak() - before - arrays)
     """
     assert float(python(code)) < 32
+
+
+def test_without_compilation_it_is_unavailable_with_the_cure(monkeypatch):
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    x = np.ones((1, 1, 8, 16), np.float32)
+    with pytest.raises(scfa.BackendUnavailable, match="NUMBA_DISABLE_JIT"):
+        scfa.attention(x, x, x, backend=BACKEND)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86 feature names")
+@pytest.mark.parametrize(
+    ("features", "width"), [("+avx,+avx2,+fma", 32), ("+sse2", 16)], ids=["avx2", "sse2"]
+)
+def test_narrower_vector_registers(features, width):
+    """The same answers from code for older processors."""
+    code = f"""if True:
+        import numpy as np
+        import scfa_core as scfa
+        from scfa_core.testing import Part, Spec, build, judge, run_numpy
+        from scfa_core.backends.numba_cpu import vector
+        assert vector.REGISTER_BYTES == {width}
+        case = build(Spec(heads=2, seqlen_q=130, seqlen_k=97, parts=(Part("hash", "zipf", 3),)))
+        verdicts = judge(case, run_numpy(case, "numba-cpu")[0])
+        assert all(verdict.ok for verdict in verdicts), verdicts
+    """
+    python(code, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES=features)
