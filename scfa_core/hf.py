@@ -1,0 +1,207 @@
+"""Hugging Face transformers: `register` makes ``attn_implementation="scfa"`` work.
+
+>>> import scfa_core.hf
+>>> scfa_core.hf.register()  # then: AutoModelForCausalLM.from_pretrained(name,
+...                          #           attn_implementation="scfa")
+
+Nothing of a model changes but the function that computes attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from scfa_core.api import attention
+from scfa_core.errors import PatternError
+from scfa_core.hashing import angular_hash, random_directions
+from scfa_core.hf_masks import Band, StructuredMask, read_mask
+from scfa_core.merging import attention_over
+from scfa_core.patterns import HashSparse, Pattern
+from scfa_core.plan import Plan
+
+__all__ = ["register"]
+
+# Arguments that change the scores or ask for them; none is supported, so each is refused by name.
+_REFUSED = {
+    "softcap": "soft-capped scores",
+    "s_aux": "attention sinks",
+    "position_bias": "a position bias",
+    "head_mask": "a head mask",
+    "output_attentions": "attention weights as an output",
+}
+
+
+class Options(NamedTuple):
+    """What `register` was given; a model's config may say otherwise."""
+
+    window: int | None
+    buckets: int
+    near: int
+    seed: int
+
+
+def register(
+    *, window: int | None = None, buckets: int = 16, near: int = 0, seed: int = 0
+) -> tuple[str, ...]:
+    """Add the attention implementations to transformers.
+
+    - ``"scfa"``: exactly the attention of the model, by this package's kernels;
+    - ``"scfa_window"``: a query sees its last `window` keys only;
+    - ``"scfa_hash"``: a query sees the keys of its hash bucket, and its last `near` keys.
+
+    Parameters
+    ----------
+    window : int, optional
+        Keys that a query of ``"scfa_window"`` sees, itself among them. A model's own sliding
+        window, where it has one, still holds.
+    buckets : int
+        Of the angular hash, even. Directions differ between layers and key heads.
+    near : int
+        Nearest keys seen whatever their bucket, the query's own among them; 0 for none.
+    seed : int
+        Of the directions.
+
+    Returns
+    -------
+    names : tuple of str
+        What may now be passed as ``attn_implementation``.
+
+    Notes
+    -----
+    ``scfa_window``, ``scfa_buckets``, ``scfa_near`` and ``scfa_seed`` in a model's config take
+    precedence, and are saved with it. Padding masks, packed ``position_ids``, sliding windows,
+    chunks and KV caches work; other masks, dropout of attention weights and modified scores raise
+    `PatternError`. A padding query gives 0, where eager attention gives an average.
+    """
+    options = Options(window, buckets, near, seed)
+    kinds = {"scfa": None, "scfa_window": _window_patterns, "scfa_hash": _hash_patterns}
+    for name, make in kinds.items():
+        AttentionInterface.register(name, partial(_attend, make, options))
+        AttentionMaskInterface.register(name, read_mask)
+    return tuple(kinds)
+
+
+MakePatterns = Callable[[Any, Options, StructuredMask, Tensor, Tensor], "list[Pattern | Plan]"]
+
+
+def _attend(
+    make: MakePatterns | None,
+    registered: Options,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: StructuredMask | Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer; out is (batch, seqlen, heads, head_dim), as transformers wants it."""
+    _refuse(dropout, kwargs)
+    mask = _structured(module, query, key, attention_mask, kwargs)
+    patterns: list[Pattern | Plan]
+    if make is None:
+        patterns = [mask.plan(query, key)]
+    else:
+        patterns = make(module, _options_of(module, registered), mask, query, key)
+    if len(patterns) == 1:
+        out = attention(query, key, value, patterns[0], softmax_scale=scaling)
+    else:
+        out = attention_over(query, key, value, patterns, softmax_scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:
+    """Raise on whatever would change the result and is not computed here."""
+    if dropout:
+        raise PatternError(
+            f"scfa_core does not drop attention weights, got {dropout=}; set the model's attention "
+            "dropout to 0 (attention_dropout=0.0 or attn_pdrop=0.0 in its config)"
+        )
+    for name, what in _REFUSED.items():
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise PatternError(
+                f"scfa_core does not compute {what}, got {name}; use attn_implementation='eager'"
+            )
+
+
+def _structured(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: StructuredMask | Tensor | None,
+    kwargs: dict[str, Any],
+) -> StructuredMask:
+    """Return the mask that the model made, or the one that its absence means."""
+    if isinstance(attention_mask, StructuredMask):
+        return attention_mask
+    if attention_mask is not None:
+        raise PatternError(
+            f"scfa_core takes no {type(attention_mask).__name__} as an attention mask, got shape "
+            f"{tuple(attention_mask.shape)}; pass a padding mask (batch, seqlen) to the model, or "
+            "use attn_implementation='sdpa' for custom masks"
+        )
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
+    band = Band(hi=1) if causal else Band()
+    return StructuredMask((batch, queries, keys), keys - queries, band, [], None)
+
+
+def _options_of(module: Any, registered: Options) -> Options:
+    """Let the model's config overrule what was registered."""
+    config = getattr(module, "config", None)
+    values = {
+        name: getattr(config, f"scfa_{name}", default)
+        for name, default in registered._asdict().items()
+    }
+    return Options(**values)
+
+
+def _window_patterns(
+    module: Any, options: Options, mask: StructuredMask, query: Tensor, key: Tensor
+) -> list[Pattern | Plan]:
+    """The model's mask, and the last `window` keys."""
+    if options.window is None or options.window < 1:
+        raise PatternError(
+            "attn_implementation='scfa_window' needs a window: scfa_core.hf.register(window=...) "
+            f"or config.scfa_window, got {options.window}"
+        )
+    return [mask.pattern(query.device, Band(lo=1 - options.window))]
+
+
+def _hash_patterns(
+    module: Any, options: Options, mask: StructuredMask, query: Tensor, key: Tensor
+) -> list[Pattern | Plan]:
+    """The model's mask within buckets; apart from them the nearest keys, each pair once."""
+    directions = _directions(module, options, key)
+    same = HashSparse(*(angular_hash(x, directions)[0] for x in (query, key)), causal=False)
+    if options.near < 1:
+        return [mask.pattern(query.device) & same]
+    far = mask.pattern(query.device, Band(hi=1 - options.near)) & same
+    return [mask.pattern(query.device, Band(lo=1 - options.near)), far]
+
+
+def _directions(module: Any, options: Options, key: Tensor) -> Tensor:
+    """Directions of one layer, remembered on its module (a compiler finds an attribute there)."""
+    layer = getattr(module, "layer_idx", None) or 0
+    use = (key.shape[1], key.shape[3], options.buckets, options.seed, layer, key.device)
+    known: tuple[Any, Tensor] | None = getattr(module, "_scfa_directions", None)
+    if known is None or known[0] != use:
+        known = module._scfa_directions = (use, _draw(*use))
+    return known[1]
+
+
+@torch.compiler.disable(reason="draws with NumPy, once")  # type: ignore[misc]
+def _draw(
+    heads_kv: int, head_dim: int, buckets: int, seed: int, layer: int, device: torch.device
+) -> Tensor:
+    """Directions for `angular_hash` on `device`."""
+    drawn = random_directions(heads_kv, head_dim, buckets, seed=seed * 10_007 + layer)
+    return torch.from_numpy(drawn).to(device)
