@@ -63,7 +63,7 @@ struct Cursor {
   }
 };
 
-struct Shared {
+struct alignas(16) Shared {
   char k[tile_bytes(kBlockN, kHeadDim)];
   char v[tile_bytes(kBlockN, kHeadDimV)];
   char q[kStages][tile_bytes(kBlockM, kHeadDim)];
@@ -74,20 +74,23 @@ struct Shared {
   int key_index[kBlockN];
   char tainted[kBlockN];
   int first_key;  // sorted key of the first row
-  Member members[1];  // group_size of them
+
+  // group_size of them follow
+  SCFA_DEVICE Member* members() { return reinterpret_cast<Member*>(this + 1); }
+  SCFA_DEVICE const Member* members() const { return reinterpret_cast<const Member*>(this + 1); }
 };
-static_assert(sizeof(Shared) <= SCFA_SHARED_BYTES, "launch.py asks for less shared memory than Shared needs");
+static_assert(sizeof(Shared) + sizeof(Member) <= SCFA_SHARED_BYTES, "launch.py asks for less shared memory than Shared needs");
 
 SCFA_DEVICE void block_load_indices(Shared& shared, const Params& p, const Cursor& at, int stage) {
   if (at.member >= p.group_size) return;
-  const Member& member = shared.members[at.member];
+  const Member& member = shared.members()[at.member];
   block_copy_values<kBlockM, kThreads>(shared.query_rows[stage], p.q_index + member.list + at.row, member.range.last - at.row);
 }
 
 // Rows of q and dout by the plan's list or, in the loop, by what block_load_indices brought before.
 SCFA_DEVICE void block_load_tile(Shared& shared, const Params& p, const Cursor& at, int stage, bool indices_loaded) {
   if (at.member >= p.group_size) return;
-  const Member& member = shared.members[at.member];
+  const Member& member = shared.members()[at.member];
   const int valid = member.range.last - at.row;
   const i64 list = member.list + at.row;
   const int* rows = indices_loaded ? shared.query_rows[stage] : p.q_index + list;
@@ -204,7 +207,7 @@ SCFA_DEVICE void block_finish(const Params& p, Shared& shared, const float (&acc
       const i64 k_row = shared.key_index[row];
       for (int member = 0; member < p.group_size; ++member) {
         exact.add_head(p, tile.batch, first_head + member, tile.first_row + row, k + k_row * p.k_strides.row, v + k_row * p.v_strides.row,
-                       shared.members[member].range.first, shared.members[member].range.last, reinterpret_cast<float*>(shared.q));
+                       shared.members()[member].range.first, shared.members()[member].range.last, reinterpret_cast<float*>(shared.q));
       }
       exact.acc_dk.scale(p.softmax_scale);
       if constexpr (kDoDk) exact.acc_dk.store(dk + k_row * p.dk_strides.row);
@@ -244,7 +247,7 @@ SCFA_DEVICE void block_gradients(const Params& p, Shared& shared) {
     }
     if (lane == 0) {
       shared.first_key = tile.first_row;
-      shared.members[member] = {head_base(p.q, p.q_strides, tile.batch, head), head_base(p.dout, p.dout_strides, tile.batch, head),
+      shared.members()[member] = {head_base(p.q, p.q_strides, tile.batch, head), head_base(p.dout, p.dout_strides, tile.batch, head),
                                 queries, range};
     }
   }
@@ -254,10 +257,10 @@ SCFA_DEVICE void block_gradients(const Params& p, Shared& shared) {
   constexpr int kSlots = 2 * kStages;
   if (threadIdx.x == 0) {
     Cursor at;
-    at.start(shared.members, p.group_size);
+    at.start(shared.members(), p.group_size);
     for (int t = 0; t < kSlots - 1; ++t) {
       shared.at[t] = at;
-      at.advance(shared.members, p.group_size);
+      at.advance(shared.members(), p.group_size);
     }
   }
   __syncthreads();  // the first tiles are known
@@ -288,7 +291,7 @@ SCFA_DEVICE void block_gradients(const Params& p, Shared& shared) {
     copies_commit();
     if (threadIdx.x == 0) {
       Cursor at = shared.at[ahead % kSlots];
-      at.advance(shared.members, p.group_size);
+      at.advance(shared.members(), p.group_size);
       shared.at[(ahead + 1) % kSlots] = at;
     }
 

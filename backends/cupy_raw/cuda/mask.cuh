@@ -27,8 +27,9 @@ SCFA_DEVICE KeySpan warp_span(const RowRanges<kRows>& rows, int row, int count) 
     if (start < end) first = min(first, start), last = max(last, end);
     if (rows.index[row + i] >= 0) full_first = max(full_first, start), full_last = min(full_last, end);
   }
-  return {__reduce_min_sync(kAllLanes, first), __reduce_max_sync(kAllLanes, last), __reduce_max_sync(kAllLanes, full_first),
-          __reduce_min_sync(kAllLanes, full_last)};
+  last = __reduce_max_sync(kAllLanes, last);
+  first = min(__reduce_min_sync(kAllLanes, first), last);  // [0, 0) where no row sees anything
+  return {first, last, __reduce_max_sync(kAllLanes, full_first), __reduce_min_sync(kAllLanes, full_last)};
 }
 
 // The one predicate, used by partial tiles only.
