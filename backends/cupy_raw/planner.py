@@ -17,6 +17,7 @@ from scfa_core.lowering import Clauses
 from scfa_core.plan import PlanArrays
 from scfa_core.problem import Problem
 
+KERNEL_NAMES = ("plan_sort", "plan_ranges", "plan_identity")
 MAX_COLUMNS = 8  # kMaxColumns
 RANGE_TILE = 4096  # kTile of plan_ranges
 IDENTITY_TILE = 1024  # kTile of plan_identity

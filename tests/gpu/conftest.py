@@ -12,7 +12,6 @@ from scfa_core import testing
 BACKENDS = tuple(os.environ.get("SCFA_GPU_BACKENDS", "cupy").split(","))
 REQUIRED = "gpu" in os.environ.get("SCFA_REQUIRE", "").split(",")
 RANDOM_HEAD_DIMS = (16, 64, 128)
-PLAN_KERNELS = ("plan_sort", "plan_ranges", "plan_identity")
 GUARD = 512  # elements before and after every tensor
 
 
@@ -52,7 +51,7 @@ def backend(request, torch):
 
 def compile_side_by_side():
     """Compile most of what the suite uses on all cores; the rest compiles when it is called."""
-    from scfa_core.backends.cupy_raw import launch_sm90, loader, variants
+    from scfa_core.backends.cupy_raw import launch_sm90, loader, planner, variants
 
     widths = {
         "bfloat16": (16, 32, 40, 64, 80, 96, 128, 192, 256),
@@ -82,7 +81,7 @@ def compile_side_by_side():
         for kernel in ("fwd", "bwd_dq", "bwd_dkdv")
     }
     requests = {(v.name, v.source, v.constants, "") for v in chosen}
-    requests |= {(f"scfa_{name}", f"{name}.cu", (), "") for name in PLAN_KERNELS}
+    requests |= {(f"scfa_{name}", f"{name}.cu", (), "") for name in planner.KERNEL_NAMES}
     loader.preload(sorted(requests), 0, threads=os.cpu_count() or 4)
     if loader.compute_capability(0) == (9, 0):
         tables = {
