@@ -43,6 +43,7 @@ def build_bwd_dkdv(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> 
         "float64",
         "int32:1",
         "int32",
+        variant=(dtype, head_dim, head_dim_v, shape),
     )
     def scfa_bwd_dkdv(
         dout, q, k, v, dk, dv, lse_log2, delta, q_index, k_index, key_start, key_end, monotone,

@@ -48,6 +48,7 @@ def build_bwd_dq(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> An
         "float64",
         "int32:1",
         "int32",
+        variant=(dtype, head_dim, head_dim_v, shape),
     )
     def scfa_bwd_dq(
         dout, q, k, v, out, lse, dq, lse_log2, delta, q_index, k_index, key_start, key_end,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
-from numba import boolean, cuda, float32, float64, int32, int64, uint8, uint16, void
+from numba import boolean, cuda, float32, float64, int32, int64, uint8, uint16, uint32, void
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 SHARED_LIMIT = 48 * 1024  # bytes; what every card gives a block without asking
@@ -30,6 +30,7 @@ _SCALARS = {
     "int64": int64,
     "uint8": uint8,
     "uint16": uint16,
+    "uint32": uint32,
 }
 
 
@@ -45,8 +46,11 @@ def argument_type(name: str) -> Any:
 class Kernel:
     """A kernel with its one signature; compiled at its first launch, and kept on disk."""
 
-    def __init__(self, function: Function, arguments: tuple[str, ...]) -> None:
+    def __init__(
+        self, function: Function, arguments: tuple[str, ...], variant: tuple[Any, ...]
+    ) -> None:
         self.function = function
+        self.variant = variant
         self.signature = void(*(argument_type(name) for name in arguments))
         self._dispatcher: Any = None
         self._shared: dict[int, int] = {}  # device -> bytes granted
@@ -78,9 +82,13 @@ class Kernel:
         self._shared[device] = shared
 
 
-def kernel(*arguments: str) -> Callable[[Function], Kernel]:
-    """Make a `Kernel` of a function; `arguments` as `argument_type` reads them."""
-    return lambda function: Kernel(function, arguments)
+def kernel(*arguments: str, variant: tuple[Any, ...] = ()) -> Callable[[Function], Kernel]:
+    """Make a `Kernel` of a function.
+
+    `arguments` are named as `argument_type` reads them. `variant` holds the constants that the
+    function was built with: with the sources they are its name in the disk cache.
+    """
+    return lambda function: Kernel(function, arguments, variant)
 
 
 def device(function: Function) -> Any:

@@ -50,6 +50,37 @@ def _narrow_bfloat16(x):
     return uint16(rounded >> uint32(16))
 
 
+@device
+def _low_bfloat16(word):
+    """The lower of two bfloat16 in 32 bits."""
+    return bits_to_float(uint32(word << uint32(16)))
+
+
+@device
+def _high_bfloat16(word):
+    """The upper of two bfloat16 in 32 bits."""
+    return bits_to_float(uint32(word & uint32(0xFFFF0000)))
+
+
+@device
+def _low_float16(word):
+    """The lower of two float16 in 32 bits."""
+    return half_to_float(uint16(word & uint32(0xFFFF)))
+
+
+@device
+def _high_float16(word):
+    """The upper of two float16 in 32 bits."""
+    return half_to_float(uint16(word >> uint32(16)))
+
+
+def pair_widener(dtype: str) -> tuple[Any, Any]:
+    """Return the functions that widen the lower and the upper of two 16-bit floats in a word."""
+    if dtype == "bfloat16":
+        return _low_bfloat16, _high_bfloat16
+    return _low_float16, _high_float16
+
+
 ELEMENTS = {
     "float16": Element("uint16", float32, "float32", half_to_float, float_to_half, exp2_float),
     "bfloat16": Element(

@@ -46,6 +46,7 @@ def build_fwd(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> Any:
         "float64",
         "int32:1",
         "int32",
+        variant=(dtype, head_dim, head_dim_v, shape),
     )
     def scfa_fwd(
         q, k, v, out, lse, q_index, k_index, key_start, key_end, monotone, scale, flags, flag_rows

@@ -1,21 +1,41 @@
-"""Forward and backward: which kernels serve a problem, their grids, arguments and workspace."""
+"""Forward and backward: which kernels serve a problem, their grids, arguments and workspace.
+
+Tensor cores where they can serve. Their kernels mark tiles whose result is not finite, and the
+portable kernels then do those anew from visible pairs alone: 0 * NaN of a hidden pair never stays.
+"""
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import Any
 
+from scfa_core.arrays import CallContext
 from scfa_core.backends.numba_cuda.bwd_dkdv import build_bwd_dkdv
 from scfa_core.backends.numba_cuda.bwd_dq import build_bwd_dq
+from scfa_core.backends.numba_cuda.compiling import SIMULATED, Kernel
 from scfa_core.backends.numba_cuda.convert import ELEMENTS
 from scfa_core.backends.numba_cuda.fwd import build_fwd
 from scfa_core.backends.numba_cuda.tiles import Shape, choose_shape
-from scfa_core.backends.numba_cuda.views import device_of, stream_of, view
-
-from scfa_core.arrays import CallContext
+from scfa_core.backends.numba_cuda.views import (
+    compute_capability,
+    device_of,
+    multiprocessors,
+    shared_limit,
+    stream_of,
+    view,
+)
 from scfa_core.plan import PlanArrays
 from scfa_core.problem import Problem
 
-MAX_GRID = 1 << 20  # blocks stride over the tiles beyond
+logger = logging.getLogger("scfa_core")
+
+MAX_GRID = 1 << 20  # blocks of the portable kernels stride over the tiles beyond
+REDO_BLOCKS = 4  # per multiprocessor, that look for marked tiles
+TENSOR_DTYPES = ("float16", "bfloat16")
+TENSOR_CAPABILITY = (8, 0)
+MAX_BACKWARD_DIM = 128  # two results of a warp fit in registers up to here
+SIGN_BITS = 0x80008000  # of two 16-bit floats
 
 
 def forward_shape(problem: Problem) -> Shape:
@@ -27,12 +47,52 @@ def forward_shape(problem: Problem) -> Shape:
 
 def backward_shape(problem: Problem) -> Shape:
     """Threads and tile of the portable backward kernels."""
-    widths = (problem.head_dim, problem.head_dim_v) * 2
-    return choose_shape(problem.dtype, widths)
+    return choose_shape(problem.dtype, (problem.head_dim, problem.head_dim_v) * 2)
 
 
-def _grid(heads: int, seqlen: int, shape: Shape) -> int:
-    return min(heads * -(-seqlen // shape.rows), MAX_GRID)
+def _is_aligned(x: Any) -> bool:
+    """Whether every row starts at a multiple of 16 bytes, at most 2 GiB from the next."""
+    if SIMULATED:
+        pointer, strides = x.__array_interface__["data"][0], [s // x.itemsize for s in x.strides]
+    else:
+        pointer, strides = x.pointer, x.strides
+    rows_meet = all(stride % 8 == 0 for stride in strides[:3])
+    return bool(pointer % 16 == 0 and rows_meet and abs(strides[2]) < 1 << 30)
+
+
+@cache
+def _log_once(message: str) -> None:
+    logger.warning("numba-cuda: %s", message)
+
+
+def _reason_against_tensor_cores(
+    problem: Problem, arrays: tuple[Any, ...], shared: int, most: int
+) -> str | None:
+    if problem.dtype not in TENSOR_DTYPES:
+        return f"tensor cores take {TENSOR_DTYPES}, got {problem.dtype}"
+    if compute_capability() < TENSOR_CAPABILITY:
+        return f"tensor cores need compute capability {TENSOR_CAPABILITY}"
+    if problem.softmax_scale == 0.0:
+        return "softmax_scale is 0"
+    if max(problem.head_dim, problem.head_dim_v) > most:
+        return f"head_dim is above {most}"
+    if shared > shared_limit():
+        return f"tiles take {shared} bytes of shared memory, the card has {shared_limit()}"
+    if not all(_is_aligned(x) for x in arrays):
+        return "rows do not start at multiples of 16 bytes"
+    return None
+
+
+def _use_tensor_cores(
+    problem: Problem, arrays: tuple[Any, ...], shared: int, most: int, what: str
+) -> bool:
+    """Whether the fast kernels serve; says once why where one would expect them and they do not."""
+    reason = _reason_against_tensor_cores(problem, arrays, shared, most)
+    if reason is None:
+        return True
+    if problem.dtype in TENSOR_DTYPES and compute_capability() >= TENSOR_CAPABILITY:
+        _log_once(f"the portable {what} serves, slowly: {reason}")
+    return False
 
 
 def _ranges(plan: PlanArrays) -> tuple[Any, ...]:
@@ -40,26 +100,55 @@ def _ranges(plan: PlanArrays) -> tuple[Any, ...]:
     return (*(view(x) for x in lists), plan.monotone)
 
 
+def _flip(problem: Problem) -> int:
+    return SIGN_BITS if problem.softmax_scale < 0 else 0
+
+
+class _Flags:
+    """One mark per tile of a fast kernel; none if the portable kernels do everything."""
+
+    def __init__(self, heads: int, seqlen: int, rows: int, ctx: CallContext) -> None:
+        self.rows = rows
+        self.heads, self.seqlen = heads, seqlen
+        self.tiles = heads * -(-seqlen // rows) if rows else 0
+        self.array = view(ctx.empty((max(self.tiles, 1),), "int32"))
+
+    def launch_portable(
+        self, kernel: Kernel, shape: Shape, stream: Any, arguments: tuple[Any, ...]
+    ) -> None:
+        """Launch a portable kernel over all tiles, or over the marked ones."""
+        most = REDO_BLOCKS * multiprocessors() if self.rows else MAX_GRID
+        grid = min(self.heads * -(-self.seqlen // shape.rows), most)
+        kernel.launch(grid, shape.threads, stream, (*arguments, self.array, self.rows))
+
+
 def run_forward(
     problem: Problem, plan: PlanArrays, q: Any, k: Any, v: Any, out: Any, lse: Any, ctx: CallContext
 ) -> None:
-    """Write out and lse."""
-    shape = forward_shape(problem)
+    """Write out and lse. Workspace: 4 bytes per tile of 64 or 128 rows."""
+    sizes = (problem.dtype, problem.head_dim, problem.head_dim_v)
+    heads = problem.batch * problem.heads
     with device_of(ctx):
-        kernel = build_fwd(problem.dtype, problem.head_dim, problem.head_dim_v, shape)
-        no_flags = view(ctx.empty((1,), "int32"))
-        kernel.launch(
-            _grid(problem.batch * problem.heads, problem.seqlen_q, shape),
-            shape.threads,
-            stream_of(ctx),
-            (
-                *(view(x) for x in (q, k, v, out, lse)),
-                *_ranges(plan),
-                problem.softmax_scale,
-                no_flags,
-                0,
-            ),
-        )
+        stream = stream_of(ctx)
+        arguments = (*(view(x) for x in (q, k, v, out, lse)), *_ranges(plan), problem.softmax_scale)
+        shared, rows = 0, 0
+        if problem.dtype in TENSOR_DTYPES:
+            from scfa_core.backends.numba_cuda import fwd_mma
+
+            shared = fwd_mma.forward_shared(*sizes[1:])
+            if _use_tensor_cores(problem, (q, k, v, out), shared, 256, "forward"):
+                rows = fwd_mma.forward_warps(*sizes[1:]).rows
+        flags = _Flags(heads, problem.seqlen_q, rows, ctx)
+        if rows:
+            fwd_mma.build_fwd_mma(*sizes).launch(
+                flags.tiles,
+                fwd_mma.forward_warps(*sizes[1:]).threads,
+                stream,
+                (*arguments, _flip(problem), flags.array),
+                shared,
+            )
+        shape = forward_shape(problem)
+        flags.launch_portable(build_fwd(*sizes, shape), shape, stream, arguments)
 
 
 def run_backward(
@@ -76,24 +165,42 @@ def run_backward(
     dv: Any,
     ctx: CallContext,
 ) -> None:
-    """Write dq, dk and dv. Workspace: lse and delta of the sorted queries, 8 bytes per row."""
+    """Write dq, dk and dv.
+
+    Workspace: lse and delta of the sorted queries, 8 bytes per row (16 for float64), and 4 bytes
+    per tile of 64 rows.
+    """
     shape = backward_shape(problem)
-    sizes = (problem.dtype, problem.head_dim, problem.head_dim_v, shape)
+    sizes = (problem.dtype, problem.head_dim, problem.head_dim_v)
     row_shape = (problem.batch, problem.heads, problem.seqlen_q)
     with device_of(ctx):
         stream = stream_of(ctx)
         acc_name = ELEMENTS[problem.dtype].acc_name
         sums = [view(ctx.empty(row_shape, acc_name)) for _ in range(2)]
-        rest = (*_ranges(plan), problem.softmax_scale, view(ctx.empty((1,), "int32")), 0)
-        build_bwd_dq(*sizes).launch(
-            _grid(problem.batch * problem.heads, problem.seqlen_q, shape),
-            shape.threads,
-            stream,
-            (*(view(x) for x in (dout, q, k, v, out, lse, dq)), *sums, *rest),
-        )
-        build_bwd_dkdv(*sizes).launch(
-            _grid(problem.batch * problem.heads_kv, problem.seqlen_k, shape),
-            shape.threads,
-            stream,
-            (*(view(x) for x in (dout, q, k, v, dk, dv)), *sums, *rest),
-        )
+        arrays = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "dq": dq, "dk": dk, "dv": dv}
+        views = {name: view(x) for name, x in arrays.items()}
+        common = (*_ranges(plan), problem.softmax_scale)
+        inputs = tuple(views[name] for name in ("dout", "q", "k", "v"))
+        dq_arguments = (*inputs, views["out"], view(lse), views["dq"], *sums, *common)
+        dkdv_arguments = (*inputs, views["dk"], views["dv"], *sums, *common)
+        shared, rows = 0, 0
+        if problem.dtype in TENSOR_DTYPES:
+            from scfa_core.backends.numba_cuda import bwd_dkdv_mma, bwd_dq_mma
+
+            shared = bwd_dq_mma.dq_shared(*sizes[1:])
+            everything = tuple(arrays.values())
+            if _use_tensor_cores(problem, everything, shared, MAX_BACKWARD_DIM, "backward"):
+                rows = bwd_dq_mma.SHAPE.rows
+        q_flags = _Flags(problem.batch * problem.heads, problem.seqlen_q, rows, ctx)
+        k_flags = _Flags(problem.batch * problem.heads_kv, problem.seqlen_k, rows, ctx)
+        if rows:
+            threads, flip = bwd_dq_mma.SHAPE.threads, _flip(problem)
+            bwd_dq_mma.build_bwd_dq_mma(*sizes).launch(
+                q_flags.tiles, threads, stream, (*dq_arguments, flip, q_flags.array), shared
+            )
+        q_flags.launch_portable(build_bwd_dq(*sizes, shape), shape, stream, dq_arguments)
+        if rows:
+            bwd_dkdv_mma.build_bwd_dkdv_mma(*sizes).launch(
+                k_flags.tiles, threads, stream, (*dkdv_arguments, flip, k_flags.array), shared
+            )
+        k_flags.launch_portable(build_bwd_dkdv(*sizes, shape), shape, stream, dkdv_arguments)

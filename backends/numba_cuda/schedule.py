@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numba import int32
+
 from scfa_core.backends.numba_cuda.compiling import device
 
 
@@ -23,12 +25,24 @@ def key_span(key_start, key_end, b, h, m0, m1, monotone):
     first = key_start[b, h, m0]
     last = key_end[b, h, m1 - 1]
     if not monotone:
-        first = 2147483647
-        last = 0
+        first = int32(2147483647)
+        last = int32(0)
         for r in range(m0, m1):
             if key_start[b, h, r] < key_end[b, h, r]:
                 first = min(first, key_start[b, h, r])
                 last = max(last, key_end[b, h, r])
+    return first, last
+
+
+@device
+def key_core(key_start, key_end, b, h, m0, m1, monotone):
+    """Sorted keys [first, last) that every sorted query of [m0, m1) sees."""
+    first = key_start[b, h, m1 - 1]
+    last = key_end[b, h, m0]
+    if not monotone:
+        for r in range(m0, m1):
+            first = max(first, key_start[b, h, r])
+            last = min(last, key_end[b, h, r])
     return first, last
 
 
@@ -55,3 +69,16 @@ def query_span(key_start, key_end, b, h, n0, n1, seqlen_q, monotone):
         first_above(key_end, b, h, seqlen_q, n0),
         first_above(key_start, b, h, seqlen_q, n1 - 1),
     )
+
+
+@device
+def next_query_tile(key_start, key_end, b, h, m0, last, n0, n1, monotone):
+    """First tile of 64 sorted queries from m0 on, in steps of 64, that sees a key of [n0, n1)."""
+    if monotone:
+        return m0
+    while m0 < last:
+        low, high = key_span(key_start, key_end, b, h, m0, min(m0 + 64, last), monotone)
+        if low < n1 and high > n0:
+            return m0
+        m0 += 64
+    return last

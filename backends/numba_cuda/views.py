@@ -53,5 +53,12 @@ def multiprocessors() -> int:
 
 
 def compute_capability() -> tuple[int, int]:
-    """Compute capability of the current device; (0, 0) in the simulator."""
-    return (0, 0) if SIMULATED else tuple(cuda.get_current_device().compute_capability)
+    """Compute capability of the current device; the simulator does whatever kernels ask for."""
+    return (99, 0) if SIMULATED else tuple(cuda.get_current_device().compute_capability)
+
+
+def shared_limit() -> int:
+    """Bytes of shared memory that a block may ask for on the current device."""
+    if SIMULATED:
+        return 1 << 30
+    return int(cuda.get_current_device().MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
