@@ -16,8 +16,14 @@ from scfa_core.errors import BackendUnavailable
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 HOPPER = "90a"
 EVERYTHING = os.environ.get("SCFA_COMPILE") == "all"
-# (source, arch) -> why a few bytes of spill are accepted; "*" stands for every architecture.
-ACCEPTED_SPILLS: dict[tuple[str, str], str] = {}
+# (source, arch) -> bytes of stack frame at most, and why they are accepted.
+ACCEPTED_SPILLS: dict[tuple[str, str], tuple[int, str]] = {
+    ("fwd_sm90.cu", HOPPER): (8, "head_dim 64: four warpgroups leave 128 registers at entry"),
+}
+# Notices of ptxas that are no fault, and why.
+ACCEPTED_NOTICES = {
+    "C7519": "a wgmma fence is added where registers change hands: it orders, it does not wait",
+}
 DEFAULT_CASES = 34  # variants compiled by default, spread over sources and architectures
 
 
@@ -34,6 +40,32 @@ class Build(NamedTuple):
         return f"{self.source}-{values}-sm_{self.arch}"
 
 
+def hopper_builds() -> list[Build]:
+    """What launch_sm90 asks the loader for, overheard."""
+    from scfa_core.backends.cupy_raw import launch_sm90
+
+    asked: list[Build] = []
+
+    def overhear(name, source, constants, device, *, arch_suffix=""):
+        assert arch_suffix == "a"
+        asked.append(Build(source, constants, HOPPER))
+
+    tables = {
+        "fwd_sm90": launch_sm90._FORWARD,
+        "bwd_dq_sm90": launch_sm90._DQ,
+        "bwd_dkdv_sm90": launch_sm90._DKDV,
+    }
+    loaded, launch_sm90.get_kernel = launch_sm90.get_kernel, overhear
+    try:
+        for name, table in tables.items():
+            for head_dim, shape in table.items():
+                for dtype in ("bfloat16", "float16"):
+                    launch_sm90._kernel.__wrapped__(name, 0, dtype, head_dim, shape)
+    finally:
+        launch_sm90.get_kernel = loaded
+    return asked
+
+
 def all_builds() -> list[Build]:
     """Planner, portable and Hopper kernels, each for the architectures it ships to."""
     from scfa_core.backends.cupy_raw.variants import SMALLEST_SHARED, shipped_variants
@@ -44,7 +76,7 @@ def all_builds() -> list[Build]:
     for arch in ARCHITECTURES:
         limit = SMALLEST_SHARED if arch in ("86", "89", "120") else 160 * 1024
         builds += [Build(v.source, v.constants, arch) for v in shipped_variants(limit)]
-    return builds
+    return builds + hopper_builds()
 
 
 def chosen_builds() -> list[Build]:
@@ -56,7 +88,9 @@ def chosen_builds() -> list[Build]:
     for number, build in enumerate(builds):
         first.setdefault((build.source, ARCHITECTURES[number % len(ARCHITECTURES)]), build)
     step = max(len(first) // DEFAULT_CASES, 1)
-    return list(dict.fromkeys([*list(first.values())[::step]]))
+    hopper = [build for build in builds if build.arch == HOPPER]
+    portable = [build for build in list(first.values())[::step] if build.arch != HOPPER]
+    return [*portable, *hopper[::2]]  # float16 differs from bfloat16 in conversions only
 
 
 BUILDS = chosen_builds()
@@ -70,15 +104,15 @@ def compiler():
         pytest.skip(str(error))
 
 
-def complaints(log: str, *, spills_accepted: bool) -> list[str]:
+def complaints(log: str, *, stack_accepted: int = 0) -> list[str]:
     """Lines of an NVRTC log that mean slower or doubtful code."""
     found = []
     for line in log.splitlines():
         spill = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", line)
-        if spill and not spills_accepted:
-            stack, stores = map(int, spill.groups())
-            if stores or stack:
-                found.append(line.strip())
+        if spill and max(map(int, spill.groups())) > stack_accepted:
+            found.append(line.strip())
+        if any(f"({code})" in line for code in ACCEPTED_NOTICES):
+            continue
         if re.search(r"C75\d\d|serializ|warning|error", line, re.IGNORECASE):
             found.append(line.strip())
     return found
@@ -91,22 +125,22 @@ def test_compiles_clean(compiler, build):
         pytest.skip(f"NVRTC {compiler.version()} does not know sm_{arch}")
     compiled = nvrtc.compile_to_cubin(build.source, build.constants, build.arch, compiler)
     assert compiled.cubin.startswith(b"\x7fELF")
-    accepted = any((build.source, key) in ACCEPTED_SPILLS for key in (build.arch, "*"))
-    assert complaints(compiled.log, spills_accepted=accepted) == []
+    stack, _ = ACCEPTED_SPILLS.get((build.source, build.arch), (0, ""))
+    assert complaints(compiled.log, stack_accepted=stack) == []
     assert re.search(r"Used \d+ registers", compiled.log), "ptxas reported nothing"
 
 
 def test_the_sample_holds_every_source_and_architecture():
     builds = all_builds()
     assert {build.source for build in BUILDS} == {build.source for build in builds}
-    assert {build.arch for build in BUILDS} == set(ARCHITECTURES)
+    assert {build.arch for build in BUILDS} == {*ARCHITECTURES, HOPPER}
 
 
 def test_every_kernel_source_is_shipped():
-    """A .cu file that no variant compiles would never be tested; Hopper's have their own test."""
+    """A .cu file that no variant compiles would never be tested."""
     shipped = {build.source for build in all_builds()}
     present = {name for name in nvrtc.read_sources() if name.endswith(".cu")}
-    assert {name for name in present - shipped if not name.endswith("_sm90.cu")} == set()
+    assert present - shipped == set()
 
 
 @pytest.mark.parametrize(
@@ -117,11 +151,12 @@ def test_every_kernel_source_is_shipped():
         ("ptxas . 16 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", True),
         ("ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async", True),
         ('fwd.cu(3): warning #177-D: variable "x" was declared but never referenced', True),
+        ("ptxas info : (C7519) warpgroup.arrive is injected in around line 1963", False),
         ("ptxas info : Used 64 registers, used 1 barriers", False),
     ],
 )
 def test_bad_lines_are_seen(line, bad):
-    assert bool(complaints(line, spills_accepted=False)) is bad
+    assert bool(complaints(line)) is bad
 
 
 def test_a_source_that_does_not_compile_is_told_with_its_log(compiler):

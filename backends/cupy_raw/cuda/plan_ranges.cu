@@ -48,8 +48,9 @@ extern "C" __global__ void __launch_bounds__(kThreads) scfa_plan_ranges(const __
       const int first_row = __shfl_sync(kEveryLane, q_row, 0), last_row = __shfl_sync(kEveryLane, q_row, 31);
       if (same_group(lists, p.n_groups, first_row, last_row)) {
         if (walk.group_row < 0 || !same_group(lists, p.n_groups, walk.group_row, last_row)) {
-          walk.first_key = warp_search(walk.first_key, k_count, key_precedes(lists, k_index, p.n_groups, last_row, 0));
-          walk.last_key = warp_search(walk.first_key, k_count, key_precedes(lists, k_index, p.n_groups, last_row, kLastRow));
+          const int before = walk.group_row < 0 ? walk.first_key : walk.last_key;
+          walk.first_key = warp_advance(before, k_count, key_precedes(lists, k_index, p.n_groups, last_row, 0));
+          walk.last_key = warp_advance(walk.first_key, k_count, key_precedes(lists, k_index, p.n_groups, last_row, kLastRow));
           walk.group_row = last_row;
           walk.start = walk.end = walk.first_key;
         }
