@@ -228,13 +228,13 @@ def main() -> int:
     if not options.times_only:
         start = time.time()
         arguments = ["-q", "--tb=short", "-p", "no:cacheprovider", *rest, str(record.HERE)]
-        pytest.main(arguments, plugins=[seen])
+        code = pytest.main(arguments, plugins=[seen])
         print(f"suite: {seen.outcomes} in {time.time() - start:.0f} s")
         for name, value in sorted(seen.ratios.items()):
             print(f"  worst {name}: {value:.3f} of the allowed error")
         for duration, name in sorted(seen.slowest, reverse=True)[:5]:
             print(f"  slowest {duration:.1f} s {name}")
-        if seen.outcomes["failed"]:
+        if code:
             print("failed: " + " ".join(seen.failures))
             return 1
     found: dict[str, Any] = {"times": dict(seen.times)}

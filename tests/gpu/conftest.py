@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,6 +20,18 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.parent.name == "gpu":
             item.add_marker(pytest.mark.gpu)
+
+
+def pytest_runtest_teardown(item):
+    """Stop the session where a kernel broke the CUDA context: nothing after it could run."""
+    torch = sys.modules.get("torch")
+    if item.path.parent.name != "gpu" or torch is None or not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        first_line = str(error).splitlines()[0]
+        item.session.shouldstop = f"{item.nodeid} broke the CUDA context: {first_line}"
 
 
 def missing(reason):

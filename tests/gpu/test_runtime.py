@@ -154,7 +154,7 @@ def test_memory_beyond_results(kernels, torch, backend, name):
 
 
 def test_tensors_beyond_two_to_the_31_elements(kernels, torch, backend):
-    """Two rows of heads 2^31 elements apart: every offset must be 64 bits wide."""
+    """The last heads begin beyond 2^31 elements: every offset must be 64 bits wide."""
     free, _ = torch.cuda.mem_get_info()
     rows, width = 2**15, 64
     heads = 2**31 // (rows * width) + 2  # the last heads lie beyond 2^31
