@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
-EXTRAS := torch,plot,cli,test
+EXTRAS := torch,plot,cli,hf,test
 comma  := ,
 
 # With an NVIDIA driver, the extra that fits it: 580 and newer serve CUDA 13, 525 and newer CUDA 12.
@@ -36,7 +36,7 @@ $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; set PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(READY): pyproject.toml constraints/test.txt | $(BIN)/python
+$(READY): pyproject.toml constraints/test.txt Makefile | $(BIN)/python
 	@echo "installing scfa_core[$(ALL_EXTRAS)] into $(VENV) (once)"
 	$(PIP) install --quiet --editable '.[$(ALL_EXTRAS)]' --constraint constraints/test.txt
 	@touch $@

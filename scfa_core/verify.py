@@ -161,7 +161,8 @@ def _run(
     case: testing.Case, backend: str, to_device: Any, to_host: Any
 ) -> tuple[testing.Results, dict[str, np.ndarray]]:
     """Carry a case over to a library, call, and bring everything back."""
-    spec, options = case.spec, {"layout": case.spec.layout, "backend": backend}
+    spec = case.spec
+    options: dict[str, Any] = {"layout": spec.layout, "backend": backend}
     swap = (lambda x: x.swapaxes(1, 2)) if spec.layout == "bthd" else (lambda x: x)
     q, k, v, dout = (swap(to_device(x)) for x in (case.q, case.k, case.v, case.dout))
     pattern = carried_pattern(case.pattern, to_device)
@@ -169,9 +170,9 @@ def _run(
     scale = spec.softmax_scale
     out, lse = attention(q, k, v, plan, softmax_scale=scale, return_lse=True, **options)
     grads = attention_backward(dout, q, k, v, out, lse, plan, softmax_scale=scale, **options)
-    out, *grads = (to_host(swap(x)) for x in (out, *grads))
+    tensors = [to_host(swap(x)) for x in (out, *grads)]
     fields = {name: to_host(getattr(plan, name)).astype(np.int64) for name in PLAN_FIELDS}
-    return testing.Results(out, to_host(lse), *grads), fields
+    return testing.Results(tensors[0], to_host(lse), *tensors[1:]), fields
 
 
 def carried_pattern(pattern: Any, to_device: Any) -> Any:

@@ -14,6 +14,7 @@ import torch
 import scfa_core as scfa
 from scfa_core.demo import training
 from scfa_core.demo.model import (
+    LanguageModel,
     Size,
     Variant,
     sparse_attend,
@@ -184,7 +185,7 @@ def _compare(
     terminal: Terminal,
     corpus: training.Corpus,
     kinds: list[Variant],
-    models: list[training.LanguageModel],
+    models: list[LanguageModel],
     backend: str | None,
 ) -> bool:
     """Hold each variant against the float64 reference on tensors of its own trained model."""
@@ -209,7 +210,7 @@ def _draw(
     folder: Path,
     runs: list[training.Run],
     kind: Variant,
-    model: training.LanguageModel,
+    model: LanguageModel,
     corpus: training.Corpus,
     backend: str | None,
 ) -> None:
