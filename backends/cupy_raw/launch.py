@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["run_backward", "run_forward"]
 
 _ALIGNMENT = 16  # bytes one copy moves
+_ROW_REACH = 1 << 32  # bytes from row to row that one 32-bit multiply can span
 _SHARED_OPTIN = 97  # cudaDevAttrMaxSharedMemoryPerBlockOptin
 _MOST_PREPARED = 4096  # launches remembered; dropped all at once, as shapes rarely vary more
 _KERNELS = {  # $SCFA_CUPY_KERNELS -> whether the Hopper kernels are asked
@@ -67,7 +68,7 @@ def _hopper(device: int) -> bool:
 
 
 def _aligned(arrays: tuple[DeviceArray, ...]) -> bool:
-    """Whether every row of every array starts at a multiple of 16 bytes."""
+    """Whether every row of every array starts at a multiple of 16 bytes, less than 4 GiB apart."""
     itemsize = ITEMSIZE[arrays[0].dtype]
     for array in arrays:
         if array.pointer % _ALIGNMENT:
@@ -75,6 +76,8 @@ def _aligned(arrays: tuple[DeviceArray, ...]) -> bool:
         for size, stride in zip(array.shape[:3], array.strides[:3], strict=True):
             if size > 1 and stride * itemsize % _ALIGNMENT:
                 return False
+        if not 0 <= array.strides[2] * itemsize < _ROW_REACH:
+            return False
     return True
 
 

@@ -23,7 +23,7 @@ class Shape(NamedTuple):
     block_m: int  # query rows of a tile
     block_n: int  # keys of a tile
     warps: int
-    sub: int = 0  # streamed rows taken at a time: keys in dq, queries in dkdv
+    sub: int = 0  # streamed rows taken at a time: queries in dkdv, keys in dq, masked keys in fwd
     stages: int = 2  # buffers of the streamed tiles
     own_in_registers: int = 0  # keep the owned operands in registers
     split: int = 0  # dkdv: dv and dk in two passes
@@ -33,9 +33,9 @@ class Shape(NamedTuple):
 # kernel -> ((widest head, (shape, ...)), ...)
 _SHAPES: dict[str, tuple[tuple[int, tuple[Shape, ...]], ...]] = {
     "fwd": (
-        (64, (Shape(128, 64, 4, own_in_registers=1),)),
-        (128, (Shape(128, 48, 4),)),
-        (256, (Shape(64, 32, 4),)),
+        (64, (Shape(128, 64, 4, sub=32, own_in_registers=1),)),
+        (128, (Shape(128, 48, 4, sub=48),)),
+        (256, (Shape(64, 32, 4, sub=32),)),
     ),
     "bwd_dq": (
         (64, (Shape(128, 64, 4, sub=32, own_in_registers=1),)),
@@ -152,7 +152,7 @@ def _variant(
             "MIN_BLOCKS": shape.min_blocks,
         }
         if shape.sub:
-            values["SUB_N" if kernel == "bwd_dq" else "SUB_M"] = shape.sub
+            values["SUB_M" if kernel == "bwd_dkdv" else "SUB_N"] = shape.sub
     if kernel.startswith("bwd_dkdv"):
         values["MONOTONE"] = int(monotone)
         if dtype != "float32":

@@ -97,12 +97,13 @@ struct CopyQueue {
 };
 static std::vector<CopyQueue> copy_queues;  // one per thread; cleared by the driver before each block
 
-inline void copy16_async(void* target, const void* source, bool wanted) {
-  if ((size_t)source % 16 || (size_t)target % 16) std::fprintf(stderr, "unaligned copy\n"), std::abort();
-  copy_queues[host::current].open.push_back({target, source, 16, wanted});
+inline void copy16_async(u32 target, const void* source, bool wanted) {
+  if ((size_t)source % 16 || target % 16) std::fprintf(stderr, "unaligned copy\n"), std::abort();
+  copy_queues[host::current].open.push_back({dynamic_shared + target, source, 16, wanted});
 }
-inline void copy4_async(void* target, const void* source, bool wanted) {
-  copy_queues[host::current].open.push_back({target, source, 4, wanted});
+inline void copy16_async(u32 target, const void* source) { copy16_async(target, source, true); }
+inline void copy4_async(u32 target, const void* source, bool wanted) {
+  copy_queues[host::current].open.push_back({dynamic_shared + target, source, 4, wanted});
 }
 inline void copies_commit() {
   CopyQueue& queue = copy_queues[host::current];

@@ -33,7 +33,7 @@ static_assert(kSubM % 16 == 0 && kSubM <= kWarpSize && kBlockM % kSubM == 0, "on
 static_assert(kStages >= 2, "the next tile loads while this one computes");
 
 struct QueryRows {
-  int start[kBlockM], end[kBlockM];
+  int start[kBlockM], end[kBlockM];  // block_copy_rows fills the four in turn
   float lse_log2[kBlockM], delta[kBlockM];
 };
 
@@ -87,6 +87,21 @@ SCFA_DEVICE void block_load_indices(Shared& shared, const Params& p, const Curso
   block_copy_values<kBlockM, kThreads>(shared.query_rows[stage], p.q_index + member.list + at.row, member.range.last - at.row);
 }
 
+// Four values a query row, an equal share of the warps each.
+SCFA_DEVICE void block_copy_rows(QueryRows& rows, const Params& p, i64 list, int valid) {
+  constexpr int kTeam = kThreads / 4;
+  const u32 thread = thread_here(), kind = thread / kTeam;
+  const int* sources[4] = {p.key_start, p.key_end, reinterpret_cast<const int*>(p.lse_log2), reinterpret_cast<const int*>(p.delta)};
+  const int* source = kind == 0 ? sources[0] : kind == 1 ? sources[1] : kind == 2 ? sources[2] : sources[3];
+  const u32 target = shared_address(rows.start) + kind * kBlockM * 4;
+#pragma unroll
+  for (int row = 0; row < kBlockM; row += kTeam) {
+    const int item = row + int(thread % kTeam);
+    if (kBlockM % kTeam != 0 && item >= kBlockM) break;
+    copy4_async(target + 4 * item, source + list + (item < valid ? item : 0), item < valid);
+  }
+}
+
 // Rows of q and dout by the plan's list or, in the loop, by what block_load_indices brought before.
 SCFA_DEVICE void block_load_tile(Shared& shared, const Params& p, const Cursor& at, int stage, bool indices_loaded) {
   if (at.member >= p.group_size) return;
@@ -96,10 +111,7 @@ SCFA_DEVICE void block_load_tile(Shared& shared, const Params& p, const Cursor& 
   const int* rows = indices_loaded ? shared.query_rows[stage] : p.q_index + list;
   block_gather<kBlockM, kHeadDim, kThreads>(shared.q[stage], member.q, p.q_strides.row, rows, valid);
   block_gather<kBlockM, kHeadDimV, kThreads>(shared.dout[stage], member.dout, p.dout_strides.row, rows, valid);
-  block_copy_values<kBlockM, kThreads>(shared.rows[stage].start, p.key_start + list, valid);
-  block_copy_values<kBlockM, kThreads>(shared.rows[stage].end, p.key_end + list, valid);
-  block_copy_values<kBlockM, kThreads>(shared.rows[stage].lse_log2, const_cast<const float*>(p.lse_log2) + list, valid);
-  block_copy_values<kBlockM, kThreads>(shared.rows[stage].delta, const_cast<const float*>(p.delta) + list, valid);
+  block_copy_rows(shared.rows[stage], p, list, valid);
 }
 
 

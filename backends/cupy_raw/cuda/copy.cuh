@@ -53,29 +53,48 @@ SCFA_DEVICE void load8(const float* source, float (&values)[8]) {
 }
 
 // Rows index[0 .. valid_rows) of a (rows, kDim) array into a swizzled tile; the other rows and the padding columns become 0.
+// With kAligned a row stride fits 32 bits, so that an address is one multiply-add; whole tiles need no other arithmetic.
 template <int kRows, int kDim, int kThreads>
 SCFA_DEVICE void block_gather(char* tile, const u16* base, i64 row_stride, const int* index, int valid_rows) {
-  constexpr int kChunks = padded(kDim) / 8;
-  constexpr int kItems = kRows * kChunks;
-  const int thread = thread_here();
+  constexpr u32 kChunks = padded(kDim) / 8;
+  constexpr u32 kItems = kRows * kChunks;
+  const u32 thread = thread_here();
+  const u32 tile_address = shared_address(tile);
+  if (kAligned && kDim == padded(kDim) && valid_rows >= kRows) {
+    const u32 stride_bytes = u32(row_stride) * 2;
+    if constexpr (kThreads % (8 * kChunks) == 0) {  // a thread keeps its chunk, and its rows lie multiples of 8 apart
+      constexpr u32 kStep = kThreads / kChunks;
+      const char* source = reinterpret_cast<const char*>(base) + thread % kChunks * 16;
+      const u32 target = tile_address + chunk_offset(thread / kChunks, thread % kChunks, kRows);
 #pragma unroll
-  for (int first = 0; first < kItems; first += kThreads) {
-    const int item = first + thread;
-    if (kItems % kThreads != 0 && item >= kItems) break;
-    const int row = item / kChunks;
-    const int chunk = item % kChunks;
+      for (u32 row = 0; row < kRows; row += kStep) {
+        copy16_async(target + row * kRowBytes, source + u64(u32(index[thread / kChunks + row])) * stride_bytes);
+      }
+    } else {
+#pragma unroll
+      for (u32 first = 0; first < kItems; first += kThreads) {
+        const u32 row = (first + thread) / kChunks, chunk = (first + thread) % kChunks;
+        if (kItems % kThreads != 0 && row >= kRows) break;
+        const char* source = reinterpret_cast<const char*>(base) + chunk * 16 + u64(u32(index[row])) * stride_bytes;
+        copy16_async(tile_address + chunk_offset(row, chunk, kRows), source);
+      }
+    }
+    return;
+  }
+#pragma unroll 1
+  for (u32 item = thread; item < kItems; item += kThreads) {
+    const int row = item / kChunks, chunk = item % kChunks;
     const bool wanted = row < valid_rows && chunk * 8 < kDim;
     const u16* source = wanted ? base + index[row] * row_stride + chunk * 8 : base;
-    char* target = tile + chunk_offset(row, chunk, kRows);
     if constexpr (kAligned) {
-      copy16_async(target, source, wanted);
+      copy16_async(tile_address + chunk_offset(row, chunk, kRows), source, wanted);
     } else {
       uint4 packed = make_uint4(0, 0, 0, 0);
       if (wanted) {
         packed.x = u32(source[0]) | (u32(source[1]) << 16), packed.y = u32(source[2]) | (u32(source[3]) << 16);
         packed.z = u32(source[4]) | (u32(source[5]) << 16), packed.w = u32(source[6]) | (u32(source[7]) << 16);
       }
-      *reinterpret_cast<uint4*>(target) = packed;
+      *reinterpret_cast<uint4*>(tile + chunk_offset(row, chunk, kRows)) = packed;
     }
   }
 }
@@ -88,7 +107,7 @@ SCFA_DEVICE void block_copy_values(T* target, const T* source, int valid) {
   for (int first = 0; first < kCount; first += kThreads) {
     const int item = first + thread;
     if (kCount % kThreads != 0 && item >= kCount) break;
-    copy4_async(target + item, item < valid ? source + item : source, item < valid);
+    copy4_async(shared_address(target) + 4 * item, item < valid ? source + item : source, item < valid);
   }
 }
 

@@ -4,7 +4,7 @@
 //            over j = k_index[key_start[r] : key_end[r]] for i = q_index[r]. Rows that see nothing: out 0, lse -inf.
 // Grid       one block per kBlockM sorted query rows of one (batch, head), heads one after another; warp w owns kWarpRows of
 //            them. A block walks the union of its rows' ranges kBlockN keys at a time; a warp skips tiles its rows do
-//            not see and masks only tiles some row sees in part.
+//            not see, and takes those seen in part kSubN keys at a time, masked.
 // Shared     q tile (reused for out) + kStages * (k tile + v tile) + row ranges + kStages * kBlockN key indices; see Shared.
 // Inputs     q k v (batch, heads, seqlen, head_dim) float16 | bfloat16 at any strides; plan arrays int32.
 // Outputs    out like q, every row; lse float32, natural log, in the user's order.
@@ -18,6 +18,7 @@
 
 constexpr int kBlockM = SCFA_BLOCK_M;
 constexpr int kBlockN = SCFA_BLOCK_N;
+constexpr int kSubN = SCFA_SUB_N;
 constexpr int kStages = SCFA_STAGES;
 constexpr int kWarps = SCFA_NUM_WARPS;
 constexpr bool kQInRegisters = SCFA_OWN_IN_REGISTERS != 0;
@@ -27,7 +28,7 @@ constexpr int kMi = kWarpRows / 16;
 constexpr int kSteps = padded(kHeadDim) / 16;
 constexpr int kOutBlocks = padded(kHeadDimV) / 8;
 static_assert(kWarpRows % 16 == 0, "a warp owns whole blocks of 16 rows");
-static_assert(kBlockN % 16 == 0, "keys are multiplied 16 at a time");
+static_assert(kSubN % 16 == 0 && kBlockN % kSubN == 0, "keys are multiplied 16 at a time");
 static_assert(kStages >= 2, "the next tile loads while this one computes");
 
 struct Shared {
@@ -41,35 +42,44 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= SCFA_SHARED_BYTES, "launch.py asks for less shared memory than Shared needs");
 
-template <bool kMasked>
-SCFA_DEVICE void visit_tile(const Shared& shared, int t,
-                            const u32 (&q)[kMi][kQInRegisters ? kSteps : 1][4], SoftmaxState<kMi>& softmax,
-                            float (&acc_o)[kMi][kOutBlocks][4], float scale) {
+// Keys sub .. sub + kKeys of tile t.
+template <bool kMasked, int kKeys>
+SCFA_DEVICE void visit_keys(const Shared& shared, int t, int sub, const u32 (&q)[kMi][kQInRegisters ? kSteps : 1][4],
+                            SoftmaxState<kMi>& softmax, float (&acc_o)[kMi][kOutBlocks][4], float scale) {
   const int thread = thread_here();
   const int row = thread / kWarpSize * kWarpRows;
   const int stage = t % kStages;
+  float acc_s[kMi][kKeys / 8][4];
 
-  // acc_s = q @ k^T
-  float acc_s[kMi][kBlockN / 8][4] = {};
-  const auto k = right_operand<kBlockN>(shared.keys.k[stage], 0);
-  if constexpr (kQInRegisters) {
-    warp_product_nt(acc_s, q, k);
-  } else {
-    warp_product_nt<kSteps>(acc_s, left_operand<kBlockM>(shared.q, row), k);
+  for (bool settled = softmax.settled;; settled = false) {
+    // acc_s = q @ k^T
+#pragma unroll
+    for (int i = 0; i < kMi * kKeys / 2; ++i) acc_s[i / (kKeys / 2)][i / 4 % (kKeys / 8)][i % 4] = 0.0f;
+    const auto k = right_operand<kBlockN>(shared.keys.k[stage], sub);
+    if constexpr (kQInRegisters) {
+      warp_product_nt(acc_s, q, k);
+    } else {
+      warp_product_nt<kSteps>(acc_s, left_operand<kBlockM>(shared.q, row), k);
+    }
+
+    // acc_s = -inf where row i does not see key j
+    if constexpr (kMasked) {
+      const int first_key = shared.source.first + t * kBlockN + sub;
+      warp_mask_scores(acc_s, shared.rows, row + thread % kWarpSize / 4, first_key);
+    }
+
+    // p = 2^(acc_s * scale - reference)
+    if (settled && softmax.try_update(acc_s, scale)) break;
+    if (!settled) {
+      softmax.update(acc_s, acc_o, scale);
+      break;
+    }
   }
-
-  // acc_s = -inf where row i does not see key j
-  if constexpr (kMasked) {
-    warp_mask_scores(acc_s, shared.rows, row + thread % kWarpSize / 4, shared.source.first + t * kBlockN);
-  }
-
-  // p = 2^(acc_s * scale - reference)
-  softmax.update(acc_s, acc_o, scale);
 
   // acc_o += p @ v
-  u32 p[kMi][kBlockN / 16][4];
-  warp_pack<kMi, kBlockN / 8>(p, acc_s);
-  warp_product_nn(acc_o, p, left_operand<kBlockN>(shared.keys.v[stage], 0));
+  u32 p[kMi][kKeys / 16][4];
+  warp_pack<kMi, kKeys / 8>(p, acc_s);
+  warp_product_nn(acc_o, p, left_operand<kBlockN>(shared.keys.v[stage], sub));
 }
 
 // Stores out and lse; everything it needs to know of its place is found again.
@@ -163,11 +173,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, SCFA_MIN_BLOCKS) scfa_fwd
 
     const int key = shared.source.first + t * kBlockN;
     const KeySpan warp_keys = shared.spans[thread_here() / kWarpSize];
-    if (!warp_keys.sees(key, key + kBlockN)) {
-    } else if (warp_keys.sees_all(key, key + kBlockN)) {
-      visit_tile<false>(shared, t, q_operand, softmax, acc_o, p.exponent_scale);
-    } else {
-      visit_tile<true>(shared, t, q_operand, softmax, acc_o, p.exponent_scale);
+    if (!warp_keys.sees(key, key + kBlockN)) continue;
+    if (warp_keys.sees_all(key, key + kBlockN)) {
+      visit_keys<false, kBlockN>(shared, t, 0, q_operand, softmax, acc_o, p.exponent_scale);
+      continue;
+    }
+#pragma unroll 1
+    for (int sub = 0; sub < kBlockN; sub += kSubN) {
+      if (!shared.spans[thread_here() / kWarpSize].sees(key + sub, key + sub + kSubN)) continue;
+      visit_keys<true, kSubN>(shared, t, sub, q_operand, softmax, acc_o, p.exponent_scale);
     }
   }
 

@@ -43,16 +43,19 @@ SCFA_DEVICE char* dynamic_shared_memory() {
   return shared_bytes;
 }
 
-// 16 bytes in the background; zeros where the row is not wanted, and then nothing is read.
-SCFA_DEVICE void copy16_async(void* target, const void* source, bool wanted) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source),
-               "r"(wanted ? 16 : 0)
-               : "memory");
+// 16 bytes to a shared address in the background; zeros where the row is not wanted, and then nothing is read. No memory clobber: what they
+// write is looked at only after copies_wait and a barrier, which have one.
+SCFA_DEVICE void copy16_async(u32 target, const void* source, bool wanted) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+               "r"(wanted ? 16 : 0));
 }
 
-SCFA_DEVICE void copy4_async(void* target, const void* source, bool wanted) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(target)), "l"(source), "r"(wanted ? 4 : 0)
-               : "memory");
+SCFA_DEVICE void copy16_async(u32 target, const void* source) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(target), "l"(source));
+}
+
+SCFA_DEVICE void copy4_async(u32 target, const void* source, bool wanted) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(source), "r"(wanted ? 4 : 0));
 }
 
 SCFA_DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

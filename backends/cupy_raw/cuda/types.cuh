@@ -5,6 +5,7 @@
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;
+typedef unsigned long long u64;
 
 #define SCFA_DEVICE __device__ __forceinline__
 
@@ -18,7 +19,7 @@ typedef long long i64;
 #error "SCFA_ELEMENT (0 float32, 1 float16, 2 bfloat16): set by variants.py"
 #endif
 #ifndef SCFA_ALIGNED
-#error "SCFA_ALIGNED (1: every row starts at a multiple of 16 bytes): set by variants.py"
+#error "SCFA_ALIGNED (1: rows start at multiples of 16 bytes, less than 4 GiB apart): set by variants.py"
 #endif
 
 constexpr int kHeadDim = SCFA_HEAD_DIM;
