@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
-EXTRAS := torch,plot,cli,hf,test
+EXTRAS := torch,plot,cli,test
 comma  := ,
 
 # With an NVIDIA driver, the extra that fits it: 580 and newer serve CUDA 13, 525 and newer CUDA 12.
