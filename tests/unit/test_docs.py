@@ -10,6 +10,7 @@ from scfa_core.cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / "docs" / "guides").glob("*.md"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 if not (ROOT / "README.md").exists():
@@ -44,8 +45,9 @@ def test_python_blocks_run(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "documentation"}
     for line, code in blocks(page, "python"):
-        if re.search(r"^(import|from) torch", code, re.MULTILINE):
-            pytest.importorskip("torch", reason="needs the extra torch")
+        for extra, library in (("torch", "torch"), ("hf", "transformers")):
+            if re.search(rf"^(import|from) {library}\b", code, re.MULTILINE):
+                pytest.importorskip(library, reason=f"needs the extra {extra}")
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)
 
 
