@@ -19,6 +19,7 @@ EVERYTHING = os.environ.get("SCFA_COMPILE") == "all"
 # (source, arch) -> bytes of stack frame at most, and why they are accepted.
 ACCEPTED_SPILLS: dict[tuple[str, str], tuple[int, str]] = {
     ("fwd_sm90.cu", HOPPER): (8, "head_dim 64: four warpgroups leave 128 registers at entry"),
+    ("plan_ranges.cu", "120"): (8, "64 registers keep four blocks on a multiprocessor"),
 }
 # Notices of ptxas that are no fault, and why.
 ACCEPTED_NOTICES = {

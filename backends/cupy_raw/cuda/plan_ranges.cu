@@ -5,8 +5,8 @@
 // shared memory  none dynamic
 // inputs         plan_sort's lists; group, start and end columns (batch, heads, rows) with any strides
 // version        sorted queries whose first and last share a group all do: then their keys are one stretch, found once
-//                per group and warp, and only row numbers are compared, no group is loaded. Where ranges are monotone
-//                a round searches from where the last one ended, mostly among 64 neighbours.
+//                per group and warp, and only row numbers are compared. Loads run two rounds ahead. Where ranges are
+//                monotone a round searches from where the last one ended, mostly among 64 neighbours.
 #include "plan_search.cuh"
 
 constexpr int kThreads = 256;
@@ -20,7 +20,7 @@ struct Walk {
   int start, end;           // range of the last query seen
 };
 
-extern "C" __global__ void __launch_bounds__(kThreads) scfa_plan_ranges(const __grid_constant__ RangeParams p) {
+extern "C" __global__ void __launch_bounds__(kThreads, 4) scfa_plan_ranges(const __grid_constant__ RangeParams p) {
   __shared__ Lists lists;
   const i64 list = blockIdx.x / p.tiles_q;
   const int batch = (int)(list / p.heads), head = (int)(list % p.heads);
@@ -36,21 +36,37 @@ extern "C" __global__ void __launch_bounds__(kThreads) scfa_plan_ranges(const __
   const int end = (int)(begin + kStretch < p.seqlen_q ? begin + kStretch : p.seqlen_q);
   Walk walk = {-1, 0, 0, 0, 0};
 
+  // While a round searches, the first group of the next (in the outer lanes) and the rows of the one after are under
+  // way. Lanes beyond the last kept query repeat it.
+  const int last_query = (q_count < end ? q_count : end) - 1;
+  const bool any_query = begin <= last_query;
+  auto row_of = [&](i64 round) { return q_index[round + lane < last_query ? round + lane : last_query]; };
+  auto group_of = [&](int q_row) -> i64 {
+    return p.n_groups > 0 && (lane == 0 || lane == 31) ? lists.q_groups[0].integer(q_row) : 0;
+  };
+  int next_row = any_query ? row_of(begin) : 0, later_row = any_query ? row_of(begin + 32) : 0;
+  i64 next_group = any_query ? group_of(next_row) : 0;
+
   for (i64 round = begin; round < end; round += 32) {
     const int active = (int)(q_count - round < 32 ? q_count - round : 32);  // lanes with a kept query; may be negative
     int start = k_count, stop = k_count;
     if (active > 0) {
-      // interval: lanes beyond the last kept query repeat it
-      const int q_row = q_index[round + (lane < active ? lane : active - 1)];
+      // interval: from row numbers alone
+      const int q_row = next_row;
+      const i64 first_group = __shfl_sync(kEveryLane, next_group, 0), last_group = __shfl_sync(kEveryLane, next_group, 31);
+      next_row = later_row;
+      next_group = group_of(next_row);
+      later_row = row_of(round + 64);
       const Interval seen = query_interval(q_row, p.seqlen_k, p.lo_offset, p.hi_offset, lists.starts, lists.ends, p.n_bounds);
 
       // group: one for all lanes, or several
       const int first_row = __shfl_sync(kEveryLane, q_row, 0), last_row = __shfl_sync(kEveryLane, q_row, 31);
-      if (same_group(lists, p.n_groups, first_row, last_row)) {
+      if (first_group == last_group && same_group(lists, p.n_groups, first_row, last_row, 1)) {
         if (walk.group_row < 0 || !same_group(lists, p.n_groups, walk.group_row, last_row)) {
           const int before = walk.group_row < 0 ? walk.first_key : walk.last_key;
-          walk.first_key = warp_advance(before, k_count, key_precedes(lists, k_index, p.n_groups, last_row, 0));
-          walk.last_key = warp_advance(walk.first_key, k_count, key_precedes(lists, k_index, p.n_groups, last_row, kLastRow));
+          walk.first_key = warp_advance(before, k_count, KeyPrecedes{lists, k_index, last_group, p.n_groups, last_row, 0});
+          walk.last_key =
+              warp_advance(walk.first_key, k_count, KeyPrecedes{lists, k_index, last_group, p.n_groups, last_row, kLastRow});
           walk.group_row = last_row;
           walk.start = walk.end = walk.first_key;
         }
@@ -63,8 +79,9 @@ extern "C" __global__ void __launch_bounds__(kThreads) scfa_plan_ranges(const __
           stop = lower_bound(walk.first_key, walk.last_key, before_high);
         }
       } else {
-        const KeyPrecedes before_low = key_precedes(lists, k_index, p.n_groups, q_row, seen.low);
-        const KeyPrecedes before_high = key_precedes(lists, k_index, p.n_groups, q_row, seen.high);
+        const i64 group = lists.q_groups[0].integer(q_row);  // several groups: there is a first column
+        const KeyPrecedes before_low = {lists, k_index, group, p.n_groups, q_row, seen.low};
+        const KeyPrecedes before_high = {lists, k_index, group, p.n_groups, q_row, seen.high};
         if (p.monotone) {
           start = warp_advance(walk.start, k_count, before_low);
           stop = warp_advance(walk.end, k_count, before_high);

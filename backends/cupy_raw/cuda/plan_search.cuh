@@ -19,9 +19,10 @@ __device__ inline void fix_lists(const RangeParams& p, int batch, int head, List
   if (t / kMaxColumns == 3) lists.ends[c] = column_row(p.ends[c], batch, head, 0);
 }
 
-__device__ __forceinline__ bool same_group(const Lists& lists, int n_groups, int q_row, int other_row) {
+// Whether two query rows agree in all groups from column `first` on.
+__device__ __forceinline__ bool same_group(const Lists& lists, int n_groups, int q_row, int other_row, int first = 0) {
 #pragma unroll 1
-  for (int c = 0; c < n_groups; ++c) {
+  for (int c = first; c < n_groups; ++c) {
     if (lists.q_groups[c].integer(q_row) != lists.q_groups[c].integer(other_row)) return false;
   }
   return true;
@@ -68,10 +69,6 @@ struct KeyPrecedes {
         __shfl_sync(kEveryLane, bound, lane)};
   }
 };
-
-__device__ __forceinline__ KeyPrecedes key_precedes(const Lists& lists, const int* k_index, int n_groups, int q_row, int bound) {
-  return {lists, k_index, n_groups > 0 ? lists.q_groups[0].integer(q_row) : 0, n_groups, q_row, bound};
-}
 
 // First entry of [low, high) that does not precede one target, by all lanes together.
 template <class Precedes>
