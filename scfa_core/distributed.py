@@ -336,7 +336,7 @@ def _plan_placements(placement: Any) -> Placements:
     return [placement] * 6 + [Replicate()]
 
 
-@register_sharding(FORWARD)  # type: ignore[misc]
+@register_sharding(FORWARD)
 def _shard_forward(q: Any, k: Any, v: Any, *rest: Any) -> Sequence[Rule]:
     """Shardings of ``scfa::forward``."""
     tail: Placements = [None] * 5  # monotone, scale, deterministic, layout, backend
@@ -347,7 +347,7 @@ def _shard_forward(q: Any, k: Any, v: Any, *rest: Any) -> Sequence[Rule]:
     return rules
 
 
-@register_sharding(BACKWARD)  # type: ignore[misc]
+@register_sharding(BACKWARD)
 def _shard_backward(dout: Any, dlse: Any, q: Any, k: Any, v: Any, *rest: Any) -> Sequence[Rule]:
     """Shardings of ``scfa::backward``."""
     tail: Placements = [None] * 5
@@ -361,7 +361,7 @@ def _shard_backward(dout: Any, dlse: Any, q: Any, k: Any, v: Any, *rest: Any) ->
     return rules
 
 
-@register_sharding(MAKE_PLAN)  # type: ignore[misc]
+@register_sharding(MAKE_PLAN)
 def _shard_make_plan(
     q: Any, k: Any, pattern: str, arrays: Sequence[Any], ints: Any, layout: str, backend: str
 ) -> Sequence[Rule]:

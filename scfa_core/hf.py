@@ -157,7 +157,7 @@ def _structured(
 def _options_of(module: Any, registered: Options) -> Options:
     """Let the model's config overrule what was registered."""
     config = getattr(module, "config", None)
-    values = {
+    values: dict[str, Any] = {
         name: getattr(config, f"scfa_{name}", default)
         for name, default in registered._asdict().items()
     }
@@ -198,7 +198,7 @@ def _directions(module: Any, options: Options, key: Tensor) -> Tensor:
     return known[1]
 
 
-@torch.compiler.disable(reason="draws with NumPy, once")  # type: ignore[misc]
+@torch.compiler.disable(reason="draws with NumPy, once")
 def _draw(
     heads_kv: int, head_dim: int, buckets: int, seed: int, layer: int, device: torch.device
 ) -> Tensor:

@@ -37,7 +37,7 @@ class Band(NamedTuple):
         return Band(max(los, default=None), min(his, default=None))
 
 
-class StructuredMask(BlockMask):  # type: ignore[misc]
+class StructuredMask(BlockMask):
     """What a model carries from its mask function to its layers, in place of a 4-axis tensor.
 
     A `BlockMask` by name only: models hand those on untouched, with static caches too.
@@ -117,7 +117,7 @@ def everything(queries: int, keys: int) -> Pattern:
     return SlidingWindow(queries + keys, causal=False)
 
 
-@torch.compiler.disable(reason="reads closures, which cannot be traced")  # type: ignore[misc]
+@torch.compiler.disable(reason="reads closures, which cannot be traced")
 def read_mask(
     batch_size: int,
     q_length: int,

@@ -151,7 +151,7 @@ def attention_over(
     """
     if len(patterns) == 0:
         raise PatternError("attention_over needs at least one pattern")
-    options = {
+    options: dict[str, Any] = {
         "softmax_scale": softmax_scale,
         "layout": layout,
         "deterministic": deterministic,

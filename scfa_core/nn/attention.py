@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -130,6 +130,7 @@ class SparseSelfAttention(nn.Module):
         out : Tensor, (batch, seqlen, width)
         """
         q, k, v = self.project(x)
+        patterns: Sequence[Pattern | Plan]
         if plan is None:
             limits = self._limits(documents, keep)
             patterns = [_narrowed(p, limits) for p in self.make_patterns(q, k)]
@@ -149,7 +150,7 @@ class SparseSelfAttention(nn.Module):
         return q, k if self.rotary is None else self.rotary(k), v
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, patterns: list[Pattern | Plan]
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, patterns: Sequence[Pattern | Plan]
     ) -> Tensor:
         """Attention of (batch, heads, seqlen, head_dim) tensors; `x` is the layer's input."""
         options: dict[str, Any] = {"softmax_scale": self.softmax_scale, "backend": self.backend}
@@ -312,7 +313,7 @@ class DropSelfAttention(SparseSelfAttention):
         return [Causal(include_self=self.include_self)]
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, patterns: list[Pattern | Plan]
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, patterns: Sequence[Pattern | Plan]
     ) -> Tensor:
         """Attention among the kept rows."""
         (pattern,) = patterns

@@ -111,7 +111,7 @@ class ReformerAttention(nn.Module):
         bucket = pad(bucket, (0, padded - seqlen), value=self.hash.buckets)  # padding sorts last
         order = torch.argsort(bucket, dim=-1, stable=True)
         chunk_of = torch.argsort(order, dim=-1) // self.chunk
-        rounds = []
+        rounds: list[_Round] = []
         for row in order:
             q_row = row.unflatten(-1, (-1, self.chunk))
             before = q_row.roll(1, dims=2)
