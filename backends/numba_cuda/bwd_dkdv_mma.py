@@ -11,8 +11,7 @@ from functools import cache
 from typing import Any
 
 from numba import cuda, float32, int32, uint16, uint32
-
-from scfa_core.backends.numba_cuda.compiling import LOG2_E, kernel
+from scfa_core.backends.numba_cuda.compiling import LOG2_E, device, kernel
 from scfa_core.backends.numba_cuda.fragments import (
     BLOCKS,
     COLUMNS,
@@ -23,6 +22,7 @@ from scfa_core.backends.numba_cuda.fragments import (
     padded,
     paired_offset,
     pitch_of,
+    row_fetcher,
     row_gatherer,
     row_scatterer,
     warp_shape,
@@ -44,6 +44,29 @@ def dkdv_shared(head_dim: int, head_dim_v: int) -> int:
 
 
 @cache
+def stat_copier(threads: int) -> Any:
+    """Build the copy of what a tile of queries brings beside its rows."""
+    turns = -(-COLUMNS // threads)
+
+    @device
+    def copy_stats(
+        spans, stats, base, key_start, key_end, lse_log2, delta, origin, m0, last, thread
+    ):
+        """Start copying ranges, lse and delta of sorted queries m0, ...; zeros from `last` on."""
+        for turn in range(turns):
+            r = turn * threads + thread
+            if r < COLUMNS:
+                there = m0 + r < last
+                place = origin + (m0 + r) * 4
+                copy_async_4(spans, base + r, key_start, place, there)
+                copy_async_4(spans, base + COLUMNS + r, key_end, place, there)
+                copy_async_4(stats, base + r, lse_log2, place, there)
+                copy_async_4(stats, base + COLUMNS + r, delta, place, there)
+
+    return copy_stats
+
+
+@cache
 def build_bwd_dkdv_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
     """Compile-time constants in, kernel out."""
     rows, threads = SHAPE.rows, SHAPE.threads
@@ -53,6 +76,9 @@ def build_bwd_dkdv_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
     by_columns_q, by_columns_dout = qk.by_columns, vo.by_columns
     gather_k, gather_v = (row_gatherer(x, rows, threads) for x in (head_dim, head_dim_v))
     gather_q, gather_dout = (row_gatherer(x, COLUMNS, threads) for x in (head_dim, head_dim_v))
+    q_turns, fetch_q, put_q = row_fetcher(COLUMNS, threads)
+    k_turns, fetch_k, put_k = row_fetcher(rows, threads)
+    copy_stats = stat_copier(threads)
     stage_dk, scatter_dk = row_scatterer(dtype, 1, head_dim, threads, rows)
     stage_dv, scatter_dv = row_scatterer(dtype, 1, head_dim_v, threads, rows)
     in_registers = max(head_dim, head_dim_v) <= REGISTER_ROWS
@@ -76,6 +102,7 @@ def build_bwd_dkdv_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
         "uint32",
         "int32:1",
         variant=(dtype, head_dim, head_dim_v),
+        bounds=(threads, 2 if in_registers else 1),
     )
     def scfa_bwd_dkdv_mma(
         dout, q, k, v, dk, dv, lse_log2, delta, q_index, k_index, key_start, key_end, monotone,
@@ -83,6 +110,8 @@ def build_bwd_dkdv_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
     ):  # fmt: skip
         tile = cuda.shared.array(0, uint16)
         words = cuda.shared.array(0, uint32)
+        fetched_q = cuda.local.array(q_turns, int32)
+        fetched_k = cuda.local.array(k_turns, int32)
         k_rows = cuda.shared.array(rows, int32)
         q_rows = cuda.shared.array(slots, int32)
         spans = cuda.shared.array(stat_count, int32)  # two stages of starts, then ends
@@ -116,11 +145,8 @@ def build_bwd_dkdv_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
         log2_scale = float32(abs(scale) * LOG2_E)
         w0 = n0 + warp_row
 
-        for r in range(thread, rows, threads):
-            row = int32(-1)
-            if n0 + r < n1:
-                row = k_index[b, g, n0 + r]
-            k_rows[r] = row
+        fetch_k(fetched_k, k_index, b, g, n0, n1, thread)
+        put_k(k_rows, 0, fetched_k, thread)
         if thread == 0:
             tainted[0] = 0
         cuda.syncthreads()  # rows are known
@@ -155,32 +181,33 @@ def build_bwd_dkdv_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
                 key_start, key_end, b, h, m_now + COLUMNS, last, n0, n1, monotone
             )
             cuda.syncthreads()  # the head before is consumed
-            for r in range(thread, COLUMNS, threads):
-                row = int32(-1)
-                if m_now + r < last:
-                    row = q_index[b, h, m_now + r]
-                q_rows[r] = row
-                row = int32(-1)
-                if m_next + r < last:
-                    row = q_index[b, h, m_next + r]
-                q_rows[COLUMNS + r] = row
+            fetch_q(fetched_q, q_index, b, h, m_now, last, thread)
+            put_q(q_rows, 0, fetched_q, thread)
+            fetch_q(fetched_q, q_index, b, h, m_next, last, thread)
+            put_q(q_rows, COLUMNS, fetched_q, thread)
             cuda.syncthreads()  # rows are known
             gather_q(tile, q_base, q, q_origin, q_step, q_rows, 0, thread)
             gather_dout(tile, dout_base, dout, dout_origin, dout_step, q_rows, 0, thread)
-            for r in range(thread, COLUMNS, threads):
-                there = m_now + r < last
-                place = span_origin + min(m_now + r, seqlen_q - 1) * 4
-                copy_async_4(spans, r, key_start, place, there)
-                copy_async_4(spans, COLUMNS + r, key_end, place, there)
-                copy_async_4(stats, r, lse_log2, place, there)
-                copy_async_4(stats, COLUMNS + r, delta, place, there)
+            copy_stats(
+                spans,
+                stats,
+                0,
+                key_start,
+                key_end,
+                lse_log2,
+                delta,
+                span_origin,
+                m_now,
+                last,
+                thread,
+            )
             commit_copies()
 
             stage = 0
             while m_now < last:
                 wait_copies()
                 cuda.syncthreads()  # this tile is there, the one before is consumed
-                other = 1 - stage
+                other = (stage + 1) & 1
                 m_later = next_query_tile(
                     key_start, key_end, b, h, m_next + COLUMNS, last, n0, n1, monotone
                 )
@@ -189,24 +216,24 @@ def build_bwd_dkdv_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
                     q_next, dout_next = q_base + other * q_size, dout_base + other * dout_size
                     gather_q(tile, q_next, q, q_origin, q_step, q_rows, slot, thread)
                     gather_dout(tile, dout_next, dout, dout_origin, dout_step, q_rows, slot, thread)
-                    for r in range(thread, COLUMNS, threads):
-                        there = m_next + r < last
-                        place = span_origin + min(m_next + r, seqlen_q - 1) * 4
-                        target = other * 2 * COLUMNS + r
-                        copy_async_4(spans, target, key_start, place, there)
-                        copy_async_4(spans, target + COLUMNS, key_end, place, there)
-                        copy_async_4(stats, target, lse_log2, place, there)
-                        copy_async_4(stats, target + COLUMNS, delta, place, there)
+                    copy_stats(
+                        spans,
+                        stats,
+                        other * 2 * COLUMNS,
+                        key_start,
+                        key_end,
+                        lse_log2,
+                        delta,
+                        span_origin,
+                        m_next,
+                        last,
+                        thread,
+                    )
                 commit_copies()
-                row = int32(-1)
-                if thread < COLUMNS and m_later + thread < last:
-                    row = q_index[b, h, m_later + thread]
-                row_beyond = int32(-1)
-                if threads < COLUMNS and m_later + threads + thread < last:
-                    row_beyond = q_index[b, h, m_later + threads + thread]
+                fetch_q(fetched_q, q_index, b, h, m_later, last, thread)
 
                 # Does any of these queries see a key of this warp, and does each see all of them?
-                base = stage * 2 * COLUMNS
+                base = (stage & 1) * 2 * COLUMNS  # "& 1" tells the compiler that it is not negative
                 there_last = min(COLUMNS, last - m_now) - 1
                 is_needed = not monotone or (
                     spans[base] < w0 + 16 and spans[base + COLUMNS + there_last] > w0
@@ -230,7 +257,7 @@ def build_bwd_dkdv_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
                     # p = exp2(S - lse), ds = p * (dP - delta), 0 where not visible
                     for block in range(BLOCKS):
                         for c in range(2):
-                            column = base + block * 8 + 2 * quad + c
+                            column = base + 2 * quad + block * 8 + c
                             column_lse = stats[column]
                             column_delta = stats[column + COLUMNS]
                             for i in range(2):
@@ -241,7 +268,7 @@ def build_bwd_dkdv_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
                     if not is_full:
                         for block in range(BLOCKS):
                             for c in range(2):
-                                column = base + block * 8 + 2 * quad + c
+                                column = base + 2 * quad + block * 8 + c
                                 start = spans[column]
                                 length = uint32(spans[column + COLUMNS] - start)
                                 for i in range(2):
@@ -255,10 +282,7 @@ def build_bwd_dkdv_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
                     q_now = q_column_place + stage * q_size
                     by_columns_q(acc_dk, acc_dp, weights, right, tile, q_now)
 
-                if thread < COLUMNS:
-                    q_rows[stage * COLUMNS + thread] = row
-                if threads < COLUMNS:
-                    q_rows[stage * COLUMNS + threads + thread] = row_beyond
+                put_q(q_rows, stage * COLUMNS, fetched_q, thread)
                 stage = other
                 m_now = m_next
                 m_next = m_later
@@ -269,7 +293,7 @@ def build_bwd_dkdv_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
             check += acc_dk[e] * float32(0)
         for e in range(dv_count):
             check += acc_dv[e] * float32(0)
-        if not check == float32(0):
+        if check != float32(0):
             tainted[0] = 1
         cuda.syncthreads()  # keys and values are consumed, their places are free
         factors[0] = scale

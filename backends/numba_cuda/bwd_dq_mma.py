@@ -1,7 +1,7 @@
-"""Tensor-core dq: dq = scale * ds @ k with ds = p * (dout @ v.T - delta), 64 sorted queries a block.
+"""Tensor-core dq: dq = scale * ds @ k with ds = p * (dout @ v.T - delta), 64 queries a block.
 
-Runs first and leaves delta = rowsum(dout * out) and the base-2 lse of its rows, in sorted order, for
-`bwd_dkdv_mma`. Scores, weights and dq stay in registers; keys and values arrive one tile ahead.
+Runs first and leaves delta = rowsum(dout * out) and the base-2 lse of its rows, in sorted order,
+for `bwd_dkdv_mma`. Scores, weights and dq stay in registers; keys and values arrive one tile ahead.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from functools import cache
 from typing import Any
 
 from numba import cuda, float32, int32, uint16, uint32
-
 from scfa_core.backends.numba_cuda.compiling import INFINITY, LOG2_E, kernel
 from scfa_core.backends.numba_cuda.convert import pair_widener
 from scfa_core.backends.numba_cuda.fragments import (
@@ -23,6 +22,7 @@ from scfa_core.backends.numba_cuda.fragments import (
     padded,
     paired_offset,
     pitch_of,
+    row_fetcher,
     row_gatherer,
     row_scatterer,
     warp_shape,
@@ -48,6 +48,8 @@ def build_bwd_dq_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
     by_columns = qk.by_columns
     gather_q, gather_dout = (row_gatherer(x, rows, threads) for x in (head_dim, head_dim_v))
     gather_k, gather_v = (row_gatherer(x, COLUMNS, threads) for x in (head_dim, head_dim_v))
+    q_turns, fetch_q, put_q = row_fetcher(rows, threads)
+    k_turns, fetch_k, put_k = row_fetcher(COLUMNS, threads)
     stage_rows, scatter_rows = row_scatterer(dtype, 1, head_dim, threads, rows)
     low_half, high_half = pair_widener(dtype)
     in_registers = max(head_dim, head_dim_v) <= REGISTER_ROWS
@@ -75,6 +77,7 @@ def build_bwd_dq_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
         "uint32",
         "int32:1",
         variant=(dtype, head_dim, head_dim_v),
+        bounds=(threads, 3 if in_registers else 1),
     )
     def scfa_bwd_dq_mma(
         dout, q, k, v, out, lse, dq, lse_log2, delta, q_index, k_index, key_start, key_end,
@@ -82,6 +85,8 @@ def build_bwd_dq_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
     ):  # fmt: skip
         tile = cuda.shared.array(0, uint16)
         words = cuda.shared.array(0, uint32)
+        fetched_q = cuda.local.array(q_turns, int32)
+        fetched_k = cuda.local.array(k_turns, int32)
         q_rows = cuda.shared.array(rows, int32)
         k_rows = cuda.shared.array(slots, int32)
         parts = cuda.shared.array(part_count, float32)
@@ -119,16 +124,11 @@ def build_bwd_dq_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
         log2_scale = float32(abs(scale) * LOG2_E)
 
         # Which rows? Queries once; keys two tiles ahead of their use.
-        for r in range(thread, rows, threads):
-            row = int32(-1)
-            if m0 + r < m1:
-                row = q_index[b, h, m0 + r]
-            q_rows[r] = row
-        for r in range(thread, slots, threads):
-            row = int32(-1)
-            if first + r < last:
-                row = k_index[b, g, first + r]
-            k_rows[r] = row
+        fetch_q(fetched_q, q_index, b, h, m0, m1, thread)
+        put_q(q_rows, 0, fetched_q, thread)
+        for slot in range(2):
+            fetch_k(fetched_k, k_index, b, g, first + slot * COLUMNS, last, thread)
+            put_k(k_rows, slot * COLUMNS, fetched_k, thread)
         if thread == 0:
             tainted[0] = 0
         cuda.syncthreads()  # rows are known
@@ -194,19 +194,14 @@ def build_bwd_dq_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
         while n0 < last:
             wait_copies()
             cuda.syncthreads()  # this tile is there, the one before is consumed
-            other = 1 - stage
+            other = (stage + 1) & 1
             if n0 + COLUMNS < last:
                 slot = other * COLUMNS
                 k_next, v_next = k_base + other * k_size, v_base + other * v_size
                 gather_k(tile, k_next, k, k_origin, k_step, k_rows, slot, thread)
                 gather_v(tile, v_next, v, v_origin, v_step, k_rows, slot, thread)
             commit_copies()
-            row = int32(-1)
-            if thread < COLUMNS and n0 + 2 * COLUMNS + thread < last:
-                row = k_index[b, g, n0 + 2 * COLUMNS + thread]
-            row_beyond = int32(-1)
-            if threads < COLUMNS and n0 + 2 * COLUMNS + threads + thread < last:
-                row_beyond = k_index[b, g, n0 + 2 * COLUMNS + threads + thread]
+            fetch_k(fetched_k, k_index, b, g, n0 + 2 * COLUMNS, last, thread)
 
             if n0 < warp_last and n0 + COLUMNS > warp_first:
                 # S = q k^T, dP = dout v^T
@@ -235,10 +230,7 @@ def build_bwd_dq_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
                 # dq += ds k
                 by_columns(acc_dq, scores, weights, right, tile, k_column_place + stage * k_size)
 
-            if thread < COLUMNS:
-                k_rows[stage * COLUMNS + thread] = row
-            if threads < COLUMNS:
-                k_rows[stage * COLUMNS + threads + thread] = row_beyond
+            put_k(k_rows, stage * COLUMNS, fetched_k, thread)
             stage = other
             n0 = int32(n0 + COLUMNS)
 
@@ -246,7 +238,7 @@ def build_bwd_dq_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
         check = float32(0)
         for e in range(dq_count):
             check += acc_dq[e] * float32(0)
-        if not check == float32(0):
+        if check != float32(0):
             tainted[0] = 1
         factors[0] = scale
         factors[1] = scale

@@ -47,9 +47,14 @@ class Kernel:
     """A kernel with its one signature; compiled at its first launch, and kept on disk."""
 
     def __init__(
-        self, function: Function, arguments: tuple[str, ...], variant: tuple[Any, ...]
+        self,
+        function: Function,
+        arguments: tuple[str, ...],
+        variant: tuple[Any, ...],
+        bounds: tuple[int, int] | None,
     ) -> None:
         self.function = function
+        self.bounds = bounds
         self.variant = variant
         self.signature = void(*(argument_type(name) for name in arguments))
         self._dispatcher: Any = None
@@ -68,7 +73,9 @@ class Kernel:
     def _compile(self) -> Any:
         if SIMULATED:
             return cuda.jit(self.function)
-        return cuda.jit(self.signature, cache=True)(self.function)
+        from scfa_core.backends.numba_cuda.disk import compile_kernel
+
+        return compile_kernel(self.function, self.signature, self.variant, self.bounds)
 
     def _grant(self, shared: int) -> None:
         """Ask the driver for more than 48 KiB of shared memory, once per device."""
@@ -82,13 +89,16 @@ class Kernel:
         self._shared[device] = shared
 
 
-def kernel(*arguments: str, variant: tuple[Any, ...] = ()) -> Callable[[Function], Kernel]:
+def kernel(
+    *arguments: str, variant: tuple[Any, ...] = (), bounds: tuple[int, int] | None = None
+) -> Callable[[Function], Kernel]:
     """Make a `Kernel` of a function.
 
     `arguments` are named as `argument_type` reads them. `variant` holds the constants that the
-    function was built with: with the sources they are its name in the disk cache.
+    function was built with: with the sources they are its name in the disk cache. `bounds` are the
+    threads of a block and the blocks that a multiprocessor should hold at once.
     """
-    return lambda function: Kernel(function, arguments, variant)
+    return lambda function: Kernel(function, arguments, variant, bounds)
 
 
 def device(function: Function) -> Any:

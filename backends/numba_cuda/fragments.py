@@ -1,9 +1,9 @@
 """The tensor-core kernels' building blocks: a warp's fragments, and products of them.
 
-A warp owns `atoms` times 16 rows of a result. Lane l = 4 * group + quad holds, of every 16 x 8 block
-of it, the elements (group, 2 * quad + {0, 1}) and (group + 8, 2 * quad + {0, 1}), in this order:
-element e of block n of atom a is acc[(a * blocks + n) * 4 + e]. Left operands are 16 x 16 fragments
-of four registers, right operands come from a tile in shared memory, 16 x 16 at a time.
+A warp owns `atoms` times 16 rows of a result. Lane l = 4 * group + quad holds, of every 16 x 8
+block of it, the elements (group, 2 * quad + {0, 1}) and (group + 8, 2 * quad + {0, 1}), in this
+order: element e of block n of atom a is acc[(a * blocks + n) * 4 + e]. Left operands are 16 x 16
+fragments of four registers; right operands come from a tile in shared memory, 16 x 16 at a time.
 
 Tiles hold rows of 16-bit elements, 8 more than needed: the 16-byte pieces that ldmatrix reads of
 eight neighbouring rows then lie in different banks.
@@ -15,7 +15,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from numba import float32, int64, uint32
-
 from scfa_core.backends.numba_cuda.compiling import SIMULATED, device
 from scfa_core.backends.numba_cuda.intrinsics import (
     copy_async_16,
@@ -163,6 +162,35 @@ def multiplications(dtype: str, atoms: int, width: int) -> Multiplications:
                     mma(acc, (atom * out_blocks + 2 * pair + 1) * 4, left, atom * 4, right, 2)
 
     return Multiplications(load_left, by_rows, by_rows_shared, by_columns)
+
+
+@cache
+def row_fetcher(count: int, threads: int) -> tuple[int, Any, Any]:
+    """Build the way of `count` row numbers from a plan's list to shared memory, in two halves.
+
+    Also returns the length of the local array between the halves: the load has the time of a tile's
+    products to arrive.
+    """
+    turns = -(-count // threads)
+
+    @device
+    def fetch_rows(fetched, index, b, h, first, last, thread):
+        """Load index[b, h, first:first + count]; -1 from `last` on."""
+        for turn in range(turns):
+            r = turn * threads + thread
+            fetched[turn] = -1
+            if r < count and first + r < last:
+                fetched[turn] = index[b, h, first + r]
+
+    @device
+    def put_rows(rows, slot, fetched, thread):
+        """rows[slot:slot + count] = what was fetched."""
+        for turn in range(turns):
+            r = turn * threads + thread
+            if r < count:
+                rows[slot + r] = fetched[turn]
+
+    return turns, fetch_rows, put_rows
 
 
 @cache

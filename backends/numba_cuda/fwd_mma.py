@@ -10,7 +10,6 @@ from functools import cache
 from typing import Any
 
 from numba import cuda, float32, int32, uint16, uint32
-
 from scfa_core.backends.numba_cuda.compiling import INFINITY, LN_2, LOG2_E, kernel
 from scfa_core.backends.numba_cuda.fragments import (
     BLOCKS,
@@ -23,6 +22,7 @@ from scfa_core.backends.numba_cuda.fragments import (
     padded,
     paired_offset,
     pitch_of,
+    row_fetcher,
     row_gatherer,
     row_scatterer,
     warp_shape,
@@ -61,6 +61,8 @@ def build_fwd_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
     gather_q = row_gatherer(head_dim, rows, threads)
     gather_k = row_gatherer(head_dim, COLUMNS, threads)
     gather_v = row_gatherer(head_dim_v, COLUMNS, threads)
+    q_turns, fetch_q, put_q = row_fetcher(rows, threads)
+    k_turns, fetch_k, put_k = row_fetcher(COLUMNS, threads)
     stage_rows, scatter_rows = row_scatterer(dtype, atoms, head_dim_v, threads, rows)
     in_registers = head_dim <= REGISTER_ROWS
     qk_pitch, v_pitch = pitch_of(head_dim), pitch_of(head_dim_v)
@@ -84,12 +86,15 @@ def build_fwd_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
         "uint32",
         "int32:1",
         variant=(dtype, head_dim, head_dim_v),
+        bounds=(threads, 2 if in_registers else 1),
     )
     def scfa_fwd_mma(
         q, k, v, out, lse, q_index, k_index, key_start, key_end, monotone, scale, flip, flags
     ):
         tile = cuda.shared.array(0, uint16)
         words = cuda.shared.array(0, uint32)
+        fetched_q = cuda.local.array(q_turns, int32)
+        fetched_k = cuda.local.array(k_turns, int32)
         q_rows = cuda.shared.array(rows, int32)
         k_rows = cuda.shared.array(slots, int32)
         tainted = cuda.shared.array(1, int32)
@@ -123,16 +128,11 @@ def build_fwd_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
         log2_scale = float32(abs(scale) * LOG2_E)
 
         # Which rows? Queries once; keys two tiles ahead of their use.
-        for r in range(thread, rows, threads):
-            row = int32(-1)
-            if m0 + r < m1:
-                row = q_index[b, h, m0 + r]
-            q_rows[r] = row
-        for r in range(thread, slots, threads):
-            row = int32(-1)
-            if first + r < last:
-                row = k_index[b, g, first + r]
-            k_rows[r] = row
+        fetch_q(fetched_q, q_index, b, h, m0, m1, thread)
+        put_q(q_rows, 0, fetched_q, thread)
+        for slot in range(2):
+            fetch_k(fetched_k, k_index, b, g, first + slot * COLUMNS, last, thread)
+            put_k(k_rows, slot * COLUMNS, fetched_k, thread)
         if thread == 0:
             tainted[0] = 0
         cuda.syncthreads()  # rows are known
@@ -175,18 +175,13 @@ def build_fwd_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
         while n0 < last:
             wait_copies()
             cuda.syncthreads()  # this tile is there, the one before is consumed
-            other = 1 - stage
+            other = (stage + 1) & 1
             if n0 + COLUMNS < last:
                 slot = other * COLUMNS
                 gather_k(tile, k_base + other * k_size, k, k_origin, k_step, k_rows, slot, thread)
                 gather_v(tile, v_base + other * v_size, v, v_origin, v_step, k_rows, slot, thread)
             commit_copies()
-            row = int32(-1)
-            if thread < COLUMNS and n0 + 2 * COLUMNS + thread < last:
-                row = k_index[b, g, n0 + 2 * COLUMNS + thread]
-            row_beyond = int32(-1)
-            if threads < COLUMNS and n0 + 2 * COLUMNS + threads + thread < last:
-                row_beyond = k_index[b, g, n0 + 2 * COLUMNS + threads + thread]
+            fetch_k(fetched_k, k_index, b, g, n0 + 2 * COLUMNS, last, thread)
 
             if n0 < warp_last and n0 + COLUMNS > warp_first:
                 # S = q k^T
@@ -236,10 +231,7 @@ def build_fwd_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
                 # O += P v
                 by_columns(acc_o, scores, weights, right, tile, v_place + stage * v_size)
 
-            if thread < COLUMNS:
-                k_rows[stage * COLUMNS + thread] = row
-            if threads < COLUMNS:
-                k_rows[stage * COLUMNS + threads + thread] = row_beyond
+            put_k(k_rows, stage * COLUMNS, fetched_k, thread)
             stage = other
             n0 = int32(n0 + COLUMNS)
 
@@ -247,7 +239,7 @@ def build_fwd_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
         check = float32(0)
         for e in range(out_count):
             check += acc_o[e] * float32(0)
-        if not check == float32(0):
+        if check != float32(0):
             tainted[0] = 1
         for i in range(row_count):
             total = quad_sum(row_sum[i])

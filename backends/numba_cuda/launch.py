@@ -10,7 +10,6 @@ import logging
 from functools import cache
 from typing import Any
 
-from scfa_core.arrays import CallContext
 from scfa_core.backends.numba_cuda.bwd_dkdv import build_bwd_dkdv
 from scfa_core.backends.numba_cuda.bwd_dq import build_bwd_dq
 from scfa_core.backends.numba_cuda.compiling import SIMULATED, Kernel
@@ -25,6 +24,8 @@ from scfa_core.backends.numba_cuda.views import (
     stream_of,
     view,
 )
+
+from scfa_core.arrays import CallContext
 from scfa_core.plan import PlanArrays
 from scfa_core.problem import Problem
 

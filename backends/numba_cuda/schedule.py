@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from numba import int32
-
 from scfa_core.backends.numba_cuda.compiling import device
 
 
@@ -74,11 +73,10 @@ def query_span(key_start, key_end, b, h, n0, n1, seqlen_q, monotone):
 @device
 def next_query_tile(key_start, key_end, b, h, m0, last, n0, n1, monotone):
     """First tile of 64 sorted queries from m0 on, in steps of 64, that sees a key of [n0, n1)."""
-    if monotone:
-        return m0
-    while m0 < last:
-        low, high = key_span(key_start, key_end, b, h, m0, min(m0 + 64, last), monotone)
-        if low < n1 and high > n0:
-            return m0
-        m0 += 64
-    return last
+    if not monotone:
+        while m0 < last:
+            low, high = key_span(key_start, key_end, b, h, m0, min(m0 + 64, last), monotone)
+            if low < n1 and high > n0:
+                break
+            m0 += 64
+    return int32(m0)

@@ -1,0 +1,64 @@
+"""Compile one signature of a kernel through a disk cache whose names are the same in every process.
+
+numba-cuda's own cache names an entry by the pickled closure of the kernel. Ours hold intrinsics,
+which pickle differently in every process, so it would never find anything again. Here the name is
+the variant's constants and a hash of all sources of this package: after an edit of any of them
+kernels are compiled anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+from collections.abc import Callable
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import numba_cuda
+from numba import cuda
+from numba.cuda.dispatcher import CUDACache
+
+logger = logging.getLogger("scfa_core")
+
+
+@cache
+def source_fingerprint() -> str:
+    """Hash of every source file of this package."""
+    digest = hashlib.sha256()
+    for source in sorted(files(__package__).iterdir(), key=lambda file: file.name):
+        if source.name.endswith(".py"):
+            digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    return digest.hexdigest()
+
+
+class _NamedCache(CUDACache):  # type: ignore[misc]
+    """A cache whose entries are named by us."""
+
+    def __init__(self, function: Callable[..., Any], name: tuple[Any, ...]) -> None:
+        self._entry_name = name
+        super().__init__(function)
+
+    def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
+        """Name of an entry: types, target and compiler versions, and what we call it."""
+        return (sig, codegen.magic_tuple(), numba_cuda.__version__, self._entry_name)
+
+
+def compile_kernel(
+    function: Callable[..., Any],
+    signature: Any,
+    variant: tuple[Any, ...],
+    bounds: tuple[int, int] | None,
+) -> Any:
+    """Compile `function` for the current device, or load it; returns numba's dispatcher."""
+    options: dict[str, Any] = {"lto": False}
+    if bounds and "launch_bounds" in inspect.signature(cuda.jit).parameters:
+        options["launch_bounds"] = bounds
+    dispatcher = cuda.jit(function, **options)
+    dispatcher._cache = _NamedCache(function, (repr(variant), bounds, source_fingerprint()))
+    logger.debug("numba-cuda: compiling or loading %s%s", function.__name__, variant)
+    dispatcher.compile(tuple(signature.args))
+    dispatcher._specialized = True  # one signature: launches need not look at types
+    dispatcher.disable_compile()
+    return dispatcher
