@@ -25,6 +25,7 @@ _ALIGNMENT = 16  # bytes one cp.async moves
 _SHARED_SLACK = 1024  # room to align the base to the swizzle period
 _MULTIPROCESSORS = 16  # cudaDevAttrMultiProcessorCount
 _INT_MAX = 2**31 - 1
+_MAX_GROUP = 16  # query heads of one kv head in the dk/dv kernel
 
 
 class Shape(NamedTuple):
@@ -37,8 +38,8 @@ class Shape(NamedTuple):
 
 
 _FORWARD = {64: Shape(3, 128, 4, 2), 128: Shape(2, 128, 2, 2)}
-_DQ = {64: Shape(2, 128, 3, 2), 128: Shape(2, 64, 3, 1)}
-_DKDV = {64: Shape(2, 64, 4, 1), 128: Shape(2, 64, 3, 1)}
+_DQ = {64: Shape(2, 64, 6, 2), 128: Shape(2, 64, 3, 1)}
+_DKDV = {64: Shape(2, 64, 11, 1), 128: Shape(2, 64, 3, 1)}
 
 
 def _forward_shared(head_dim: int, shape: Shape) -> int:
@@ -47,7 +48,7 @@ def _forward_shared(head_dim: int, shape: Shape) -> int:
     tiles = 2 * head_dim * (shape.query_buffers * rows + 2 * shape.stages * shape.block_n)
     data = shape.query_buffers * (12 * rows + 16)
     barriers = 8 * (2 * shape.query_buffers + 4 * shape.stages)
-    return tiles + data + 32 + barriers + _SHARED_SLACK
+    return tiles + data + 64 + barriers + _SHARED_SLACK
 
 
 def _dq_shared(head_dim: int, shape: Shape) -> int:
@@ -56,15 +57,15 @@ def _dq_shared(head_dim: int, shape: Shape) -> int:
     tiles = 2 * head_dim * (3 * shape.query_buffers * rows + 2 * shape.stages * shape.block_n)
     data = shape.query_buffers * (20 * rows + 16)
     barriers = 8 * (2 * shape.query_buffers + 2 * shape.stages)
-    return tiles + data + 32 + barriers + _SHARED_SLACK
+    return tiles + data + 64 + barriers + _SHARED_SLACK
 
 
 def _dkdv_shared(head_dim: int, shape: Shape) -> int:
     """Bytes of dynamic shared memory of bwd_dkdv_sm90.cu."""
     tiles = 4 * head_dim * (64 * shape.warpgroups + shape.stages * shape.block_n)
-    data = shape.stages * (16 * shape.block_n + 16)
+    data = 16 * shape.stages * shape.block_n + 16 * _MAX_GROUP * shape.warpgroups
     barriers = 8 * (2 + 2 * shape.stages)
-    return tiles + data + 32 + barriers + _SHARED_SLACK
+    return tiles + data + 16 + barriers + _SHARED_SLACK
 
 
 def _unserved(problem: Problem, *arrays: DeviceArray) -> str | None:
@@ -113,6 +114,9 @@ def supports_backward(
     plan: PlanArrays,
 ) -> bool:
     """Tell whether `run_backward` serves this call."""
+    if not plan.monotone or problem.group_size > _MAX_GROUP:
+        _LOG.debug("backward: portable kernels (ranges in any order, or a large head group)")
+        return False
     return _serves("backward", problem, dout, q, k, v, out)
 
 
@@ -240,12 +244,12 @@ def run_backward(
 
     Notes
     -----
-    Workspace: 8 bytes a query row (lse in base 2 and delta, in sorted order).
+    Workspace: 8 bytes a query row (lse in base 2 and delta, in sorted order). Ranges must be monotone.
     """
     head_dim, device, stream = problem.head_dim, q.device, ctx.stream
     rows = problem.batch * problem.heads * problem.seqlen_q
-    stats = ctx.empty((2 * rows,), "float32")
-    row_stats = (stats.pointer, stats.pointer + 4 * rows)
+    stats = ctx.empty((2 * rows + 1,), "float32")  # the first element is that of absent rows
+    row_stats = (stats.pointer + 4, stats.pointer + 4 + 4 * rows)
     counters = ctx.empty((2,), "int32")
     _zero(counters.pointer, 8, stream)
     arrays = (q, k, v, out, dout, dq, dk, dv)

@@ -2,6 +2,7 @@
 //
 // computes:      with p[i][j], delta[i] as in bwd_dq_sm90.cu: dv[j] = sum_i p[i][j] dout[i],
 //                dk[j] = scale * sum_i p[i][j] * (dout[i] . v[j] - delta[i]) q[i], over the queries i whose range holds j, all heads of the group.
+//                Ranges must be nondecreasing along the sorted queries (plan.monotone): then the queries of a key tile are one range too.
 // grid/block:    one persistent block per SM; a tile is kBlockN sorted keys of one kv head. Warpgroup 0 gathers rows (cp.async),
 //                each of the others owns 64 keys and walks kBlockM queries at a time, in order: bitwise deterministic.
 // shared memory: 4 * kHeadDim * (kBlockN + kStages * kBlockM) bytes, row data, barriers (kSharedBytes).
@@ -21,17 +22,14 @@ constexpr int kHeadDim = SCFA_HEAD_DIM;
 constexpr int kWarpgroups = SCFA_WARPGROUPS;
 constexpr int kStages = SCFA_STAGES;  // buffers of one q and one dout block each
 constexpr int kBlockN = 64 * kWarpgroups;  // keys of a tile
-constexpr int kBlockM = SCFA_BLOCK_N;       // queries of a step
+constexpr int kBlockM = SCFA_BLOCK_N;      // queries of a step
 constexpr int kPanels = kHeadDim / kPanelColumns;
 constexpr int kThreads = 128 * (kWarpgroups + 1);
 constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 40;
 constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 232;
-#ifndef SCFA_OVERLAP
-#define SCFA_OVERLAP (SCFA_HEAD_DIM == 64 && SCFA_BLOCK_N == 64 && SCFA_WARPGROUPS == 2)
-#endif
 // Two uses of registers that are free only at head_dim 64, 64 queries a step and two warpgroups: keys and values as A operands, and
 // scores of the next queries running behind the products of these.
-constexpr bool kOverlap = SCFA_OVERLAP;
+constexpr bool kOverlap = kHeadDim == 64 && kBlockM == 64 && kWarpgroups == 2;
 constexpr bool kKeysInRegisters = kOverlap;
 static_assert(kHeadDim == 64 || kHeadDim == 128, "one or two panels of columns");
 static_assert(kStages >= 2, "scores of the next block start before this one is done");
@@ -40,15 +38,17 @@ constexpr int kKeyBytes = kBlockN * kHeadDim * 2;
 constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
 constexpr int kQueryBase = 2 * kKeyBytes;
 constexpr int kDataBase = kQueryBase + 2 * kStages * kQueryBytes;
-constexpr int kDataBytes = 16 * kBlockM + 16;  // lse, delta, key_start, key_end of the block's queries, then the end-of-tile flag
-constexpr int kScratchBase = kDataBase + kStages * kDataBytes;
-constexpr int kTileBase = kScratchBase + 16;
+constexpr int kDataBytes = 16 * kBlockM;  // lse, delta, key_start, key_end of the block's queries
+constexpr int kMaxGroup = 16;             // query heads of one kv head; launch_sm90.py sends larger groups elsewhere
+constexpr int kBounds = 2 * kWarpgroups;  // first and end query of each warpgroup's keys
+constexpr int kBoundsBase = kDataBase + kStages * kDataBytes;  // of two tiles
+constexpr int kTileBase = kBoundsBase + 2 * 4 * kMaxGroup * kBounds;
 constexpr int kBarrierBase = kTileBase + 16;
 constexpr int kSharedBytes = kBarrierBase + 8 * (2 + 2 * kStages) + 1024;  // 1024: room to align the base
 static_assert(kSharedBytes <= 232448, "more shared memory than a block can have");
 
 constexpr int kSeesNothing = 0x7FFFFFFF;  // a range start beyond every key
-constexpr int kProducerBarrier = 1;  // named barrier of the gathering warpgroup
+constexpr int kProducerBarrier = 1;       // named barrier of the gathering warpgroup
 
 struct Shared {
     unsigned base;
@@ -60,7 +60,9 @@ struct Shared {
     __device__ __forceinline__ unsigned delta(unsigned i) const { return lse(i) + 4 * kBlockM; }
     __device__ __forceinline__ unsigned starts(unsigned i) const { return lse(i) + 8 * kBlockM; }
     __device__ __forceinline__ unsigned ends(unsigned i) const { return lse(i) + 12 * kBlockM; }
-    __device__ __forceinline__ unsigned last(unsigned i) const { return lse(i) + 16 * kBlockM; }
+    __device__ __forceinline__ unsigned bound(unsigned parity, int member, int i) const {
+        return base + kBoundsBase + 4 * ((parity * kMaxGroup + member) * kBounds + i);
+    }
     __device__ __forceinline__ unsigned tile() const { return base + kTileBase; }
     __device__ __forceinline__ unsigned key_full() const { return base + kBarrierBase; }
     __device__ __forceinline__ unsigned key_empty() const { return base + kBarrierBase + 8; }
@@ -75,17 +77,17 @@ __device__ __forceinline__ int first_greater(const int* values, int count, int b
         const int step = (high - low + 31) / 32;
         const int probe = low + step * (lane + 1) - 1;
         const bool greater = probe >= high || values[probe] > bound;
-        const int hit = __ffs(__ballot_sync(0xFFFFFFFFu, greater));  // 1-based; 0: none of the 32
-        if (hit == 0) return high;
-        high = min(high, low + step * hit - 1);
-        low = low + step * (hit - 1);
+        // Lanes that are not greater come first; the next lane's probe bounds the answer from above.
+        const int before = uniform(__popc(__ballot_sync(0xFFFFFFFFu, !greater)));
+        high = min(high, low + step * (before + 1) - 1);
+        low = low + step * before;
     }
-    return low;
+    return high;
 }
 
 // Warpgroup 0: for each tile gather keys and values, then every block of queries that may see one of them.
 __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
-    const int thread = threadIdx.x, lane = thread % 32;
+    const int thread = threadIdx.x, warp = uniform(thread / 32), lane = thread % 32;
     const int lane_bytes = (thread % kLanesPerRow) * 16;
     Ring<1> key;
     Ring<kStages> query;
@@ -113,25 +115,26 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
         gather_rows<kBlockN, kPanels>(
             shared.value(), p.v.of_head(b, h_kv) + lane_bytes, p.v.row, rows, thread);
         barrier_arrive_after_copies(shared.key_full());
-        if (thread == 0) barrier_arrive(shared.key_full());  // releases the tile number
+
+        // The queries that see one of a warpgroup's keys lie between the first that ends beyond the first of these keys and the
+        // first that starts beyond the last. Each warp searches for one bound at a time.
+        for (int member = 0; member < p.group_size; ++member) {
+            const long long list = static_cast<long long>(b * p.heads + h_kv * p.group_size + member) * p.seqlen_q;
+            for (int i = warp; i < kBounds; i += kGatherThreads / 32) {
+                const int key_of_bound = key0 + 64 * (i / 2) + 63 * (i & 1);
+                const int found = first_greater((i & 1 ? p.key_start : p.key_end) + list, p.seqlen_q, key_of_bound, lane);
+                if (lane == 0) shared_store(shared.bound(key.parity, member, i), found);
+            }
+        }
+        named_barrier_sync(kProducerBarrier, kGatherThreads);  // the bounds are written
+        if (thread == 0) barrier_arrive(shared.key_full());    // releases tile number and bounds
 
         for (int member = 0; member < p.group_size; ++member) {
             const int h = h_kv * p.group_size + member;
             const long long list = static_cast<long long>(b * p.heads + h) * p.seqlen_q;
             const int *starts = p.key_start + list, *ends = p.key_end + list, *indices = p.q_index + list;
-            int first_query = 0, end_query = p.seqlen_q;
-            if (p.monotone) {
-                // Queries that see a key of the tile lie between the first that ends beyond key0 and the last that starts before key1.
-                if (thread < 64) {
-                    const int found = thread < 32 ? first_greater(ends, p.seqlen_q, key0, lane)
-                                                  : first_greater(starts, p.seqlen_q, key1 - 1, lane);
-                    if (lane == 0) shared_store(shared.base + kScratchBase + 4 * (thread / 32), found);
-                }
-                named_barrier_sync(kProducerBarrier, kGatherThreads);  // both bounds are written
-                first_query = uniform(shared_load(shared.base + kScratchBase));
-                end_query = uniform(shared_load(shared.base + kScratchBase + 4));
-                named_barrier_sync(kProducerBarrier, kGatherThreads);  // and read, before the next search
-            }
+            const int first_query = uniform(shared_load(shared.bound(key.parity, member, 0)));
+            const int end_query = uniform(shared_load(shared.bound(key.parity, member, kBounds - 1)));
             const char* q = p.q.of_head(b, h) + lane_bytes;
             const char* dout = p.dout.of_head(b, h) + lane_bytes;
             // Range and original row of the query this thread owns in a block, loaded one block ahead and looked at only then.
@@ -149,31 +152,24 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
                 upcoming = load_query(first + kBlockM);
                 const bool sees = own.start < own.end && own.end > key0 && own.start < key1;
                 const int current[1] = {sees ? own.row : -1};  // a query that sees no key of the tile becomes zeros
-                if (!p.monotone && !named_barrier_any(kProducerBarrier, kGatherThreads, sees)) continue;
                 barrier_wait(shared.query_empty(query.slot), query.parity ^ 1);
                 gather_rows<kBlockM, kPanels>(shared.query(query.slot), q, p.q.row, current, thread);
                 gather_rows<kBlockM, kPanels>(shared.dout(query.slot), dout, p.dout.row, current, thread);
-                // Rows past the end repeat the last row's data; their q and dout are zeros.
+                // Rows past the end repeat the last row's range, with lse +inf (before row_lse's first element): their weights are 0.
                 const int column = thread % kBlockM, sorted = min(first + column, p.seqlen_q - 1);
                 if (thread < kBlockM) {
-                    copy_word(shared.lse(query.slot) + 4 * column, p.row_lse + list + sorted, true);
+                    const float* lse = first + column < p.seqlen_q ? p.row_lse + list + sorted : p.row_lse - 1;
+                    copy_word(shared.lse(query.slot) + 4 * column, lse, true);
                     copy_word(shared.delta(query.slot) + 4 * column, p.row_delta + list + sorted, true);
                 }
                 if (thread >= kGatherThreads - kBlockM) {
                     copy_word(shared.starts(query.slot) + 4 * column, starts + sorted, true);
                     copy_word(shared.ends(query.slot) + 4 * column, ends + sorted, true);
                 }
-                if (thread == 0) shared_store(shared.last(query.slot), 0);
                 barrier_arrive_after_copies(shared.query_full(query.slot));
-                if (thread == 0) barrier_arrive(shared.query_full(query.slot));  // releases the flag
                 query.advance();
             }
         }
-        barrier_wait(shared.query_empty(query.slot), query.parity ^ 1);
-        if (thread == 0) shared_store(shared.last(query.slot), 1);
-        barrier_arrive_after_copies(shared.query_full(query.slot));
-        if (thread == 0) barrier_arrive(shared.query_full(query.slot));  // releases the flag
-        query.advance();
         key.advance();
     }
     barrier_arrive_after_copies(shared.key_full());  // no more tiles: let the others read the tile number and leave
@@ -182,7 +178,7 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
 
 // Warpgroups 1..: dk and dv of 64 keys of each tile.
 __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, int group) {
-    const int thread = threadIdx.x % 128, warp = __shfl_sync(0xFFFFFFFFu, thread / 32, 0), lane = thread % 32;
+    const int thread = threadIdx.x % 128, warp = uniform(thread / 32), lane = thread % 32;
     const int q = lane % 4;
     Ring<1> key;
     Ring<kStages> query;
@@ -195,6 +191,15 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
         const int own = key0 + 16 * warp + lane / 4;  // this thread's keys: own and own + 8
         const unsigned key_tile = shared.key() + group * 64 * kRowBytes;
         const unsigned value_tile = shared.value() + group * 64 * kRowBytes;
+
+        // Where this thread's rows go: loaded early where registers allow, so that nothing waits for it.
+        const int* k_index = p.k_index + static_cast<long long>(z) * p.seqlen_k;
+        int index[2];
+        const auto load_index = [&]() {
+            index[0] = own < p.seqlen_k ? k_index[own] : -1;
+            index[1] = own + 8 < p.seqlen_k ? k_index[own + 8] : -1;
+        };
+        if constexpr (kOverlap) load_index();
 
         float scores[kBlockM / 2], slopes[kBlockM / 2], grad_k[kHeadDim / 2], grad_v[kHeadDim / 2];
         unsigned weights[kBlockM / 4], changes[kBlockM / 4];
@@ -211,32 +216,10 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
             async_proxy_fence();
         }
 
-        RowExtremes range;  // of the current block of queries
-        // Wait for the block in the current slot; does one of its queries see one of this warpgroup's keys?
-        bool last = false;
-        const auto look = [&]() {
+        const auto skip_block = [&]() {
             barrier_wait(shared.query_full(query.slot), query.parity);
-            last = uniform(shared_load(shared.last(query.slot))) != 0;
-            if (last) return false;
-            const unsigned starts = shared.starts(query.slot), ends = shared.ends(query.slot);
-            if (p.monotone) {
-                constexpr int kLast = 4 * (kBlockM - 1);
-                range = {uniform(shared_load(starts)), uniform(shared_load(ends + kLast)),
-                         uniform(shared_load(starts + kLast)), uniform(shared_load(ends))};
-            } else {
-                range = row_extremes<kBlockM>(starts, ends, lane);
-            }
-            return range.outer_end > key0 && range.outer_start < key0 + 64;
-        };
-        // Pass over blocks that do not concern this warpgroup; false at the end of the tile. No slot may be held meanwhile:
-        // the gathering warpgroup might need just that one.
-        const auto find_block = [&]() {
-            while (!look()) {
-                barrier_release(shared.query_empty(query.slot), lane);
-                query.advance();
-                if (last) return false;
-            }
-            return true;
+            barrier_release(shared.query_empty(query.slot), lane);
+            query.advance();
         };
         // Issue S^T = K Q^T and dP^T = V dO^T of a slot, as two groups.
         const auto issue_scores = [&](unsigned slot) {
@@ -253,7 +236,10 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
         };
 
         // P^T and dS^T of the slot whose scores were issued last, as A operands; waits for the scores itself.
-        const auto weigh = [&](unsigned slot, const RowExtremes& seen_by) {
+        const auto weigh = [&](unsigned slot) {
+            // Ranges are nondecreasing: the first query ends first, the last one starts last.
+            const int first_end = uniform(shared_load(shared.ends(slot)));
+            const int last_start = uniform(shared_load(shared.starts(slot) + 4 * (kBlockM - 1)));
             // P^T = exp2(S^T * scale - lse): lse and delta belong to columns here.
             int2 column[kBlockM / 8];
 #pragma unroll
@@ -279,7 +265,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
                 slopes[i] = scores[i] * (slopes[i] - __int_as_float(delta));
             }
             // Zero by selection, not by product: an unseen row may hold anything.
-            if (seen_by.inner_end < key0 + 64) {
+            if (first_end < key0 + 64) {
 #pragma unroll
                 for (int i = 0; i < kBlockM / 2; ++i) {
                     if (i % 4 == 0) column[i / 4] = shared_load_pair(shared.ends(slot) + 8 * i + 8 * q);
@@ -288,7 +274,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
                     slopes[i] = seen ? slopes[i] : 0.0f;
                 }
             }
-            if (seen_by.inner_start > key0) {
+            if (last_start > key0) {
 #pragma unroll
                 for (int i = 0; i < kBlockM / 2; ++i) {
                     if (i % 4 == 0) column[i / 4] = shared_load_pair(shared.starts(slot) + 8 * i + 8 * q);
@@ -313,20 +299,38 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
             pin(changes);
         };
 
-        bool more = find_block();
-        if constexpr (kOverlap) {
-            if (more) {
-                async_proxy_fence();
-                wgmma_fence();
-                issue_scores(query.slot);
-                while (true) {
-                    const unsigned slot = query.slot;
-                    const RowExtremes seen_by = range;
-                    query.advance();
-                    const bool next_too = look();  // while the scores are being computed
-                    weigh(slot, seen_by);
-                    if (next_too) {
+        for (int member = 0; member < p.group_size; ++member) {
+            const auto bound = [&](int i) { return uniform(shared_load(shared.bound(key.parity, member, i))); };
+            const int first = bound(0), last = bound(kBounds - 1), own_first = bound(2 * group), own_last = bound(2 * group + 1);
+            // Blocks [low, high) of `blocks` hold queries that see a key of this warpgroup.
+            const int blocks = first < last ? (last - first + kBlockM - 1) / kBlockM : 0;
+            const bool any = own_first < own_last;
+            const int low = any ? (own_first - first) / kBlockM : 0;
+            const int high = any ? (own_last - first + kBlockM - 1) / kBlockM : 0;
+
+            for (int block = 0; block < low; ++block) skip_block();
+            if constexpr (kOverlap) {
+                if (low < high) {
+                    barrier_wait(shared.query_full(query.slot), query.parity);
+                    async_proxy_fence();
+                    wgmma_fence();
+                    issue_scores(query.slot);
+                    int block = low;
+                    while (true) {
+                        const unsigned slot = query.slot;
+                        weigh(slot);
+                        query.advance();
+                        if (++block == high) {
+                            pin_operands();
+                            wgmma_fence();
+                            accumulate(slot);
+                            wgmma_wait<0>();
+                            pin_operands();
+                            barrier_release(shared.query_empty(slot), lane);
+                            break;
+                        }
                         // The next scores run behind these products.
+                        barrier_wait(shared.query_full(query.slot), query.parity);
                         async_proxy_fence();
                         pin_operands();
                         pin(scores);
@@ -337,44 +341,32 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
                         wgmma_wait<2>();
                         pin_operands();
                         barrier_release(shared.query_empty(slot), lane);
-                        continue;
                     }
-                    pin_operands();
-                    wgmma_fence();
-                    accumulate(slot);
-                    wgmma_wait<0>();
-                    pin_operands();
-                    barrier_release(shared.query_empty(slot), lane);
-                    if (!find_block()) break;
+                }
+            } else {
+                for (int block = low; block < high; ++block) {
+                    barrier_wait(shared.query_full(query.slot), query.parity);
                     async_proxy_fence();
                     pin(scores);
                     pin(slopes);
                     wgmma_fence();
                     issue_scores(query.slot);
+                    weigh(query.slot);
+                    pin_operands();
+                    wgmma_fence();
+                    accumulate(query.slot);
+                    wgmma_wait<0>();
+                    pin_operands();
+                    barrier_release(shared.query_empty(query.slot), lane);
+                    query.advance();
                 }
             }
-        } else {
-            for (; more; more = find_block()) {
-                async_proxy_fence();
-                pin(scores);
-                pin(slopes);
-                wgmma_fence();
-                issue_scores(query.slot);
-                weigh(query.slot, range);
-                pin_operands();
-                wgmma_fence();
-                accumulate(query.slot);
-                wgmma_wait<0>();
-                pin_operands();
-                barrier_release(shared.query_empty(query.slot), lane);
-                query.advance();
-            }
+            for (int block = high; block < blocks; ++block) skip_block();
         }
         if constexpr (!kKeysInRegisters) barrier_release(shared.key_empty(), lane);
         key.advance();
 
-        const int* k_index = p.k_index + static_cast<long long>(z) * p.seqlen_k;
-        const int index[2] = {own < p.seqlen_k ? k_index[own] : -1, own + 8 < p.seqlen_k ? k_index[own + 8] : -1};
+        if constexpr (!kOverlap) load_index();
         const int b = p.by_heads.quotient(z), h_kv = z - b * p.heads_kv;
         const float scale_k[2] = {p.scale, p.scale}, scale_v[2] = {1.0f, 1.0f};
         scatter_rows(grad_k, scale_k, p.dk.of_head(b, h_kv), p.dk.row, index, lane);
@@ -389,13 +381,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scfa_bwd_dkdv_sm90(con
         barrier_init(shared.key_full(), kGatherThreads + 1);
         barrier_init(shared.key_empty(), 4 * kWarpgroups);
         for (int i = 0; i < kStages; ++i) {
-            barrier_init(shared.query_full(i), kGatherThreads + 1);
+            barrier_init(shared.query_full(i), kGatherThreads);
             barrier_init(shared.query_empty(i), 4 * kWarpgroups);
         }
         barrier_init_done();
     }
     __syncthreads();  // barriers are initialised
-    const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);
+    const int warpgroup = uniform(threadIdx.x / 128);
     if (warpgroup == 0) {
         give_registers<kProducerRegisters>();
         gather_tiles(p, shared);

@@ -12,8 +12,6 @@
     !defined(SCFA_QUERY_BUFFERS)
 #error "SCFA_HEAD_DIM, SCFA_BLOCK_N, SCFA_WARPGROUPS, SCFA_STAGES, SCFA_QUERY_BUFFERS: set by launch_sm90.py"
 #endif
-#define SCFA_LAZY 1
-#define SCFA_POLY 0
 #include "mbarrier.cuh"
 #include "wgmma.cuh"
 #include "params_sm90.cuh"
@@ -41,7 +39,7 @@ constexpr int kKeyBase = 3 * kQueryBuffers * kQueryBytes;  // q, dout and out co
 constexpr int kDataBase = kKeyBase + 2 * kStages * kKeyBytes;
 constexpr int kStatsBase = kDataBase + kQueryBuffers * TileData<kBlockM>::kBytes;  // lse in base 2, then delta, of each row
 constexpr int kScratchBase = kStatsBase + kQueryBuffers * 8 * kBlockM;
-constexpr int kBarrierBase = kScratchBase + 32;
+constexpr int kBarrierBase = kScratchBase + 64;
 constexpr int kSharedBytes = kBarrierBase + 8 * (2 * kQueryBuffers + 2 * kStages) + 1024;  // 1024: room to align the base
 static_assert(kSharedBytes <= 232448, "more shared memory than a block can have");
 
@@ -65,7 +63,7 @@ struct Shared {
 
 // Warpgroup 0: for each tile gather q, dout, out and lse, then key and value blocks from the last to the first.
 __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
-    const int thread = threadIdx.x;
+    const int thread = threadIdx.x, warp = uniform(thread / 32);
     const int lane_bytes = (thread % kLanesPerRow) * 16;
     Ring<kQueryBuffers> query;
     Ring<kStages> key;
@@ -84,7 +82,8 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
         const int* k_index = p.k_index + static_cast<long long>(at.b * p.heads_kv + at.h_kv) * p.seqlen_k;
         const auto key_row = [&](int block) {
             const int sorted = keys.first + block * kBlockN + min(gather_owned_row(thread, 0), kBlockN - 1);
-            const bool seen = sorted < keys.end && (!keys.gaps || seen_by_tile(data, sorted, p.monotone));
+            const bool doubtful = sorted >= keys.gap_first && sorted < keys.gap_end;
+            const bool seen = sorted < keys.end && (!doubtful || seen_by_tile(data, sorted, p.monotone));
             return seen ? k_index[sorted] : -1;
         };
         int upcoming = blocks > 0 ? key_row(blocks - 1) : -1;
@@ -121,7 +120,7 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
             gather_rows<kBlockN, kPanels>(shared.value(key.slot), v, p.v.row, current, thread);
             barrier_arrive_after_copies(shared.key_full(key.slot));
             key.advance();
-            if (block == blocks - 1 && thread < 32) prefetch_tile_rows<kBlockM>(p, next, thread);
+            if (block == blocks - 1 && warp == 0) prefetch_tile_rows<kBlockM>(p, next, thread);
         }
         query.advance();
     }
@@ -157,7 +156,7 @@ __device__ __forceinline__ float row_product(unsigned dout, unsigned out, int ro
 
 // Warpgroups 1..: statistics, then score gradients and dq of 64 query rows of each tile.
 __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, int group) {
-    const int thread = threadIdx.x % 128, warp = __shfl_sync(0xFFFFFFFFu, thread / 32, 0), lane = thread % 32;
+    const int thread = threadIdx.x % 128, warp = uniform(thread / 32), lane = thread % 32;
     const int row = 64 * group + 16 * warp + lane / 4;  // this thread's rows of the tile: row and row + 8
     Ring<kQueryBuffers> query;
     Ring<kStages> key;
@@ -288,6 +287,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scfa_bwd_dq_sm90(const
     extern __shared__ char dynamic[];
     const Shared shared{(shared_address(dynamic) + 1023) & ~1023u};
     if (threadIdx.x == 0) {
+        if (blockIdx.x == 0) p.row_lse[-1] = SCFA_INFINITY;  // the lse of queries that are not there
         for (int i = 0; i < kQueryBuffers; ++i) {
             barrier_init(shared.query_full(i), 2 * kGatherThreads);
             barrier_init(shared.query_empty(i), 4 * kWarpgroups);
@@ -299,7 +299,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scfa_bwd_dq_sm90(const
         barrier_init_done();
     }
     __syncthreads();  // barriers are initialised
-    const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);
+    const int warpgroup = uniform(threadIdx.x / 128);
     if (warpgroup == 0) {
         give_registers<kProducerRegisters>();
         gather_tiles(p, shared);

@@ -8,17 +8,9 @@
 // inputs/outputs: Params (params_sm90.cuh): q, k, v, out (batch, heads, rows, head_dim) in 16 bits, rows 16-byte aligned; lse float32.
 // version and source: warp specialisation, two-group overlap and register split after FlashAttention-3 (Shah et al. 2024, section 3;
 //                hopper/mainloop_fwd_sm90_tma_gmma_ws.hpp, paged loads); new here: gather of both operands by sorted index, ranges, skipping per warpgroup.
-#if !defined(SCFA_HEAD_DIM) || !defined(SCFA_BLOCK_N) || !defined(SCFA_WARPGROUPS) || !defined(SCFA_STAGES)
-#error "SCFA_HEAD_DIM, SCFA_BLOCK_N, SCFA_WARPGROUPS, SCFA_STAGES: set by launch_sm90.py"
-#endif
-#ifndef SCFA_TURNS
-#define SCFA_TURNS 1
-#endif
-#ifndef SCFA_LAZY
-#define SCFA_LAZY 1
-#endif
-#ifndef SCFA_POLY
-#define SCFA_POLY 0
+#if !defined(SCFA_HEAD_DIM) || !defined(SCFA_BLOCK_N) || !defined(SCFA_WARPGROUPS) || !defined(SCFA_STAGES) || \
+    !defined(SCFA_QUERY_BUFFERS)
+#error "SCFA_HEAD_DIM, SCFA_BLOCK_N, SCFA_WARPGROUPS, SCFA_STAGES, SCFA_QUERY_BUFFERS: set by launch_sm90.py"
 #endif
 #include "mbarrier.cuh"
 #include "wgmma.cuh"
@@ -31,13 +23,12 @@ constexpr int kHeadDim = SCFA_HEAD_DIM;
 constexpr int kBlockN = SCFA_BLOCK_N;
 constexpr int kWarpgroups = SCFA_WARPGROUPS;  // multiplying ones
 constexpr int kStages = SCFA_STAGES;          // key/value buffers
-constexpr int kQueryBuffers = 2;
+constexpr int kQueryBuffers = SCFA_QUERY_BUFFERS;
 constexpr int kBlockM = 64 * kWarpgroups;
 constexpr int kPanels = kHeadDim / kPanelColumns;
 constexpr int kThreads = 128 * (kWarpgroups + 1);
 constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 40;
 constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 232;
-constexpr bool kTakeTurns = SCFA_TURNS;
 constexpr int kTurnBarrier = 2;  // named barriers kTurnBarrier + warpgroup
 static_assert(kHeadDim == 64 || kHeadDim == 128, "one or two panels of columns");
 static_assert(kBlockN == 64 || kBlockN == 128, "scores of one wgmma");
@@ -50,7 +41,7 @@ constexpr int kKeyBase = kQueryBase + kQueryBuffers * kQueryBytes;
 constexpr int kValueBase = kKeyBase + kStages * kKeyBytes;
 constexpr int kDataBase = kValueBase + kStages * kKeyBytes;
 constexpr int kScratchBase = kDataBase + kQueryBuffers * TileData<kBlockM>::kBytes;
-constexpr int kBarrierBase = kScratchBase + 32;
+constexpr int kBarrierBase = kScratchBase + 64;
 constexpr int kSharedBytes = kBarrierBase + 8 * (2 * kQueryBuffers + 4 * kStages) + 1024;  // 1024: room to align the base
 static_assert(kSharedBytes <= 232448, "more shared memory than a block can have");
 
@@ -73,7 +64,7 @@ struct Shared {
 
 // Warpgroup 0: for each tile gather the queries, then key and value blocks from the last to the first, values one block behind.
 __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
-    const int thread = threadIdx.x;
+    const int thread = threadIdx.x, warp = uniform(thread / 32);
     const int lane_bytes = (thread % kLanesPerRow) * 16;
     Ring<kQueryBuffers> query;
     Ring<kStages> key, value;
@@ -96,7 +87,8 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
         const int* k_index = p.k_index + static_cast<long long>(at.b * p.heads_kv + at.h_kv) * p.seqlen_k;
         const auto key_row = [&](int block) {
             const int sorted = keys.first + block * kBlockN + min(gather_owned_row(thread, 0), kBlockN - 1);
-            const bool seen = sorted < keys.end && (!keys.gaps || seen_by_tile(data, sorted, p.monotone));
+            const bool doubtful = sorted >= keys.gap_first && sorted < keys.gap_end;
+            const bool seen = sorted < keys.end && (!doubtful || seen_by_tile(data, sorted, p.monotone));
             return seen ? k_index[sorted] : -1;
         };
         int upcoming = blocks > 0 ? key_row(blocks - 1) : -1;
@@ -122,7 +114,7 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
             barrier_arrive_after_copies(shared.key_full(key.slot));
             key.advance();
             if (block == blocks - 1) {
-                if (thread < 32) prefetch_tile_rows<kBlockM>(p, next, thread);
+                if (warp == 0) prefetch_tile_rows<kBlockM>(p, next, thread);
             } else {
                 barrier_wait(shared.value_empty(value.slot), value.parity ^ 1);
                 gather_rows<kBlockN, kPanels>(shared.value(value.slot), v, p.v.row, previous, thread);
@@ -145,7 +137,7 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
 
 // Warpgroups 1..: scores, softmax and output of 64 query rows of each tile.
 __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, int group) {
-    const int thread = threadIdx.x % 128, warp = __shfl_sync(0xFFFFFFFFu, thread / 32, 0), lane = thread % 32;
+    const int thread = threadIdx.x % 128, warp = uniform(thread / 32), lane = thread % 32;
     const int row = 64 * group + 16 * warp + lane / 4;  // this thread's rows of the tile: row and row + 8
     Ring<kQueryBuffers> query;
     Ring<kStages> key, value;
@@ -160,10 +152,10 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
 
     // The warpgroups issue their products in turn, once per key block, so that one's softmax runs beside another's products.
     const auto take_turn = [&]() {
-        if (kTakeTurns) named_barrier_sync(kTurnBarrier + group, 256);
+        named_barrier_sync(kTurnBarrier + group, 256);
     };
     const auto pass_turn = [&]() {
-        if (kTakeTurns) named_barrier_arrive(kTurnBarrier + (group + 1 == kWarpgroups ? 0 : group + 1), 256);
+        named_barrier_arrive(kTurnBarrier + (group + 1 == kWarpgroups ? 0 : group + 1), 256);
     };
     if (group == kWarpgroups - 1) pass_turn();  // the first turn is warpgroup 0's
 
@@ -190,16 +182,8 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
         const unsigned own_start = data.starts() + 4 * row, own_end = data.ends() + 4 * row;
         float decay[2];
         const auto weigh = [&](int block) {
-            const int key0 = first_key + block * kBlockN;
-            if (SCFA_POLY == 0) {
-                mask_block<kBlockN>(scores, rows, own_start, own_end, key0, lane % 4);
-                return softmax.update<false>(scores, decay, p.scale_log2);
-            }
-            if (key0 < rows.inner_start || key0 + kBlockN > rows.inner_end) {
-                mask_block<kBlockN>(scores, rows, own_start, own_end, key0, lane % 4);
-                return softmax.update<false>(scores, decay, p.scale_log2);
-            }
-            return softmax.update<true>(scores, decay, p.scale_log2);
+            mask_block<kBlockN>(scores, rows, own_start, own_end, first_key + block * kBlockN, lane % 4);
+            softmax.update(scores, decay, p.scale_log2);
         };
 
         for (; block >= high_block; --block) {
@@ -245,14 +229,14 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
                 barrier_release(shared.key_empty(key.slot), lane);
                 key.advance();
 
-                const bool moved = weigh(block);
+                weigh(block);
 
                 wgmma_wait<0>();
                 pin(output);
                 pin(weights);
                 barrier_release(shared.value_empty(value.slot), lane);
                 value.advance();
-                if (moved) scale_rows(output, decay);
+                scale_rows(output, decay);
                 pack_fragment(weights, scores);
             }
 
@@ -311,7 +295,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scfa_fwd_sm90(const __
         barrier_init_done();
     }
     __syncthreads();  // barriers are initialised
-    const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);
+    const int warpgroup = uniform(threadIdx.x / 128);
     if (warpgroup == 0) {
         give_registers<kProducerRegisters>();
         gather_tiles(p, shared);

@@ -103,7 +103,7 @@ __device__ __forceinline__ void take_registers() {
 
 // A value that all lanes hold alike, known to be so by the compiler as well: it then lives in uniform registers, and so does
 // every branch and address made of it.
-__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xFFFFFFFFu, value, 0); }
+__device__ __forceinline__ int uniform(int value) { return __reduce_max_sync(0xFFFFFFFFu, value); }
 
 // Position in a ring of kSlots buffers: the slot in use and the parity of its current round.
 template <int kSlots>

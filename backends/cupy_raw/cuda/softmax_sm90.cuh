@@ -3,7 +3,6 @@
 #pragma once
 
 #define SCFA_INFINITY __int_as_float(0x7F800000)
-constexpr float kHeadroom = 8.0f;  // log2 of the largest weight before a row's reference moves
 constexpr float kLn2 = 0.693147180559945309f;
 constexpr float kLog2E = 1.442695040888963407f;
 
@@ -11,18 +10,6 @@ __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
-}
-
-// 2^x for x >= -126 on the multiply-add pipe: split off the integer, cubic for the rest, add it to the exponent.
-__device__ __forceinline__ float exp2_polynomial(float x) {
-    x = fmaxf(x, -126.0f);
-    const float rounded = x + 12582912.0f;  // 1.5 * 2^23: the integer part in the low bits
-    const float f = x - (rounded - 12582912.0f);
-    float y = 0.05500886f;
-    y = y * f + 0.24221098f;
-    y = y * f + 0.69328294f;
-    y = y * f + 1.0f;
-    return __int_as_float(__float_as_int(y) + (__float_as_int(rounded) << 23));
 }
 
 __device__ __forceinline__ float log2_fast(float x) {
@@ -44,18 +31,17 @@ __device__ __forceinline__ float quad_sum(float x) {
 __device__ constexpr int half_of(int i) { return (i >> 1) & 1; }
 __device__ constexpr int column_of(int i) { return 8 * (i >> 2) + (i & 1); }  // plus 2 q
 
-// Smallest and largest range ends of some rows; rows that see nothing count for `inner` only.
+// Smallest and largest range ends of the 64 rows of a warpgroup; rows that see nothing count for `inner` only.
 struct RowExtremes {
     int outer_start, outer_end;  // some row sees something in here
     int inner_start, inner_end;  // every row sees all of this (empty if start >= end)
 };
 
-template <int kRows = 64>
 __device__ __forceinline__ RowExtremes row_extremes(unsigned starts, unsigned ends, int lane) {
     constexpr int kNone = 0x7FFFFFFF;
     RowExtremes e{kNone, 0, 0, kNone};
 #pragma unroll
-    for (int r = 0; r < kRows; r += 32) {
+    for (int r = 0; r < 64; r += 32) {
         const int start = shared_load(starts + 4 * (lane + r)), end = shared_load(ends + 4 * (lane + r));
         e.outer_start = min(e.outer_start, start < end ? start : kNone);
         e.outer_end = max(e.outer_end, start < end ? end : 0);
@@ -103,44 +89,24 @@ struct OnlineSoftmax {
     float maximum[2] = {-SCFA_INFINITY, -SCFA_INFINITY};
     float sum[2] = {0.0f, 0.0f};  // this thread's columns only, until finalize()
 
-    // Replace scores by exp2((score - reference) * scale_log2), the reference being near the running maximum. True if some row
-    // of the warp moved its reference: earlier results must then be multiplied by `decay`.
-    template <bool kPolynomial, int kCount>
-    __device__ __forceinline__ bool update(float (&scores)[kCount], float (&decay)[2], float scale_log2) {
+    // Replace scores by exp2((score - running maximum) * scale_log2); `decay` is what earlier results shrink by.
+    template <int kCount>
+    __device__ __forceinline__ void update(float (&scores)[kCount], float (&decay)[2], float scale_log2) {
         float top[2] = {maximum[0], maximum[1]};
 #pragma unroll
         for (int i = 0; i < kCount; ++i) top[half_of(i)] = fmaxf(top[half_of(i)], scores[i]);
-        top[0] = quad_max(top[0]);
-        top[1] = quad_max(top[1]);
-#if SCFA_LAZY
-        // Weights up to 2^kHeadroom do no harm in fp32 sums and 16-bit weights: move the reference only when they would exceed it.
-        // (A first finite maximum always moves it: -inf + headroom is -inf.)
-        const bool moved0 = (top[0] - maximum[0]) * scale_log2 > kHeadroom, moved1 = (top[1] - maximum[1]) * scale_log2 > kHeadroom;
-        const bool moved = __any_sync(0xFFFFFFFFu, moved0 || moved1);
-        if (!moved0) top[0] = maximum[0];
-        if (!moved1) top[1] = maximum[1];
-#else
-        const bool moved = true;
-#endif
         float shift[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            // A row that has seen no key yet has reference -inf: shift by 0, so that its weights are exp2(-inf) = 0.
+            top[half] = quad_max(top[half]);
+            // A row that has seen no key yet has maximum -inf: shift by 0, so that its weights are exp2(-inf) = 0.
             shift[half] = top[half] == -SCFA_INFINITY ? 0.0f : top[half] * scale_log2;
-        }
-        if (moved) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                decay[half] = exp2_fast(maximum[half] * scale_log2 - shift[half]);
-                maximum[half] = top[half];
-                sum[half] *= decay[half];
-            }
+            decay[half] = exp2_fast(maximum[half] * scale_log2 - shift[half]);
+            maximum[half] = top[half];
+            sum[half] *= decay[half];
         }
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-            const float x = scores[i] * scale_log2 - shift[half_of(i)];
-            scores[i] = kPolynomial && (i % 64) * SCFA_POLY / 64 != (i % 64 + 1) * SCFA_POLY / 64 ? exp2_polynomial(x) : exp2_fast(x);
-        }
+        for (int i = 0; i < kCount; ++i) scores[i] = exp2_fast(scores[i] * scale_log2 - shift[half_of(i)]);
         // Two accumulation chains a row half keep the additions independent.
         float extra[2] = {0.0f, 0.0f};
 #pragma unroll
@@ -150,7 +116,6 @@ struct OnlineSoftmax {
         }
         sum[0] += extra[0];
         sum[1] += extra[1];
-        return moved;
     }
 
     // What to multiply each row's accumulator by (0 for rows without keys), and its log-sum-exp in nats.

@@ -29,10 +29,10 @@ __device__ __forceinline__ QueryTile locate_query_tile(const Params& p, int tile
     return {z, b, h, p.by_group.quotient(h), ((z + 1) * p.tiles_per_head - 1 - tile) * kRows};
 }
 
-// The keys a query tile visits: [first, end) of the sorted list; `gaps`: some key in there is seen by no row of the tile.
+// The keys a query tile visits, [first, end) of the sorted list, and the part of them, [gap_first, gap_end), outside which no key
+// is unseen by every row of the tile.
 struct KeyUnion {
-    int first, end;
-    bool gaps;
+    int first, end, gap_first, gap_end;
 };
 
 // Load the tile's row data into shared memory and agree on its key range. All threads of the gathering warpgroup call it.
@@ -53,8 +53,7 @@ __device__ __forceinline__ KeyUnion load_tile_rows(
         index[i] = wanted <= last ? indices[row] : -1;
         next[i] = starts[min(wanted + 1, last)];
     }
-    int low = kNone, high = 0;
-    bool gaps = !p.monotone;
+    KeyUnion keys{kNone, 0, p.monotone ? kNone : 0, p.monotone ? 0 : kNone};
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
         const int r = thread + i * kGatherThreads;
@@ -62,26 +61,32 @@ __device__ __forceinline__ KeyUnion load_tile_rows(
             shared_store(data.starts() + 4 * r, start[i]);
             shared_store(data.ends() + 4 * r, end[i]);
             shared_store(data.indices() + 4 * r, index[i]);
-            low = start[i] < end[i] ? min(low, start[i]) : low;
-            high = start[i] < end[i] ? max(high, end[i]) : high;
-            gaps |= r + 1 < kRows && next[i] > end[i];
+            const bool sees = start[i] < end[i], gap = r + 1 < kRows && next[i] > end[i];
+            keys.first = sees ? min(keys.first, start[i]) : keys.first;
+            keys.end = sees ? max(keys.end, end[i]) : keys.end;
+            keys.gap_first = gap ? min(keys.gap_first, end[i]) : keys.gap_first;
+            keys.gap_end = gap ? max(keys.gap_end, next[i]) : keys.gap_end;
         }
     }
-    low = __reduce_min_sync(0xFFFFFFFFu, low);
-    high = __reduce_max_sync(0xFFFFFFFFu, high);
+    keys.first = __reduce_min_sync(0xFFFFFFFFu, keys.first);
+    keys.end = __reduce_max_sync(0xFFFFFFFFu, keys.end);
+    keys.gap_first = __reduce_min_sync(0xFFFFFFFFu, keys.gap_first);
+    keys.gap_end = __reduce_max_sync(0xFFFFFFFFu, keys.gap_end);
     if (thread % 32 == 0) {
-        shared_store(scratch + 8 * (thread / 32), low);
-        shared_store(scratch + 8 * (thread / 32) + 4, high);
+        const unsigned mine = scratch + 16 * (thread / 32);
+        shared_store(mine, keys.first);
+        shared_store(mine + 4, keys.end);
+        shared_store(mine + 8, keys.gap_first);
+        shared_store(mine + 12, keys.gap_end);
     }
-    KeyUnion keys;
-    keys.gaps = named_barrier_any(kProducerBarrier, kGatherThreads, gaps);
-    keys.first = kNone;
-    keys.end = 0;
+    named_barrier_sync(kProducerBarrier, kGatherThreads);  // row data and the four warps' ranges are written
 #pragma unroll
     for (int warp = 0; warp < kGatherThreads / 32; ++warp) {
-        const int2 range = shared_load_pair(scratch + 8 * warp);
+        const int2 range = shared_load_pair(scratch + 16 * warp), gap = shared_load_pair(scratch + 16 * warp + 8);
         keys.first = min(keys.first, range.x);
         keys.end = max(keys.end, range.y);
+        keys.gap_first = min(keys.gap_first, gap.x);
+        keys.gap_end = max(keys.gap_end, gap.y);
     }
     keys.first = uniform(keys.first);
     keys.end = uniform(keys.end);
