@@ -1,4 +1,4 @@
-"""Launch the Hopper (sm_90a) kernels: which problems they serve, which tile shapes, which arguments.
+"""Launch the Hopper (sm_90a) kernels: what they serve, in which tile shapes, with which arguments.
 
 Every other problem is answered "not served" and runs on the portable kernels of `launch.py`.
 """
@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from scfa_core.backends.cupy_raw.loader import Kernel, compute_capability, get_kernel
 
 if TYPE_CHECKING:
-    from scfa_core.arrays import DeviceArray
-    from scfa_core.dispatch import CallContext
+    from scfa_core.arrays import CallContext, DeviceArray
     from scfa_core.plan import PlanArrays
     from scfa_core.problem import Problem
 
@@ -25,11 +24,13 @@ _ALIGNMENT = 16  # bytes one cp.async moves
 _SHARED_SLACK = 1024  # room to align the base to the swizzle period
 _MULTIPROCESSORS = 16  # cudaDevAttrMultiProcessorCount
 _INT_MAX = 2**31 - 1
+_LOG2_E = 1.4426950408889634
+_PARAMS = struct.Struct("<" + 9 * "Qqqii" + "9Q2f8i6I")  # struct Params
 _MAX_GROUP = 16  # query heads of one kv head in the dk/dv kernel
 
 
 class Shape(NamedTuple):
-    """Tile shape of one kernel at one head_dim; `docs/perf/hopper.md` has the measurements behind it."""
+    """Tile shape of one kernel at one head_dim; docs/perf/hopper.md says why."""
 
     warpgroups: int  # multiplying ones, 64 rows each
     block_n: int  # keys (forward, dq) or queries (dk/dv) a step
@@ -99,7 +100,8 @@ def supports_forward(
 ) -> bool:
     """Tell whether `run_forward` serves this call.
 
-    >>> if supports_forward(problem, q, k, v, plan): run_forward(problem, plan, q, k, v, out, lse, ctx)
+    >>> if supports_forward(problem, q, k, v, plan):
+    ...     run_forward(problem, plan, q, k, v, out, lse, ctx)
     """
     return _serves("forward", problem, q, k, v)
 
@@ -120,12 +122,19 @@ def supports_backward(
     return _serves("backward", problem, dout, q, k, v, out)
 
 
-def _array(array: DeviceArray | None, itemsize: int) -> bytes:
-    """Pack struct Array: address and byte strides of (batch, heads, rows); absent arrays are null."""
+def _array(array: DeviceArray | None, itemsize: int) -> tuple[int, int, int, int, int]:
+    """Fields of struct Array: address, byte strides, padding; absent arrays are null."""
     if array is None:
-        return bytes(32)
+        return (0, 0, 0, 0, 0)
     batch, head, row = (stride * itemsize for stride in array.strides[:3])
-    return struct.pack("<Qqqii", array.pointer, batch, head, row, 0)
+    return (array.pointer, batch, head, row, 0)
+
+
+@cache
+def _divisor(number: int) -> tuple[int, int]:
+    """Multiplier and shift with n // number == n * multiplier >> shift for all 0 <= n < 2**31."""
+    shift = 31 + (number - 1).bit_length()
+    return -(-(1 << shift) // number), shift
 
 
 def _params(
@@ -138,28 +147,23 @@ def _params(
     tiles: tuple[int, int],
     heads: int,
 ) -> bytes:
-    """Pack struct Params of params_sm90.cuh; `arrays` are q, k, v, out, dout, dq, dk, dv; `heads` of the tiles."""
+    """Pack struct Params of params_sm90.cuh.
+
+    `arrays` are q, k, v, out, dout, dq, dk, dv; `heads` are those the tiles belong to.
+    """
     lists = (plan.q_index, plan.q_count, plan.k_index, plan.k_count, plan.key_start, plan.key_end)
-    scale = problem.softmax_scale
-    return b"".join(
-        [
-            *(_array(array, 2) for array in arrays),
-            _array(lse, 4),
-            struct.pack("<6Q", *(array.pointer for array in lists)),
-            struct.pack("<3Q", *row_stats, counter),
-            struct.pack("<2f", scale, scale * 1.4426950408889634),
-            struct.pack("<3i", problem.heads, problem.heads_kv, problem.group_size),
-            struct.pack("<2i", problem.seqlen_q, problem.seqlen_k),
-            struct.pack("<3i", *tiles, plan.monotone),
-            *(struct.pack("<2I", *_divisor(number)) for number in (tiles[0], heads, problem.group_size)),
-        ]
+    scale, per_head = problem.softmax_scale, tiles[0]
+    return _PARAMS.pack(
+        *(field for array in arrays for field in _array(array, 2)),
+        *_array(lse, 4),
+        *(array.pointer for array in lists),
+        *(*row_stats, counter),
+        *(scale, scale * _LOG2_E),
+        *(problem.heads, problem.heads_kv, problem.group_size),
+        *(problem.seqlen_q, problem.seqlen_k),
+        *(*tiles, plan.monotone),
+        *(*_divisor(per_head), *_divisor(heads), *_divisor(problem.group_size)),
     )
-
-
-def _divisor(number: int) -> tuple[int, int]:
-    """Multiplier and shift with n // number == n * multiplier >> shift for all 0 <= n < 2**31."""
-    shift = 31 + (number - 1).bit_length()
-    return -(-(1 << shift) // number), shift
 
 
 @cache
@@ -240,11 +244,12 @@ def run_backward(
     dv: DeviceArray,
     ctx: CallContext,
 ) -> None:
-    """Enqueue the dq kernel, then the dk/dv kernel. Every element is written; bitwise deterministic.
+    """Enqueue the dq kernel, then the dk/dv kernel: every element is written, in a fixed order.
 
     Notes
     -----
-    Workspace: 8 bytes a query row (lse in base 2 and delta, in sorted order). Ranges must be monotone.
+    Bitwise deterministic. Workspace: 8 bytes a query row (lse in base 2 and delta, in sorted
+    order). Ranges must be monotone.
     """
     head_dim, device, stream = problem.head_dim, q.device, ctx.stream
     rows = problem.batch * problem.heads * problem.seqlen_q
@@ -256,9 +261,7 @@ def run_backward(
 
     shape = _DQ[head_dim]
     tiles = _tiles(problem.seqlen_q, 64 * shape.warpgroups, problem.batch * problem.heads)
-    params = _params(
-        problem, plan, arrays, lse, row_stats, counters.pointer, tiles, problem.heads
-    )
+    params = _params(problem, plan, arrays, lse, row_stats, counters.pointer, tiles, problem.heads)
     kernel = _kernel("bwd_dq_sm90", device, problem.dtype, head_dim, shape)
     _launch(kernel, device, shape, _dq_shared(head_dim, shape), tiles[1], stream, params)
 

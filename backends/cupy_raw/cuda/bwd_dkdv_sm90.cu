@@ -1,398 +1,246 @@
-// Gradients of the keys and values over sorted key ranges on Hopper (wgmma), in transposed form: rows are keys, columns queries.
+// Gradients of the keys and values over sorted key ranges on Hopper (wgmma), in transposed form:
+// rows are keys, columns queries.
 //
-// computes:      with p[i][j], delta[i] as in bwd_dq_sm90.cu: dv[j] = sum_i p[i][j] dout[i],
-//                dk[j] = scale * sum_i p[i][j] * (dout[i] . v[j] - delta[i]) q[i], over the queries i whose range holds j, all heads of the group.
-//                Ranges must be nondecreasing along the sorted queries (plan.monotone): then the queries of a key tile are one range too.
-// grid/block:    one persistent block per SM; a tile is kBlockN sorted keys of one kv head. Warpgroup 0 gathers rows (cp.async),
-//                each of the others owns 64 keys and walks kBlockM queries at a time, in order: bitwise deterministic.
-// shared memory: 4 * kHeadDim * (kBlockN + kStages * kBlockM) bytes, row data, barriers (kSharedBytes).
-// inputs/outputs: Params (params_sm90.cuh): q, k, v, dout, dk, dv in 16 bits; row_lse, row_delta as bwd_dq_sm90.cu wrote them.
-// version and source: column-owner form of FlashAttention-2 (Dao 2023, algorithm 2). New here: P^T and dS^T never leave registers, because
-//                dq has a kernel of its own; so no warpgroup waits for another.
-#if !defined(SCFA_HEAD_DIM) || !defined(SCFA_BLOCK_N) || !defined(SCFA_WARPGROUPS) || !defined(SCFA_STAGES)
-#error "SCFA_HEAD_DIM, SCFA_BLOCK_N, SCFA_WARPGROUPS, SCFA_STAGES: set by launch_sm90.py"
-#endif
-#include "mbarrier.cuh"
-#include "wgmma.cuh"
-#include "params_sm90.cuh"
-#include "gather_sm90.cuh"
-#include "softmax_sm90.cuh"
-
-constexpr int kHeadDim = SCFA_HEAD_DIM;
-constexpr int kWarpgroups = SCFA_WARPGROUPS;
-constexpr int kStages = SCFA_STAGES;  // buffers of one q and one dout block each
-constexpr int kBlockN = 64 * kWarpgroups;  // keys of a tile
-constexpr int kBlockM = SCFA_BLOCK_N;      // queries of a step
-constexpr int kPanels = kHeadDim / kPanelColumns;
-constexpr int kThreads = 128 * (kWarpgroups + 1);
-constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 40;
-constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 232;
-// Two uses of registers that are free only at head_dim 64, 64 queries a step and two warpgroups: keys and values as A operands, and
-// scores of the next queries running behind the products of these.
-constexpr bool kOverlap = kHeadDim == 64 && kBlockM == 64 && kWarpgroups == 2;
-constexpr bool kKeysInRegisters = kOverlap;
-static_assert(kHeadDim == 64 || kHeadDim == 128, "one or two panels of columns");
-static_assert(kStages >= 2, "scores of the next block start before this one is done");
-
-constexpr int kKeyBytes = kBlockN * kHeadDim * 2;
-constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
-constexpr int kQueryBase = 2 * kKeyBytes;
-constexpr int kDataBase = kQueryBase + 2 * kStages * kQueryBytes;
-constexpr int kDataBytes = 16 * kBlockM;  // lse, delta, key_start, key_end of the block's queries
-constexpr int kMaxGroup = 16;             // query heads of one kv head; launch_sm90.py sends larger groups elsewhere
-constexpr int kBounds = 2 * kWarpgroups;  // first and end query of each warpgroup's keys
-constexpr int kBoundsBase = kDataBase + kStages * kDataBytes;  // of two tiles
-constexpr int kTileBase = kBoundsBase + 2 * 4 * kMaxGroup * kBounds;
-constexpr int kBarrierBase = kTileBase + 16;
-constexpr int kSharedBytes = kBarrierBase + 8 * (2 + 2 * kStages) + 1024;  // 1024: room to align the base
-static_assert(kSharedBytes <= 232448, "more shared memory than a block can have");
-
-constexpr int kSeesNothing = 0x7FFFFFFF;  // a range start beyond every key
-constexpr int kProducerBarrier = 1;       // named barrier of the gathering warpgroup
-
-struct Shared {
-    unsigned base;
-    __device__ __forceinline__ unsigned key() const { return base; }
-    __device__ __forceinline__ unsigned value() const { return base + kKeyBytes; }
-    __device__ __forceinline__ unsigned query(unsigned i) const { return base + kQueryBase + 2 * i * kQueryBytes; }
-    __device__ __forceinline__ unsigned dout(unsigned i) const { return query(i) + kQueryBytes; }
-    __device__ __forceinline__ unsigned lse(unsigned i) const { return base + kDataBase + i * kDataBytes; }
-    __device__ __forceinline__ unsigned delta(unsigned i) const { return lse(i) + 4 * kBlockM; }
-    __device__ __forceinline__ unsigned starts(unsigned i) const { return lse(i) + 8 * kBlockM; }
-    __device__ __forceinline__ unsigned ends(unsigned i) const { return lse(i) + 12 * kBlockM; }
-    __device__ __forceinline__ unsigned bound(unsigned parity, int member, int i) const {
-        return base + kBoundsBase + 4 * ((parity * kMaxGroup + member) * kBounds + i);
-    }
-    __device__ __forceinline__ unsigned tile() const { return base + kTileBase; }
-    __device__ __forceinline__ unsigned key_full() const { return base + kBarrierBase; }
-    __device__ __forceinline__ unsigned key_empty() const { return base + kBarrierBase + 8; }
-    __device__ __forceinline__ unsigned query_full(unsigned i) const { return base + kBarrierBase + 16 + 8 * i; }
-    __device__ __forceinline__ unsigned query_empty(unsigned i) const { return query_full(kStages + i); }
-};
-
-// First index in [0, count) of the nondecreasing `values` that is greater than `bound` (count if none); a whole warp searches.
-__device__ __forceinline__ int first_greater(const int* values, int count, int bound, int lane) {
-    int low = 0, high = count;  // the answer is in [low, high]
-    while (low < high) {
-        const int step = (high - low + 31) / 32;
-        const int probe = low + step * (lane + 1) - 1;
-        const bool greater = probe >= high || values[probe] > bound;
-        // Lanes that are not greater come first; the next lane's probe bounds the answer from above.
-        const int before = uniform(__popc(__ballot_sync(0xFFFFFFFFu, !greater)));
-        high = min(high, low + step * (before + 1) - 1);
-        low = low + step * before;
-    }
-    return high;
-}
-
-// Warpgroup 0: for each tile gather keys and values, then every block of queries that may see one of them.
-__device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
-    const int thread = threadIdx.x, warp = uniform(thread / 32), lane = thread % 32;
-    const int lane_bytes = (thread % kLanesPerRow) * 16;
-    Ring<1> key;
-    Ring<kStages> query;
-    int next = blockIdx.x;
-    while (true) {
-        barrier_wait(shared.key_empty(), key.parity ^ 1);
-        if (thread == 0) shared_store(shared.tile(), next);
-        named_barrier_sync(kProducerBarrier, kGatherThreads);  // the tile number is written
-        const int tile = uniform(shared_load(shared.tile()));
-        if (tile >= p.tiles) break;
-        if (thread == 0) next = atomicAdd(p.counter, 1) + gridDim.x;
-        const int z = p.by_tiles.quotient(tile), n = tile - z * p.tiles_per_head;
-        const int b = p.by_heads.quotient(z), h_kv = z - b * p.heads_kv;
-        const int key0 = n * kBlockN, key1 = min(key0 + kBlockN, p.seqlen_k);
-
-        const int* k_index = p.k_index + static_cast<long long>(z) * p.seqlen_k;
-        int rows[(kBlockN + 127) / 128];
-#pragma unroll
-        for (int i = 0; i < (kBlockN + 127) / 128; ++i) {
-            const int sorted = key0 + gather_owned_row(thread, i);
-            rows[i] = sorted < key1 ? k_index[sorted] : -1;
-        }
-        gather_rows<kBlockN, kPanels>(
-            shared.key(), p.k.of_head(b, h_kv) + lane_bytes, p.k.row, rows, thread);
-        gather_rows<kBlockN, kPanels>(
-            shared.value(), p.v.of_head(b, h_kv) + lane_bytes, p.v.row, rows, thread);
-        barrier_arrive_after_copies(shared.key_full());
-
-        // The queries that see one of a warpgroup's keys lie between the first that ends beyond the first of these keys and the
-        // first that starts beyond the last. Each warp searches for one bound at a time.
-        for (int member = 0; member < p.group_size; ++member) {
-            const long long list = static_cast<long long>(b * p.heads + h_kv * p.group_size + member) * p.seqlen_q;
-            for (int i = warp; i < kBounds; i += kGatherThreads / 32) {
-                const int key_of_bound = key0 + 64 * (i / 2) + 63 * (i & 1);
-                const int found = first_greater((i & 1 ? p.key_start : p.key_end) + list, p.seqlen_q, key_of_bound, lane);
-                if (lane == 0) shared_store(shared.bound(key.parity, member, i), found);
-            }
-        }
-        named_barrier_sync(kProducerBarrier, kGatherThreads);  // the bounds are written
-        if (thread == 0) barrier_arrive(shared.key_full());    // releases tile number and bounds
-
-        for (int member = 0; member < p.group_size; ++member) {
-            const int h = h_kv * p.group_size + member;
-            const long long list = static_cast<long long>(b * p.heads + h) * p.seqlen_q;
-            const int *starts = p.key_start + list, *ends = p.key_end + list, *indices = p.q_index + list;
-            const int first_query = uniform(shared_load(shared.bound(key.parity, member, 0)));
-            const int end_query = uniform(shared_load(shared.bound(key.parity, member, kBounds - 1)));
-            const char* q = p.q.of_head(b, h) + lane_bytes;
-            const char* dout = p.dout.of_head(b, h) + lane_bytes;
-            // Range and original row of the query this thread owns in a block, loaded one block ahead and looked at only then.
-            struct Query {
-                int start, end, row;
-            };
-            const auto load_query = [&](int first) {
-                const int sorted = first + min(gather_owned_row(thread, 0), kBlockM - 1);
-                const int at = min(sorted, p.seqlen_q - 1);
-                return Query{sorted < end_query ? starts[at] : kSeesNothing, ends[at], indices[at]};
-            };
-            Query upcoming = load_query(first_query);
-            for (int first = first_query; first < end_query; first += kBlockM) {
-                const Query own = upcoming;
-                upcoming = load_query(first + kBlockM);
-                const bool sees = own.start < own.end && own.end > key0 && own.start < key1;
-                const int current[1] = {sees ? own.row : -1};  // a query that sees no key of the tile becomes zeros
-                barrier_wait(shared.query_empty(query.slot), query.parity ^ 1);
-                gather_rows<kBlockM, kPanels>(shared.query(query.slot), q, p.q.row, current, thread);
-                gather_rows<kBlockM, kPanels>(shared.dout(query.slot), dout, p.dout.row, current, thread);
-                // Rows past the end repeat the last row's range, with lse +inf (before row_lse's first element): their weights are 0.
-                const int column = thread % kBlockM, sorted = min(first + column, p.seqlen_q - 1);
-                if (thread < kBlockM) {
-                    const float* lse = first + column < p.seqlen_q ? p.row_lse + list + sorted : p.row_lse - 1;
-                    copy_word(shared.lse(query.slot) + 4 * column, lse, true);
-                    copy_word(shared.delta(query.slot) + 4 * column, p.row_delta + list + sorted, true);
-                }
-                if (thread >= kGatherThreads - kBlockM) {
-                    copy_word(shared.starts(query.slot) + 4 * column, starts + sorted, true);
-                    copy_word(shared.ends(query.slot) + 4 * column, ends + sorted, true);
-                }
-                barrier_arrive_after_copies(shared.query_full(query.slot));
-                query.advance();
-            }
-        }
-        key.advance();
-    }
-    barrier_arrive_after_copies(shared.key_full());  // no more tiles: let the others read the tile number and leave
-    if (thread == 0) barrier_arrive(shared.key_full());
-}
+// computes: with p[i][j], delta[i] as in bwd_dq_sm90.cu: dv[j] = sum_i p[i][j] dout[i],
+//   dk[j] = scale * sum_i p[i][j] * (dout[i] . v[j] - delta[i]) q[i], over the queries i whose
+//   range holds j, all heads of the group. Ranges must be nondecreasing along the sorted queries
+//   (plan.monotone): then the queries of a key tile are one range too.
+// grid/block: one persistent block per SM; a tile is kBlockN sorted keys of one kv head. Warpgroup
+// 0
+//   gathers rows (cp.async), each of the others owns 64 keys and walks kBlockM queries at a time,
+//   in order: bitwise deterministic.
+// shared memory: 4 * kHeadDim * (kBlockN + kStages * kBlockM) bytes, row data, barriers
+//   (kSharedBytes).
+// inputs/outputs: Params (params_sm90.cuh): q, k, v, dout, dk, dv in 16 bits; row_lse, row_delta as
+//   bwd_dq_sm90.cu wrote them.
+// version and source: column-owner form of FlashAttention-2 (Dao 2023, algorithm 2). New here: P^T
+//   and dS^T never leave registers, because dq has a kernel of its own; so no warpgroup waits for
+//   another. What each step gained: docs/perf/hopper.md.
+#include "bwd_dkdv_sm90_gather.cuh"
 
 // Warpgroups 1..: dk and dv of 64 keys of each tile.
 __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, int group) {
-    const int thread = threadIdx.x % 128, warp = uniform(thread / 32), lane = thread % 32;
-    const int q = lane % 4;
-    Ring<1> key;
-    Ring<kStages> query;
-    while (true) {
-        barrier_wait(shared.key_full(), key.parity);
-        const int tile = uniform(shared_load(shared.tile()));
-        if (tile >= p.tiles) break;
-        const int z = p.by_tiles.quotient(tile), n = tile - z * p.tiles_per_head;
-        const int key0 = n * kBlockN + 64 * group;     // first key of this warpgroup
-        const int own = key0 + 16 * warp + lane / 4;  // this thread's keys: own and own + 8
-        const unsigned key_tile = shared.key() + group * 64 * kRowBytes;
-        const unsigned value_tile = shared.value() + group * 64 * kRowBytes;
+  const int thread = threadIdx.x % 128, warp = uniform(thread / 32), lane = thread % 32;
+  const int q = lane % 4;
+  Ring<1> key;
+  Ring<kStages> query;
+  while (true) {
+    barrier_wait(shared.key_full(), key.parity);
+    const int tile = uniform(shared_load(shared.tile()));
+    if (tile >= p.tiles) break;
+    const int z = p.by_tiles.quotient(tile), n = tile - z * p.tiles_per_head;
+    const int key0 = n * kBlockN + 64 * group;    // first key of this warpgroup
+    const int own = key0 + 16 * warp + lane / 4;  // this thread's keys: own and own + 8
+    const unsigned key_tile = shared.key() + group * 64 * kRowBytes;
+    const unsigned value_tile = shared.value() + group * 64 * kRowBytes;
 
-        // Where this thread's rows go: loaded early where registers allow, so that nothing waits for it.
-        const int* k_index = p.k_index + static_cast<long long>(z) * p.seqlen_k;
-        int index[2];
-        const auto load_index = [&]() {
-            index[0] = own < p.seqlen_k ? k_index[own] : -1;
-            index[1] = own + 8 < p.seqlen_k ? k_index[own + 8] : -1;
-        };
-        if constexpr (kOverlap) load_index();
+    // Where this thread's rows go: loaded early where registers allow, so that nothing waits for
+    // it.
+    const int* k_index = p.k_index + static_cast<long long>(z) * p.seqlen_k;
+    int index[2];
+    const auto load_index = [&]() {
+      index[0] = own < p.seqlen_k ? k_index[own] : -1;
+      index[1] = own + 8 < p.seqlen_k ? k_index[own + 8] : -1;
+    };
+    if constexpr (kOverlap) load_index();
 
-        float scores[kBlockM / 2], slopes[kBlockM / 2], grad_k[kHeadDim / 2], grad_v[kHeadDim / 2];
-        unsigned weights[kBlockM / 4], changes[kBlockM / 4];
+    float scores[kBlockM / 2], slopes[kBlockM / 2], grad_k[kHeadDim / 2], grad_v[kHeadDim / 2];
+    unsigned weights[kBlockM / 4], changes[kBlockM / 4];
 #pragma unroll
-        for (int i = 0; i < kHeadDim / 2; ++i) grad_k[i] = grad_v[i] = 0.0f;
-        unsigned keys[kHeadDim / 4], values[kHeadDim / 4];
-        if constexpr (kKeysInRegisters) {
-            load_fragments<kBlockN, kHeadDim>(keys, key_tile, warp, lane);
-            load_fragments<kBlockN, kHeadDim>(values, value_tile, warp, lane);
-            pin(keys);
-            pin(values);
-            barrier_release(shared.key_empty(), lane);
-        } else {
-            async_proxy_fence();
-        }
-
-        const auto skip_block = [&]() {
-            barrier_wait(shared.query_full(query.slot), query.parity);
-            barrier_release(shared.query_empty(query.slot), lane);
-            query.advance();
-        };
-        // Issue S^T = K Q^T and dP^T = V dO^T of a slot, as two groups.
-        const auto issue_scores = [&](unsigned slot) {
-            if constexpr (kKeysInRegisters) {
-                product_of_rows<kBlockM, kHeadDim>(scores, keys, shared.query(slot));
-                wgmma_commit();
-                product_of_rows<kBlockM, kHeadDim>(slopes, values, shared.dout(slot));
-            } else {
-                product_of_rows<kBlockN, kBlockM, kHeadDim>(scores, key_tile, shared.query(slot));
-                wgmma_commit();
-                product_of_rows<kBlockN, kBlockM, kHeadDim>(slopes, value_tile, shared.dout(slot));
-            }
-            wgmma_commit();
-        };
-
-        // P^T and dS^T of the slot whose scores were issued last, as A operands; waits for the scores itself.
-        const auto weigh = [&](unsigned slot) {
-            // Ranges are nondecreasing: the first query ends first, the last one starts last.
-            const int first_end = uniform(shared_load(shared.ends(slot)));
-            const int last_start = uniform(shared_load(shared.starts(slot) + 4 * (kBlockM - 1)));
-            // P^T = exp2(S^T * scale - lse): lse and delta belong to columns here.
-            int2 column[kBlockM / 8];
-#pragma unroll
-            for (int block = 0; block < kBlockM / 8; ++block) {
-                column[block] = shared_load_pair(shared.lse(slot) + 32 * block + 8 * q);
-            }
-            wgmma_wait<1>();
-            pin(scores);
-#pragma unroll
-            for (int i = 0; i < kBlockM / 2; ++i) {
-                const int lse = i & 1 ? column[i / 4].y : column[i / 4].x;
-                scores[i] = exp2_fast(scores[i] * p.scale_log2 - __int_as_float(lse));
-            }
-#pragma unroll
-            for (int block = 0; block < kBlockM / 8; ++block) {
-                column[block] = shared_load_pair(shared.delta(slot) + 32 * block + 8 * q);
-            }
-            wgmma_wait<0>();
-            pin(slopes);
-#pragma unroll
-            for (int i = 0; i < kBlockM / 2; ++i) {
-                const int delta = i & 1 ? column[i / 4].y : column[i / 4].x;
-                slopes[i] = scores[i] * (slopes[i] - __int_as_float(delta));
-            }
-            // Zero by selection, not by product: an unseen row may hold anything.
-            if (first_end < key0 + 64) {
-#pragma unroll
-                for (int i = 0; i < kBlockM / 2; ++i) {
-                    if (i % 4 == 0) column[i / 4] = shared_load_pair(shared.ends(slot) + 8 * i + 8 * q);
-                    const bool seen = own + 8 * half_of(i) < (i & 1 ? column[i / 4].y : column[i / 4].x);
-                    scores[i] = seen ? scores[i] : 0.0f;
-                    slopes[i] = seen ? slopes[i] : 0.0f;
-                }
-            }
-            if (last_start > key0) {
-#pragma unroll
-                for (int i = 0; i < kBlockM / 2; ++i) {
-                    if (i % 4 == 0) column[i / 4] = shared_load_pair(shared.starts(slot) + 8 * i + 8 * q);
-                    const bool seen = own + 8 * half_of(i) >= (i & 1 ? column[i / 4].y : column[i / 4].x);
-                    scores[i] = seen ? scores[i] : 0.0f;
-                    slopes[i] = seen ? slopes[i] : 0.0f;
-                }
-            }
-            pack_fragment(weights, scores);
-            pack_fragment(changes, slopes);
-        };
-        // dV += P^T dO, dK += dS^T Q of a slot, as one group.
-        const auto accumulate = [&](unsigned slot) {
-            accumulate_weighted_rows<kBlockM>(grad_v, weights, shared.dout(slot));
-            accumulate_weighted_rows<kBlockM>(grad_k, changes, shared.query(slot));
-            wgmma_commit();
-        };
-        const auto pin_operands = [&]() {
-            pin(grad_v);
-            pin(grad_k);
-            pin(weights);
-            pin(changes);
-        };
-
-        for (int member = 0; member < p.group_size; ++member) {
-            const auto bound = [&](int i) { return uniform(shared_load(shared.bound(key.parity, member, i))); };
-            const int first = bound(0), last = bound(kBounds - 1), own_first = bound(2 * group), own_last = bound(2 * group + 1);
-            // Blocks [low, high) of `blocks` hold queries that see a key of this warpgroup.
-            const int blocks = first < last ? (last - first + kBlockM - 1) / kBlockM : 0;
-            const bool any = own_first < own_last;
-            const int low = any ? (own_first - first) / kBlockM : 0;
-            const int high = any ? (own_last - first + kBlockM - 1) / kBlockM : 0;
-
-            for (int block = 0; block < low; ++block) skip_block();
-            if constexpr (kOverlap) {
-                if (low < high) {
-                    barrier_wait(shared.query_full(query.slot), query.parity);
-                    async_proxy_fence();
-                    wgmma_fence();
-                    issue_scores(query.slot);
-                    int block = low;
-                    while (true) {
-                        const unsigned slot = query.slot;
-                        weigh(slot);
-                        query.advance();
-                        if (++block == high) {
-                            pin_operands();
-                            wgmma_fence();
-                            accumulate(slot);
-                            wgmma_wait<0>();
-                            pin_operands();
-                            barrier_release(shared.query_empty(slot), lane);
-                            break;
-                        }
-                        // The next scores run behind these products.
-                        barrier_wait(shared.query_full(query.slot), query.parity);
-                        async_proxy_fence();
-                        pin_operands();
-                        pin(scores);
-                        pin(slopes);
-                        wgmma_fence();
-                        accumulate(slot);
-                        issue_scores(query.slot);
-                        wgmma_wait<2>();
-                        pin_operands();
-                        barrier_release(shared.query_empty(slot), lane);
-                    }
-                }
-            } else {
-                for (int block = low; block < high; ++block) {
-                    barrier_wait(shared.query_full(query.slot), query.parity);
-                    async_proxy_fence();
-                    pin(scores);
-                    pin(slopes);
-                    wgmma_fence();
-                    issue_scores(query.slot);
-                    weigh(query.slot);
-                    pin_operands();
-                    wgmma_fence();
-                    accumulate(query.slot);
-                    wgmma_wait<0>();
-                    pin_operands();
-                    barrier_release(shared.query_empty(query.slot), lane);
-                    query.advance();
-                }
-            }
-            for (int block = high; block < blocks; ++block) skip_block();
-        }
-        if constexpr (!kKeysInRegisters) barrier_release(shared.key_empty(), lane);
-        key.advance();
-
-        if constexpr (!kOverlap) load_index();
-        const int b = p.by_heads.quotient(z), h_kv = z - b * p.heads_kv;
-        const float scale_k[2] = {p.scale, p.scale}, scale_v[2] = {1.0f, 1.0f};
-        scatter_rows(grad_k, scale_k, p.dk.of_head(b, h_kv), p.dk.row, index, lane);
-        scatter_rows(grad_v, scale_v, p.dv.of_head(b, h_kv), p.dv.row, index, lane);
+    for (int i = 0; i < kHeadDim / 2; ++i) grad_k[i] = grad_v[i] = 0.0f;
+    unsigned keys[kHeadDim / 4], values[kHeadDim / 4];
+    if constexpr (kKeysInRegisters) {
+      load_fragments<kBlockN, kHeadDim>(keys, key_tile, warp, lane);
+      load_fragments<kBlockN, kHeadDim>(values, value_tile, warp, lane);
+      pin(keys);
+      pin(values);
+      barrier_release(shared.key_empty(), lane);
+    } else {
+      async_proxy_fence();
     }
+
+    const auto skip_block = [&]() {
+      barrier_wait(shared.query_full(query.slot), query.parity);
+      barrier_release(shared.query_empty(query.slot), lane);
+      query.advance();
+    };
+    // Issue S^T = K Q^T and dP^T = V dO^T of a slot, as two groups.
+    const auto issue_scores = [&](unsigned slot) {
+      if constexpr (kKeysInRegisters) {
+        product_of_rows<kBlockM, kHeadDim>(scores, keys, shared.query(slot));
+        wgmma_commit();
+        product_of_rows<kBlockM, kHeadDim>(slopes, values, shared.dout(slot));
+      } else {
+        product_of_rows<kBlockN, kBlockM, kHeadDim>(scores, key_tile, shared.query(slot));
+        wgmma_commit();
+        product_of_rows<kBlockN, kBlockM, kHeadDim>(slopes, value_tile, shared.dout(slot));
+      }
+      wgmma_commit();
+    };
+
+    // P^T and dS^T of the slot whose scores were issued last, as A operands; waits for the scores
+    // itself.
+    const auto weigh = [&](unsigned slot) {
+      // Ranges are nondecreasing: the first query ends first, the last one starts last.
+      const int first_end = uniform(shared_load(shared.ends(slot)));
+      const int last_start = uniform(shared_load(shared.starts(slot) + 4 * (kBlockM - 1)));
+      // P^T = exp2(S^T * scale - lse): lse and delta belong to columns here.
+      int2 column[kBlockM / 8];
+#pragma unroll
+      for (int block = 0; block < kBlockM / 8; ++block) {
+        column[block] = shared_load_pair(shared.lse(slot) + 32 * block + 8 * q);
+      }
+      wgmma_wait<1>();
+      pin(scores);
+#pragma unroll
+      for (int i = 0; i < kBlockM / 2; ++i) {
+        const int lse = i & 1 ? column[i / 4].y : column[i / 4].x;
+        scores[i] = exp2_fast(scores[i] * p.scale_log2 - __int_as_float(lse));
+      }
+#pragma unroll
+      for (int block = 0; block < kBlockM / 8; ++block) {
+        column[block] = shared_load_pair(shared.delta(slot) + 32 * block + 8 * q);
+      }
+      wgmma_wait<0>();
+      pin(slopes);
+#pragma unroll
+      for (int i = 0; i < kBlockM / 2; ++i) {
+        const int delta = i & 1 ? column[i / 4].y : column[i / 4].x;
+        slopes[i] = scores[i] * (slopes[i] - __int_as_float(delta));
+      }
+      // Zero by selection, not by product: an unseen row may hold anything.
+      if (first_end < key0 + 64) {
+#pragma unroll
+        for (int i = 0; i < kBlockM / 2; ++i) {
+          if (i % 4 == 0) column[i / 4] = shared_load_pair(shared.ends(slot) + 8 * i + 8 * q);
+          const bool seen = own + 8 * half_of(i) < (i & 1 ? column[i / 4].y : column[i / 4].x);
+          scores[i] = seen ? scores[i] : 0.0f;
+          slopes[i] = seen ? slopes[i] : 0.0f;
+        }
+      }
+      if (last_start > key0) {
+#pragma unroll
+        for (int i = 0; i < kBlockM / 2; ++i) {
+          if (i % 4 == 0) column[i / 4] = shared_load_pair(shared.starts(slot) + 8 * i + 8 * q);
+          const bool seen = own + 8 * half_of(i) >= (i & 1 ? column[i / 4].y : column[i / 4].x);
+          scores[i] = seen ? scores[i] : 0.0f;
+          slopes[i] = seen ? slopes[i] : 0.0f;
+        }
+      }
+      pack_fragment(weights, scores);
+      pack_fragment(changes, slopes);
+    };
+    // dV += P^T dO, dK += dS^T Q of a slot, as one group.
+    const auto accumulate = [&](unsigned slot) {
+      accumulate_weighted_rows<kBlockM>(grad_v, weights, shared.dout(slot));
+      accumulate_weighted_rows<kBlockM>(grad_k, changes, shared.query(slot));
+      wgmma_commit();
+    };
+    const auto pin_operands = [&]() {
+      pin(grad_v);
+      pin(grad_k);
+      pin(weights);
+      pin(changes);
+    };
+
+    for (int member = 0; member < p.group_size; ++member) {
+      const auto bound = [&](int i) {
+        return uniform(shared_load(shared.bound(key.parity, member, i)));
+      };
+      const int first = bound(0), last = bound(kBounds - 1), own_first = bound(2 * group),
+                own_last = bound(2 * group + 1);
+      // Blocks [low, high) of `blocks` hold queries that see a key of this warpgroup.
+      const int blocks = first < last ? (last - first + kBlockM - 1) / kBlockM : 0;
+      const bool any = own_first < own_last;
+      const int low = any ? (own_first - first) / kBlockM : 0;
+      const int high = any ? (own_last - first + kBlockM - 1) / kBlockM : 0;
+
+      for (int block = 0; block < low; ++block) skip_block();
+      if constexpr (kOverlap) {
+        if (low < high) {
+          barrier_wait(shared.query_full(query.slot), query.parity);
+          async_proxy_fence();
+          wgmma_fence();
+          issue_scores(query.slot);
+          int block = low;
+          while (true) {
+            const unsigned slot = query.slot;
+            weigh(slot);
+            query.advance();
+            if (++block == high) {
+              pin_operands();
+              wgmma_fence();
+              accumulate(slot);
+              wgmma_wait<0>();
+              pin_operands();
+              barrier_release(shared.query_empty(slot), lane);
+              break;
+            }
+            // The next scores run behind these products.
+            barrier_wait(shared.query_full(query.slot), query.parity);
+            async_proxy_fence();
+            pin_operands();
+            pin(scores);
+            pin(slopes);
+            wgmma_fence();
+            accumulate(slot);
+            issue_scores(query.slot);
+            wgmma_wait<2>();
+            pin_operands();
+            barrier_release(shared.query_empty(slot), lane);
+          }
+        }
+      } else {
+        for (int block = low; block < high; ++block) {
+          barrier_wait(shared.query_full(query.slot), query.parity);
+          async_proxy_fence();
+          pin(scores);
+          pin(slopes);
+          wgmma_fence();
+          issue_scores(query.slot);
+          weigh(query.slot);
+          pin_operands();
+          wgmma_fence();
+          accumulate(query.slot);
+          wgmma_wait<0>();
+          pin_operands();
+          barrier_release(shared.query_empty(query.slot), lane);
+          query.advance();
+        }
+      }
+      for (int block = high; block < blocks; ++block) skip_block();
+    }
+    if constexpr (!kKeysInRegisters) barrier_release(shared.key_empty(), lane);
+    key.advance();
+
+    if constexpr (!kOverlap) load_index();
+    const int b = p.by_heads.quotient(z), h_kv = z - b * p.heads_kv;
+    const float scale_k[2] = {p.scale, p.scale}, scale_v[2] = {1.0f, 1.0f};
+    scatter_rows(grad_k, scale_k, p.dk.of_head(b, h_kv), p.dk.row, index, lane);
+    scatter_rows(grad_v, scale_v, p.dv.of_head(b, h_kv), p.dv.row, index, lane);
+  }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1) scfa_bwd_dkdv_sm90(const __grid_constant__ Params p) {
-    extern __shared__ char dynamic[];
-    const Shared shared{(shared_address(dynamic) + 1023) & ~1023u};
-    if (threadIdx.x == 0) {
-        barrier_init(shared.key_full(), kGatherThreads + 1);
-        barrier_init(shared.key_empty(), 4 * kWarpgroups);
-        for (int i = 0; i < kStages; ++i) {
-            barrier_init(shared.query_full(i), kGatherThreads);
-            barrier_init(shared.query_empty(i), 4 * kWarpgroups);
-        }
-        barrier_init_done();
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    scfa_bwd_dkdv_sm90(const __grid_constant__ Params p) {
+  extern __shared__ char dynamic[];
+  const Shared shared{(shared_address(dynamic) + 1023) & ~1023u};
+  if (threadIdx.x == 0) {
+    barrier_init(shared.key_full(), kGatherThreads + 1);
+    barrier_init(shared.key_empty(), 4 * kWarpgroups);
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(shared.query_full(i), kGatherThreads);
+      barrier_init(shared.query_empty(i), 4 * kWarpgroups);
     }
-    __syncthreads();  // barriers are initialised
-    const int warpgroup = uniform(threadIdx.x / 128);
-    if (warpgroup == 0) {
-        give_registers<kProducerRegisters>();
-        gather_tiles(p, shared);
-    } else {
-        take_registers<kConsumerRegisters>();
-        multiply_tiles(p, shared, warpgroup - 1);
-    }
+    barrier_init_done();
+  }
+  __syncthreads();  // barriers are initialised
+  const int warpgroup = uniform(threadIdx.x / 128);
+  if (warpgroup == 0) {
+    give_registers<kProducerRegisters>();
+    gather_tiles(p, shared);
+  } else {
+    take_registers<kConsumerRegisters>();
+    multiply_tiles(p, shared, warpgroup - 1);
+  }
 }

@@ -1,310 +1,207 @@
-// Gradient of the queries over sorted key ranges on Hopper (wgmma), and the row statistics the dk/dv kernel needs.
+// Gradient of the queries over sorted key ranges on Hopper (wgmma), and the row statistics that the
+// dk/dv kernel needs.
 //
-// computes:      p[i][j] = exp(scale * q[i] . k[j] - lse[i]), delta[i] = dout[i] . out[i],
-//                dq[i] = scale * sum_j p[i][j] * (dout[i] . v[j] - delta[i]) k[j], j over k_index[key_start[r] : key_end[r]], i = q_index[r].
-// grid/block:    one persistent block per SM; a tile is kBlockM sorted query rows of one head. Warpgroup 0 gathers rows (cp.async),
-//                each of the others owns 64 query rows; scores, weights and dq stay in its registers.
-// shared memory: 2 * kHeadDim * (3 * kQueryBuffers * kBlockM + 2 * kStages * kBlockN) bytes, row data, barriers (kSharedBytes).
-// inputs/outputs: Params (params_sm90.cuh): q, k, v, out, dout, dq in 16 bits; lse, row_lse, row_delta float32, the last two in sorted order.
-// version and source: row-owner form of FlashAttention-2 (Dao 2023, algorithm 2) on the pipeline of fwd_sm90.cu. Delta is formed here
-//                from the gathered rows: no preprocessing launch, no fp32 dq in memory, no atomics.
-#if !defined(SCFA_HEAD_DIM) || !defined(SCFA_BLOCK_N) || !defined(SCFA_WARPGROUPS) || !defined(SCFA_STAGES) || \
-    !defined(SCFA_QUERY_BUFFERS)
-#error "SCFA_HEAD_DIM, SCFA_BLOCK_N, SCFA_WARPGROUPS, SCFA_STAGES, SCFA_QUERY_BUFFERS: set by launch_sm90.py"
-#endif
-#include "mbarrier.cuh"
-#include "wgmma.cuh"
-#include "params_sm90.cuh"
-#include "gather_sm90.cuh"
-#include "softmax_sm90.cuh"
-#include "tiles_sm90.cuh"
-
-constexpr int kHeadDim = SCFA_HEAD_DIM;
-constexpr int kBlockN = SCFA_BLOCK_N;
-constexpr int kWarpgroups = SCFA_WARPGROUPS;
-constexpr int kStages = SCFA_STAGES;  // buffers of one key and one value block each
-constexpr int kQueryBuffers = SCFA_QUERY_BUFFERS;
-constexpr int kBlockM = 64 * kWarpgroups;
-constexpr int kPanels = kHeadDim / kPanelColumns;
-constexpr int kThreads = 128 * (kWarpgroups + 1);
-constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 40;
-constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 232;
-static_assert(kHeadDim == 64 || kHeadDim == 128, "one or two panels of columns");
-static_assert(kBlockN == 64 || kBlockN == 128, "scores of one wgmma");
-static_assert(kStages >= 2, "scores of the next block start before this one is done");
-
-constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
-constexpr int kKeyBytes = kBlockN * kHeadDim * 2;
-constexpr int kKeyBase = 3 * kQueryBuffers * kQueryBytes;  // q, dout and out come first
-constexpr int kDataBase = kKeyBase + 2 * kStages * kKeyBytes;
-constexpr int kStatsBase = kDataBase + kQueryBuffers * TileData<kBlockM>::kBytes;  // lse in base 2, then delta, of each row
-constexpr int kScratchBase = kStatsBase + kQueryBuffers * 8 * kBlockM;
-constexpr int kBarrierBase = kScratchBase + 64;
-constexpr int kSharedBytes = kBarrierBase + 8 * (2 * kQueryBuffers + 2 * kStages) + 1024;  // 1024: room to align the base
-static_assert(kSharedBytes <= 232448, "more shared memory than a block can have");
-
-struct Shared {
-    unsigned base;
-    __device__ __forceinline__ unsigned query(unsigned i) const { return base + 3 * i * kQueryBytes; }
-    __device__ __forceinline__ unsigned dout(unsigned i) const { return query(i) + kQueryBytes; }
-    __device__ __forceinline__ unsigned out(unsigned i) const { return query(i) + 2 * kQueryBytes; }
-    __device__ __forceinline__ unsigned key(unsigned i) const { return base + kKeyBase + 2 * i * kKeyBytes; }
-    __device__ __forceinline__ unsigned value(unsigned i) const { return key(i) + kKeyBytes; }
-    __device__ __forceinline__ TileData<kBlockM> data(unsigned i) const {
-        return {base + kDataBase + i * TileData<kBlockM>::kBytes};
-    }
-    __device__ __forceinline__ unsigned lse(unsigned i) const { return base + kStatsBase + i * 8 * kBlockM; }
-    __device__ __forceinline__ unsigned delta(unsigned i) const { return lse(i) + 4 * kBlockM; }
-    __device__ __forceinline__ unsigned query_full(unsigned i) const { return base + kBarrierBase + 8 * i; }
-    __device__ __forceinline__ unsigned query_empty(unsigned i) const { return query_full(kQueryBuffers + i); }
-    __device__ __forceinline__ unsigned key_full(unsigned i) const { return query_full(2 * kQueryBuffers + i); }
-    __device__ __forceinline__ unsigned key_empty(unsigned i) const { return key_full(kStages + i); }
-};
-
-// Warpgroup 0: for each tile gather q, dout, out and lse, then key and value blocks from the last to the first.
-__device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
-    const int thread = threadIdx.x, warp = uniform(thread / 32);
-    const int lane_bytes = (thread % kLanesPerRow) * 16;
-    Ring<kQueryBuffers> query;
-    Ring<kStages> key;
-    int next = blockIdx.x;
-    while (true) {
-        const TileData<kBlockM> data = shared.data(query.slot);
-        barrier_wait(shared.query_empty(query.slot), query.parity ^ 1);
-        if (thread == 0) shared_store(data.tile(), next);
-        named_barrier_sync(kProducerBarrier, kGatherThreads);  // the tile number is written
-        const int tile = uniform(shared_load(data.tile()));
-        if (tile >= p.tiles) break;
-        if (thread == 0) next = atomicAdd(p.counter, 1) + gridDim.x;
-        const QueryTile at = locate_query_tile<kBlockM>(p, tile);
-        const KeyUnion keys = load_tile_rows(p, data, shared.base + kScratchBase, at, thread);
-        const int blocks = (keys.end - keys.first + kBlockN - 1) / kBlockN;
-        const int* k_index = p.k_index + static_cast<long long>(at.b * p.heads_kv + at.h_kv) * p.seqlen_k;
-        const auto key_row = [&](int block) {
-            const int sorted = keys.first + block * kBlockN + min(gather_owned_row(thread, 0), kBlockN - 1);
-            const bool doubtful = sorted >= keys.gap_first && sorted < keys.gap_end;
-            const bool seen = sorted < keys.end && (!doubtful || seen_by_tile(data, sorted, p.monotone));
-            return seen ? k_index[sorted] : -1;
-        };
-        int upcoming = blocks > 0 ? key_row(blocks - 1) : -1;
-        for (int r = thread; r < kBlockM; r += kGatherThreads) {
-            const int row = shared_load(data.indices() + 4 * r);
-            copy_word(shared.lse(query.slot) + 4 * r, p.lse.of_head(at.b, at.h) + static_cast<long long>(max(row, 0)) * p.lse.row, row >= 0);
-        }
-        if (thread == 0) {
-            shared_store(data.first_key(), keys.first);
-            shared_store(data.key_blocks(), blocks);
-        }
-
-        int rows[(kBlockM + 127) / 128];
-#pragma unroll
-        for (int i = 0; i < (kBlockM + 127) / 128; ++i) {
-            rows[i] = shared_load(data.indices() + 4 * min(gather_owned_row(thread, i), kBlockM - 1));
-        }
-        gather_rows<kBlockM, kPanels>(
-            shared.query(query.slot), p.q.of_head(at.b, at.h) + lane_bytes, p.q.row, rows, thread);
-        gather_rows<kBlockM, kPanels>(
-            shared.dout(query.slot), p.dout.of_head(at.b, at.h) + lane_bytes, p.dout.row, rows, thread);
-        gather_rows<kBlockM, kPanels>(
-            shared.out(query.slot), p.out.of_head(at.b, at.h) + lane_bytes, p.out.row, rows, thread);
-        barrier_arrive_after_copies(shared.query_full(query.slot));
-        barrier_arrive(shared.query_full(query.slot));  // releases the row data this thread wrote
-
-        const char* k = p.k.of_head(at.b, at.h_kv) + lane_bytes;
-        const char* v = p.v.of_head(at.b, at.h_kv) + lane_bytes;
-        for (int block = blocks - 1; block >= 0; --block) {
-            const int current[1] = {upcoming};
-            if (block > 0) upcoming = key_row(block - 1);
-            barrier_wait(shared.key_empty(key.slot), key.parity ^ 1);
-            gather_rows<kBlockN, kPanels>(shared.key(key.slot), k, p.k.row, current, thread);
-            gather_rows<kBlockN, kPanels>(shared.value(key.slot), v, p.v.row, current, thread);
-            barrier_arrive_after_copies(shared.key_full(key.slot));
-            key.advance();
-            if (block == blocks - 1 && warp == 0) prefetch_tile_rows<kBlockM>(p, next, thread);
-        }
-        query.advance();
-    }
-    barrier_arrive_after_copies(shared.query_full(query.slot));  // no more tiles: let the others read the tile number and leave
-    barrier_arrive(shared.query_full(query.slot));
-}
+// computes: p[i][j] = exp(scale * q[i] . k[j] - lse[i]), delta[i] = dout[i] . out[i],
+//   dq[i] = scale * sum_j p[i][j] * (dout[i] . v[j] - delta[i]) k[j],
+//   j over k_index[key_start[r] : key_end[r]], i = q_index[r].
+// grid/block: one persistent block per SM; a tile is kBlockM sorted query rows of one head.
+//   Warpgroup 0 gathers rows (cp.async), each of the others owns 64 query rows; scores, weights and
+//   dq stay in its registers.
+// shared memory: 2 * kHeadDim * (3 * kQueryBuffers * kBlockM + 2 * kStages * kBlockN) bytes, row
+//   data, barriers (kSharedBytes).
+// inputs/outputs: Params (params_sm90.cuh): q, k, v, out, dout, dq in 16 bits; lse, row_lse,
+//   row_delta float32, the last two in sorted order.
+// version and source: row-owner form of FlashAttention-2 (Dao 2023, algorithm 2) on the pipeline of
+//   fwd_sm90.cu. Delta is formed here from the gathered rows: no preprocessing launch, no fp32 dq
+//   in memory, no atomics. What each step gained: docs/perf/hopper.md.
+#include "bwd_dq_sm90_gather.cuh"
 
 // delta = dout . out of one row, by two neighbouring lanes; both get the sum.
 __device__ __forceinline__ float row_product(unsigned dout, unsigned out, int row, int half) {
-    constexpr int kChunks = kHeadDim / 16;  // of this lane
-    float sum = 0.0f;
+  constexpr int kChunks = kHeadDim / 16;  // of this lane
+  float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-        const int chunk = half * kChunks + i;
-        const unsigned offset = (chunk / 8) * kBlockM * kRowBytes + row * kRowBytes + (((chunk & 7) ^ (row & 7)) << 4);
-        unsigned a[4], b[4];
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                     : "r"(dout + offset));
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-                     : "r"(out + offset));
+  for (int i = 0; i < kChunks; ++i) {
+    const int chunk = half * kChunks + i;
+    const unsigned offset =
+        (chunk / 8) * kBlockM * kRowBytes + row * kRowBytes + (((chunk & 7) ^ (row & 7)) << 4);
+    unsigned a[4], b[4];
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                 : "r"(dout + offset));
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+                 : "r"(out + offset));
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            float a0, a1, b0, b1;
-            unpack_pair(a[j], a0, a1);
-            unpack_pair(b[j], b0, b1);
-            sum += a0 * b0 + a1 * b1;
-        }
+    for (int j = 0; j < 4; ++j) {
+      float a0, a1, b0, b1;
+      unpack_pair(a[j], a0, a1);
+      unpack_pair(b[j], b0, b1);
+      sum += a0 * b0 + a1 * b1;
     }
-    return sum + __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
+  }
+  return sum + __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
 }
 
 // Warpgroups 1..: statistics, then score gradients and dq of 64 query rows of each tile.
 __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, int group) {
-    const int thread = threadIdx.x % 128, warp = uniform(thread / 32), lane = thread % 32;
-    const int row = 64 * group + 16 * warp + lane / 4;  // this thread's rows of the tile: row and row + 8
-    Ring<kQueryBuffers> query;
-    Ring<kStages> key;
-    const auto skip_block = [&]() {
-        barrier_wait(shared.key_full(key.slot), key.parity);
-        barrier_release(shared.key_empty(key.slot), lane);
-        key.advance();
+  const int thread = threadIdx.x % 128, warp = uniform(thread / 32), lane = thread % 32;
+  const int row =
+      64 * group + 16 * warp + lane / 4;  // this thread's rows of the tile: row and row + 8
+  Ring<kQueryBuffers> query;
+  Ring<kStages> key;
+  const auto skip_block = [&]() {
+    barrier_wait(shared.key_full(key.slot), key.parity);
+    barrier_release(shared.key_empty(key.slot), lane);
+    key.advance();
+  };
+
+  while (true) {
+    const TileData<kBlockM> data = shared.data(query.slot);
+    barrier_wait(shared.query_full(query.slot), query.parity);
+    const int tile = uniform(shared_load(data.tile()));
+    if (tile >= p.tiles) break;
+    const QueryTile at = locate_query_tile<kBlockM>(p, tile);
+    const int first_key = uniform(shared_load(data.first_key()));
+    const RowExtremes rows =
+        row_extremes(data.starts() + 256 * group, data.ends() + 256 * group, lane);
+    int block = uniform(shared_load(data.key_blocks())) - 1;
+    const bool any = rows.outer_start < rows.outer_end;
+    const int low_block = any ? (rows.outer_start - first_key) / kBlockN : 0;
+    const int high_block = any ? (rows.outer_end - first_key + kBlockN - 1) / kBlockN : 0;
+    const unsigned query_tile = shared.query(query.slot) + group * 64 * kRowBytes;
+    const unsigned dout_tile = shared.dout(query.slot) + group * 64 * kRowBytes;
+
+    {  // Row statistics: each warp for its own 16 rows, two lanes a row.
+      const int own = 64 * group + 16 * warp + lane / 2;
+      // A row that sees nothing gets +inf, so that its weights exp2(s - lse) are 0, and delta 0:
+      // its dout may hold anything.
+      const bool blind = shared_load(data.starts() + 4 * own) >= shared_load(data.ends() + 4 * own);
+      const float given = shared_load_float(shared.lse(query.slot) + 4 * own);
+      const float lse = blind || given == -SCFA_INFINITY ? SCFA_INFINITY : given * kLog2E;
+      float delta = row_product(shared.dout(query.slot), shared.out(query.slot), own, lane & 1);
+      if (blind) delta = 0.0f;
+      if ((lane & 1) == 0) {
+        shared_store_float(shared.delta(query.slot) + 4 * own, delta);
+        const int sorted = at.first_row + own;
+        if (sorted < p.seqlen_q) {
+          p.row_lse[static_cast<long long>(at.z) * p.seqlen_q + sorted] = lse;
+          p.row_delta[static_cast<long long>(at.z) * p.seqlen_q + sorted] = delta;
+        }
+      }
+      __syncwarp();  // every lane has read what it needs of lse, delta of the warp's rows is
+                     // written
+      if ((lane & 1) == 0) shared_store_float(shared.lse(query.slot) + 4 * own, lse);
+      __syncwarp();  // and so is lse in base 2
+    }
+    const float lse[2] = {shared_load_float(shared.lse(query.slot) + 4 * row),
+                          shared_load_float(shared.lse(query.slot) + 4 * row + 32)};
+    const float delta[2] = {shared_load_float(shared.delta(query.slot) + 4 * row),
+                            shared_load_float(shared.delta(query.slot) + 4 * row + 32)};
+
+    float scores[kBlockN / 2], slopes[kBlockN / 2], gradient[kHeadDim / 2];
+    unsigned weights[kBlockN / 4];
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) gradient[i] = 0.0f;
+
+    // Issue S = Q K^T and dP = dO V^T of the block in this slot, as two groups.
+    const auto issue_scores = [&](unsigned slot) {
+      product_of_rows<kBlockM, kBlockN, kHeadDim>(scores, query_tile, shared.key(slot));
+      wgmma_commit();
+      product_of_rows<kBlockM, kBlockN, kHeadDim>(slopes, dout_tile, shared.value(slot));
+      wgmma_commit();
     };
 
-    while (true) {
-        const TileData<kBlockM> data = shared.data(query.slot);
-        barrier_wait(shared.query_full(query.slot), query.parity);
-        const int tile = uniform(shared_load(data.tile()));
-        if (tile >= p.tiles) break;
-        const QueryTile at = locate_query_tile<kBlockM>(p, tile);
-        const int first_key = uniform(shared_load(data.first_key()));
-        const RowExtremes rows = row_extremes(data.starts() + 256 * group, data.ends() + 256 * group, lane);
-        int block = uniform(shared_load(data.key_blocks())) - 1;
-        const bool any = rows.outer_start < rows.outer_end;
-        const int low_block = any ? (rows.outer_start - first_key) / kBlockN : 0;
-        const int high_block = any ? (rows.outer_end - first_key + kBlockN - 1) / kBlockN : 0;
-        const unsigned query_tile = shared.query(query.slot) + group * 64 * kRowBytes;
-        const unsigned dout_tile = shared.dout(query.slot) + group * 64 * kRowBytes;
-
-        {   // Row statistics: each warp for its own 16 rows, two lanes a row.
-            const int own = 64 * group + 16 * warp + lane / 2;
-            // A row that sees nothing gets +inf, so that its weights exp2(s - lse) are 0, and delta 0: its dout may hold anything.
-            const bool blind = shared_load(data.starts() + 4 * own) >= shared_load(data.ends() + 4 * own);
-            const float given = shared_load_float(shared.lse(query.slot) + 4 * own);
-            const float lse = blind || given == -SCFA_INFINITY ? SCFA_INFINITY : given * kLog2E;
-            float delta = row_product(shared.dout(query.slot), shared.out(query.slot), own, lane & 1);
-            if (blind) delta = 0.0f;
-            if ((lane & 1) == 0) {
-                shared_store_float(shared.delta(query.slot) + 4 * own, delta);
-                const int sorted = at.first_row + own;
-                if (sorted < p.seqlen_q) {
-                    p.row_lse[static_cast<long long>(at.z) * p.seqlen_q + sorted] = lse;
-                    p.row_delta[static_cast<long long>(at.z) * p.seqlen_q + sorted] = delta;
-                }
-            }
-            __syncwarp();  // every lane has read what it needs of lse, delta of the warp's rows is written
-            if ((lane & 1) == 0) shared_store_float(shared.lse(query.slot) + 4 * own, lse);
-            __syncwarp();  // and so is lse in base 2
+    for (; block >= high_block; --block) skip_block();
+    if (block >= low_block && any) {
+      barrier_wait(shared.key_full(key.slot), key.parity);
+      async_proxy_fence();
+      wgmma_fence();
+      issue_scores(key.slot);
+      while (true) {
+        wgmma_wait<1>();
+        pin(scores);
+        const int key0 = first_key + block * kBlockN;
+        mask_block<kBlockN>(scores, rows, data.starts() + 4 * row, data.ends() + 4 * row, key0,
+                            lane % 4);
+#pragma unroll
+        for (int i = 0; i < kBlockN / 2; ++i) {
+          scores[i] = exp2_fast(scores[i] * p.scale_log2 - lse[half_of(i)]);
         }
-        const float lse[2] = {shared_load_float(shared.lse(query.slot) + 4 * row),
-                              shared_load_float(shared.lse(query.slot) + 4 * row + 32)};
-        const float delta[2] = {shared_load_float(shared.delta(query.slot) + 4 * row),
-                                shared_load_float(shared.delta(query.slot) + 4 * row + 32)};
-
-        float scores[kBlockN / 2], slopes[kBlockN / 2], gradient[kHeadDim / 2];
-        unsigned weights[kBlockN / 4];
-#pragma unroll
-        for (int i = 0; i < kHeadDim / 2; ++i) gradient[i] = 0.0f;
-
-        // Issue S = Q K^T and dP = dO V^T of the block in this slot, as two groups.
-        const auto issue_scores = [&](unsigned slot) {
-            product_of_rows<kBlockM, kBlockN, kHeadDim>(scores, query_tile, shared.key(slot));
-            wgmma_commit();
-            product_of_rows<kBlockM, kBlockN, kHeadDim>(slopes, dout_tile, shared.value(slot));
-            wgmma_commit();
-        };
-
-        for (; block >= high_block; --block) skip_block();
-        if (block >= low_block && any) {
-            barrier_wait(shared.key_full(key.slot), key.parity);
-            async_proxy_fence();
-            wgmma_fence();
-            issue_scores(key.slot);
-            while (true) {
-                wgmma_wait<1>();
-                pin(scores);
-                const int key0 = first_key + block * kBlockN;
-                mask_block<kBlockN>(scores, rows, data.starts() + 4 * row, data.ends() + 4 * row, key0, lane % 4);
-#pragma unroll
-                for (int i = 0; i < kBlockN / 2; ++i) {
-                    scores[i] = exp2_fast(scores[i] * p.scale_log2 - lse[half_of(i)]);
-                }
-                wgmma_wait<0>();
-                pin(slopes);
-#pragma unroll
-                for (int i = 0; i < kBlockN / 2; ++i) scores[i] *= slopes[i] - delta[half_of(i)];
-                pack_fragment(weights, scores);
-                if (block == low_block) break;
-
-                // dQ += dS K of this block and the scores of the next are in flight together.
-                const unsigned slot = key.slot;
-                key.advance();
-                --block;
-                barrier_wait(shared.key_full(key.slot), key.parity);
-                async_proxy_fence();
-                pin(scores);
-                pin(slopes);
-                pin(gradient);
-                pin(weights);
-                wgmma_fence();
-                accumulate_weighted_rows<kBlockN>(gradient, weights, shared.key(slot));
-                wgmma_commit();
-                issue_scores(key.slot);
-                wgmma_wait<2>();
-                pin(gradient);
-                pin(weights);
-                barrier_release(shared.key_empty(slot), lane);
-            }
-            pin(gradient);
-            pin(weights);
-            wgmma_fence();
-            accumulate_weighted_rows<kBlockN>(gradient, weights, shared.key(key.slot));
-            wgmma_commit();
-            --block;
-        }
-
-        const int index[2] = {shared_load(data.indices() + 4 * row), shared_load(data.indices() + 4 * row + 32)};
-        barrier_release(shared.query_empty(query.slot), lane);
-        query.advance();
         wgmma_wait<0>();
+        pin(slopes);
+#pragma unroll
+        for (int i = 0; i < kBlockN / 2; ++i) scores[i] *= slopes[i] - delta[half_of(i)];
+        pack_fragment(weights, scores);
+        if (block == low_block) break;
+
+        // dQ += dS K of this block and the scores of the next are in flight together.
+        const unsigned slot = key.slot;
+        key.advance();
+        --block;
+        barrier_wait(shared.key_full(key.slot), key.parity);
+        async_proxy_fence();
+        pin(scores);
+        pin(slopes);
         pin(gradient);
-        if (any) {
-            barrier_release(shared.key_empty(key.slot), lane);
-            key.advance();
-        }
-        const float scale[2] = {lse[0] == SCFA_INFINITY ? 0.0f : p.scale, lse[1] == SCFA_INFINITY ? 0.0f : p.scale};
-        scatter_rows(gradient, scale, p.dq.of_head(at.b, at.h), p.dq.row, index, lane);
-        for (; block >= 0; --block) skip_block();
+        pin(weights);
+        wgmma_fence();
+        accumulate_weighted_rows<kBlockN>(gradient, weights, shared.key(slot));
+        wgmma_commit();
+        issue_scores(key.slot);
+        wgmma_wait<2>();
+        pin(gradient);
+        pin(weights);
+        barrier_release(shared.key_empty(slot), lane);
+      }
+      pin(gradient);
+      pin(weights);
+      wgmma_fence();
+      accumulate_weighted_rows<kBlockN>(gradient, weights, shared.key(key.slot));
+      wgmma_commit();
+      --block;
     }
+
+    const int index[2] = {shared_load(data.indices() + 4 * row),
+                          shared_load(data.indices() + 4 * row + 32)};
+    barrier_release(shared.query_empty(query.slot), lane);
+    query.advance();
+    wgmma_wait<0>();
+    pin(gradient);
+    if (any) {
+      barrier_release(shared.key_empty(key.slot), lane);
+      key.advance();
+    }
+    const float scale[2] = {lse[0] == SCFA_INFINITY ? 0.0f : p.scale,
+                            lse[1] == SCFA_INFINITY ? 0.0f : p.scale};
+    scatter_rows(gradient, scale, p.dq.of_head(at.b, at.h), p.dq.row, index, lane);
+    for (; block >= 0; --block) skip_block();
+  }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1) scfa_bwd_dq_sm90(const __grid_constant__ Params p) {
-    extern __shared__ char dynamic[];
-    const Shared shared{(shared_address(dynamic) + 1023) & ~1023u};
-    if (threadIdx.x == 0) {
-        if (blockIdx.x == 0) p.row_lse[-1] = SCFA_INFINITY;  // the lse of queries that are not there
-        for (int i = 0; i < kQueryBuffers; ++i) {
-            barrier_init(shared.query_full(i), 2 * kGatherThreads);
-            barrier_init(shared.query_empty(i), 4 * kWarpgroups);
-        }
-        for (int i = 0; i < kStages; ++i) {
-            barrier_init(shared.key_full(i), kGatherThreads);
-            barrier_init(shared.key_empty(i), 4 * kWarpgroups);
-        }
-        barrier_init_done();
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    scfa_bwd_dq_sm90(const __grid_constant__ Params p) {
+  extern __shared__ char dynamic[];
+  const Shared shared{(shared_address(dynamic) + 1023) & ~1023u};
+  if (threadIdx.x == 0) {
+    if (blockIdx.x == 0) p.row_lse[-1] = SCFA_INFINITY;  // the lse of queries that are not there
+    for (int i = 0; i < kQueryBuffers; ++i) {
+      barrier_init(shared.query_full(i), 2 * kGatherThreads);
+      barrier_init(shared.query_empty(i), 4 * kWarpgroups);
     }
-    __syncthreads();  // barriers are initialised
-    const int warpgroup = uniform(threadIdx.x / 128);
-    if (warpgroup == 0) {
-        give_registers<kProducerRegisters>();
-        gather_tiles(p, shared);
-    } else {
-        take_registers<kConsumerRegisters>();
-        multiply_tiles(p, shared, warpgroup - 1);
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(shared.key_full(i), kGatherThreads);
+      barrier_init(shared.key_empty(i), 4 * kWarpgroups);
     }
+    barrier_init_done();
+  }
+  __syncthreads();  // barriers are initialised
+  const int warpgroup = uniform(threadIdx.x / 128);
+  if (warpgroup == 0) {
+    give_registers<kProducerRegisters>();
+    gather_tiles(p, shared);
+  } else {
+    take_registers<kConsumerRegisters>();
+    multiply_tiles(p, shared, warpgroup - 1);
+  }
 }

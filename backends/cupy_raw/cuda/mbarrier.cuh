@@ -1,141 +1,150 @@
-// Shared-memory barriers of sm_90: mbarrier objects, asynchronous-copy arrivals, named barriers, and the proxy fence.
-// Knows nothing of the kernels. All shared-memory addresses are 32-bit (the shared window).
+// Shared-memory barriers of sm_90: mbarrier objects, asynchronous-copy arrivals, named barriers,
+// and the proxy fence. Knows nothing of the kernels. All shared-memory addresses are 32-bit (the
+// shared window).
 #pragma once
 
 #ifndef SCFA_DEBUG_WAIT
-#define SCFA_DEBUG_WAIT 0  // 1: a wait of more than about a second traps instead of hanging the card
+#define SCFA_DEBUG_WAIT \
+  0  // 1: a wait of more than about a second traps instead of hanging the card
 #endif
 #ifndef SCFA_PROXY_FENCE
-#define SCFA_PROXY_FENCE 1  // 0: no proxy fence between cp.async data and wgmma (measured in docs/perf/hopper.md)
+#define SCFA_PROXY_FENCE \
+  1  // 0: no proxy fence between cp.async data and wgmma (measured in docs/perf/hopper.md)
 #endif
 
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
-    return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
 __device__ __forceinline__ void barrier_init(unsigned barrier, unsigned arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
 // Make the initialised barriers visible to the asynchronous units; a __syncthreads() must follow.
 __device__ __forceinline__ void barrier_init_done() {
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
 __device__ __forceinline__ void barrier_arrive(unsigned barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // One warp is done with a buffer: all its lanes' reads and products of it are complete.
 __device__ __forceinline__ void barrier_release(unsigned barrier, int lane) {
-    __syncwarp();
-    if (lane == 0) barrier_arrive(barrier);
+  __syncwarp();
+  if (lane == 0) barrier_arrive(barrier);
 }
 
-// Arrive once every earlier cp.async of this thread has landed; counts against the initialised arrivals.
+// Arrive once every earlier cp.async of this thread has landed; counts against the initialised
+// arrivals.
 __device__ __forceinline__ void barrier_arrive_after_copies(unsigned barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 __device__ __forceinline__ bool barrier_try_wait(unsigned barrier, unsigned parity) {
-    unsigned done;
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, done;\n}"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-    return done != 0;
+  unsigned done;
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
 }
 
 // Return when the phase of this parity has completed.
 __device__ __forceinline__ void barrier_wait(unsigned barrier, unsigned parity) {
 #if SCFA_DEBUG_WAIT
-    const long long begin = clock64();
-    while (!barrier_try_wait(barrier, parity)) {
-        if (clock64() - begin > 2000000000LL) asm volatile("trap;");
-    }
+  const long long begin = clock64();
+  while (!barrier_try_wait(barrier, parity)) {
+    if (clock64() - begin > 2000000000LL) asm volatile("trap;");
+  }
 #else
-    while (!barrier_try_wait(barrier, parity)) {
-    }
+  while (!barrier_try_wait(barrier, parity)) {
+  }
 #endif
 }
 
 // Rows written by cp.async are read by wgmma through the asynchronous proxy.
 __device__ __forceinline__ void async_proxy_fence() {
 #if SCFA_PROXY_FENCE
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
-    asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+  asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-    asm volatile("barrier.cta.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+  asm volatile("barrier.cta.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Synchronise and tell every thread whether any of them voted true.
 __device__ __forceinline__ bool named_barrier_any(int id, int threads, bool vote) {
-    unsigned any;
-    asm volatile(
-        "{\n.reg .pred in, out;\n"
-        "setp.ne.u32 in, %3, 0;\n"
-        "barrier.cta.red.or.pred out, %1, %2, in;\n"
-        "selp.u32 %0, 1, 0, out;\n}"
-        : "=r"(any)
-        : "r"(id), "r"(threads), "r"(static_cast<unsigned>(vote))
-        : "memory");
-    return any != 0;
+  unsigned any;
+  asm volatile(
+      "{\n.reg .pred in, out;\n"
+      "setp.ne.u32 in, %3, 0;\n"
+      "barrier.cta.red.or.pred out, %1, %2, in;\n"
+      "selp.u32 %0, 1, 0, out;\n}"
+      : "=r"(any)
+      : "r"(id), "r"(threads), "r"(static_cast<unsigned>(vote))
+      : "memory");
+  return any != 0;
 }
 
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// A value that all lanes hold alike, known to be so by the compiler as well: it then lives in uniform registers, and so does
-// every branch and address made of it.
+// A value that all lanes hold alike, known to be so by the compiler as well: it then lives in
+// uniform registers, and so does every branch and address made of it.
 __device__ __forceinline__ int uniform(int value) { return __reduce_max_sync(0xFFFFFFFFu, value); }
 
 // Position in a ring of kSlots buffers: the slot in use and the parity of its current round.
 template <int kSlots>
 struct Ring {
-    unsigned slot = 0, parity = 0;
+  unsigned slot = 0, parity = 0;
 
-    __device__ __forceinline__ void advance() {
-        if (++slot == kSlots) {
-            slot = 0;
-            parity ^= 1;
-        }
+  __device__ __forceinline__ void advance() {
+    if (++slot == kSlots) {
+      slot = 0;
+      parity ^= 1;
     }
+  }
 };
 
 __device__ __forceinline__ int shared_load(unsigned address) {
-    int value;
-    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
-    return value;
+  int value;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
 }
 
 __device__ __forceinline__ void shared_store(unsigned address, int value) {
-    asm volatile("st.shared.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+  asm volatile("st.shared.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
-__device__ __forceinline__ float shared_load_float(unsigned address) { return __int_as_float(shared_load(address)); }
+__device__ __forceinline__ float shared_load_float(unsigned address) {
+  return __int_as_float(shared_load(address));
+}
 
 __device__ __forceinline__ void shared_store_float(unsigned address, float value) {
-    shared_store(address, __float_as_int(value));
+  shared_store(address, __float_as_int(value));
 }
 
 __device__ __forceinline__ int2 shared_load_pair(unsigned address) {
-    int2 value;
-    asm volatile("ld.shared.v2.s32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address) : "memory");
-    return value;
+  int2 value;
+  asm volatile("ld.shared.v2.s32 {%0, %1}, [%2];"
+               : "=r"(value.x), "=r"(value.y)
+               : "r"(address)
+               : "memory");
+  return value;
 }

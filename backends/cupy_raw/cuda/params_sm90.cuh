@@ -3,31 +3,36 @@
 
 // A (batch, heads, rows, columns) array: address and strides in bytes; columns are contiguous.
 struct Array {
-    char* data;
-    long long batch, head;
-    int row, unused;
+  char* data;
+  long long batch, head;
+  int row, unused;
 
-    __device__ __forceinline__ char* of_head(int b, int h) const { return data + b * batch + h * head; }
+  __device__ __forceinline__ char* of_head(int b, int h) const {
+    return data + b * batch + h * head;
+  }
 };
 
 // Division of 0 .. 2^31 - 1 by a number the host knows: one wide product and a shift.
 struct Divisor {
-    unsigned multiplier, shift;
+  unsigned multiplier, shift;
 
-    __device__ __forceinline__ int quotient(int n) const {
-        return static_cast<int>((static_cast<unsigned long long>(static_cast<unsigned>(n)) * multiplier) >> shift);
-    }
+  __device__ __forceinline__ int quotient(int n) const {
+    return static_cast<int>(
+        (static_cast<unsigned long long>(static_cast<unsigned>(n)) * multiplier) >> shift);
+  }
 };
 
 struct Params {
-    Array q, k, v, out, dout, dq, dk, dv, lse;
-    const int *q_index, *q_count, *k_index, *k_count, *key_start, *key_end;
-    float *row_lse, *row_delta;  // of each sorted query row, lse in base 2, +inf where nothing is seen and before the first:
-                                  // dq kernel -> dk/dv kernel
-    int* counter;                // tiles handed out so far beyond the first of each block; zeroed before the launch
-    float scale, scale_log2;
-    int heads, heads_kv, group_size, seqlen_q, seqlen_k;
-    int tiles_per_head, tiles;   // tiles of one head (query head, or kv head in the dk/dv kernel), and of all
-    int monotone;
-    Divisor by_tiles, by_heads, by_group;  // by tiles_per_head, by heads (heads_kv in the dk/dv kernel), by group_size
+  Array q, k, v, out, dout, dq, dk, dv, lse;
+  const int *q_index, *q_count, *k_index, *k_count, *key_start, *key_end;
+  float *row_lse, *row_delta;  // of each sorted query row, lse in base 2, +inf where nothing is
+                               // seen and before the first: dq kernel -> dk/dv kernel
+  int* counter;  // tiles handed out so far beyond the first of each block; zeroed before the launch
+  float scale, scale_log2;
+  int heads, heads_kv, group_size, seqlen_q, seqlen_k;
+  int tiles_per_head,
+      tiles;  // tiles of one head (query head, or kv head in the dk/dv kernel), and of all
+  int monotone;
+  Divisor by_tiles, by_heads,
+      by_group;  // by tiles_per_head, by heads (heads_kv in the dk/dv kernel), by group_size
 };

@@ -1,5 +1,6 @@
 // Online softmax of one warpgroup's 64 rows on wgmma accumulators, in base 2, and the range mask.
-// Thread (warp w, lane 4 g + q) holds rows 16 w + g and + 8; element i is of row half (i >> 1) & 1, column 8 (i >> 2) + 2 q + (i & 1).
+// Thread (warp w, lane 4 g + q) holds rows 16 w + g and + 8; element i is of row half (i >> 1) & 1,
+// column 8 (i >> 2) + 2 q + (i & 1).
 #pragma once
 
 #define SCFA_INFINITY __int_as_float(0x7F800000)
@@ -7,130 +8,143 @@ constexpr float kLn2 = 0.693147180559945309f;
 constexpr float kLog2E = 1.442695040888963407f;
 
 __device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 __device__ __forceinline__ float log2_fast(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 __device__ __forceinline__ float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
-    return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
+  x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
 }
 
 __device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
-    return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
+  x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
+  return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
 }
 
 __device__ constexpr int half_of(int i) { return (i >> 1) & 1; }
 __device__ constexpr int column_of(int i) { return 8 * (i >> 2) + (i & 1); }  // plus 2 q
 
-// Smallest and largest range ends of the 64 rows of a warpgroup; rows that see nothing count for `inner` only.
+// Smallest and largest range ends of the 64 rows of a warpgroup; rows that see nothing count for
+// `inner` only.
 struct RowExtremes {
-    int outer_start, outer_end;  // some row sees something in here
-    int inner_start, inner_end;  // every row sees all of this (empty if start >= end)
+  int outer_start, outer_end;  // some row sees something in here
+  int inner_start, inner_end;  // every row sees all of this (empty if start >= end)
 };
 
 __device__ __forceinline__ RowExtremes row_extremes(unsigned starts, unsigned ends, int lane) {
-    constexpr int kNone = 0x7FFFFFFF;
-    RowExtremes e{kNone, 0, 0, kNone};
+  constexpr int kNone = 0x7FFFFFFF;
+  RowExtremes e{kNone, 0, 0, kNone};
 #pragma unroll
-    for (int r = 0; r < 64; r += 32) {
-        const int start = shared_load(starts + 4 * (lane + r)), end = shared_load(ends + 4 * (lane + r));
-        e.outer_start = min(e.outer_start, start < end ? start : kNone);
-        e.outer_end = max(e.outer_end, start < end ? end : 0);
-        e.inner_start = max(e.inner_start, start);
-        e.inner_end = min(e.inner_end, end);
-    }
-    e.outer_start = __reduce_min_sync(0xFFFFFFFFu, e.outer_start);
-    e.outer_end = __reduce_max_sync(0xFFFFFFFFu, e.outer_end);
-    e.inner_start = __reduce_max_sync(0xFFFFFFFFu, e.inner_start);
-    e.inner_end = __reduce_min_sync(0xFFFFFFFFu, e.inner_end);
-    return e;
+  for (int r = 0; r < 64; r += 32) {
+    const int start = shared_load(starts + 4 * (lane + r)),
+              end = shared_load(ends + 4 * (lane + r));
+    e.outer_start = min(e.outer_start, start < end ? start : kNone);
+    e.outer_end = max(e.outer_end, start < end ? end : 0);
+    e.inner_start = max(e.inner_start, start);
+    e.inner_end = min(e.inner_end, end);
+  }
+  e.outer_start = __reduce_min_sync(0xFFFFFFFFu, e.outer_start);
+  e.outer_end = __reduce_max_sync(0xFFFFFFFFu, e.outer_end);
+  e.inner_start = __reduce_max_sync(0xFFFFFFFFu, e.inner_start);
+  e.inner_end = __reduce_min_sync(0xFFFFFFFFu, e.inner_end);
+  return e;
 }
 
-// Scores at or beyond the end of their row's range become -inf; `first` is the key of column 0, q the lane within its quad.
+// Scores at or beyond the end of their row's range become -inf; `first` is the key of column 0, q
+// the lane within its quad.
 template <int kCount>
-__device__ __forceinline__ void mask_ends(float (&scores)[kCount], const int (&end)[2], int first, int q) {
-    const int high[2] = {end[0] - first - 2 * q, end[1] - first - 2 * q};
+__device__ __forceinline__ void mask_ends(float (&scores)[kCount], const int (&end)[2], int first,
+                                          int q) {
+  const int high[2] = {end[0] - first - 2 * q, end[1] - first - 2 * q};
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) scores[i] = column_of(i) < high[half_of(i)] ? scores[i] : -SCFA_INFINITY;
+  for (int i = 0; i < kCount; ++i)
+    scores[i] = column_of(i) < high[half_of(i)] ? scores[i] : -SCFA_INFINITY;
 }
 
 // Scores before the start of their row's range become -inf.
 template <int kCount>
-__device__ __forceinline__ void mask_starts(float (&scores)[kCount], const int (&start)[2], int first, int q) {
-    const int low[2] = {start[0] - first - 2 * q, start[1] - first - 2 * q};
+__device__ __forceinline__ void mask_starts(float (&scores)[kCount], const int (&start)[2],
+                                            int first, int q) {
+  const int low[2] = {start[0] - first - 2 * q, start[1] - first - 2 * q};
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) scores[i] = column_of(i) >= low[half_of(i)] ? scores[i] : -SCFA_INFINITY;
+  for (int i = 0; i < kCount; ++i)
+    scores[i] = column_of(i) >= low[half_of(i)] ? scores[i] : -SCFA_INFINITY;
 }
 
-// Mask a block of scores of this warpgroup as far as it needs it: nothing, ends, or starts as well (addresses of this thread's rows).
+// Mask a block of scores of this warpgroup as far as it needs it: nothing, ends, or starts as well
+// (addresses of this thread's rows).
 template <int kBlock, int kCount>
-__device__ __forceinline__ void mask_block(
-    float (&scores)[kCount], const RowExtremes& rows, unsigned starts, unsigned ends, int first, int q) {
-    if (first + kBlock > rows.inner_end) {
-        const int end[2] = {shared_load(ends), shared_load(ends + 32)};
-        mask_ends(scores, end, first, q);
-    }
-    if (first < rows.inner_start) {
-        const int start[2] = {shared_load(starts), shared_load(starts + 32)};
-        mask_starts(scores, start, first, q);
-    }
+__device__ __forceinline__ void mask_block(float (&scores)[kCount], const RowExtremes& rows,
+                                           unsigned starts, unsigned ends, int first, int q) {
+  if (first + kBlock > rows.inner_end) {
+    const int end[2] = {shared_load(ends), shared_load(ends + 32)};
+    mask_ends(scores, end, first, q);
+  }
+  if (first < rows.inner_start) {
+    const int start[2] = {shared_load(starts), shared_load(starts + 32)};
+    mask_starts(scores, start, first, q);
+  }
 }
 
 struct OnlineSoftmax {
-    float maximum[2] = {-SCFA_INFINITY, -SCFA_INFINITY};
-    float sum[2] = {0.0f, 0.0f};  // this thread's columns only, until finalize()
+  float maximum[2] = {-SCFA_INFINITY, -SCFA_INFINITY};
+  float sum[2] = {0.0f, 0.0f};  // this thread's columns only, until finalize()
 
-    // Replace scores by exp2((score - running maximum) * scale_log2); `decay` is what earlier results shrink by.
-    template <int kCount>
-    __device__ __forceinline__ void update(float (&scores)[kCount], float (&decay)[2], float scale_log2) {
-        float top[2] = {maximum[0], maximum[1]};
+  // Replace scores by exp2((score - running maximum) * scale_log2); `decay` is what earlier results
+  // shrink by.
+  template <int kCount>
+  __device__ __forceinline__ void update(float (&scores)[kCount], float (&decay)[2],
+                                         float scale_log2) {
+    float top[2] = {maximum[0], maximum[1]};
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) top[half_of(i)] = fmaxf(top[half_of(i)], scores[i]);
-        float shift[2];
+    for (int i = 0; i < kCount; ++i) top[half_of(i)] = fmaxf(top[half_of(i)], scores[i]);
+    float shift[2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            top[half] = quad_max(top[half]);
-            // A row that has seen no key yet has maximum -inf: shift by 0, so that its weights are exp2(-inf) = 0.
-            shift[half] = top[half] == -SCFA_INFINITY ? 0.0f : top[half] * scale_log2;
-            decay[half] = exp2_fast(maximum[half] * scale_log2 - shift[half]);
-            maximum[half] = top[half];
-            sum[half] *= decay[half];
-        }
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) scores[i] = exp2_fast(scores[i] * scale_log2 - shift[half_of(i)]);
-        // Two accumulation chains a row half keep the additions independent.
-        float extra[2] = {0.0f, 0.0f};
-#pragma unroll
-        for (int i = 0; i < kCount; i += 2) {
-            sum[half_of(i)] += scores[i];
-            extra[half_of(i)] += scores[i + 1];
-        }
-        sum[0] += extra[0];
-        sum[1] += extra[1];
+    for (int half = 0; half < 2; ++half) {
+      top[half] = quad_max(top[half]);
+      // A row that has seen no key yet has maximum -inf: shift by 0, so that its weights are
+      // exp2(-inf) = 0.
+      shift[half] = top[half] == -SCFA_INFINITY ? 0.0f : top[half] * scale_log2;
+      decay[half] = exp2_fast(maximum[half] * scale_log2 - shift[half]);
+      maximum[half] = top[half];
+      sum[half] *= decay[half];
     }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      scores[i] = exp2_fast(scores[i] * scale_log2 - shift[half_of(i)]);
+    // Two accumulation chains a row half keep the additions independent.
+    float extra[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      sum[half_of(i)] += scores[i];
+      extra[half_of(i)] += scores[i + 1];
+    }
+    sum[0] += extra[0];
+    sum[1] += extra[1];
+  }
 
-    // What to multiply each row's accumulator by (0 for rows without keys), and its log-sum-exp in nats.
-    __device__ __forceinline__ void finalize(float (&inverse)[2], float (&lse)[2], float scale) {
+  // What to multiply each row's accumulator by (0 for rows without keys), and its log-sum-exp in
+  // nats.
+  __device__ __forceinline__ void finalize(float (&inverse)[2], float (&lse)[2], float scale) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const float total = quad_sum(sum[half]);
-            inverse[half] = total == 0.0f ? 0.0f : 1.0f / total;
-            lse[half] = total == 0.0f ? -SCFA_INFINITY : maximum[half] * scale + log2_fast(total) * kLn2;
-        }
+    for (int half = 0; half < 2; ++half) {
+      const float total = quad_sum(sum[half]);
+      inverse[half] = total == 0.0f ? 0.0f : 1.0f / total;
+      lse[half] = total == 0.0f ? -SCFA_INFINITY : maximum[half] * scale + log2_fast(total) * kLn2;
     }
+  }
 };
 
 template <int kCount>
 __device__ __forceinline__ void scale_rows(float (&values)[kCount], const float (&factor)[2]) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] *= factor[half_of(i)];
+  for (int i = 0; i < kCount; ++i) values[i] *= factor[half_of(i)];
 }

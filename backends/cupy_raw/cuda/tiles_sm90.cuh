@@ -1,132 +1,141 @@
-// Which tile of sorted query rows a block works on, which keys that tile's rows see, and the row data shared between the
-// gathering warpgroup and the multiplying ones. Used by the kernels that own query tiles (fwd_sm90.cu, bwd_dq_sm90.cu).
+// Which tile of sorted query rows a block works on, which keys that tile's rows see, and the row
+// data shared between the gathering warpgroup and the multiplying ones. Used by the kernels that
+// own query tiles (fwd_sm90.cu, bwd_dq_sm90.cu).
 #pragma once
 
 constexpr int kProducerBarrier = 1;  // named barrier of the gathering warpgroup
 
-// Shared-memory addresses of one query buffer's row data: kRows ints each of key_start, key_end, q_index, then the header.
+// Shared-memory addresses of one query buffer's row data: kRows ints each of key_start, key_end,
+// q_index, then the header.
 template <int kRows>
 struct TileData {
-    static constexpr int kBytes = 12 * kRows + 16;
-    unsigned base;
+  static constexpr int kBytes = 12 * kRows + 16;
+  unsigned base;
 
-    __device__ __forceinline__ unsigned starts() const { return base; }
-    __device__ __forceinline__ unsigned ends() const { return base + 4 * kRows; }
-    __device__ __forceinline__ unsigned indices() const { return base + 8 * kRows; }
-    __device__ __forceinline__ unsigned tile() const { return base + 12 * kRows; }
-    __device__ __forceinline__ unsigned first_key() const { return base + 12 * kRows + 4; }
-    __device__ __forceinline__ unsigned key_blocks() const { return base + 12 * kRows + 8; }
+  __device__ __forceinline__ unsigned starts() const { return base; }
+  __device__ __forceinline__ unsigned ends() const { return base + 4 * kRows; }
+  __device__ __forceinline__ unsigned indices() const { return base + 8 * kRows; }
+  __device__ __forceinline__ unsigned tile() const { return base + 12 * kRows; }
+  __device__ __forceinline__ unsigned first_key() const { return base + 12 * kRows + 4; }
+  __device__ __forceinline__ unsigned key_blocks() const { return base + 12 * kRows + 8; }
 };
 
-// A tile by name: head z = b * heads + h, its key/value head, and the sorted row it starts at. The last rows of a head go first: they see most.
+// A tile by name: head z = b * heads + h, its key/value head, and the sorted row it starts at. The
+// last rows of a head go first: they see most.
 struct QueryTile {
-    int z, b, h, h_kv, first_row;
+  int z, b, h, h_kv, first_row;
 };
 
 template <int kRows>
 __device__ __forceinline__ QueryTile locate_query_tile(const Params& p, int tile) {
-    const int z = p.by_tiles.quotient(tile), b = p.by_heads.quotient(z), h = z - b * p.heads;
-    return {z, b, h, p.by_group.quotient(h), ((z + 1) * p.tiles_per_head - 1 - tile) * kRows};
+  const int z = p.by_tiles.quotient(tile), b = p.by_heads.quotient(z), h = z - b * p.heads;
+  return {z, b, h, p.by_group.quotient(h), ((z + 1) * p.tiles_per_head - 1 - tile) * kRows};
 }
 
-// The keys a query tile visits, [first, end) of the sorted list, and the part of them, [gap_first, gap_end), outside which no key
-// is unseen by every row of the tile.
+// The keys a query tile visits, [first, end) of the sorted list, and the part of them, [gap_first,
+// gap_end), outside which no key is unseen by every row of the tile.
 struct KeyUnion {
-    int first, end, gap_first, gap_end;
+  int first, end, gap_first, gap_end;
 };
 
-// Load the tile's row data into shared memory and agree on its key range. All threads of the gathering warpgroup call it.
+// Load the tile's row data into shared memory and agree on its key range. All threads of the
+// gathering warpgroup call it.
 template <int kRows>
-__device__ __forceinline__ KeyUnion load_tile_rows(
-    const Params& p, TileData<kRows> data, unsigned scratch, const QueryTile& tile, int thread) {
-    const long long list = static_cast<long long>(tile.z) * p.seqlen_q;
-    const int *starts = p.key_start + list, *ends = p.key_end + list, *indices = p.q_index + list;
-    const int last = p.seqlen_q - 1;
-    constexpr int kNone = 0x7FFFFFFF, kCount = (kRows + kGatherThreads - 1) / kGatherThreads;
-    int start[kCount], end[kCount], index[kCount], next[kCount];
+__device__ __forceinline__ KeyUnion load_tile_rows(const Params& p, TileData<kRows> data,
+                                                   unsigned scratch, const QueryTile& tile,
+                                                   int thread) {
+  const long long list = static_cast<long long>(tile.z) * p.seqlen_q;
+  const int *starts = p.key_start + list, *ends = p.key_end + list, *indices = p.q_index + list;
+  const int last = p.seqlen_q - 1;
+  constexpr int kNone = 0x7FFFFFFF, kCount = (kRows + kGatherThreads - 1) / kGatherThreads;
+  int start[kCount], end[kCount], index[kCount], next[kCount];
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {  // all loads in flight together
-        // Rows past the end repeat the last row's range, and are neither gathered nor stored.
-        const int wanted = tile.first_row + thread + i * kGatherThreads, row = min(wanted, last);
-        start[i] = starts[row];
-        end[i] = ends[row];
-        index[i] = wanted <= last ? indices[row] : -1;
-        next[i] = starts[min(wanted + 1, last)];
-    }
-    KeyUnion keys{kNone, 0, p.monotone ? kNone : 0, p.monotone ? 0 : kNone};
+  for (int i = 0; i < kCount; ++i) {  // all loads in flight together
+    // Rows past the end repeat the last row's range, and are neither gathered nor stored.
+    const int wanted = tile.first_row + thread + i * kGatherThreads, row = min(wanted, last);
+    start[i] = starts[row];
+    end[i] = ends[row];
+    index[i] = wanted <= last ? indices[row] : -1;
+    next[i] = starts[min(wanted + 1, last)];
+  }
+  KeyUnion keys{kNone, 0, p.monotone ? kNone : 0, p.monotone ? 0 : kNone};
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-        const int r = thread + i * kGatherThreads;
-        if (r < kRows) {
-            shared_store(data.starts() + 4 * r, start[i]);
-            shared_store(data.ends() + 4 * r, end[i]);
-            shared_store(data.indices() + 4 * r, index[i]);
-            const bool sees = start[i] < end[i], gap = r + 1 < kRows && next[i] > end[i];
-            keys.first = sees ? min(keys.first, start[i]) : keys.first;
-            keys.end = sees ? max(keys.end, end[i]) : keys.end;
-            keys.gap_first = gap ? min(keys.gap_first, end[i]) : keys.gap_first;
-            keys.gap_end = gap ? max(keys.gap_end, next[i]) : keys.gap_end;
-        }
+  for (int i = 0; i < kCount; ++i) {
+    const int r = thread + i * kGatherThreads;
+    if (r < kRows) {
+      shared_store(data.starts() + 4 * r, start[i]);
+      shared_store(data.ends() + 4 * r, end[i]);
+      shared_store(data.indices() + 4 * r, index[i]);
+      const bool sees = start[i] < end[i], gap = r + 1 < kRows && next[i] > end[i];
+      keys.first = sees ? min(keys.first, start[i]) : keys.first;
+      keys.end = sees ? max(keys.end, end[i]) : keys.end;
+      keys.gap_first = gap ? min(keys.gap_first, end[i]) : keys.gap_first;
+      keys.gap_end = gap ? max(keys.gap_end, next[i]) : keys.gap_end;
     }
-    keys.first = __reduce_min_sync(0xFFFFFFFFu, keys.first);
-    keys.end = __reduce_max_sync(0xFFFFFFFFu, keys.end);
-    keys.gap_first = __reduce_min_sync(0xFFFFFFFFu, keys.gap_first);
-    keys.gap_end = __reduce_max_sync(0xFFFFFFFFu, keys.gap_end);
-    if (thread % 32 == 0) {
-        const unsigned mine = scratch + 16 * (thread / 32);
-        shared_store(mine, keys.first);
-        shared_store(mine + 4, keys.end);
-        shared_store(mine + 8, keys.gap_first);
-        shared_store(mine + 12, keys.gap_end);
-    }
-    named_barrier_sync(kProducerBarrier, kGatherThreads);  // row data and the four warps' ranges are written
+  }
+  keys.first = __reduce_min_sync(0xFFFFFFFFu, keys.first);
+  keys.end = __reduce_max_sync(0xFFFFFFFFu, keys.end);
+  keys.gap_first = __reduce_min_sync(0xFFFFFFFFu, keys.gap_first);
+  keys.gap_end = __reduce_max_sync(0xFFFFFFFFu, keys.gap_end);
+  if (thread % 32 == 0) {
+    const unsigned mine = scratch + 16 * (thread / 32);
+    shared_store(mine, keys.first);
+    shared_store(mine + 4, keys.end);
+    shared_store(mine + 8, keys.gap_first);
+    shared_store(mine + 12, keys.gap_end);
+  }
+  named_barrier_sync(kProducerBarrier,
+                     kGatherThreads);  // row data and the four warps' ranges are written
 #pragma unroll
-    for (int warp = 0; warp < kGatherThreads / 32; ++warp) {
-        const int2 range = shared_load_pair(scratch + 16 * warp), gap = shared_load_pair(scratch + 16 * warp + 8);
-        keys.first = min(keys.first, range.x);
-        keys.end = max(keys.end, range.y);
-        keys.gap_first = min(keys.gap_first, gap.x);
-        keys.gap_end = max(keys.gap_end, gap.y);
-    }
-    keys.first = uniform(keys.first);
-    keys.end = uniform(keys.end);
-    if (keys.first >= keys.end) keys.first = keys.end = 0;
-    return keys;
+  for (int warp = 0; warp < kGatherThreads / 32; ++warp) {
+    const int2 range = shared_load_pair(scratch + 16 * warp),
+               gap = shared_load_pair(scratch + 16 * warp + 8);
+    keys.first = min(keys.first, range.x);
+    keys.end = max(keys.end, range.y);
+    keys.gap_first = min(keys.gap_first, gap.x);
+    keys.gap_end = max(keys.gap_end, gap.y);
+  }
+  keys.first = uniform(keys.first);
+  keys.end = uniform(keys.end);
+  if (keys.first >= keys.end) keys.first = keys.end = 0;
+  return keys;
 }
 
-// Bring the row data of a tile nearer, ahead of load_tile_rows; one warp calls it with the tile number in its lane 0.
+// Bring the row data of a tile nearer, ahead of load_tile_rows; one warp calls it with the tile
+// number in its lane 0.
 template <int kRows>
 __device__ __forceinline__ void prefetch_tile_rows(const Params& p, int number, int lane) {
-    number = __shfl_sync(0xFFFFFFFFu, number, 0);
-    if (number >= p.tiles) return;
-    const QueryTile tile = locate_query_tile<kRows>(p, number);
-    constexpr int kLines = kRows / 32 + 1;  // of 128 bytes, wherever the first row lies in its line
-    if (lane < 3 * kLines) {
-        const int* array = lane < kLines ? p.key_start : lane < 2 * kLines ? p.key_end : p.q_index;
-        const int row = min(tile.first_row + 32 * (lane % kLines), p.seqlen_q - 1);
-        const int* line = array + static_cast<long long>(tile.z) * p.seqlen_q + row;
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
-    }
+  number = __shfl_sync(0xFFFFFFFFu, number, 0);
+  if (number >= p.tiles) return;
+  const QueryTile tile = locate_query_tile<kRows>(p, number);
+  constexpr int kLines = kRows / 32 + 1;  // of 128 bytes, wherever the first row lies in its line
+  if (lane < 3 * kLines) {
+    const int* array = lane < kLines ? p.key_start : lane < 2 * kLines ? p.key_end : p.q_index;
+    const int row = min(tile.first_row + 32 * (lane % kLines), p.seqlen_q - 1);
+    const int* line = array + static_cast<long long>(tile.z) * p.seqlen_q + row;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+  }
 }
 
-// Is this key seen by any row of the tile? Exact, so that rows nobody sees are never multiplied, not even by zero.
+// Is this key seen by any row of the tile? Exact, so that rows nobody sees are never multiplied,
+// not even by zero.
 template <int kRows>
 __device__ __forceinline__ bool seen_by_tile(TileData<kRows> data, int key, bool monotone) {
-    if (monotone) {
-        int row = 0;  // lower bound: the first row whose range ends beyond the key
+  if (monotone) {
+    int row = 0;  // lower bound: the first row whose range ends beyond the key
 #pragma unroll 1
-        for (int count = kRows; count > 0;) {
-            const int half = count / 2;
-            const bool beyond = shared_load(data.ends() + 4 * (row + half)) > key;
-            row = beyond ? row : row + half + 1;
-            count = beyond ? half : count - half - 1;
-        }
-        return row < kRows && shared_load(data.starts() + 4 * row) <= key;
+    for (int count = kRows; count > 0;) {
+      const int half = count / 2;
+      const bool beyond = shared_load(data.ends() + 4 * (row + half)) > key;
+      row = beyond ? row : row + half + 1;
+      count = beyond ? half : count - half - 1;
     }
-    bool seen = false;
+    return row < kRows && shared_load(data.starts() + 4 * row) <= key;
+  }
+  bool seen = false;
 #pragma unroll 1
-    for (int row = 0; row < kRows; ++row) {
-        seen |= shared_load(data.starts() + 4 * row) <= key && key < shared_load(data.ends() + 4 * row);
-    }
-    return seen;
+  for (int row = 0; row < kRows; ++row) {
+    seen |= shared_load(data.starts() + 4 * row) <= key && key < shared_load(data.ends() + 4 * row);
+  }
+  return seen;
 }

@@ -1,6 +1,7 @@
-// The only inline PTX for sm_90a matrix products: wgmma m64nNk16 with fp32 accumulators, its descriptors and fences.
-// B, and A where it is shared, are tiles of 128-byte rows (64 16-bit columns, one "panel") in the 128-byte swizzle: 16-byte
-// chunk j of row r lies at chunk j ^ (r & 7). Wider tiles are panels one after another. Bases are 1024-byte aligned.
+// The only inline PTX for sm_90a matrix products: wgmma m64nNk16 with fp32 accumulators, its
+// descriptors and fences. B, and A where it is shared, are tiles of 128-byte rows (64 16-bit
+// columns, one "panel") in the 128-byte swizzle: 16-byte chunk j of row r lies at chunk j ^ (r &
+// 7). Wider tiles are panels one after another. Bases are 1024-byte aligned.
 #pragma once
 
 #ifndef SCFA_BFLOAT16
@@ -13,184 +14,205 @@
 #endif
 
 constexpr int kPanelColumns = 64;
-constexpr int kRowBytes = 128;      // one row of a panel
-constexpr int kGroupBytes = 1024;   // eight rows: one period of the swizzle
-constexpr int kStepColumns = 16;    // reduction depth of one instruction
+constexpr int kRowBytes = 128;     // one row of a panel
+constexpr int kGroupBytes = 1024;  // eight rows: one period of the swizzle
+constexpr int kStepColumns = 16;   // reduction depth of one instruction
 
-#define SCFA_ACC32 \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
-#define SCFA_ACC64 \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
-#define SCFA_OUT8(d, i)                                                                                      \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
-        "+f"(d[i + 7])
+#define SCFA_ACC32                                                          \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define SCFA_ACC64                                                                   \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
+#define SCFA_OUT8(d, i)                                                                       \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
 #define SCFA_OUT32(d) SCFA_OUT8(d, 0), SCFA_OUT8(d, 8), SCFA_OUT8(d, 16), SCFA_OUT8(d, 24)
 #define SCFA_OUT64(d) \
-    SCFA_OUT32(d), SCFA_OUT8(d, 32), SCFA_OUT8(d, 40), SCFA_OUT8(d, 48), SCFA_OUT8(d, 56)
+  SCFA_OUT32(d), SCFA_OUT8(d, 32), SCFA_OUT8(d, 40), SCFA_OUT8(d, 48), SCFA_OUT8(d, 56)
 
 // How B is read: its columns are the reduction (K-major), or its rows are (MN-major).
 enum class ReduceOver { kColumns, kRows };
 
-// Descriptor of a swizzled tile: start, stride between eight-row groups, 128-byte swizzle; `panel_bytes` is the distance to the
-// next 64 columns, used only where the rows are reduced over and more than 64 columns are produced.
-__device__ __forceinline__ unsigned long long tile_descriptor(unsigned address, unsigned panel_bytes = 16) {
-    const unsigned low = ((address & 0x3FFFFu) >> 4) | ((panel_bytes >> 4) << 16);
-    const unsigned high = (kGroupBytes >> 4) | (1u << 30);
-    return (static_cast<unsigned long long>(high) << 32) | low;
+// Descriptor of a swizzled tile: start, stride between eight-row groups, 128-byte swizzle;
+// `panel_bytes` is the distance to the next 64 columns, used only where the rows are reduced over
+// and more than 64 columns are produced.
+__device__ __forceinline__ unsigned long long tile_descriptor(unsigned address,
+                                                              unsigned panel_bytes = 16) {
+  const unsigned low = ((address & 0x3FFFFu) >> 4) | ((panel_bytes >> 4) << 16);
+  const unsigned high = (kGroupBytes >> 4) | (1u << 30);
+  return (static_cast<unsigned long long>(high) << 32) | low;
 }
 
 // Byte offset of reduction step `step` in a tile of kRows rows.
 template <int kRows, ReduceOver kReduce>
 __device__ __forceinline__ constexpr unsigned step_offset(int step) {
-    return kReduce == ReduceOver::kRows ? step * kStepColumns * kRowBytes
-                                        : (step / 4) * kRows * kRowBytes + (step % 4) * kStepColumns * 2;
+  return kReduce == ReduceOver::kRows
+             ? step * kStepColumns * kRowBytes
+             : (step / 4) * kRows * kRowBytes + (step % 4) * kStepColumns * 2;
 }
 
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
 
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
 // Pin registers at this point of the program, so that no use of them moves across a fence or wait.
 template <int kCount>
 __device__ __forceinline__ void pin(float (&registers)[kCount]) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
 template <int kCount>
 __device__ __forceinline__ void pin(unsigned (&registers)[kCount]) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
 // d (+)= A B, A and B in shared memory, both K-major.
 template <int kCount>
-__device__ __forceinline__ void wgmma_shared(
-    float (&d)[kCount], unsigned long long a, unsigned long long b, int accumulate) {
-    static_assert(kCount == 32 || kCount == 64, "64 or 128 columns");
-    if constexpr (kCount == 32) {
-        asm volatile(
-            "{\n.reg .pred acc;\nsetp.ne.b32 acc, %34, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n64k16." SCFA_WGMMA_TYPES " " SCFA_ACC32 ", %32, %33, acc, 1, 1, 0, 0;\n}"
-            : SCFA_OUT32(d)
-            : "l"(a), "l"(b), "r"(accumulate));
-    } else {
-        asm volatile(
-            "{\n.reg .pred acc;\nsetp.ne.b32 acc, %66, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n128k16." SCFA_WGMMA_TYPES " " SCFA_ACC64 ", %64, %65, acc, 1, 1, 0, 0;\n}"
-            : SCFA_OUT64(d)
-            : "l"(a), "l"(b), "r"(accumulate));
-    }
+__device__ __forceinline__ void wgmma_shared(float (&d)[kCount], unsigned long long a,
+                                             unsigned long long b, int accumulate) {
+  static_assert(kCount == 32 || kCount == 64, "64 or 128 columns");
+  if constexpr (kCount == 32) {
+    asm volatile(
+        "{\n.reg .pred acc;\nsetp.ne.b32 acc, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16." SCFA_WGMMA_TYPES " " SCFA_ACC32
+        ", %32, %33, acc, 1, 1, 0, 0;\n}"
+        : SCFA_OUT32(d)
+        : "l"(a), "l"(b), "r"(accumulate));
+  } else {
+    asm volatile(
+        "{\n.reg .pred acc;\nsetp.ne.b32 acc, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16." SCFA_WGMMA_TYPES " " SCFA_ACC64
+        ", %64, %65, acc, 1, 1, 0, 0;\n}"
+        : SCFA_OUT64(d)
+        : "l"(a), "l"(b), "r"(accumulate));
+  }
 }
 
 // d (+)= A B, A in registers (one 64 x 16 fragment), B in shared memory.
 template <ReduceOver kReduce, int kCount>
-__device__ __forceinline__ void wgmma_registers(
-    float (&d)[kCount], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned long long b, int accumulate) {
-    static_assert(kCount == 32 || kCount == 64, "64 or 128 columns");
-    constexpr int kTransposeB = kReduce == ReduceOver::kRows;
-    if constexpr (kCount == 32) {
-        asm volatile(
-            "{\n.reg .pred acc;\nsetp.ne.b32 acc, %37, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n64k16." SCFA_WGMMA_TYPES " " SCFA_ACC32
-            ", {%32, %33, %34, %35}, %36, acc, 1, 1, %38;\n}"
-            : SCFA_OUT32(d)
-            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate), "n"(kTransposeB));
-    } else {
-        asm volatile(
-            "{\n.reg .pred acc;\nsetp.ne.b32 acc, %69, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n128k16." SCFA_WGMMA_TYPES " " SCFA_ACC64
-            ", {%64, %65, %66, %67}, %68, acc, 1, 1, %70;\n}"
-            : SCFA_OUT64(d)
-            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate), "n"(kTransposeB));
-    }
+__device__ __forceinline__ void wgmma_registers(float (&d)[kCount], unsigned a0, unsigned a1,
+                                                unsigned a2, unsigned a3, unsigned long long b,
+                                                int accumulate) {
+  static_assert(kCount == 32 || kCount == 64, "64 or 128 columns");
+  constexpr int kTransposeB = kReduce == ReduceOver::kRows;
+  if constexpr (kCount == 32) {
+    asm volatile(
+        "{\n.reg .pred acc;\nsetp.ne.b32 acc, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16." SCFA_WGMMA_TYPES " " SCFA_ACC32
+        ", {%32, %33, %34, %35}, %36, acc, 1, 1, %38;\n}"
+        : SCFA_OUT32(d)
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate), "n"(kTransposeB));
+  } else {
+    asm volatile(
+        "{\n.reg .pred acc;\nsetp.ne.b32 acc, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16." SCFA_WGMMA_TYPES " " SCFA_ACC64
+        ", {%64, %65, %66, %67}, %68, acc, 1, 1, %70;\n}"
+        : SCFA_OUT64(d)
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate), "n"(kTransposeB));
+  }
 }
 
-// d = A B^T over all columns: A is 64 rows of a tile of kRowsA rows, B a tile of kRowsB rows. Issues only; commit and wait are the caller's.
+// d = A B^T over all columns: A is 64 rows of a tile of kRowsA rows, B a tile of kRowsB rows.
+// Issues only; commit and wait are the caller's.
 template <int kRowsA, int kRowsB, int kHeadDim, int kCount>
-__device__ __forceinline__ void product_of_rows(float (&d)[kCount], unsigned tile_a, unsigned tile_b) {
-    const unsigned long long a = tile_descriptor(tile_a), b = tile_descriptor(tile_b);
+__device__ __forceinline__ void product_of_rows(float (&d)[kCount], unsigned tile_a,
+                                                unsigned tile_b) {
+  const unsigned long long a = tile_descriptor(tile_a), b = tile_descriptor(tile_b);
 #pragma unroll
-    for (int step = 0; step < kHeadDim / kStepColumns; ++step) {
-        wgmma_shared(d, a + (step_offset<kRowsA, ReduceOver::kColumns>(step) >> 4),
-                     b + (step_offset<kRowsB, ReduceOver::kColumns>(step) >> 4), step != 0);
-    }
+  for (int step = 0; step < kHeadDim / kStepColumns; ++step) {
+    wgmma_shared(d, a + (step_offset<kRowsA, ReduceOver::kColumns>(step) >> 4),
+                 b + (step_offset<kRowsB, ReduceOver::kColumns>(step) >> 4), step != 0);
+  }
 }
 
 // d = A B^T with A already in registers, as fragments (load_fragments) of 64 rows.
 template <int kRowsB, int kHeadDim, int kCount>
-__device__ __forceinline__ void product_of_rows(
-    float (&d)[kCount], const unsigned (&a)[kHeadDim / 4], unsigned tile_b) {
-    const unsigned long long b = tile_descriptor(tile_b);
+__device__ __forceinline__ void product_of_rows(float (&d)[kCount],
+                                                const unsigned (&a)[kHeadDim / 4],
+                                                unsigned tile_b) {
+  const unsigned long long b = tile_descriptor(tile_b);
 #pragma unroll
-    for (int step = 0; step < kHeadDim / kStepColumns; ++step) {
-        wgmma_registers<ReduceOver::kColumns>(d, a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3],
-                                              b + (step_offset<kRowsB, ReduceOver::kColumns>(step) >> 4), step != 0);
-    }
+  for (int step = 0; step < kHeadDim / kStepColumns; ++step) {
+    wgmma_registers<ReduceOver::kColumns>(
+        d, a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3],
+        b + (step_offset<kRowsB, ReduceOver::kColumns>(step) >> 4), step != 0);
+  }
 }
 
-// d += W B: W is 64 x kRowsB in registers (16-bit pairs), B a tile of kRowsB rows and 2 * kCount columns.
+// d += W B: W is 64 x kRowsB in registers (16-bit pairs), B a tile of kRowsB rows and 2 * kCount
+// columns.
 template <int kRowsB, int kCount>
-__device__ __forceinline__ void accumulate_weighted_rows(
-    float (&d)[kCount], const unsigned (&weights)[kRowsB / 4], unsigned tile_b) {
-    const unsigned long long b = tile_descriptor(tile_b, kRowsB * kRowBytes);
+__device__ __forceinline__ void accumulate_weighted_rows(float (&d)[kCount],
+                                                         const unsigned (&weights)[kRowsB / 4],
+                                                         unsigned tile_b) {
+  const unsigned long long b = tile_descriptor(tile_b, kRowsB * kRowBytes);
 #pragma unroll
-    for (int step = 0; step < kRowsB / kStepColumns; ++step) {
-        wgmma_registers<ReduceOver::kRows>(
-            d, weights[4 * step], weights[4 * step + 1], weights[4 * step + 2], weights[4 * step + 3],
-            b + (step_offset<kRowsB, ReduceOver::kRows>(step) >> 4), 1);
-    }
+  for (int step = 0; step < kRowsB / kStepColumns; ++step) {
+    wgmma_registers<ReduceOver::kRows>(d, weights[4 * step], weights[4 * step + 1],
+                                       weights[4 * step + 2], weights[4 * step + 3],
+                                       b + (step_offset<kRowsB, ReduceOver::kRows>(step) >> 4), 1);
+  }
 }
 
 // Two floats to a 16-bit pair, `low` in the lower half, rounded to nearest even.
 __device__ __forceinline__ unsigned pack_pair(float low, float high) {
-    unsigned pair;
+  unsigned pair;
 #if SCFA_BFLOAT16
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
 #else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
 #endif
-    return pair;
+  return pair;
 }
 
 __device__ __forceinline__ void unpack_pair(unsigned pair, float& low, float& high) {
 #if SCFA_BFLOAT16
-    low = __uint_as_float(pair << 16);
-    high = __uint_as_float(pair & 0xFFFF0000u);
+  low = __uint_as_float(pair << 16);
+  high = __uint_as_float(pair & 0xFFFF0000u);
 #else
-    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}"
-        : "=f"(low), "=f"(high)
-        : "r"(pair));
+  asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}"
+      : "=f"(low), "=f"(high)
+      : "r"(pair));
 #endif
 }
 
-// Accumulator layout -> A-operand layout of the same thread: consecutive pairs (row g, row g + 8, then eight columns on).
+// Accumulator layout -> A-operand layout of the same thread: consecutive pairs (row g, row g + 8,
+// then eight columns on).
 template <int kCount>
-__device__ __forceinline__ void pack_fragment(unsigned (&packed)[kCount / 2], const float (&values)[kCount]) {
+__device__ __forceinline__ void pack_fragment(unsigned (&packed)[kCount / 2],
+                                              const float (&values)[kCount]) {
 #pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) packed[i] = pack_pair(values[2 * i], values[2 * i + 1]);
+  for (int i = 0; i < kCount / 2; ++i) packed[i] = pack_pair(values[2 * i], values[2 * i + 1]);
 }
 
-// This warp's 16 rows (of the 64 at `tile`) of a swizzled tile of kRows rows, as A operand: four registers per 16 columns.
+// This warp's 16 rows (of the 64 at `tile`) of a swizzled tile of kRows rows, as A operand: four
+// registers per 16 columns.
 template <int kRows, int kHeadDim>
-__device__ __forceinline__ void load_fragments(unsigned (&a)[kHeadDim / 4], unsigned tile, int warp, int lane) {
-    const int row = 16 * warp + (lane & 15);
+__device__ __forceinline__ void load_fragments(unsigned (&a)[kHeadDim / 4], unsigned tile, int warp,
+                                               int lane) {
+  const int row = 16 * warp + (lane & 15);
 #pragma unroll
-    for (int step = 0; step < kHeadDim / kStepColumns; ++step) {
-        const int chunk = 2 * (step % 4) + (lane >> 4);
-        const unsigned address =
-            tile + (step / 4) * kRows * kRowBytes + row * kRowBytes + ((chunk ^ (row & 7)) << 4);
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(a[4 * step]), "=r"(a[4 * step + 1]), "=r"(a[4 * step + 2]), "=r"(a[4 * step + 3])
-                     : "r"(address)
-                     : "memory");
-    }
+  for (int step = 0; step < kHeadDim / kStepColumns; ++step) {
+    const int chunk = 2 * (step % 4) + (lane >> 4);
+    const unsigned address =
+        tile + (step / 4) * kRows * kRowBytes + row * kRowBytes + ((chunk ^ (row & 7)) << 4);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a[4 * step]), "=r"(a[4 * step + 1]), "=r"(a[4 * step + 2]),
+                   "=r"(a[4 * step + 3])
+                 : "r"(address)
+                 : "memory");
+  }
 }

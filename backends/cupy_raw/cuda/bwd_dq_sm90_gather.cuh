@@ -1,0 +1,142 @@
+// First half of bwd_dq_sm90.cu: its tile shape, its shared memory, and the gathering warpgroup.
+#pragma once
+
+#if !defined(SCFA_HEAD_DIM) || !defined(SCFA_BLOCK_N) || !defined(SCFA_WARPGROUPS) || \
+    !defined(SCFA_STAGES) || !defined(SCFA_QUERY_BUFFERS)
+#error \
+    "SCFA_HEAD_DIM, SCFA_BLOCK_N, SCFA_WARPGROUPS, SCFA_STAGES, SCFA_QUERY_BUFFERS: set by launch_sm90.py"
+#endif
+#include "mbarrier.cuh"
+#include "wgmma.cuh"
+#include "params_sm90.cuh"
+#include "gather_sm90.cuh"
+#include "softmax_sm90.cuh"
+#include "tiles_sm90.cuh"
+
+constexpr int kHeadDim = SCFA_HEAD_DIM;
+constexpr int kBlockN = SCFA_BLOCK_N;
+constexpr int kWarpgroups = SCFA_WARPGROUPS;
+constexpr int kStages = SCFA_STAGES;  // buffers of one key and one value block each
+constexpr int kQueryBuffers = SCFA_QUERY_BUFFERS;
+constexpr int kBlockM = 64 * kWarpgroups;
+constexpr int kPanels = kHeadDim / kPanelColumns;
+constexpr int kThreads = 128 * (kWarpgroups + 1);
+constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 40;
+constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 232;
+static_assert(kHeadDim == 64 || kHeadDim == 128, "one or two panels of columns");
+static_assert(kBlockN == 64 || kBlockN == 128, "scores of one wgmma");
+static_assert(kStages >= 2, "scores of the next block start before this one is done");
+
+constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
+constexpr int kKeyBytes = kBlockN * kHeadDim * 2;
+constexpr int kKeyBase = 3 * kQueryBuffers * kQueryBytes;  // q, dout and out come first
+constexpr int kDataBase = kKeyBase + 2 * kStages * kKeyBytes;
+constexpr int kStatsBase =
+    kDataBase +
+    kQueryBuffers * TileData<kBlockM>::kBytes;  // lse in base 2, then delta, of each row
+constexpr int kScratchBase = kStatsBase + kQueryBuffers * 8 * kBlockM;
+constexpr int kBarrierBase = kScratchBase + 64;
+constexpr int kSharedBytes =
+    kBarrierBase + 8 * (2 * kQueryBuffers + 2 * kStages) + 1024;  // 1024: room to align the base
+static_assert(kSharedBytes <= 232448, "more shared memory than a block can have");
+
+struct Shared {
+  unsigned base;
+  __device__ __forceinline__ unsigned query(unsigned i) const { return base + 3 * i * kQueryBytes; }
+  __device__ __forceinline__ unsigned dout(unsigned i) const { return query(i) + kQueryBytes; }
+  __device__ __forceinline__ unsigned out(unsigned i) const { return query(i) + 2 * kQueryBytes; }
+  __device__ __forceinline__ unsigned key(unsigned i) const {
+    return base + kKeyBase + 2 * i * kKeyBytes;
+  }
+  __device__ __forceinline__ unsigned value(unsigned i) const { return key(i) + kKeyBytes; }
+  __device__ __forceinline__ TileData<kBlockM> data(unsigned i) const {
+    return {base + kDataBase + i * TileData<kBlockM>::kBytes};
+  }
+  __device__ __forceinline__ unsigned lse(unsigned i) const {
+    return base + kStatsBase + i * 8 * kBlockM;
+  }
+  __device__ __forceinline__ unsigned delta(unsigned i) const { return lse(i) + 4 * kBlockM; }
+  __device__ __forceinline__ unsigned query_full(unsigned i) const {
+    return base + kBarrierBase + 8 * i;
+  }
+  __device__ __forceinline__ unsigned query_empty(unsigned i) const {
+    return query_full(kQueryBuffers + i);
+  }
+  __device__ __forceinline__ unsigned key_full(unsigned i) const {
+    return query_full(2 * kQueryBuffers + i);
+  }
+  __device__ __forceinline__ unsigned key_empty(unsigned i) const { return key_full(kStages + i); }
+};
+
+// Warpgroup 0: for each tile gather q, dout, out and lse, then key and value blocks from the last
+// to the first.
+__device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
+  const int thread = threadIdx.x, warp = uniform(thread / 32);
+  const int lane_bytes = (thread % kLanesPerRow) * 16;
+  Ring<kQueryBuffers> query;
+  Ring<kStages> key;
+  int next = blockIdx.x;
+  while (true) {
+    const TileData<kBlockM> data = shared.data(query.slot);
+    barrier_wait(shared.query_empty(query.slot), query.parity ^ 1);
+    if (thread == 0) shared_store(data.tile(), next);
+    named_barrier_sync(kProducerBarrier, kGatherThreads);  // the tile number is written
+    const int tile = uniform(shared_load(data.tile()));
+    if (tile >= p.tiles) break;
+    if (thread == 0) next = atomicAdd(p.counter, 1) + gridDim.x;
+    const QueryTile at = locate_query_tile<kBlockM>(p, tile);
+    const KeyUnion keys = load_tile_rows(p, data, shared.base + kScratchBase, at, thread);
+    const int blocks = (keys.end - keys.first + kBlockN - 1) / kBlockN;
+    const int* k_index =
+        p.k_index + static_cast<long long>(at.b * p.heads_kv + at.h_kv) * p.seqlen_k;
+    const auto key_row = [&](int block) {
+      const int sorted =
+          keys.first + block * kBlockN + min(gather_owned_row(thread, 0), kBlockN - 1);
+      const bool doubtful = sorted >= keys.gap_first && sorted < keys.gap_end;
+      const bool seen = sorted < keys.end && (!doubtful || seen_by_tile(data, sorted, p.monotone));
+      return seen ? k_index[sorted] : -1;
+    };
+    int upcoming = blocks > 0 ? key_row(blocks - 1) : -1;
+    for (int r = thread; r < kBlockM; r += kGatherThreads) {
+      const int row = shared_load(data.indices() + 4 * r);
+      copy_word(shared.lse(query.slot) + 4 * r,
+                p.lse.of_head(at.b, at.h) + static_cast<long long>(max(row, 0)) * p.lse.row,
+                row >= 0);
+    }
+    if (thread == 0) {
+      shared_store(data.first_key(), keys.first);
+      shared_store(data.key_blocks(), blocks);
+    }
+
+    int rows[(kBlockM + 127) / 128];
+#pragma unroll
+    for (int i = 0; i < (kBlockM + 127) / 128; ++i) {
+      rows[i] = shared_load(data.indices() + 4 * min(gather_owned_row(thread, i), kBlockM - 1));
+    }
+    gather_rows<kBlockM, kPanels>(shared.query(query.slot), p.q.of_head(at.b, at.h) + lane_bytes,
+                                  p.q.row, rows, thread);
+    gather_rows<kBlockM, kPanels>(shared.dout(query.slot), p.dout.of_head(at.b, at.h) + lane_bytes,
+                                  p.dout.row, rows, thread);
+    gather_rows<kBlockM, kPanels>(shared.out(query.slot), p.out.of_head(at.b, at.h) + lane_bytes,
+                                  p.out.row, rows, thread);
+    barrier_arrive_after_copies(shared.query_full(query.slot));
+    barrier_arrive(shared.query_full(query.slot));  // releases the row data this thread wrote
+
+    const char* k = p.k.of_head(at.b, at.h_kv) + lane_bytes;
+    const char* v = p.v.of_head(at.b, at.h_kv) + lane_bytes;
+    for (int block = blocks - 1; block >= 0; --block) {
+      const int current[1] = {upcoming};
+      if (block > 0) upcoming = key_row(block - 1);
+      barrier_wait(shared.key_empty(key.slot), key.parity ^ 1);
+      gather_rows<kBlockN, kPanels>(shared.key(key.slot), k, p.k.row, current, thread);
+      gather_rows<kBlockN, kPanels>(shared.value(key.slot), v, p.v.row, current, thread);
+      barrier_arrive_after_copies(shared.key_full(key.slot));
+      key.advance();
+      if (block == blocks - 1 && warp == 0) prefetch_tile_rows<kBlockM>(p, next, thread);
+    }
+    query.advance();
+  }
+  barrier_arrive_after_copies(shared.query_full(
+      query.slot));  // no more tiles: let the others read the tile number and leave
+  barrier_arrive(shared.query_full(query.slot));
+}

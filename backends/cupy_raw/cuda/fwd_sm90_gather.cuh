@@ -1,0 +1,150 @@
+// First half of fwd_sm90.cu: its tile shape, its shared memory, and the gathering warpgroup.
+#pragma once
+
+#if !defined(SCFA_HEAD_DIM) || !defined(SCFA_BLOCK_N) || !defined(SCFA_WARPGROUPS) || \
+    !defined(SCFA_STAGES) || !defined(SCFA_QUERY_BUFFERS)
+#error \
+    "SCFA_HEAD_DIM, SCFA_BLOCK_N, SCFA_WARPGROUPS, SCFA_STAGES, SCFA_QUERY_BUFFERS: set by launch_sm90.py"
+#endif
+#include "mbarrier.cuh"
+#include "wgmma.cuh"
+#include "params_sm90.cuh"
+#include "gather_sm90.cuh"
+#include "softmax_sm90.cuh"
+#include "tiles_sm90.cuh"
+
+constexpr int kHeadDim = SCFA_HEAD_DIM;
+constexpr int kBlockN = SCFA_BLOCK_N;
+constexpr int kWarpgroups = SCFA_WARPGROUPS;  // multiplying ones
+constexpr int kStages = SCFA_STAGES;          // key/value buffers
+constexpr int kQueryBuffers = SCFA_QUERY_BUFFERS;
+constexpr int kBlockM = 64 * kWarpgroups;
+constexpr int kPanels = kHeadDim / kPanelColumns;
+constexpr int kThreads = 128 * (kWarpgroups + 1);
+constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 40;
+constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 232;
+constexpr int kTurnBarrier = 2;  // named barriers kTurnBarrier + warpgroup
+static_assert(kHeadDim == 64 || kHeadDim == 128, "one or two panels of columns");
+static_assert(kBlockN == 64 || kBlockN == 128, "scores of one wgmma");
+static_assert(kStages >= 2, "keys run one block ahead of values");
+
+constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
+constexpr int kKeyBytes = kBlockN * kHeadDim * 2;
+constexpr int kQueryBase = 0;
+constexpr int kKeyBase = kQueryBase + kQueryBuffers * kQueryBytes;
+constexpr int kValueBase = kKeyBase + kStages * kKeyBytes;
+constexpr int kDataBase = kValueBase + kStages * kKeyBytes;
+constexpr int kScratchBase = kDataBase + kQueryBuffers * TileData<kBlockM>::kBytes;
+constexpr int kBarrierBase = kScratchBase + 64;
+constexpr int kSharedBytes =
+    kBarrierBase + 8 * (2 * kQueryBuffers + 4 * kStages) + 1024;  // 1024: room to align the base
+static_assert(kSharedBytes <= 232448, "more shared memory than a block can have");
+
+struct Shared {
+  unsigned base;
+  __device__ __forceinline__ unsigned query(unsigned i) const {
+    return base + kQueryBase + i * kQueryBytes;
+  }
+  __device__ __forceinline__ unsigned key(unsigned i) const {
+    return base + kKeyBase + i * kKeyBytes;
+  }
+  __device__ __forceinline__ unsigned value(unsigned i) const {
+    return base + kValueBase + i * kKeyBytes;
+  }
+  __device__ __forceinline__ TileData<kBlockM> data(unsigned i) const {
+    return {base + kDataBase + i * TileData<kBlockM>::kBytes};
+  }
+  __device__ __forceinline__ unsigned barrier(int i) const { return base + kBarrierBase + 8 * i; }
+  __device__ __forceinline__ unsigned query_full(unsigned i) const { return barrier(i); }
+  __device__ __forceinline__ unsigned query_empty(unsigned i) const {
+    return barrier(kQueryBuffers + i);
+  }
+  __device__ __forceinline__ unsigned key_full(unsigned i) const {
+    return barrier(2 * kQueryBuffers + i);
+  }
+  __device__ __forceinline__ unsigned key_empty(unsigned i) const { return key_full(kStages + i); }
+  __device__ __forceinline__ unsigned value_full(unsigned i) const {
+    return key_full(2 * kStages + i);
+  }
+  __device__ __forceinline__ unsigned value_empty(unsigned i) const {
+    return key_full(3 * kStages + i);
+  }
+};
+
+// Warpgroup 0: for each tile gather the queries, then key and value blocks from the last to the
+// first, values one block behind.
+__device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
+  const int thread = threadIdx.x, warp = uniform(thread / 32);
+  const int lane_bytes = (thread % kLanesPerRow) * 16;
+  Ring<kQueryBuffers> query;
+  Ring<kStages> key, value;
+  int next = blockIdx.x;
+  while (true) {
+    const TileData<kBlockM> data = shared.data(query.slot);
+    barrier_wait(shared.query_empty(query.slot), query.parity ^ 1);
+    if (thread == 0) shared_store(data.tile(), next);
+    named_barrier_sync(kProducerBarrier, kGatherThreads);  // the tile number is written
+    const int tile = uniform(shared_load(data.tile()));
+    if (tile >= p.tiles) break;
+    if (thread == 0) next = atomicAdd(p.counter, 1) + gridDim.x;
+    const QueryTile at = locate_query_tile<kBlockM>(p, tile);
+    const KeyUnion keys = load_tile_rows(p, data, shared.base + kScratchBase, at, thread);
+    const int blocks = (keys.end - keys.first + kBlockN - 1) / kBlockN;
+    if (thread == 0) {
+      shared_store(data.first_key(), keys.first);
+      shared_store(data.key_blocks(), blocks);
+    }
+    const int* k_index =
+        p.k_index + static_cast<long long>(at.b * p.heads_kv + at.h_kv) * p.seqlen_k;
+    const auto key_row = [&](int block) {
+      const int sorted =
+          keys.first + block * kBlockN + min(gather_owned_row(thread, 0), kBlockN - 1);
+      const bool doubtful = sorted >= keys.gap_first && sorted < keys.gap_end;
+      const bool seen = sorted < keys.end && (!doubtful || seen_by_tile(data, sorted, p.monotone));
+      return seen ? k_index[sorted] : -1;
+    };
+    int upcoming = blocks > 0 ? key_row(blocks - 1) : -1;
+
+    int rows[(kBlockM + 127) / 128];
+#pragma unroll
+    for (int i = 0; i < (kBlockM + 127) / 128; ++i) {
+      rows[i] = shared_load(data.indices() + 4 * min(gather_owned_row(thread, i), kBlockM - 1));
+    }
+    gather_rows<kBlockM, kPanels>(shared.query(query.slot), p.q.of_head(at.b, at.h) + lane_bytes,
+                                  p.q.row, rows, thread);
+    barrier_arrive_after_copies(shared.query_full(query.slot));
+    if (thread == 0)
+      barrier_arrive(shared.query_full(query.slot));  // releases the row data written above
+
+    const char* k = p.k.of_head(at.b, at.h_kv) + lane_bytes;
+    const char* v = p.v.of_head(at.b, at.h_kv) + lane_bytes;
+    int previous[1];
+    for (int block = blocks - 1; block >= 0; --block) {
+      const int current[1] = {upcoming};
+      if (block > 0) upcoming = key_row(block - 1);
+      barrier_wait(shared.key_empty(key.slot), key.parity ^ 1);
+      gather_rows<kBlockN, kPanels>(shared.key(key.slot), k, p.k.row, current, thread);
+      barrier_arrive_after_copies(shared.key_full(key.slot));
+      key.advance();
+      if (block == blocks - 1) {
+        if (warp == 0) prefetch_tile_rows<kBlockM>(p, next, thread);
+      } else {
+        barrier_wait(shared.value_empty(value.slot), value.parity ^ 1);
+        gather_rows<kBlockN, kPanels>(shared.value(value.slot), v, p.v.row, previous, thread);
+        barrier_arrive_after_copies(shared.value_full(value.slot));
+        value.advance();
+      }
+      previous[0] = current[0];
+    }
+    if (blocks > 0) {
+      barrier_wait(shared.value_empty(value.slot), value.parity ^ 1);
+      gather_rows<kBlockN, kPanels>(shared.value(value.slot), v, p.v.row, previous, thread);
+      barrier_arrive_after_copies(shared.value_full(value.slot));
+      value.advance();
+    }
+    query.advance();
+  }
+  barrier_arrive_after_copies(shared.query_full(
+      query.slot));  // no more tiles: let the others read the tile number and leave
+  if (thread == 0) barrier_arrive(shared.query_full(query.slot));
+}
