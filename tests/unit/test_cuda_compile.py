@@ -18,7 +18,8 @@ HOPPER = "90a"
 EVERYTHING = os.environ.get("SCFA_COMPILE") == "all"
 # (source, arch) -> bytes of stack frame at most, and why they are accepted.
 ACCEPTED_SPILLS: dict[tuple[str, str], tuple[int, str]] = {
-    ("fwd_sm90.cu", HOPPER): (8, "head_dim 64: four warpgroups leave 128 registers at entry"),
+    ("fwd_sm90.cu", HOPPER): (56, "the gathering warpgroup, 32 or 40 registers: values of a tile"),
+    ("bwd_dq_sm90.cu", HOPPER): (16, "the gathering warpgroup, 40 registers: values of a tile"),
     ("plan_ranges.cu", "120"): (8, "64 registers keep four blocks on a multiprocessor"),
 }
 # Notices of ptxas that are no fault, and why.
