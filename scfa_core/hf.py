@@ -1,10 +1,11 @@
 """Hugging Face transformers: `register` makes ``attn_implementation="scfa"`` work.
 
 >>> import scfa_core.hf
->>> scfa_core.hf.register()  # then: AutoModelForCausalLM.from_pretrained(name,
-...                          #           attn_implementation="scfa")
+>>> scfa_core.hf.register()
+('scfa', 'scfa_window', 'scfa_hash')
 
-Nothing of a model changes but the function that computes attention.
+Then ``AutoModelForCausalLM.from_pretrained(name, attn_implementation="scfa")``. Nothing of a model
+changes but the function that computes attention.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from scfa_core.api import attention, attention_backward, make_plan
 from scfa_core.merging import merge_attention
 from scfa_core.patterns import Pattern
 from scfa_core.plan import Plan
+from scfa_core.torch_bridge import _AUTOCAST_KINDS, _autocast
 from scfa_core.torch_transforms import functorch_is_active
 
 
@@ -28,6 +29,9 @@ def union_attention(
     and the backward of the reference, like every one in float64, does not use the lse it is given;
     in those cases every part is an ordinary call, differentiated through its own lse.
     """
+    kind = q.device.type
+    if kind in _AUTOCAST_KINDS and torch.is_autocast_enabled(kind):
+        q, k, v = _autocast(q, k, v)  # here, so that the node saves what the backend saw
     layout, backend = options["layout"], options["backend"]
     plans = [
         p if isinstance(p, Plan) else make_plan(p, q, k, layout=layout, backend=backend)

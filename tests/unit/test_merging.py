@@ -116,6 +116,19 @@ def test_narrow_results_keep_their_dtype():
     assert all(x.grad.dtype == torch.bfloat16 for x in tensors)
 
 
+def test_mixed_precision_narrows_as_attention_does():
+    torch, tensors = torch_problem("float32")
+    patterns = cuts(tensors[0], 0, 15, 30, module=torch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attention_over(*tensors, patterns)
+    assert out.dtype == torch.bfloat16
+    mine = torch.autograd.grad(out.float().square().sum(), tensors)
+    right = torch.autograd.grad(scfa.attention(*tensors).square().sum(), tensors)
+    for a, b in zip(mine, right, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() < 0.02 * b.norm()
+
+
 @pytest.mark.slow
 def test_compiled_as_one_graph():
     torch, tensors = torch_problem("float32")

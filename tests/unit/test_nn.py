@@ -256,6 +256,26 @@ def test_coverage_is_full_with_long_chunks_and_falls_with_length():
     assert shares[-1] < 0.25
 
 
+@pytest.mark.parametrize("kind", ["dense", "rounds", "shared", "learned", "reformer"])
+def test_mixed_precision_stays_near_full(kind):
+    layer = {
+        "dense": lambda: nn.DenseSelfAttention(WIDTH, HEADS),
+        "rounds": lambda: nn.HashSelfAttention(WIDTH, HEADS, 2, rounds=2, seed=0),
+        "shared": lambda: nn.HashSelfAttention(WIDTH, HEADS, 2, shared_qk=True, seed=0),
+        "learned": lambda: nn.DropSelfAttention(WIDTH, HEADS, 1.0, how="top-k"),
+        "reformer": lambda: nn.ReformerAttention(WIDTH, HEADS, 2, 64, seed=0),
+    }[kind]()
+    x = draw()
+    right = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mine = layer(x)
+    assert mine.dtype == torch.bfloat16
+    close = (mine - right).abs() < 0.03
+    assert close.float().mean() > 0.95  # a query near a bucket's edge may change its bucket
+    mine.float().square().sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in layer.parameters())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hash", "drop", "window"])
 def test_layers_compile_to_one_graph(kind):
