@@ -3,9 +3,11 @@
 import hashlib
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numba
 
@@ -41,6 +43,35 @@ def kernel(function: Callable[..., Any]) -> Any:
     index = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
     if index is not None and hasattr(index, "_source_stamp"):
         index._source_stamp = (index._source_stamp, _fingerprint())
+        _make_robust(index)
         return dispatcher
     _logger.warning("compiled code is not cached on disk: unknown cache layout of this numba")
     return numba.njit(**_OPTIONS)(function)
+
+
+def _make_robust(index: Any) -> None:
+    """Teach numba's disk cache what a damaged file, a full disk and a race with others mean.
+
+    Unreadable files are compiled anew, failing writes are told and not raised. Every piece of code
+    has a file name of its own: numba numbers them, and writes the index before the code, so that
+    two processes could find each other's code, or an older version's, under their own index.
+    """
+    load, save, pattern = index.load, index.save, index._data_name_pattern
+
+    def load_or_none(key: Any) -> Any:
+        try:
+            return load(key)
+        except Exception as error:  # unpickling garbage raises anything
+            _logger.warning("damaged compiled code in %s, made anew: %r", index._cache_path, error)
+            with suppress(OSError):
+                index.flush()
+            return None
+
+    def save_if_possible(key: Any, data: Any) -> None:
+        index._data_name_pattern = pattern.replace("{", f"{uuid4().hex}.{{")
+        try:
+            save(key, data)
+        except OSError as error:
+            _logger.warning("compiled code is not cached on disk: %s", error)
+
+    index.load, index.save = load_or_none, save_if_possible
