@@ -69,6 +69,13 @@ def _dkdv_shared(head_dim: int, shape: Shape) -> int:
     return tiles + data + 16 + barriers + _SHARED_SLACK
 
 
+_SHARED = {
+    "fwd_sm90": _forward_shared,
+    "bwd_dq_sm90": _dq_shared,
+    "bwd_dkdv_sm90": _dkdv_shared,
+}  # each kernel compares it with its own layout when compiled
+
+
 def _unserved(problem: Problem, *arrays: DeviceArray) -> str | None:
     """Why these kernels do not serve the call, or None."""
     if compute_capability(arrays[0].device) != (9, 0):
@@ -173,10 +180,16 @@ def _multiprocessors(device: int) -> int:
     return int(runtime.deviceGetAttribute(_MULTIPROCESSORS, device))
 
 
-def _zero(pointer: int, size: int, stream: int) -> None:
-    from cupy.cuda import runtime
+def _zero(pointer: int, size: int, stream: int, device: int) -> None:
+    """Enqueue a memset on a stream of `device`, whichever device the caller's thread is on."""
+    import cupy
 
-    runtime.memsetAsync(pointer, 0, size, stream)
+    runtime = cupy.cuda.runtime
+    if runtime.getDevice() == device:
+        runtime.memsetAsync(pointer, 0, size, stream)
+        return
+    with cupy.cuda.Device(device):
+        runtime.memsetAsync(pointer, 0, size, stream)
 
 
 @cache
@@ -189,6 +202,7 @@ def _kernel(name: str, device: int, dtype: str, head_dim: int, shape: Shape) -> 
         ("WARPGROUPS", shape.warpgroups),
         ("STAGES", shape.stages),
         ("QUERY_BUFFERS", shape.query_buffers),
+        ("SHARED_BYTES", _SHARED[name](head_dim, shape)),
     )
     return get_kernel(f"scfa_{name}", f"{name}.cu", constants, device, arch_suffix="a")
 
@@ -221,7 +235,7 @@ def run_forward(
     head_dim, device = problem.head_dim, q.device
     shape = _FORWARD[head_dim]
     counter = ctx.empty((1,), "int32")
-    _zero(counter.pointer, 4, ctx.stream)
+    _zero(counter.pointer, 4, ctx.stream, device)
     tiles = _tiles(problem.seqlen_q, 64 * shape.warpgroups, problem.batch * problem.heads)
     arrays = (q, k, v, out, None, None, None, None)
     params = _params(problem, plan, arrays, lse, (0, 0), counter.pointer, tiles, problem.heads)
@@ -256,7 +270,7 @@ def run_backward(
     stats = ctx.empty((2 * rows + 1,), "float32")  # the first element is that of absent rows
     row_stats = (stats.pointer + 4, stats.pointer + 4 + 4 * rows)
     counters = ctx.empty((2,), "int32")
-    _zero(counters.pointer, 8, stream)
+    _zero(counters.pointer, 8, stream, device)
     arrays = (q, k, v, out, dout, dq, dk, dv)
 
     shape = _DQ[head_dim]

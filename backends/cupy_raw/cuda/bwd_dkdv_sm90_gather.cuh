@@ -2,8 +2,8 @@
 #pragma once
 
 #if !defined(SCFA_HEAD_DIM) || !defined(SCFA_BLOCK_N) || !defined(SCFA_WARPGROUPS) || \
-    !defined(SCFA_STAGES)
-#error "SCFA_HEAD_DIM, SCFA_BLOCK_N, SCFA_WARPGROUPS, SCFA_STAGES: set by launch_sm90.py"
+    !defined(SCFA_STAGES) || !defined(SCFA_SHARED_BYTES)
+#error "the tile shape and SCFA_SHARED_BYTES: set by launch_sm90.py"
 #endif
 #include "mbarrier.cuh"
 #include "wgmma.cuh"
@@ -42,6 +42,7 @@ constexpr int kBarrierBase = kTileBase + 16;
 constexpr int kSharedBytes =
     kBarrierBase + 8 * (2 + 2 * kStages) + 1024;  // 1024: room to align the base
 static_assert(kSharedBytes <= 232448, "more shared memory than a block can have");
+static_assert(kSharedBytes == SCFA_SHARED_BYTES, "launch_sm90.py asks for as much as is laid out");
 
 constexpr int kSeesNothing = 0x7FFFFFFF;  // a range start beyond every key
 constexpr int kProducerBarrier = 1;       // named barrier of the gathering warpgroup

@@ -2,9 +2,8 @@
 #pragma once
 
 #if !defined(SCFA_HEAD_DIM) || !defined(SCFA_BLOCK_N) || !defined(SCFA_WARPGROUPS) || \
-    !defined(SCFA_STAGES) || !defined(SCFA_QUERY_BUFFERS)
-#error \
-    "SCFA_HEAD_DIM, SCFA_BLOCK_N, SCFA_WARPGROUPS, SCFA_STAGES, SCFA_QUERY_BUFFERS: set by launch_sm90.py"
+    !defined(SCFA_STAGES) || !defined(SCFA_QUERY_BUFFERS) || !defined(SCFA_SHARED_BYTES)
+#error "the tile shape and SCFA_SHARED_BYTES: set by launch_sm90.py"
 #endif
 #include "mbarrier.cuh"
 #include "wgmma.cuh"
@@ -39,6 +38,7 @@ constexpr int kBarrierBase = kScratchBase + 64;
 constexpr int kSharedBytes =
     kBarrierBase + 8 * (2 * kQueryBuffers + 4 * kStages) + 1024;  // 1024: room to align the base
 static_assert(kSharedBytes <= 232448, "more shared memory than a block can have");
+static_assert(kSharedBytes == SCFA_SHARED_BYTES, "launch_sm90.py asks for as much as is laid out");
 
 struct Shared {
   unsigned base;

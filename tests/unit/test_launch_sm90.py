@@ -1,0 +1,61 @@
+"""The Hopper launches' arithmetic: division by multiplication, shared memory, argument size."""
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from scfa_core.backends.cupy_raw import launch_sm90, nvrtc
+
+from scfa_core.errors import BackendUnavailable
+
+LARGEST = 2**31 - 1
+BLOCK_LIMIT = 232_448  # bytes of shared memory a block may have on sm_90
+TABLES = {
+    "fwd_sm90": launch_sm90._FORWARD,
+    "bwd_dq_sm90": launch_sm90._DQ,
+    "bwd_dkdv_sm90": launch_sm90._DKDV,
+}
+SHAPES = [(name, dim, shape) for name, table in TABLES.items() for dim, shape in table.items()]
+
+
+@given(st.integers(1, LARGEST), st.integers(0, LARGEST))
+@example(1, LARGEST)
+@example(LARGEST, LARGEST)
+@example(3, LARGEST)
+def test_divisor_is_exact(number, n):
+    multiplier, shift = launch_sm90._divisor(number)
+    assert multiplier < 2**32
+    assert shift < 64
+    assert n * multiplier >> shift == n // number
+
+
+@given(st.integers(1, 100_000), st.integers(1, 20_000))
+def test_divisor_at_multiples(number, times):
+    multiplier, shift = launch_sm90._divisor(number)
+    for n in (number * times - 1, number * times):
+        if n <= LARGEST:
+            assert n * multiplier >> shift == n // number
+
+
+@pytest.mark.parametrize(("name", "head_dim", "shape"), SHAPES)
+def test_shapes_fit_a_block(name, head_dim, shape):
+    assert launch_sm90._SHARED[name](head_dim, shape) <= BLOCK_LIMIT
+
+
+def test_kernel_refuses_another_layout():
+    """A size that differs from the kernel's own layout does not compile."""
+    try:
+        compiler = nvrtc.wheel_compiler()
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+    shape = launch_sm90._FORWARD[64]
+    constants = (
+        ("BFLOAT16", 1),
+        ("HEAD_DIM", 64),
+        ("BLOCK_N", shape.block_n),
+        ("WARPGROUPS", shape.warpgroups),
+        ("STAGES", shape.stages),
+        ("QUERY_BUFFERS", shape.query_buffers),
+        ("SHARED_BYTES", launch_sm90._SHARED["fwd_sm90"](64, shape) + 8),
+    )
+    with pytest.raises(nvrtc.CompileError, match="asks for as much as is laid out"):
+        nvrtc.compile_to_cubin("fwd_sm90.cu", constants, "90a", compiler)
