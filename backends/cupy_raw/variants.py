@@ -1,7 +1,8 @@
 """Which tile shapes the portable kernels are compiled with, and how much shared memory that takes.
 
 One table: for each kernel, by the wider of head_dim and head_dim_v, shapes in order of preference;
-the first that fits the card's shared memory is taken. Nothing here needs a GPU.
+the first is taken of which the card holds as many blocks at once as the shape hopes for, otherwise
+the first that fits at all. Nothing here needs a GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +13,16 @@ from typing import NamedTuple
 Constants = tuple[tuple[str, int], ...]
 
 ELEMENTS = {"float32": 0, "float16": 1, "bfloat16": 2}  # SCFA_ELEMENT
-SMALLEST_SHARED = 99 * 1024  # bytes a block may have on sm_86, 89 and 120
+SHARED_LIMITS = {
+    80: 163 << 10,
+    86: 99 << 10,
+    89: 99 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+    120: 99 << 10,
+}
+SMALLEST_SHARED = min(SHARED_LIMITS.values())  # bytes a block may have
+_RESERVED = 1024  # bytes of each block that the system keeps; a multiprocessor has one more
 _ROW_BYTES = 128  # kRowBytes: one row of one panel of 64 columns
 _MEMBER_BYTES = 32  # sizeof(Member) of bwd_dkdv.cu
 
@@ -30,22 +40,35 @@ class Shape(NamedTuple):
     min_blocks: int = 2  # blocks per multiprocessor the register budget aims at
 
 
-# kernel -> ((widest head, (shape, ...)), ...)
+# kernel -> ((widest head, (shape, ...)), ...); docs/perf/log.md has the measurements
 _SHAPES: dict[str, tuple[tuple[int, tuple[Shape, ...]], ...]] = {
     "fwd": (
-        (64, (Shape(128, 64, 4, sub=32, own_in_registers=1),)),
-        (128, (Shape(128, 48, 4, sub=48),)),
+        (
+            64,
+            (
+                Shape(128, 128, 4, sub=32),
+                Shape(128, 96, 4, sub=32),
+                Shape(128, 32, 4, sub=32, own_in_registers=1),
+            ),
+        ),
+        (128, (Shape(128, 48, 4, sub=48), Shape(128, 32, 4, sub=32))),
         (256, (Shape(64, 32, 4, sub=32),)),
     ),
     "bwd_dq": (
-        (64, (Shape(128, 64, 4, sub=32, own_in_registers=1),)),
+        (64, (Shape(128, 64, 4, sub=64),)),
         (128, (Shape(128, 32, 4, sub=32),)),
-        (256, (Shape(64, 32, 4, sub=32), Shape(64, 16, 4, sub=16))),
+        (256, (Shape(64, 32, 4, sub=32, min_blocks=1), Shape(64, 16, 4, sub=16))),
     ),
     "bwd_dkdv": (
-        (64, (Shape(64, 128, 4, sub=32),)),
-        (128, (Shape(64, 64, 4, sub=32), Shape(32, 64, 4, sub=32))),
-        (256, (Shape(32, 64, 4, sub=32, split=1), Shape(16, 64, 4, sub=16, split=1))),
+        (64, (Shape(128, 128, 4, sub=32), Shape(64, 128, 4, sub=32))),
+        (128, (Shape(64, 64, 4, sub=32, own_in_registers=1), Shape(32, 64, 4, sub=32))),
+        (
+            256,
+            (
+                Shape(32, 64, 4, sub=32, split=1, min_blocks=1),
+                Shape(16, 64, 4, sub=16, split=1),
+            ),
+        ),
     ),
     "fwd_fp32": ((128, (Shape(64, 32, 8),)), (256, (Shape(32, 32, 8),))),
     "bwd_dq_fp32": ((128, (Shape(32, 32, 8),)), (256, (Shape(16, 16, 8),))),
@@ -121,7 +144,13 @@ def choose(
         _variant(kernel, shape, dtype, head_dim, head_dim_v, aligned, monotone) for shape in shapes
     ]
     fitting = [variant for variant in found if variant.shared(group_size) <= shared_limit]
-    return (fitting or found)[0]
+    resident = [
+        variant
+        for variant in fitting
+        if variant.shape.min_blocks * (variant.shared(group_size) + _RESERVED)
+        <= shared_limit + _RESERVED
+    ]
+    return (resident or fitting or found)[0]
 
 
 def _variant(
@@ -169,7 +198,9 @@ def _variant(
 
 
 def shipped_variants(shared_limit: int = SMALLEST_SHARED) -> list[Variant]:
-    """Return what a compile test must build: every shape, element type and special case once.
+    """Return what a compile test must build for a card with `shared_limit` (see `SHARED_LIMITS`).
+
+    Every shape the card can get, every element type and every special case, each once.
 
     Any other head_dim differs from one of these only in loop counts.
     """
