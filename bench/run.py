@@ -170,12 +170,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mode", nargs="+", default=["forward", "backward"], choices=MODES)
     parser.add_argument("--seconds", type=float, default=1.0, help="of repeats, per row")
     parser.add_argument("--json", type=Path, help="rows are added; rows already there are kept")
+    parser.add_argument("--commit", help="name of the sources, where git cannot tell")
     parser.add_argument("--original", help="path of the original's Triton file, to time it too")
     args = parser.parse_args(argv)
     cases = select(args.case)
     if any(case.device == "cuda" for case in cases) and not torch.cuda.is_available():
         raise SystemExit("these cases need a CUDA device, and torch sees none")
     record: dict[str, Any] = {"machine": machine(cases[0].device), "rows": []}
+    if args.commit:
+        record["machine"] |= {"commit": args.commit, "changed": False}
     if args.json and args.json.exists():
         record = json.loads(args.json.read_text())
     done = {(row["case"], row["method"], row["mode"]) for row in record["rows"]}

@@ -227,7 +227,8 @@ def main() -> int:
     seen = Recorder()
     if not options.times_only:
         start = time.time()
-        arguments = ["-q", "--tb=short", "-p", "no:cacheprovider", *rest, str(record.HERE)]
+        arguments = ["-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:benchmark", *rest]
+        arguments.append(str(record.HERE))
         code = pytest.main(arguments, plugins=[seen])
         print(f"suite: {seen.outcomes} in {time.time() - start:.0f} s")
         for name, value in sorted(seen.ratios.items()):
