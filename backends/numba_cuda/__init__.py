@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -42,14 +43,20 @@ def _find_reason() -> str | None:
         if not cuda.is_available():
             return f"numba-cuda finds no usable CUDA device or driver: {_driver_message()}"
         weakest = min(gpu.compute_capability for gpu in cuda.gpus)
+        from numba.cuda import cudaimpl  # noqa: F401  numba-cuda 0.30 cannot with numpy 2.5
     except Exception as error:
-        return f"numba-cuda fails: {type(error).__name__}: {error}"
+        return f"numba-cuda fails: {type(error).__name__}: {error} ({_versions()})"
     if tuple(weakest) < LEAST_CAPABILITY:
         return (
             f"it needs compute capability {LEAST_CAPABILITY} or higher, got {tuple(weakest)}; "
             "hide the older card with CUDA_VISIBLE_DEVICES"
         )
     return None
+
+
+def _versions() -> str:
+    found = (f"{name} {version(name)}" for name in ("numba-cuda", "numba", "numpy"))
+    return f"{', '.join(found)}: are they made for each other?"
 
 
 def _driver_message() -> str:

@@ -16,6 +16,8 @@ from numba import boolean, cuda, float32, float64, int32, int64, uint8, uint16, 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 SHARED_LIMIT = 48 * 1024  # bytes; what every card gives a block without asking
 
+LEAST_GRID = 1 if SIMULATED else 128  # numba warns of fewer, at every new shape of a launch
+
 LOG2_E = 1.0 / math.log(2.0)
 LN_2 = math.log(2.0)
 INFINITY = math.inf
@@ -63,12 +65,12 @@ class Kernel:
     def launch(
         self, grid: int, threads: int, stream: Any, arguments: tuple[Any, ...], shared: int = 0
     ) -> None:
-        """Launch on the current device."""
+        """Launch at least `grid` blocks on the current device; kernels ignore those beyond."""
         if self._dispatcher is None:
             self._dispatcher = self._compile()
         if shared > SHARED_LIMIT and not SIMULATED:
             self._grant(shared)
-        self._dispatcher[grid, threads, stream, shared](*arguments)
+        self._dispatcher[max(grid, LEAST_GRID), threads, stream, shared](*arguments)
 
     def _compile(self) -> Any:
         if SIMULATED:

@@ -21,6 +21,7 @@ maximum = libdevice.fmaxf
 
 _HALF = ir.HalfType()
 _FLOAT = ir.FloatType()
+_BYTE = ir.IntType(8)
 _I16 = ir.IntType(16)
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
@@ -51,9 +52,8 @@ def _store(
 
 def _shared_address(context: Any, builder: Any, kind: Any, array: Any, offset: Any) -> Any:
     """32-bit shared-memory address of array[offset]."""
-    data = _data(context, builder, kind, array)
-    place = builder.addrspacecast(data, data.type.pointee.as_pointer(_SHARED))
-    base = builder.ptrtoint(place, _I32)
+    data = builder.bitcast(_data(context, builder, kind, array), _BYTE.as_pointer())
+    base = builder.ptrtoint(builder.addrspacecast(data, _BYTE.as_pointer(_SHARED)), _I32)
     size = ir.Constant(_I32, kind.dtype.bitwidth // 8)
     narrow = builder.trunc(offset, _I32) if offset.type.width > 32 else offset
     return builder.add(base, builder.mul(narrow, size))

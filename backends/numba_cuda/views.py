@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,6 @@ from scfa_core.arrays import CallContext
 
 if SIMULATED:
     from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
-else:
-    from numba.cuda.cudadrv.devicearray import DeviceNDArray
-    from numba.cuda.cudadrv.driver import MemoryPointer
 
 _STORAGE = {"float16": np.dtype(np.uint16), "bfloat16": np.dtype(np.uint16)}
 
@@ -31,15 +28,24 @@ def view(x: Any) -> Any:
     if SIMULATED:
         return FakeCUDAArray(as_storage(x))
     dtype = _STORAGE.get(x.dtype) or np.dtype(x.dtype)
-    strides = tuple(stride * dtype.itemsize for stride in x.strides)
-    size = int(np.prod(x.shape)) * dtype.itemsize
-    memory = MemoryPointer(cuda.current_context(), ctypes.c_void_p(x.pointer), size)
-    return DeviceNDArray(x.shape, strides, dtype, gpu_data=memory)
+    interface = {
+        "version": 3,
+        "shape": tuple(x.shape),
+        "strides": tuple(stride * dtype.itemsize for stride in x.strides),
+        "typestr": dtype.str,
+        "data": (x.pointer, False),
+    }
+    return cuda.from_cuda_array_interface(interface, sync=False)
+
+
+@lru_cache(maxsize=64)
+def _external_stream(device: int, handle: int) -> Any:
+    return cuda.external_stream(handle)
 
 
 def stream_of(ctx: CallContext) -> Any:
-    """The caller's stream as numba names it."""
-    return 0 if SIMULATED else cuda.external_stream(ctx.stream)
+    """The caller's stream as numba names it; its device is current."""
+    return 0 if SIMULATED else _external_stream(ctx.device, ctx.stream)
 
 
 def device_of(ctx: CallContext) -> AbstractContextManager[Any]:
