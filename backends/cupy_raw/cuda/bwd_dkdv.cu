@@ -13,7 +13,7 @@
 // Source     Dao, FlashAttention-2, the key-owner half of its backward; transposed scores as in FlashAttention-3.
 #include "exact.cuh"
 #include "mask.cuh"
-#include "schedule.cuh"
+#include "stream_queries.cuh"
 
 constexpr int kBlockM = SCFA_BLOCK_M;
 constexpr int kBlockN = SCFA_BLOCK_N;
@@ -32,45 +32,14 @@ static_assert(kWarpRows % 16 == 0, "a warp owns whole blocks of 16 keys");
 static_assert(kSubM % 16 == 0 && kSubM <= kWarpSize && kBlockM % kSubM == 0, "one lane looks at one query of a step");
 static_assert(kStages >= 2, "the next tile loads while this one computes");
 
-struct QueryRows {
-  int start[kBlockM], end[kBlockM];  // block_copy_rows fills the four in turn
-  float lse_log2[kBlockM], delta[kBlockM];
-};
-
-struct Member {  // one query head of the group
-  const Element *q, *dout;
-  i64 list;             // where its sorted rows start in the plan
-  QueryRange range;     // sorted rows that can see a key of this tile
-};
-
-// Walks the query tiles of all heads of the group.
-struct Cursor {
-  int member, row;  // which head of the group; first row of the tile
-
-  SCFA_DEVICE void start(const Member* members, int count) {
-    member = 0, row = members[0].range.first;
-    skip_finished(members, count);
-  }
-  SCFA_DEVICE void advance(const Member* members, int count) {
-    row += kBlockM;
-    skip_finished(members, count);
-  }
-  SCFA_DEVICE void skip_finished(const Member* members, int count) {
-    while (member < count && row >= members[member].range.last) {
-      ++member;
-      if (member < count) row = members[member].range.first;
-    }
-  }
-};
-
 struct alignas(16) Shared {
   char k[tile_bytes(kBlockN, kHeadDim)];
   char v[tile_bytes(kBlockN, kHeadDimV)];
   char q[kStages][tile_bytes(kBlockM, kHeadDim)];
   char dout[kStages][tile_bytes(kBlockM, kHeadDimV)];
-  QueryRows rows[kStages];
+  QueryRows<kBlockM> rows[kStages];
   int query_rows[kStages][kBlockM];
-  Cursor at[2 * kStages];  // where the query tiles t, t + 1, ... lie, tile t in slot t % (2 * kStages)
+  Cursor<kBlockM> at[2 * kStages];  // where the query tiles t, t + 1, ... lie, tile t in slot t % (2 * kStages)
   int key_index[kBlockN];
   char tainted[kBlockN];
   int first_key;  // sorted key of the first row
@@ -81,29 +50,14 @@ struct alignas(16) Shared {
 };
 static_assert(sizeof(Shared) + sizeof(Member) <= SCFA_SHARED_BYTES, "launch.py asks for less shared memory than Shared needs");
 
-SCFA_DEVICE void block_load_indices(Shared& shared, const Params& p, const Cursor& at, int stage) {
+SCFA_DEVICE void block_load_indices(Shared& shared, const Params& p, const Cursor<kBlockM>& at, int stage) {
   if (at.member >= p.group_size) return;
   const Member& member = shared.members()[at.member];
   block_copy_values<kBlockM, kThreads>(shared.query_rows[stage], p.q_index + member.list + at.row, member.range.last - at.row);
 }
 
-// Four values a query row, an equal share of the warps each.
-SCFA_DEVICE void block_copy_rows(QueryRows& rows, const Params& p, i64 list, int valid) {
-  constexpr int kTeam = kThreads / 4;
-  const u32 thread = thread_here(), kind = thread / kTeam;
-  const int* sources[4] = {p.key_start, p.key_end, reinterpret_cast<const int*>(p.lse_log2), reinterpret_cast<const int*>(p.delta)};
-  const int* source = kind == 0 ? sources[0] : kind == 1 ? sources[1] : kind == 2 ? sources[2] : sources[3];
-  const u32 target = shared_address(rows.start) + kind * kBlockM * 4;
-#pragma unroll
-  for (int row = 0; row < kBlockM; row += kTeam) {
-    const int item = row + int(thread % kTeam);
-    if (kBlockM % kTeam != 0 && item >= kBlockM) break;
-    copy4_async(target + 4 * item, source + list + (item < valid ? item : 0), item < valid);
-  }
-}
-
 // Rows of q and dout by the plan's list or, in the loop, by what block_load_indices brought before.
-SCFA_DEVICE void block_load_tile(Shared& shared, const Params& p, const Cursor& at, int stage, bool indices_loaded) {
+SCFA_DEVICE void block_load_tile(Shared& shared, const Params& p, const Cursor<kBlockM>& at, int stage, bool indices_loaded) {
   if (at.member >= p.group_size) return;
   const Member& member = shared.members()[at.member];
   const int valid = member.range.last - at.row;
@@ -111,16 +65,16 @@ SCFA_DEVICE void block_load_tile(Shared& shared, const Params& p, const Cursor& 
   const int* rows = indices_loaded ? shared.query_rows[stage] : p.q_index + list;
   block_gather<kBlockM, kHeadDim, kThreads>(shared.q[stage], member.q, p.q_strides.row, rows, valid);
   block_gather<kBlockM, kHeadDimV, kThreads>(shared.dout[stage], member.dout, p.dout_strides.row, rows, valid);
-  block_copy_rows(shared.rows[stage], p, list, valid);
+  block_copy_rows<kThreads>(shared.rows[stage], p, list, valid);
 }
 
 
 template <bool kMasked, bool kDoDk, bool kDoDv>
-SCFA_DEVICE void visit_queries(const Shared& shared, int stage, int sub, const u32 (&own_k)[kMi][kOwnInRegisters ? kSteps : 1][4], float (&acc_dk)[kMi][kDoDk ? kSteps * 2 : 1][4],
-                               float (&acc_dv)[kMi][kDoDv ? kStepsV * 2 : 1][4], float scale) {
+SCFA_DEVICE void visit_queries(const Shared& shared, int stage, int sub, const u32 (&own_k)[kMi][kOwnInRegisters ? kSteps : 1][4],
+                               float (&acc_dk)[kMi][kDoDk ? kSteps * 2 : 1][4], float (&acc_dv)[kMi][kDoDv ? kStepsV * 2 : 1][4], float scale) {
   const int lane = threadIdx.x % kWarpSize;
   const int own_row = thread_here() / kWarpSize * kWarpRows;
-  const QueryRows& rows = shared.rows[stage];
+  const QueryRows<kBlockM>& rows = shared.rows[stage];
   const int column = sub * kSubM + 2 * (lane % 4);
 
   // acc_s = k @ q^T, acc_dp = v @ dout^T
@@ -268,7 +222,7 @@ SCFA_DEVICE void block_gradients(const Params& p, Shared& shared) {
   // the first kStages - 1 query tiles, with the query indices that the loop will need
   constexpr int kSlots = 2 * kStages;
   if (threadIdx.x == 0) {
-    Cursor at;
+    Cursor<kBlockM> at;
     at.start(shared.members(), p.group_size);
     for (int t = 0; t < kSlots - 1; ++t) {
       shared.at[t] = at;
@@ -302,7 +256,7 @@ SCFA_DEVICE void block_gradients(const Params& p, Shared& shared) {
     block_load_indices(shared, p, shared.at[ahead % kSlots], ahead % kStages);
     copies_commit();
     if (threadIdx.x == 0) {
-      Cursor at = shared.at[ahead % kSlots];
+      Cursor<kBlockM> at = shared.at[ahead % kSlots];
       at.advance(shared.members(), p.group_size);
       shared.at[(ahead + 1) % kSlots] = at;
     }

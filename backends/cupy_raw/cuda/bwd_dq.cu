@@ -167,7 +167,8 @@ SCFA_DEVICE void block_finish(const Params& p, Shared& shared, const float (&acc
       if (!shared.tainted[row]) continue;
       const int q_row = shared.rows.index[row];
       block_exact_dq<kThreads>(q + q_row * p.q_strides.row, dout + q_row * p.dout_strides.row, shared.lse_log2[row],
-                               shared.delta[row], shared.source.k, shared.source.v, shared.source.index, shared.rows.start[row], shared.rows.end[row], p,
+                               shared.delta[row], shared.source.k, shared.source.v,
+                                shared.source.index, shared.rows.start[row], shared.rows.end[row], p,
                                reinterpret_cast<float*>(shared.keys.k[0]), dq + q_row * p.dq_strides.row);
     }
   }

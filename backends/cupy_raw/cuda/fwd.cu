@@ -119,7 +119,8 @@ SCFA_DEVICE void block_finish(const Params& p, Shared& shared, SoftmaxState<kMi>
     for (int row = 0; row < kBlockM; ++row) {
       if (!shared.tainted[row]) continue;
       const int q_row = shared.rows.index[row];
-      block_exact_out<kThreads>(q + q_row * p.q_strides.row, shared.source.k, shared.source.v, shared.source.index, shared.rows.start[row], shared.rows.end[row], p,
+      block_exact_out<kThreads>(q + q_row * p.q_strides.row, shared.source.k, shared.source.v,
+                                shared.source.index, shared.rows.start[row], shared.rows.end[row], p,
                                 reinterpret_cast<float*>(shared.keys.k[0]), out + q_row * p.out_strides.row,
                                 lse_base + q_row * p.lse_strides.row);
     }
