@@ -91,7 +91,10 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--backend", choices=BACKEND_NAMES, default="numba-cpu")
     verify.add_argument("--seed", type=_whole(0), default=0, help="first seed (%(default)s)")
     verify.add_argument("--count", type=_whole(1), default=100, help="problems (%(default)s)")
-    verify.add_argument("--rows", type=_whole(1), default=200, help="longest seqlen (%(default)s)")
+    verify.add_argument(
+        "--deep", action="store_true", help="problems built to break tiles, groups and lists"
+    )
+    verify.add_argument("--rows", type=_whole(1), help="longest seqlen (200; with --deep 4096)")
     verify.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"))
     verify.add_argument(
         "--time-budget", type=_seconds, metavar="SECONDS", help="begin no problem after this"
@@ -186,6 +189,7 @@ def run_verify(options: argparse.Namespace, terminal: Terminal) -> int:
         rows=options.rows,
         dtype=options.dtype,
         time_budget=options.time_budget,
+        deep=options.deep,
     )
     done, worst, failed = 0, 0.0, []
     with terminal.progress(f"verify {options.backend}", options.count) as progress:
@@ -211,8 +215,8 @@ def run_verify(options: argparse.Namespace, terminal: Terminal) -> int:
 def reproduction(options: argparse.Namespace, seed: int) -> str:
     """The one line that runs one problem of `scfa verify` again."""
     line = f"scfa verify --backend {options.backend} --seed {seed} --count 1"
-    if options.rows != 200:
-        line += f" --rows {options.rows}"
+    line += " --deep" if options.deep else ""
+    line += f" --rows {options.rows}" if options.rows else ""
     return line + (f" --dtype {options.dtype}" if options.dtype else "")
 
 

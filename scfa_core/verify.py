@@ -51,9 +51,10 @@ def verify(
     *,
     seed: int = 0,
     count: int = 100,
-    rows: int = DEFAULT_ROWS,
+    rows: int | None = None,
     dtype: str | None = None,
     time_budget: float | None = None,
+    deep: bool = False,
 ) -> Iterator[Finding]:
     """Yield the finding of each seed from `seed` on, until `count` or the seconds are used up.
 
@@ -63,12 +64,14 @@ def verify(
         Name of one backend, not ``auto``.
     seed, count : int
         Seeds ``seed .. seed + count - 1``.
-    rows : int
-        Longest seqlen drawn.
+    rows : int, optional
+        Longest seqlen drawn; by default 200, and 4096 if `deep`.
     dtype : str, optional
         Draw only this element type.
     time_budget : float, optional
         Seconds after which no new problem is begun.
+    deep : bool
+        Draw the structured problems of `campaign` instead.
 
     Raises
     ------
@@ -79,11 +82,17 @@ def verify(
     reason = unavailable_reason(backend)
     if reason is not None:
         raise BackendUnavailable(f"backend {backend!r} cannot run here: {reason}")
+    from scfa_core.campaign import DEEP_ROWS, verify_deep
+
     deadline = None if time_budget is None else time.monotonic() + time_budget
     for number in range(seed, seed + count):
         if deadline is not None and time.monotonic() >= deadline:
             return
-        yield verify_one(backend, testing.random_spec(number, most_rows=rows, dtypes=dtypes))
+        if deep:
+            yield verify_deep(backend, number, most_rows=rows or DEEP_ROWS, dtypes=dtypes)
+        else:
+            most = rows or DEFAULT_ROWS
+            yield verify_one(backend, testing.random_spec(number, most_rows=most, dtypes=dtypes))
 
 
 def verify_one(backend: str, spec: testing.Spec) -> Finding:

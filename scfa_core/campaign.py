@@ -1,0 +1,339 @@
+"""Structured problems beyond `testing.random_spec`: what ``scfa verify --deep`` runs.
+
+Each aims at one way in which tiles, groups or lists go wrong: group lengths one off every multiple
+of 8 up to 256, one huge group among singletons, orders that sorts dislike, ranges that step back,
+heads that keep unequally much, up to four clauses at once, inputs that are views. Short problems
+are held against the dense truth; long ones, where that is quadratic, at sampled queries and keys.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from scfa_core import patterns as pt
+from scfa_core import testing
+from scfa_core.api import attention, attention_backward, make_plan
+from scfa_core.campaign_judge import sampled_verdicts
+from scfa_core.dispatch import load_backend
+from scfa_core.reference.backend import narrow
+from scfa_core.reference.masks import dense_mask
+from scfa_core.testing import Case, Part, Results, Spec
+
+if TYPE_CHECKING:
+    from scfa_core.verify import Finding
+
+DEEP_ROWS = 4096
+DENSE_PAIRS = 2**19  # (query, key) pairs of all heads up to which the whole truth is computed
+VIEWS = ("plain", "columns", "rows", "offset", "other-layout", "expanded", "backwards")
+FAMILIES = ("lengths", "huge", "orders", "empty", "steps-back", "drops", "packed")
+_STRETCH = (1, -1, 7, 2**31 + 11, -(2**40) - 3)
+
+Ids = tuple[np.ndarray, np.ndarray]
+
+
+class Shapes(NamedTuple):
+    """(batch, heads, seqlen) of queries and of keys."""
+
+    q: tuple[int, int, int]
+    k: tuple[int, int, int]
+
+
+def _runs(rng: np.random.Generator, shape: tuple[int, ...], length: int) -> np.ndarray:
+    """Groups of exactly `length` rows, of a row more, or of a row less; in place or scattered."""
+    lengths = length + rng.integers(-1, 2, -(-shape[-1] // max(length - 1, 1)) + 1)
+    ids = np.repeat(np.arange(lengths.size), lengths)[: shape[-1]]
+    ids = rng.permutation(lengths.size)[ids]
+    whole = np.broadcast_to(ids, shape)
+    return rng.permuted(whole, axis=-1) if rng.random() < 0.5 else whole.copy()
+
+
+def _lengths(rng: np.random.Generator, shapes: Shapes, seed: int) -> Ids:
+    """Group lengths around 8 * (1 .. 32), every multiple in turn; q and k mostly differ."""
+    length = 8 * (1 + seed % 32)
+    other = length if rng.random() < 0.5 else 8 * int(rng.integers(1, 33))
+    return _runs(rng, shapes.q, length), _runs(rng, shapes.k, other)
+
+
+def _huge(rng: np.random.Generator, shapes: Shapes, seed: int) -> Ids:
+    """One group holds nearly all, on one side or both; the others one row each."""
+    sides = []
+    for shape in shapes:
+        alone = rng.random(shape) < (0.5 if rng.random() < 0.2 else 0.03)
+        sides.append(np.where(alone, np.arange(shape[-1]) + 1, 0))
+    return sides[0], sides[1]
+
+
+def _orders(rng: np.random.Generator, shapes: Shapes, seed: int) -> Ids:
+    """Alternating, descending, rotated, organ pipe: one order each for queries and keys."""
+
+    def one(shape: tuple[int, ...]) -> np.ndarray:
+        row, n = np.arange(shape[-1]), shape[-1]
+        groups = int(rng.choice([1, 2, 3, 64, n]))
+        ids = (
+            row % groups,
+            (n - row) * groups // n,
+            (row + n // 3) % n * groups // n,
+            np.minimum(row, n - row) * groups // n,
+        )[int(rng.integers(4))]
+        return np.broadcast_to(ids, shape).copy()
+
+    return one(shapes.q), one(shapes.k)
+
+
+def _drops(rng: np.random.Generator, shape: tuple[int, int, int]) -> np.ndarray:
+    """Flags whose share differs from head to head: all, none, one row, few, most."""
+    keep = rng.random(shape) < rng.choice([0, 0.02, 0.3, 0.9, 1], (*shape[:2], 1))
+    if rng.random() < 0.5:
+        keep[:, int(rng.integers(shape[1]))] = np.arange(shape[2]) == rng.integers(shape[2])
+    return keep
+
+
+def _steps_back(
+    rng: np.random.Generator, shape: tuple[int, int, int], seqlen_k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ranges in no order: sawtooth, falling, nested, shuffled, every other one empty."""
+    row, n = np.arange(shape[-1]), shape[-1]
+    width = int(rng.choice([1, 7, 64, seqlen_k]))
+    style = int(rng.integers(5))
+    start = (
+        (row * 37) % max(seqlen_k, 1),
+        (n - row) * seqlen_k // n - width // 2,
+        np.minimum(row, seqlen_k // 2),
+        rng.integers(-5, seqlen_k + 5, shape),
+        row * seqlen_k // n,
+    )[style]
+    end = np.maximum(seqlen_k - row, start) if style == 2 else start + width
+    if style == 4:
+        end = np.where(row % 2 == 0, start, end)
+    start, end = (np.broadcast_to(x, shape).astype(np.int64) for x in (start, end))
+    return start, end
+
+
+def _clause(rng: np.random.Generator, shapes: Shapes, family: str, seed: int) -> pt.Pattern:
+    """One pattern of a family."""
+    causal = bool(rng.random() < 0.7)
+    if family == "drops":
+        return pt.QKSparse(_drops(rng, shapes.q), _drops(rng, shapes.k), causal=causal)
+    if family == "steps-back":
+        return pt.KeyRanges(*_steps_back(rng, shapes.q, shapes.k[-1]))
+    if family == "empty":
+        kind = int(rng.integers(4))
+        none, some = np.zeros(shapes.q, bool), np.ones(shapes.k, bool)
+        if kind == 0:
+            return pt.QKSparse(none, some, causal=causal)
+        if kind == 1:
+            return pt.QKSparse(~none, ~some, causal=causal)
+        if kind == 2:
+            return pt.HashSparse(none.astype(np.int32), some.astype(np.int32), causal=causal)
+        return pt.SlidingWindow(0)
+    if family == "packed":
+        q_ids, k_ids = _lengths(rng, Shapes((*shapes.q[:1], 1, *shapes.q[2:]), shapes.k), seed)
+        q_ids, k_ids = np.sort(q_ids[:, 0]), np.sort(k_ids[:, 0])
+        return pt.Documents(q_ids, k_ids, causal=causal)
+    make = {"lengths": _lengths, "huge": _huge, "orders": _orders}[family]
+    stretch = int(rng.choice(_STRETCH))
+    q_ids, k_ids = (ids.astype(np.int64) * stretch for ids in make(rng, shapes, seed))
+    if abs(stretch) < 2**20 and rng.random() < 0.5:
+        q_ids, k_ids = q_ids.astype(np.int32), k_ids.astype(np.int32)
+    return pt.HashSparse(q_ids, k_ids, causal=causal, include_self=not causal or seed % 3 > 0)
+
+
+def _length(rng: np.random.Generator, most: int) -> int:
+    """Mostly beside a multiple of 8 up to 320; sometimes up to `most`."""
+    draw = rng.random()
+    if draw < 0.8:
+        return min(max(8 * int(rng.integers(0, 41)) + int(rng.integers(-1, 2)), 1), most)
+    if draw < 0.95:
+        return min(int(rng.integers(1, 1025)), most)
+    return int(rng.integers(1, most + 1))
+
+
+@dataclass(frozen=True)
+class DeepProblem:
+    """A case (its mask empty where it would be too large), and how the inputs are laid out."""
+
+    case: Case
+    views: tuple[str, ...]  # of q, k, v, dout
+
+    @property
+    def dense(self) -> bool:
+        """Whether the case has its mask."""
+        return self.case.mask.size > 0
+
+
+def draw(seed: int, *, most_rows: int = DEEP_ROWS, dtypes: tuple[str, ...]) -> DeepProblem:
+    """Draw a problem; the same seed and options give the same one on every machine."""
+    rng = np.random.default_rng([seed, 16020603])
+    family = FAMILIES[seed % len(FAMILIES)]
+    heads_kv, batch = int(rng.choice([1, 1, 2, 3])), int(rng.choice([1, 1, 2]))
+    heads = heads_kv * int(rng.choice([1, 1, 2, 3, 4]))
+    seqlen_q = _length(rng, most_rows)
+    seqlen_k = seqlen_q if rng.random() < 0.5 else _length(rng, most_rows)
+    shapes = Shapes((batch, heads, seqlen_q), (batch, heads_kv, seqlen_k))
+    pattern = _clause(rng, shapes, family, seed // len(FAMILIES))
+    families = [family]
+    for _ in range(int(rng.choice([0, 0, 1, 1, 2, 3]))):
+        more = str(rng.choice([*FAMILIES[:3], "drops", "steps-back", "packed", "causal", "window"]))
+        if more == "causal":
+            clause: pt.Pattern = pt.Causal(seed % 2 == 0, "bottom-right")
+        elif more == "window":
+            clause = pt.SlidingWindow(int(rng.integers(1, 200)), causal=seed % 2 == 0)
+        else:
+            clause = _clause(rng, shapes, more, int(rng.integers(96)))
+        pattern = pattern & clause
+        families.append(more)
+    spec = Spec(
+        *(batch, heads, heads_kv, seqlen_q, seqlen_k),
+        head_dim=int(rng.choice([16, 24, 32, 64, 72, 128])),
+        head_dim_v=int(rng.choice([16, 32, 40, 64, 128])),
+        dtype=str(rng.choice(dtypes)),
+        layout=str(rng.choice(["bhtd", "bthd"])),
+        softmax_scale=[None, None, None, 0.0, 0.3, -0.2][int(rng.integers(6))],
+        parts=tuple(Part(name, "deep") for name in families),
+        poison=bool(rng.random() < 0.5),
+        seed=seed,
+    )
+    q, k, v, dout = (
+        rng.standard_normal((*shape, dim))
+        for shape, dim in (
+            (shapes.q, spec.head_dim),
+            (shapes.k, spec.head_dim),
+            (shapes.k, spec.head_dim_v),
+            (shapes.q, spec.head_dim_v),
+        )
+    )
+    views = tuple(str(x) for x in rng.choice(VIEWS, 4))
+    mask = np.zeros((0,), bool)
+    if batch * heads * seqlen_q * seqlen_k <= DENSE_PAIRS:
+        mask = dense_mask(pattern, batch, heads, heads_kv, seqlen_q, seqlen_k)
+        if spec.poison:
+            _poison(rng, mask, q, k, v, dout)
+    if spec.poison:  # heads that share memory hold the same, which poisoned ones do not
+        views = tuple("plain" if view == "expanded" else view for view in views)
+    q, k, v, dout = (
+        narrow(np.broadcast_to(x[:, :1], x.shape) if view == "expanded" else x, spec.dtype)
+        for x, view in zip((q, k, v, dout), views, strict=True)
+    )
+    return DeepProblem(Case(spec, q, k, v, dout, pattern, mask), views)
+
+
+def _poison(rng: np.random.Generator, mask: np.ndarray, *tensors: np.ndarray) -> None:
+    """NaN and Inf into rows that take no part; tensors are q, k, v, dout."""
+    q, k, v, dout = tensors
+    blind = ~mask.any(axis=-1)
+    batch, heads_kv, seqlen_k = k.shape[:3]
+    unseen = ~mask.reshape(batch, heads_kv, -1, seqlen_k).any(axis=2)
+    for x, rows in ((q, blind), (dout, blind), (k, unseen), (v, unseen)):
+        x[rows] = rng.choice([np.nan, np.inf, -np.inf], (int(rows.sum()), 1))
+
+
+# Running -----------------------------------------------------------------------------------------
+
+
+def _view(x: np.ndarray, view: str, to_device: Callable[[np.ndarray], Any], numpy: bool) -> Any:
+    """The values of `x` on the device, as a view of something larger or of another order."""
+    batch, heads, rows, dim = x.shape
+    if view == "columns":
+        wide = np.full((batch, heads, rows, dim + 24), 1, x.dtype)
+        wide[..., 8 : 8 + dim] = x
+        return to_device(wide)[..., 8 : 8 + dim]
+    if view == "rows":
+        return to_device(np.repeat(x, 2, axis=2))[:, :, ::2]
+    if view == "offset":  # rows not aligned to 16 bytes
+        flat = np.concatenate([np.zeros(3, x.dtype), x.ravel()])
+        return to_device(flat)[3:].reshape(x.shape)
+    if view == "other-layout":
+        return to_device(np.ascontiguousarray(x.swapaxes(1, 2))).swapaxes(1, 2)
+    if view == "expanded":
+        one = to_device(np.ascontiguousarray(x[:, :1]))
+        return np.broadcast_to(one, x.shape) if numpy else one.expand(*x.shape)
+    if view == "backwards" and numpy:
+        return np.ascontiguousarray(x[:, :, ::-1])[:, :, ::-1]
+    return to_device(np.ascontiguousarray(x))
+
+
+def run(problem: DeepProblem, backend: str) -> tuple[Results, dict[str, np.ndarray]]:
+    """Run one problem through the public API: results and plan in NumPy, heads first."""
+    on_host = getattr(load_backend(backend), "memory", "host") == "host"
+    bits = problem.case.spec.dtype == "bfloat16" and importlib.util.find_spec("ml_dtypes") is None
+    if on_host and not bits:
+        return run_in(problem, backend, *_numpy_ways(), numpy=True)
+    return run_in(problem, backend, *_torch_ways("cpu" if on_host else "cuda"), numpy=False)
+
+
+def run_in(
+    problem: DeepProblem,
+    backend: str,
+    to_device: Callable[..., Any],
+    to_host: Callable[..., Any],
+    *,
+    numpy: bool,
+) -> tuple[Results, dict[str, np.ndarray]]:
+    """`run` with the arrays of one library: ``to_device(x, dtype)`` makes them."""
+    from scfa_core.verify import PLAN_FIELDS, carried_pattern
+
+    case, spec = problem.case, problem.case.spec
+
+    def typed(x: np.ndarray) -> Any:
+        return to_device(x, spec.dtype)
+
+    tensors = [
+        _view(testing._as_numpy_kind(x, spec.dtype) if numpy else x, view, typed, numpy)
+        for x, view in zip((case.q, case.k, case.v, case.dout), problem.views, strict=True)
+    ]
+    swap = (lambda x: x.swapaxes(1, 2)) if spec.layout == "bthd" else (lambda x: x)
+    q, k, v, dout = map(swap, tensors)
+    pattern = carried_pattern(case.pattern, lambda x: to_device(np.ascontiguousarray(x), ""))
+    options: dict[str, Any] = {"layout": spec.layout, "backend": backend}
+    plan = make_plan(pattern, q, k, **options)
+    options["softmax_scale"] = spec.softmax_scale
+    out, lse = attention(q, k, v, plan, return_lse=True, **options)
+    grads = attention_backward(dout, q, k, v, out, lse, plan, **options)
+    wide = [to_host(swap(x)) for x in (out, *grads)]
+    fields = {name: to_host(getattr(plan, name)).astype(np.int64) for name in PLAN_FIELDS}
+    return Results(wide[0], to_host(lse), *wide[1:]), fields
+
+
+def _numpy_ways() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    return (lambda x, dtype: x), (lambda x: x.astype(np.float64))
+
+
+def _torch_ways(device: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    import torch
+
+    def to_device(x: np.ndarray, dtype: str) -> Any:
+        if dtype == "bfloat16":
+            return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).to(device)
+        return torch.from_numpy(x).to(device)
+
+    return to_device, lambda x: x.detach().double().cpu().numpy()
+
+
+def verify_deep(backend: str, seed: int, *, most_rows: int, dtypes: tuple[str, ...]) -> Finding:
+    """Run one problem forward and backward, hold everything against truth and reference plan."""
+    from scfa_core.verify import Finding, plan_differences
+
+    problem = draw(seed, most_rows=most_rows, dtypes=dtypes)
+    try:
+        got, plan = run(problem, backend)
+        if problem.dense:
+            verdicts = testing.judge(problem.case, got)
+        else:
+            verdicts = sampled_verdicts(problem.case, got, plan)
+        complaints = [
+            f"{v.name}: {max(v.max_ratio, v.norm_ratio):.2f} of the allowed error; {v.detail}"
+            for v in verdicts
+            if not v.ok
+        ]
+        complaints += plan_differences(problem.case, plan)
+        worst = max(max(v.max_ratio, v.norm_ratio) for v in verdicts)
+    except Exception as error:  # one bad problem must not hide its seed
+        complaints = [f"raised {type(error).__name__}: {error}"]
+        worst = float("inf")
+    complaints = [f"{text} (views of q, k, v, dout: {problem.views})" for text in complaints]
+    return Finding(seed, problem.case.spec, worst, tuple(complaints))

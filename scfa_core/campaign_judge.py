@@ -1,0 +1,142 @@
+"""Truth for problems too long for a dense mask: some queries and some keys of one head.
+
+Masks come from the definitions of the patterns, never from a plan; the rule is `testing.judge`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from scfa_core import patterns as pt
+from scfa_core import testing
+from scfa_core.reference.attention import probabilities
+from scfa_core.reference.backend import narrow, widen
+from scfa_core.testing import Case, Results, Spec, Verdict
+
+SAMPLES = 24  # queries, and keys, of one head
+STRETCH = 512  # queries whose scores are in memory at once
+
+
+def visible(pattern: pt.Pattern, spec: Spec, b: int, h: int, rows: np.ndarray) -> np.ndarray:
+    """Mask of some queries of one head, (rows, seqlen_k), from the definitions."""
+    g = h // (spec.heads // spec.heads_kv)
+    i, j = rows[:, None], np.arange(spec.seqlen_k)[None, :]
+    mask = np.ones((rows.size, spec.seqlen_k), bool)
+
+    def of_query(x: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(x, (spec.batch, spec.heads, spec.seqlen_q))[b, h, rows][:, None]
+
+    def of_key(x: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(x, (spec.batch, spec.heads_kv, spec.seqlen_k))[b, g][None, :]
+
+    for part in pattern.parts:
+        if isinstance(part, pt.Causal):
+            shift = spec.seqlen_k - spec.seqlen_q if part.align == "bottom-right" else 0
+            mask &= j < i + shift + part.include_self
+        elif isinstance(part, pt.SlidingWindow):
+            mask &= (i - part.window < j) & (j < i + (1 if part.causal else part.window))
+        elif isinstance(part, pt.KeyRanges):
+            mask &= (of_query(part.start) <= j) & (j < of_query(part.end))
+        elif isinstance(part, pt.HashSparse):
+            mask &= of_query(part.q_hash) == of_key(part.k_hash)
+            mask &= (j < i + part.include_self) | (not part.causal)
+        elif isinstance(part, pt.Documents):
+            mask &= of_query(part.q_ids[:, None]) == of_key(part.k_ids[:, None])
+            mask &= (j <= i) | (not part.causal)
+        elif isinstance(part, pt.QKSparse):
+            mask &= (of_query(part.q_keep) != 0) & (of_key(part.k_keep) != 0)
+            mask &= (j <= i) | (not part.causal)
+        else:
+            raise TypeError(f"no definition for {part!r}")
+    return mask
+
+
+def sampled_verdicts(case: Case, got: Results, plan: dict[str, np.ndarray]) -> list[Verdict]:
+    """Hold one head's results against the truth at sampled queries and keys, ends included."""
+    spec = case.spec
+    rng = np.random.default_rng(spec.seed)
+    b, h = int(rng.integers(spec.batch)), int(rng.integers(spec.heads))
+    rows = np.unique(np.r_[rng.integers(0, spec.seqlen_q, SAMPLES), 0, spec.seqlen_q - 1])
+    keys = np.unique(np.r_[rng.integers(0, spec.seqlen_k, SAMPLES), 0, spec.seqlen_k - 1])
+    return [
+        *_of_rows(case, got, b, h, rows),
+        _of_plan(case, plan, b, h, rows),
+        *_of_keys(case, got, b, h // (spec.heads // spec.heads_kv), keys),
+    ]
+
+
+def _of_rows(case: Case, got: Results, b: int, h: int, rows: np.ndarray) -> list[Verdict]:
+    """Judge out, lse and dq of some queries, as a problem of one head and few queries."""
+    spec = case.spec
+    g = h // (spec.heads // spec.heads_kv)
+    few = replace(spec, batch=1, heads=1, heads_kv=1, seqlen_q=rows.size)
+    part = Case(
+        few,
+        case.q[b : b + 1, h : h + 1, rows],
+        case.k[b : b + 1, g : g + 1],
+        case.v[b : b + 1, g : g + 1],
+        case.dout[b : b + 1, h : h + 1, rows],
+        case.pattern,
+        visible(case.pattern, spec, b, h, rows)[None, None],
+    )
+    out, lse, dq = (x[b : b + 1, h : h + 1, rows] for x in (got.out, got.lse, got.dq))
+    return testing.judge(part, Results(out, lse, dq, None, None))
+
+
+def _of_plan(case: Case, plan: dict[str, np.ndarray], b: int, h: int, rows: np.ndarray) -> Verdict:
+    """Whether the plan shows some queries exactly the keys of their mask."""
+    g = h // (case.spec.heads // case.spec.heads_kv)
+    places = np.argsort(plan["q_index"][b, h])[rows]
+    for row, place, mask in zip(
+        rows, places, visible(case.pattern, case.spec, b, h, rows), strict=True
+    ):
+        first, last = plan["key_start"][b, h, place], plan["key_end"][b, h, place]
+        if not np.array_equal(np.sort(plan["k_index"][b, g, first:last]), np.flatnonzero(mask)):
+            return Verdict("plan", np.inf, np.inf, f"query {row}, head {h}, batch {b}: other keys")
+    return Verdict("plan", 0.0, 0.0, "the mask")
+
+
+def _of_keys(case: Case, got: Results, b: int, g: int, keys: np.ndarray) -> list[Verdict]:
+    """Judge dk and dv of some keys, from all queries of the group."""
+    spec, scale = case.spec, case.softmax_scale
+    group = spec.heads // spec.heads_kv
+    k, v = (widen(x[b, g], spec.dtype) for x in (case.k, case.v))
+    shapes = (keys.size, spec.head_dim), (keys.size, spec.head_dim_v)
+    dk, plain_dk, size_dk = (np.zeros(shapes[0]) for _ in range(3))
+    dv, plain_dv, size_dv = (np.zeros(shapes[1]) for _ in range(3))
+
+    def step(x: np.ndarray) -> np.ndarray:
+        return widen(narrow(x, spec.dtype), spec.dtype)
+
+    for h in range(g * group, (g + 1) * group):
+        head_dk, head_dv = np.zeros(shapes[0]), np.zeros(shapes[1])
+        for first in range(0, spec.seqlen_q, STRETCH):
+            rows = np.arange(first, min(first + STRETCH, spec.seqlen_q))
+            q, dout = (widen(x[b, h, rows], spec.dtype) for x in (case.q, case.dout))
+            every_p, _ = probabilities(q, k, visible(case.pattern, spec, b, h, rows), scale)
+            every_dp = dout @ v.T
+            delta = (every_p * every_dp).sum(axis=-1, keepdims=True)
+            p, dp = every_p[:, keys], every_dp[:, keys]
+
+            dk += (p * (dp - delta)).T @ q * scale
+            dv += p.T @ dout
+
+            # the formula as a framework evaluates it, every step rounded (testing.baseline)
+            head_dk += step(step(p) * (step(dp) - delta)).T @ q
+            head_dv += step(p).T @ dout
+
+            # squares of the terms' sizes (testing.magnitudes)
+            noise = np.sqrt(q**2 @ k[keys].T ** 2) + np.abs(q @ k[keys].T)
+            size_p = p * (1 + abs(scale) * noise)
+            size_ds = size_p * (np.sqrt(dout**2 @ v[keys].T ** 2) + np.abs(delta))
+            size_dk += (size_ds**2).T @ q**2 * scale**2
+            size_dv += (size_p**2).T @ dout**2
+        plain_dk += step(step(head_dk) * scale)
+        plain_dv += step(head_dv)
+    judge_one = testing._judge_one
+    return [
+        judge_one("dk", got.dk[b, g, keys], dk, step(plain_dk), np.sqrt(size_dk), case),
+        judge_one("dv", got.dv[b, g, keys], dv, step(plain_dv), np.sqrt(size_dv), case),
+    ]
