@@ -64,9 +64,11 @@ def test_dense_has_the_parameters_of_any_attention_layer():
     }
 
 
-def test_window():
-    layer = nn.WindowSelfAttention(WIDTH, HEADS, 7)
-    agree(layer, draw(), triangle() & ~torch.ones(SEQLEN, SEQLEN, dtype=torch.bool).tril(-7))
+@pytest.mark.parametrize("include_self", [True, False])
+def test_window(include_self):
+    layer = nn.WindowSelfAttention(WIDTH, HEADS, 7, include_self=include_self)
+    mask = triangle(include_self) & ~torch.ones(SEQLEN, SEQLEN, dtype=torch.bool).tril(-7)
+    agree(layer, draw(), mask)
 
 
 def test_documents_and_padding():
