@@ -168,13 +168,13 @@ def test_head_dims(build, head_dim, head_dim_v, card):
 
 @pytest.mark.parametrize("head_dim", [24])
 def test_float32(build, head_dim):
-    spec = Spec(1, 2, 1, 70, 90, head_dim, 40, "float32", parts=HASH, poison=True, seed=4)
+    spec = Spec(2, 6, 2, 70, 90, head_dim, 40, "float32", parts=HASH, poison=True, seed=4)
     check(build, spec)
 
 
 @pytest.mark.parametrize("scale", [-0.2, 0.0])
 def test_scales(build, scale):
-    spec = Spec(1, 1, 1, 80, 80, 32, 32, "bfloat16", softmax_scale=scale, parts=HASH, seed=5)
+    spec = Spec(2, 6, 2, 80, 80, 32, 32, "bfloat16", softmax_scale=scale, parts=HASH, seed=5)
     check(build, spec)
 
 
