@@ -6,8 +6,10 @@ import pickle
 import subprocess
 import sys
 
+import numba
 import numpy as np
 import pytest
+from scfa_core.backends.numba_cpu.convert import narrow
 
 import scfa_core as scfa
 from scfa_core.arrays import HostContext, NumpyFramework
@@ -136,6 +138,22 @@ def test_nan_and_inf_pass_through_and_leave_nothing_behind(backend, name, value)
     after, _ = run_numpy(case, backend)
     for a, b in zip(before, after, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("stored", "infinity"), [(np.int16, 0x7C00), (np.uint16, 0x7F80)])
+def test_no_nan_is_rounded_to_a_number(stored, infinity):
+    """Every kind of float32 NaN stays one in float16 and bfloat16, whatever bits it carries."""
+
+    @numba.njit
+    def narrow_all(x, y):
+        for i in range(x.size):
+            y[i] = narrow(x[i], y[i])
+
+    payloads = [1, 0x1000, 0x7FFF, 0x8000, 0x3FFFFF, 0x400000, 0x400001, 0x7F8000, 0x7FFFFF]
+    bits = np.array([sign | 0x7F800000 | x for x in payloads for sign in (0, 2**31)], np.uint32)
+    got = np.zeros(bits.size, stored)
+    narrow_all(bits.view(np.float32), got)
+    assert ((got & 0x7FFF) > infinity).all()
 
 
 def test_inputs_may_be_read_only_and_are_not_changed():
