@@ -37,6 +37,8 @@ def _find_reason() -> str | None:
         return None
     if find_spec("numba_cuda") is None:
         return f"numba-cuda is not installed: {_INSTALL}"
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+        return f"cuda-bindings is not installed: {_INSTALL}"
     try:
         from numba import cuda
 

@@ -1,7 +1,7 @@
 """Portable dk and dv: dv = p.T @ dout, dk = scale * ds.T @ q, one tile of sorted keys per block.
 
 A block streams the queries of every head that shares its keys, in a fixed order: sums are the same
-bit for bit in every run. Needs the base-2 lse and delta that `bwd_dq` left, in sorted order.
+bit for bit in every run. Needs the lse and delta that `bwd_dq` left, in sorted order.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 from numba import cuda, int32, uint8
-from scfa_core.backends.numba_cuda.compiling import LOG2_E, kernel
+from scfa_core.backends.numba_cuda.compiling import kernel
 from scfa_core.backends.numba_cuda.convert import ELEMENTS
 from scfa_core.backends.numba_cuda.schedule import key_span, query_span, tile_is_wanted
 from scfa_core.backends.numba_cuda.tiles import Shape, tile_functions
@@ -23,7 +23,8 @@ def build_bwd_dkdv(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> 
     Shared memory: tiles of k, v, q and dout, the weights (keys x queries) and who is seen.
     """
     element = ELEMENTS[dtype]
-    acc, narrow, exp2 = element.acc, element.narrow, element.exp2
+    acc, narrow, exp = element.acc, element.narrow, element.exp
+    log_unit = element.log_unit
     load_rows, multiply, accumulate = tile_functions(dtype, shape)
     ty_count, tx_count, rows, columns = shape
     per_row, per_column = rows // ty_count, columns // tx_count
@@ -46,7 +47,7 @@ def build_bwd_dkdv(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> 
         variant=(dtype, head_dim, head_dim_v, shape),
     )
     def scfa_bwd_dkdv(
-        dout, q, k, v, dk, dv, lse_log2, delta, q_index, k_index, key_start, key_end, monotone,
+        dout, q, k, v, dk, dv, lse_scaled, delta, q_index, k_index, key_start, key_end, monotone,
         scale, flags, flag_rows,
     ):  # fmt: skip
         k_tile = cuda.shared.array(k_shape, acc)
@@ -67,7 +68,7 @@ def build_bwd_dkdv(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> 
         heads_kv, seqlen_k = k.shape[1], k.shape[2]
         group = heads // heads_kv
         tiles = (seqlen_k + rows - 1) // rows
-        log2_scale = acc(scale) * acc(LOG2_E)
+        score_scale = acc(scale) * acc(log_unit)
 
         for tile in range(cuda.blockIdx.x, q.shape[0] * heads_kv * tiles, cuda.gridDim.x):
             head = tile // tiles
@@ -98,7 +99,7 @@ def build_bwd_dkdv(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> 
                     )
                     cuda.syncthreads()  # all tiles are there
 
-                    # S^T = k q^T, dP^T = v dout^T; p = exp2(S - lse), ds = p * (dP - delta)
+                    # S^T = k q^T, dP^T = v dout^T; p = exp(S - lse), ds = p * (dP - delta)
                     multiply(scores, k_tile, q_tile, head_dim, ty, tx)
                     multiply(acc_dp, v_tile, dout_tile, head_dim_v, ty, tx)
                     for j in range(per_column):
@@ -110,12 +111,12 @@ def build_bwd_dkdv(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> 
                         if m0 + c < m1:
                             start = key_start[b, h, m0 + c]
                             end = key_end[b, h, m0 + c]
-                            column_lse = lse_log2[b, h, m0 + c]
+                            column_lse = lse_scaled[b, h, m0 + c]
                             column_delta = delta[b, h, m0 + c]
                         for i in range(per_row):
                             r = ty + ty_count * i
                             e = i * per_column + j
-                            p = exp2(scores[e] * log2_scale - column_lse)
+                            p = exp(scores[e] * score_scale - column_lse)
                             weights_p[r, c] = p
                             weights_ds[r, c] = p * (acc_dp[e] - column_delta)
                             seen[r, c] = uint8(start <= n0 + r and n0 + r < end)

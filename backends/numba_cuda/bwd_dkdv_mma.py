@@ -137,8 +137,6 @@ def build_bwd_dkdv_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
         share = heads // heads_kv
         tiles = (seqlen_k + rows - 1) // rows
         head = cuda.blockIdx.x // tiles
-        if head >= q.shape[0] * heads_kv:
-            return
         n0 = cuda.blockIdx.x % tiles * rows  # the first keys are seen by most
         n1 = min(n0 + rows, seqlen_k)
         b = head // heads_kv

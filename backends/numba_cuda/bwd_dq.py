@@ -1,6 +1,6 @@
 """Portable dq: dq = scale * ds @ k with ds = p * (dout @ v.T - delta), delta = rowsum(dout * out).
 
-Runs first and leaves delta and the base-2 lse of its rows, in sorted order, for `bwd_dkdv`.
+Runs first and leaves delta and lse (in the base of the scores) of its rows for `bwd_dkdv`, sorted.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from functools import cache
 from typing import Any
 
 from numba import cuda, int32, uint8
-from scfa_core.backends.numba_cuda.compiling import INFINITY, LOG2_E, kernel
+from scfa_core.backends.numba_cuda.compiling import INFINITY, kernel
 from scfa_core.backends.numba_cuda.convert import ELEMENTS
 from scfa_core.backends.numba_cuda.schedule import key_span, tile_is_wanted
-from scfa_core.backends.numba_cuda.softmax import log2, softmax_functions
+from scfa_core.backends.numba_cuda.softmax import softmax_functions
 from scfa_core.backends.numba_cuda.tiles import Shape, tile_functions
 
 
@@ -24,9 +24,10 @@ def build_bwd_dq(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> An
     consecutive sorted queries of one head.
     """
     element = ELEMENTS[dtype]
-    acc, widen, narrow, exp2 = element.acc, element.widen, element.narrow, element.exp2
+    acc, widen, narrow, exp = element.acc, element.widen, element.narrow, element.exp
+    log_unit = element.log_unit
     load_rows, multiply, accumulate = tile_functions(dtype, shape)
-    shift_of, rescale_factor = softmax_functions(dtype)
+    shift_of, rescale_factor, log_of = softmax_functions(dtype)
     exact_lse = dtype == "float64"  # lse comes rounded to float32, too coarse for float64
     ty_count, tx_count, rows, columns = shape
     per_row, per_column = rows // ty_count, columns // tx_count
@@ -51,7 +52,7 @@ def build_bwd_dq(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> An
         variant=(dtype, head_dim, head_dim_v, shape),
     )
     def scfa_bwd_dq(
-        dout, q, k, v, out, lse, dq, lse_log2, delta, q_index, k_index, key_start, key_end,
+        dout, q, k, v, out, lse, dq, lse_scaled, delta, q_index, k_index, key_start, key_end,
         monotone, scale, flags, flag_rows,
     ):  # fmt: skip
         q_tile = cuda.shared.array(qk_shape, acc)
@@ -71,7 +72,7 @@ def build_bwd_dq(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> An
         tx = thread % tx_count
         heads, seqlen_q = q.shape[1], q.shape[2]
         tiles = (seqlen_q + rows - 1) // rows
-        log2_scale = acc(scale) * acc(LOG2_E)
+        score_scale = acc(scale) * acc(log_unit)
 
         for tile in range(cuda.blockIdx.x, q.shape[0] * heads * tiles, cuda.gridDim.x):
             head = tile // tiles
@@ -107,7 +108,7 @@ def build_bwd_dq(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> An
                 row_lse[i] = acc(INFINITY)
                 row_sum[i] = acc(0)
                 if m0 + r < m1 and not exact_lse:
-                    row_lse[i] = acc(lse[b, h, q_index[b, h, m0 + r]]) * acc(LOG2_E)
+                    row_lse[i] = acc(lse[b, h, q_index[b, h, m0 + r]]) * acc(log_unit)
 
             if exact_lse:
                 for i in range(per_row):
@@ -129,7 +130,7 @@ def build_bwd_dq(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> An
                                 )
                             weights[r, c] = acc(-INFINITY)
                             if visible:
-                                weights[r, c] = scores[i * per_column + j] * log2_scale
+                                weights[r, c] = scores[i * per_column + j] * score_scale
                     cuda.syncthreads()  # scores are there
                     for i in range(per_row):
                         r = ty + ty_count * i
@@ -140,17 +141,17 @@ def build_bwd_dq(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> An
                         row_lse[i] = new
                         row_sum[i] *= rescale_factor(old, new)
                         for c in range(columns):
-                            row_sum[i] += exp2(weights[r, c] - shift_of(new))
+                            row_sum[i] += exp(weights[r, c] - shift_of(new))
                 for i in range(per_row):
-                    row_lse[i] = shift_of(row_lse[i]) + log2(row_sum[i])
+                    row_lse[i] = shift_of(row_lse[i]) + log_of(row_sum[i])
 
-            # An empty row weighs nothing: exp2(s - inf) = 0.
+            # An empty row weighs nothing: exp(s - inf) = 0.
             for i in range(per_row):
                 r = ty + ty_count * i
                 if row_lse[i] == -INFINITY:
                     row_lse[i] = acc(INFINITY)
                 if tx == 0 and m0 + r < m1:
-                    lse_log2[b, h, m0 + r] = row_lse[i]
+                    lse_scaled[b, h, m0 + r] = row_lse[i]
                     delta[b, h, m0 + r] = row_delta[i]
 
             for n0 in range(first, last, columns):
@@ -159,7 +160,7 @@ def build_bwd_dq(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> An
                 load_rows(v_tile, columns, v, b, g, k_index, g, n0, last, head_dim_v, thread)
                 cuda.syncthreads()  # all tiles are there
 
-                # S = q k^T, dP = dout v^T, ds = exp2(S - lse) * (dP - delta)
+                # S = q k^T, dP = dout v^T, ds = exp(S - lse) * (dP - delta)
                 multiply(scores, q_tile, k_tile, head_dim, ty, tx)
                 multiply(acc_dp, dout_tile, v_tile, head_dim_v, ty, tx)
                 for i in range(per_row):
@@ -172,7 +173,7 @@ def build_bwd_dq(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> An
                     for j in range(per_column):
                         c = tx + tx_count * j
                         e = i * per_column + j
-                        p = exp2(scores[e] * log2_scale - row_lse[i])
+                        p = exp(scores[e] * score_scale - row_lse[i])
                         weights[r, c] = p * (acc_dp[e] - row_delta[i])
                         seen[r, c] = uint8(start <= n0 + c and n0 + c < end)
                 cuda.syncthreads()  # weights are there

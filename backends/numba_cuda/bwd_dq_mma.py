@@ -112,8 +112,6 @@ def build_bwd_dq_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
         heads, seqlen_q = q.shape[1], q.shape[2]
         tiles = (seqlen_q + rows - 1) // rows
         head = cuda.blockIdx.x // tiles
-        if head >= q.shape[0] * heads:
-            return
         m0 = (tiles - 1 - cuda.blockIdx.x % tiles) * rows  # the last rows see most
         m1 = min(m0 + rows, seqlen_q)
         b = head // heads

@@ -7,8 +7,9 @@ numba.cuda; only kernels and launches do that.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 from numba import boolean, cuda, float32, float64, int32, int64, uint8, uint16, uint32, void
@@ -16,13 +17,12 @@ from numba import boolean, cuda, float32, float64, int32, int64, uint8, uint16, 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 SHARED_LIMIT = 48 * 1024  # bytes; what every card gives a block without asking
 
-LEAST_GRID = 1 if SIMULATED else 128  # numba warns of fewer, at every new shape of a launch
-
 LOG2_E = 1.0 / math.log(2.0)
 LN_2 = math.log(2.0)
 INFINITY = math.inf
 
 Function = Callable[..., Any]
+_SIMULATOR = threading.Lock()  # the simulator runs one kernel at a time
 
 _SCALARS = {
     "bool": boolean,
@@ -45,6 +45,13 @@ def argument_type(name: str) -> Any:
     return _SCALARS[scalar][(slice(None),) * int(rank)] if rank else _SCALARS[scalar]
 
 
+class Queue(NamedTuple):
+    """Where a launch goes: device ordinal and raw stream handle."""
+
+    device: int
+    stream: int
+
+
 class Kernel:
     """A kernel with its one signature; compiled at its first launch, and kept on disk."""
 
@@ -58,37 +65,36 @@ class Kernel:
         self.function = function
         self.bounds = bounds
         self.variant = variant
+        self.arguments = arguments
         self.signature = void(*(argument_type(name) for name in arguments))
         self._dispatcher: Any = None
-        self._shared: dict[int, int] = {}  # device -> bytes granted
+        self._entries: dict[int, Any] = {}  # by device
+        self._lock = threading.Lock()
 
     def launch(
-        self, grid: int, threads: int, stream: Any, arguments: tuple[Any, ...], shared: int = 0
+        self, grid: int, threads: int, queue: Queue, arguments: tuple[Any, ...], shared: int = 0
     ) -> None:
-        """Launch at least `grid` blocks on the current device; kernels ignore those beyond."""
-        if self._dispatcher is None:
-            self._dispatcher = self._compile()
-        if shared > SHARED_LIMIT and not SIMULATED:
-            self._grant(shared)
-        self._dispatcher[max(grid, LEAST_GRID), threads, stream, shared](*arguments)
-
-    def _compile(self) -> Any:
+        """Launch on `queue`, whose device is current; arguments as `views.view` shows them."""
         if SIMULATED:
-            return cuda.jit(self.function)
-        from scfa_core.backends.numba_cuda.disk import compile_kernel
-
-        return compile_kernel(self.function, self.signature, self.variant, self.bounds)
-
-    def _grant(self, shared: int) -> None:
-        """Ask the driver for more than 48 KiB of shared memory, once per device."""
-        device = cuda.get_current_device().id
-        if self._shared.get(device, 0) >= shared:
+            with _SIMULATOR:
+                cuda.jit(self.function)[grid, threads, 0, shared](*arguments)
             return
-        from scfa_core.backends.numba_cuda.driver import grant_shared_memory
+        entry = self._entries.get(queue.device) or self._load(queue.device)
+        entry.launch(grid, threads, queue.stream, arguments, shared)
 
-        (definition,) = self._dispatcher.overloads.values()
-        grant_shared_memory(definition, device, shared)
-        self._shared[device] = shared
+    def _load(self, device: int) -> Any:
+        from scfa_core.backends.numba_cuda.disk import compile_kernel
+        from scfa_core.backends.numba_cuda.driver import Entry
+
+        with self._lock:
+            if device not in self._entries:
+                if self._dispatcher is None:
+                    self._dispatcher = compile_kernel(
+                        self.function, self.signature, self.variant, self.bounds
+                    )
+                (definition,) = self._dispatcher.overloads.values()
+                self._entries[device] = Entry(definition, self.arguments, device)
+            return self._entries[device]
 
 
 def kernel(

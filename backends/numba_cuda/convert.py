@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numba import float32, float64, uint16, uint32
-from scfa_core.backends.numba_cuda.compiling import device
+from scfa_core.backends.numba_cuda.compiling import LOG2_E, device
 from scfa_core.backends.numba_cuda.intrinsics import (
     bits_to_float,
-    exp2_double,
     exp2_float,
+    exp_double,
     float_to_bits,
     float_to_half,
     half_to_float,
@@ -25,7 +25,8 @@ class Element(NamedTuple):
     acc_name: str
     widen: Any  # stored element -> acc
     narrow: Any  # acc -> stored element, to nearest even
-    exp2: Any  # of acc
+    exp: Any  # of acc, to base 2 or e
+    log_unit: float  # scores times this are in that base; powers of 2 are fast, of e exact
 
 
 @device
@@ -82,12 +83,14 @@ def pair_widener(dtype: str) -> tuple[Any, Any]:
 
 
 ELEMENTS = {
-    "float16": Element("uint16", float32, "float32", half_to_float, float_to_half, exp2_float),
-    "bfloat16": Element(
-        "uint16", float32, "float32", _widen_bfloat16, _narrow_bfloat16, exp2_float
+    "float16": Element(
+        "uint16", float32, "float32", half_to_float, float_to_half, exp2_float, LOG2_E
     ),
-    "float32": Element("float32", float32, "float32", _same, _same, exp2_float),
-    "float64": Element("float64", float64, "float64", _same, _same, exp2_double),
+    "bfloat16": Element(
+        "uint16", float32, "float32", _widen_bfloat16, _narrow_bfloat16, exp2_float, LOG2_E
+    ),
+    "float32": Element("float32", float32, "float32", _same, _same, exp2_float, LOG2_E),
+    "float64": Element("float64", float64, "float64", _same, _same, exp_double, 1.0),
 }
 
 

@@ -10,10 +10,10 @@ from functools import cache
 from typing import Any
 
 from numba import cuda, int32, uint8
-from scfa_core.backends.numba_cuda.compiling import INFINITY, LN_2, LOG2_E, kernel
+from scfa_core.backends.numba_cuda.compiling import INFINITY, kernel
 from scfa_core.backends.numba_cuda.convert import ELEMENTS
 from scfa_core.backends.numba_cuda.schedule import key_span, tile_is_wanted
-from scfa_core.backends.numba_cuda.softmax import log2, softmax_functions
+from scfa_core.backends.numba_cuda.softmax import softmax_functions
 from scfa_core.backends.numba_cuda.tiles import Shape, tile_functions
 
 
@@ -24,8 +24,9 @@ def build_fwd(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> Any:
     Shared memory: the query tile, one tile for keys and then values, the weights and who is seen.
     """
     element = ELEMENTS[dtype]
-    acc, narrow, exp2 = element.acc, element.narrow, element.exp2
-    shift_of, rescale_factor = softmax_functions(dtype)
+    acc, narrow, exp = element.acc, element.narrow, element.exp
+    log_unit = element.log_unit
+    shift_of, rescale_factor, log_of = softmax_functions(dtype)
     load_rows, multiply, accumulate = tile_functions(dtype, shape)
     ty_count, tx_count, rows, columns = shape
     per_row, per_column = rows // ty_count, columns // tx_count
@@ -64,7 +65,7 @@ def build_fwd(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> Any:
         tx = thread % tx_count
         heads, seqlen_q = q.shape[1], q.shape[2]
         tiles = (seqlen_q + rows - 1) // rows
-        log2_scale = acc(scale) * acc(LOG2_E)
+        score_scale = acc(scale) * acc(log_unit)
 
         for tile in range(cuda.blockIdx.x, q.shape[0] * heads * tiles, cuda.gridDim.x):
             head = tile // tiles
@@ -103,10 +104,10 @@ def build_fwd(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> Any:
                         seen[r, c] = uint8(visible)
                         weights[r, c] = acc(-INFINITY)
                         if visible:
-                            weights[r, c] = scores[i * per_column + j] * log2_scale
+                            weights[r, c] = scores[i * per_column + j] * score_scale
                 cuda.syncthreads()  # scores are there, keys are consumed
 
-                # m' = max(m, S), O *= exp2(m - m'): every thread of a row does it for itself
+                # m' = max(m, S), O *= exp(m - m'): every thread of a row does it for itself
                 load_rows(kv_tile, columns, v, b, g, k_index, g, n0, last, head_dim_v, thread)
                 for i in range(per_row):
                     r = ty + ty_count * i
@@ -121,13 +122,13 @@ def build_fwd(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> Any:
                         acc_o[i * per_width + c] *= factor
                 cuda.syncthreads()  # maxima are read before weights take the scores' place
 
-                # P = exp2(S - m')
+                # P = exp(S - m')
                 for i in range(per_row):
                     r = ty + ty_count * i
                     shift = shift_of(row_max[i])
                     for j in range(per_column):
                         c = tx + tx_count * j
-                        weights[r, c] = exp2(weights[r, c] - shift)
+                        weights[r, c] = exp(weights[r, c] - shift)
                 cuda.syncthreads()  # weights and values are there
 
                 # O += P v, l += rowsum(P)
@@ -153,6 +154,6 @@ def build_fwd(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> Any:
                         if empty:
                             lse[b, h, row] = -INFINITY
                         else:
-                            lse[b, h, row] = (shift_of(row_max[i]) + log2(total)) * acc(LN_2)
+                            lse[b, h, row] = (shift_of(row_max[i]) + log_of(total)) / acc(log_unit)
 
     return scfa_fwd

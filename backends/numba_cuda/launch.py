@@ -12,7 +12,7 @@ from typing import Any
 
 from scfa_core.backends.numba_cuda.bwd_dkdv import build_bwd_dkdv
 from scfa_core.backends.numba_cuda.bwd_dq import build_bwd_dq
-from scfa_core.backends.numba_cuda.compiling import SIMULATED, Kernel
+from scfa_core.backends.numba_cuda.compiling import SIMULATED, Kernel, Queue
 from scfa_core.backends.numba_cuda.convert import ELEMENTS
 from scfa_core.backends.numba_cuda.fwd import build_fwd
 from scfa_core.backends.numba_cuda.tiles import Shape, choose_shape
@@ -20,8 +20,8 @@ from scfa_core.backends.numba_cuda.views import (
     compute_capability,
     device_of,
     multiprocessors,
+    queue_of,
     shared_limit,
-    stream_of,
     view,
 )
 
@@ -67,31 +67,31 @@ def _log_once(message: str) -> None:
 
 
 def _reason_against_tensor_cores(
-    problem: Problem, arrays: tuple[Any, ...], shared: int, most: int
+    problem: Problem, arrays: tuple[Any, ...], shared: int, most: int, device: int
 ) -> str | None:
     if problem.dtype not in TENSOR_DTYPES:
         return f"tensor cores take {TENSOR_DTYPES}, got {problem.dtype}"
-    if compute_capability() < TENSOR_CAPABILITY:
+    if compute_capability(device) < TENSOR_CAPABILITY:
         return f"tensor cores need compute capability {TENSOR_CAPABILITY}"
     if problem.softmax_scale == 0.0:
         return "softmax_scale is 0"
     if max(problem.head_dim, problem.head_dim_v) > most:
         return f"head_dim is above {most}"
-    if shared > shared_limit():
-        return f"tiles take {shared} bytes of shared memory, the card has {shared_limit()}"
+    if shared > shared_limit(device):
+        return f"tiles take {shared} bytes of shared memory, the card has {shared_limit(device)}"
     if not all(_is_aligned(x) for x in arrays):
         return "rows do not start at multiples of 16 bytes"
     return None
 
 
 def _use_tensor_cores(
-    problem: Problem, arrays: tuple[Any, ...], shared: int, most: int, what: str
+    problem: Problem, arrays: tuple[Any, ...], shared: int, most: int, device: int, what: str
 ) -> bool:
     """Whether the fast kernels serve; says once why where one would expect them and they do not."""
-    reason = _reason_against_tensor_cores(problem, arrays, shared, most)
+    reason = _reason_against_tensor_cores(problem, arrays, shared, most, device)
     if reason is None:
         return True
-    if problem.dtype in TENSOR_DTYPES and compute_capability() >= TENSOR_CAPABILITY:
+    if problem.dtype in TENSOR_DTYPES and compute_capability(device) >= TENSOR_CAPABILITY:
         _log_once(f"the portable {what} serves, slowly: {reason}")
     return False
 
@@ -115,12 +115,12 @@ class _Flags:
         self.array = view(ctx.empty((max(self.tiles, 1),), "int32"))
 
     def launch_portable(
-        self, kernel: Kernel, shape: Shape, stream: Any, arguments: tuple[Any, ...]
+        self, kernel: Kernel, shape: Shape, queue: Queue, arguments: tuple[Any, ...]
     ) -> None:
         """Launch a portable kernel over all tiles, or over the marked ones."""
-        most = REDO_BLOCKS * multiprocessors() if self.rows else MAX_GRID
+        most = REDO_BLOCKS * multiprocessors(queue.device) if self.rows else MAX_GRID
         grid = min(self.heads * -(-self.seqlen // shape.rows), most)
-        kernel.launch(grid, shape.threads, stream, (*arguments, self.array, self.rows))
+        kernel.launch(grid, shape.threads, queue, (*arguments, self.array, self.rows))
 
 
 def run_forward(
@@ -130,26 +130,26 @@ def run_forward(
     sizes = (problem.dtype, problem.head_dim, problem.head_dim_v)
     heads = problem.batch * problem.heads
     with device_of(ctx):
-        stream = stream_of(ctx)
+        queue = queue_of(ctx)
         arguments = (*(view(x) for x in (q, k, v, out, lse)), *_ranges(plan), problem.softmax_scale)
         shared, rows = 0, 0
         if problem.dtype in TENSOR_DTYPES:
             from scfa_core.backends.numba_cuda import fwd_mma
 
             shared = fwd_mma.forward_shared(*sizes[1:])
-            if _use_tensor_cores(problem, (q, k, v, out), shared, 256, "forward"):
+            if _use_tensor_cores(problem, (q, k, v, out), shared, 256, ctx.device, "forward"):
                 rows = fwd_mma.forward_warps(*sizes[1:]).rows
         flags = _Flags(heads, problem.seqlen_q, rows, ctx)
         if rows:
             fwd_mma.build_fwd_mma(*sizes).launch(
                 flags.tiles,
                 fwd_mma.forward_warps(*sizes[1:]).threads,
-                stream,
+                queue,
                 (*arguments, _flip(problem), flags.array),
                 shared,
             )
         shape = forward_shape(problem)
-        flags.launch_portable(build_fwd(*sizes, shape), shape, stream, arguments)
+        flags.launch_portable(build_fwd(*sizes, shape), shape, queue, arguments)
 
 
 def run_backward(
@@ -175,7 +175,7 @@ def run_backward(
     sizes = (problem.dtype, problem.head_dim, problem.head_dim_v)
     row_shape = (problem.batch, problem.heads, problem.seqlen_q)
     with device_of(ctx):
-        stream = stream_of(ctx)
+        queue = queue_of(ctx)
         acc_name = ELEMENTS[problem.dtype].acc_name
         sums = [view(ctx.empty(row_shape, acc_name)) for _ in range(2)]
         arrays = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "dq": dq, "dk": dk, "dv": dv}
@@ -190,18 +190,20 @@ def run_backward(
 
             shared = bwd_dq_mma.dq_shared(*sizes[1:])
             everything = tuple(arrays.values())
-            if _use_tensor_cores(problem, everything, shared, MAX_BACKWARD_DIM, "backward"):
+            if _use_tensor_cores(
+                problem, everything, shared, MAX_BACKWARD_DIM, ctx.device, "backward"
+            ):
                 rows = bwd_dq_mma.SHAPE.rows
         q_flags = _Flags(problem.batch * problem.heads, problem.seqlen_q, rows, ctx)
         k_flags = _Flags(problem.batch * problem.heads_kv, problem.seqlen_k, rows, ctx)
         if rows:
             threads, flip = bwd_dq_mma.SHAPE.threads, _flip(problem)
             bwd_dq_mma.build_bwd_dq_mma(*sizes).launch(
-                q_flags.tiles, threads, stream, (*dq_arguments, flip, q_flags.array), shared
+                q_flags.tiles, threads, queue, (*dq_arguments, flip, q_flags.array), shared
             )
-        q_flags.launch_portable(build_bwd_dq(*sizes, shape), shape, stream, dq_arguments)
+        q_flags.launch_portable(build_bwd_dq(*sizes, shape), shape, queue, dq_arguments)
         if rows:
             bwd_dkdv_mma.build_bwd_dkdv_mma(*sizes).launch(
-                k_flags.tiles, threads, stream, (*dkdv_arguments, flip, k_flags.array), shared
+                k_flags.tiles, threads, queue, (*dkdv_arguments, flip, k_flags.array), shared
             )
-        k_flags.launch_portable(build_bwd_dkdv(*sizes, shape), shape, stream, dkdv_arguments)
+        k_flags.launch_portable(build_bwd_dkdv(*sizes, shape), shape, queue, dkdv_arguments)

@@ -21,8 +21,6 @@ def build_plan_keep() -> Kernel:
     def scfa_plan_keep(keep, all_kept, index, count):
         sums = cuda.shared.array(THREADS, int32)
         heads, seqlen = index.shape[1], index.shape[2]
-        if cuda.blockIdx.x >= index.shape[0] * heads:
-            return
         b = cuda.blockIdx.x // heads
         h = cuda.blockIdx.x % heads
         thread = cuda.threadIdx.x

@@ -33,8 +33,6 @@ def build_plan_sort(dtype: str) -> Kernel:
         lows = cuda.shared.array(THREADS, int64)
         highs = cuda.shared.array(THREADS, int64)
         heads = index.shape[1]
-        if cuda.blockIdx.x >= index.shape[0] * heads:
-            return
         b = cuda.blockIdx.x // heads
         h = cuda.blockIdx.x % heads
         thread = cuda.threadIdx.x

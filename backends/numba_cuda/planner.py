@@ -15,7 +15,7 @@ from scfa_core.backends.numba_cuda import (
     plan_ranges,
     plan_sort,
 )
-from scfa_core.backends.numba_cuda.views import device_of, multiprocessors, stream_of, view
+from scfa_core.backends.numba_cuda.views import device_of, multiprocessors, queue_of, view
 
 from scfa_core.arrays import CallContext
 from scfa_core.lowering import Clauses
@@ -29,9 +29,9 @@ def _offset(value: int | None, default: int) -> int:
     return default if value is None else max(-FAR, min(FAR, value))
 
 
-def _grid(items: int, threads: int) -> int:
+def _grid(items: int, threads: int, device: int) -> int:
     """Blocks of a kernel whose threads stride over `items`."""
-    return max(1, min(-(-items // threads), 16 * multiprocessors()))
+    return max(1, min(-(-items // threads), 16 * multiprocessors(device)))
 
 
 def _type_name(x: Any) -> str:
@@ -46,7 +46,7 @@ class _Lists:
         self.index, self.count = view(index), view(count)
         self.lists = index.shape[0] * index.shape[1]
         self.rows = self.lists * index.shape[2]
-        self.stream = stream_of(ctx)
+        self.queue = queue_of(ctx)
 
     def sort(self, keeps: tuple[Any, ...], groups: tuple[Any, ...]) -> None:
         """Write index and count."""
@@ -55,16 +55,16 @@ class _Lists:
         for more in keeps[1:]:
             both = self.ctx.empty(shape, "uint8")
             plan_and.build_plan_and().launch(
-                _grid(self.rows, plan_and.THREADS),
+                _grid(self.rows, plan_and.THREADS, self.ctx.device),
                 plan_and.THREADS,
-                self.stream,
+                self.queue,
                 (view(flags), view(more), view(both)),
             )
             flags = both
         plan_keep.build_plan_keep().launch(
             self.lists,
             plan_keep.THREADS,
-            self.stream,
+            self.queue,
             (view(flags), not keeps, self.index, self.count),
         )
         if groups:
@@ -73,7 +73,7 @@ class _Lists:
             plan_sort.build_plan_sort(_type_name(group)).launch(
                 self.lists,
                 plan_sort.THREADS,
-                self.stream,
+                self.queue,
                 (view(group), self.index, scratch, self.count),
             )
 
@@ -88,9 +88,9 @@ def _limits(problem: Problem, clauses: Clauses, q_shape: tuple[int, ...], ctx: C
         for place, bound in enumerate(bounds):
             rows = problem.batch * problem.heads * problem.seqlen_q
             plan_clip.build_plan_clip(_type_name(bound)).launch(
-                _grid(rows, plan_clip.THREADS),
+                _grid(rows, plan_clip.THREADS, ctx.device),
                 plan_clip.THREADS,
-                stream_of(ctx),
+                queue_of(ctx),
                 (view(bound), limit, problem.seqlen_k, is_end, place == 0),
             )
         limits.append(limit)
@@ -111,9 +111,9 @@ def run_make_plan(problem: Problem, clauses: Clauses, plan: PlanArrays, ctx: Cal
         pairs = zip(clauses.q_groups, clauses.k_groups, strict=True)
         for place, (q_group, k_group) in enumerate(pairs):
             plan_narrow.build_plan_narrow(_type_name(q_group), _type_name(k_group)).launch(
-                _grid(queries.rows, plan_narrow.THREADS),
+                _grid(queries.rows, plan_narrow.THREADS, ctx.device),
                 plan_narrow.THREADS,
-                queries.stream,
+                queries.queue,
                 (
                     view(q_group),
                     view(k_group),
@@ -129,9 +129,9 @@ def run_make_plan(problem: Problem, clauses: Clauses, plan: PlanArrays, ctx: Cal
         limits = _limits(problem, clauses, plan.q_index.shape, ctx)
         lows, highs = limits or (queries.index, queries.index)
         plan_ranges.build_plan_ranges().launch(
-            _grid(queries.rows, plan_ranges.THREADS),
+            _grid(queries.rows, plan_ranges.THREADS, ctx.device),
             plan_ranges.THREADS,
-            queries.stream,
+            queries.queue,
             (
                 queries.index,
                 keys.index,

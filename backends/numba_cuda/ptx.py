@@ -16,7 +16,7 @@ from numba.cuda import libdevice
 from numba.cuda.extending import intrinsic
 
 exp2_float = libdevice.exp2f
-exp2_double = libdevice.exp2
+exp_double = libdevice.exp
 maximum = libdevice.fmaxf
 
 _HALF = ir.HalfType()

@@ -30,6 +30,7 @@ def key_span(key_start, key_end, b, h, m0, m1, monotone):
             if key_start[b, h, r] < key_end[b, h, r]:
                 first = min(first, key_start[b, h, r])
                 last = max(last, key_end[b, h, r])
+        first = min(first, last)  # nobody sees a key
     return first, last
 
 

@@ -11,10 +11,10 @@ from scfa_core.backends.numba_cuda.convert import ELEMENTS
 
 
 @cache
-def softmax_functions(dtype: str) -> tuple[Any, Any]:
-    """Build `shift_of` and `rescale_factor` for the accumulator of `dtype`."""
+def softmax_functions(dtype: str) -> tuple[Any, Any, Any]:
+    """Build `shift_of`, `rescale_factor` and `log_of` for the accumulator of `dtype`."""
     element = ELEMENTS[dtype]
-    acc, exp2 = element.acc, element.exp2
+    acc, exp, log_unit = element.acc, element.exp, element.log_unit
 
     @device
     def shift_of(row_max):
@@ -28,9 +28,18 @@ def softmax_functions(dtype: str) -> tuple[Any, Any]:
         """Factor of the sums when the maximum moves from old to new; 0 before any score."""
         if old == -INFINITY:
             return acc(0)
-        return exp2(shift_of(old) - shift_of(new))
+        return exp(shift_of(old) - shift_of(new))
 
-    return shift_of, rescale_factor
+    @device
+    def log_of(x):
+        """Logarithm in the base of the scores; -inf at 0."""
+        if x > 0:
+            return math.log(x) * acc(log_unit)
+        if x == 0:
+            return acc(-INFINITY)
+        return x
+
+    return shift_of, rescale_factor, log_of
 
 
 @device

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-exp2_float = exp2_double = exp2_fast = np.exp2
+exp_double = np.exp
+exp2_float = exp2_fast = np.exp2
 maximum = np.fmax
 _BOARD: dict[int, Any] = {}
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
-import numpy as np
 from numba import cuda
-from scfa_core.backends.numba_cuda.compiling import SIMULATED
+from scfa_core.backends.numba_cuda.compiling import SIMULATED, Queue
 from scfa_core.backends.numba_cuda.convert import as_storage
 
 from scfa_core.arrays import CallContext
@@ -20,32 +19,18 @@ from scfa_core.arrays import CallContext
 if SIMULATED:
     from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 
-_STORAGE = {"float16": np.dtype(np.uint16), "bfloat16": np.dtype(np.uint16)}
+
+STATIC_SHARED = 4096  # bytes; more than any kernel declares beside
 
 
 def view(x: Any) -> Any:
-    """Show one native array (NumPy in the simulator, else `DeviceArray`) to kernels."""
-    if SIMULATED:
-        return FakeCUDAArray(as_storage(x))
-    dtype = _STORAGE.get(x.dtype) or np.dtype(x.dtype)
-    interface = {
-        "version": 3,
-        "shape": tuple(x.shape),
-        "strides": tuple(stride * dtype.itemsize for stride in x.strides),
-        "typestr": dtype.str,
-        "data": (x.pointer, False),
-    }
-    return cuda.from_cuda_array_interface(interface, sync=False)
+    """Show one native array to kernels: `DeviceArray` as it is, NumPy wrapped for the simulator."""
+    return FakeCUDAArray(as_storage(x)) if SIMULATED else x
 
 
-@lru_cache(maxsize=64)
-def _external_stream(device: int, handle: int) -> Any:
-    return cuda.external_stream(handle)
-
-
-def stream_of(ctx: CallContext) -> Any:
-    """The caller's stream as numba names it; its device is current."""
-    return 0 if SIMULATED else _external_stream(ctx.device, ctx.stream)
+def queue_of(ctx: CallContext) -> Queue:
+    """The caller's device and stream."""
+    return Queue(ctx.device, ctx.stream)
 
 
 def device_of(ctx: CallContext) -> AbstractContextManager[Any]:
@@ -53,18 +38,21 @@ def device_of(ctx: CallContext) -> AbstractContextManager[Any]:
     return contextlib.nullcontext() if SIMULATED else cuda.gpus[ctx.device]
 
 
-def multiprocessors() -> int:
-    """Multiprocessors of the current device."""
-    return 1 if SIMULATED else int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
+@cache
+def multiprocessors(device: int) -> int:
+    """Multiprocessors of a device."""
+    return 1 if SIMULATED else int(cuda.gpus[device].MULTIPROCESSOR_COUNT)
 
 
-def compute_capability() -> tuple[int, int]:
-    """Compute capability of the current device; the simulator does whatever kernels ask for."""
-    return (99, 0) if SIMULATED else tuple(cuda.get_current_device().compute_capability)
+@cache
+def compute_capability(device: int) -> tuple[int, int]:
+    """Compute capability of a device; the simulator does whatever kernels ask for."""
+    return (99, 0) if SIMULATED else tuple(cuda.gpus[device].compute_capability)
 
 
-def shared_limit() -> int:
-    """Bytes of shared memory that a block may ask for on the current device."""
+@cache
+def shared_limit(device: int) -> int:
+    """Bytes of dynamic shared memory that a block may ask for on a device."""
     if SIMULATED:
         return 1 << 30
-    return int(cuda.get_current_device().MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
+    return int(cuda.gpus[device].MAX_SHARED_MEMORY_PER_BLOCK_OPTIN) - STATIC_SHARED

@@ -1,4 +1,4 @@
-"""The portable CUDA kernels, run as plain Python in numba's simulator: no GPU, no GPU package.
+"""The CUDA kernels, run as plain Python in numba's simulator: no GPU, no GPU package.
 
 The simulator must be chosen before numba is imported, so this file runs itself in a process of its
 own, which works through all cases and prints what it found.
@@ -14,7 +14,8 @@ import pytest
 
 from scfa_core.testing import Part, Spec
 
-# Tiles of the simulated kernels are 16 rows by 8: every case has ragged tiles and more than one.
+# Tiles of the portable kernels are 16 rows by 8 here, of the tensor-core kernels (16-bit dtypes)
+# 16 or 32 by 64: every case has ragged tiles. Hidden NaN (poison) sends the latter to the former.
 CASES = {
     "causal": Spec(seqlen_q=19, seqlen_k=19),
     "causal-aligned-right": Spec(seqlen_q=9, seqlen_k=21, parts=(Part("causal", number=1),)),
@@ -45,18 +46,26 @@ CASES = {
         parts=(Part("hash", number=2), Part("documents", number=2), Part("window", number=9)),
         seed=8,
     ),
-    "everything-bfloat16": Spec(
+    "tensor-cores": Spec(
+        seqlen_q=35, seqlen_k=67, dtype="bfloat16", parts=(Part("hash", number=2),), seed=9
+    ),
+    "tensor-cores-everything": Spec(
         heads=2,
         heads_kv=1,
         seqlen_q=13,
         seqlen_k=17,
-        dtype="bfloat16",
+        head_dim=24,
+        head_dim_v=32,
+        dtype="float16",
         layout="bthd",
+        softmax_scale=-0.3,
         parts=(Part("hash", number=2), Part("keep", number=80), Part("ranges", "sorted")),
         poison=True,
-        seed=9,
+        seed=10,
     ),
-    "float16-one-key": Spec(seqlen_q=5, seqlen_k=1, dtype="float16", softmax_scale=-0.2),
+    "tensor-cores-not-for-scale-0": Spec(
+        seqlen_q=5, seqlen_k=1, dtype="float16", softmax_scale=0.0
+    ),
     "float64": Spec(seqlen_q=9, seqlen_k=11, dtype="float64", parts=(Part("hash", number=2),)),
 }
 PLAN_FIELDS = ("q_index", "q_count", "k_index", "k_count", "key_start", "key_end")
