@@ -1,6 +1,7 @@
 """The truth is checked too: against loops, finite differences, and its own roundings."""
 
 import numpy as np
+import pytest
 from scfa_core.reference.attention import attention
 from scfa_core.reference.backend import narrow, widen
 from scfa_core.reference.gradients import gradients
@@ -69,8 +70,7 @@ def test_nan_in_a_visible_key_reaches_exactly_those_who_see_it():
 
 
 def test_bfloat16_rounding_is_to_nearest_even():
-    import torch
-
+    torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
     x = np.concatenate([rng.standard_normal(2000) * 10.0 ** rng.integers(-30, 30, 2000), [0, -0.0]])
     x = np.concatenate([x, [1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-8 + 2.0**-50, np.inf, np.nan]])
