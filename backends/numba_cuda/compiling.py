@@ -89,9 +89,7 @@ class Kernel:
         with self._lock:
             if device not in self._entries:
                 if self._dispatcher is None:
-                    self._dispatcher = compile_kernel(
-                        self.function, self.signature, self.variant, self.bounds
-                    )
+                    self._dispatcher = compile_kernel(self)
                 (definition,) = self._dispatcher.overloads.values()
                 self._entries[device] = Entry(definition, self.arguments, device)
             return self._entries[device]

@@ -19,6 +19,7 @@ from typing import Any
 import numba_cuda
 from numba import cuda
 from numba.cuda.dispatcher import CUDACache
+from scfa_core.backends.numba_cuda.compiling import Kernel
 
 logger = logging.getLogger("scfa_core")
 
@@ -45,20 +46,20 @@ class _NamedCache(CUDACache):  # type: ignore[misc]
         return (sig, codegen.magic_tuple(), numba_cuda.__version__, self._entry_name)
 
 
-def compile_kernel(
-    function: Callable[..., Any],
-    signature: Any,
-    variant: tuple[Any, ...],
-    bounds: tuple[int, int] | None,
-) -> Any:
-    """Compile `function` for the current device, or load it; returns numba's dispatcher."""
+def entry_name(kernel: Kernel) -> tuple[Any, ...]:
+    """What a kernel is called in the cache, beside its types and the target."""
+    return repr(kernel.variant), kernel.bounds, source_fingerprint()
+
+
+def compile_kernel(kernel: Kernel) -> Any:
+    """Compile a kernel for the current device, or load it; returns numba's dispatcher."""
     options: dict[str, Any] = {"lto": False}
-    if bounds and "launch_bounds" in inspect.signature(cuda.jit).parameters:
-        options["launch_bounds"] = bounds
-    dispatcher = cuda.jit(function, **options)
-    dispatcher._cache = _NamedCache(function, (repr(variant), bounds, source_fingerprint()))
-    logger.debug("numba-cuda: compiling or loading %s%s", function.__name__, variant)
-    dispatcher.compile(tuple(signature.args))
+    if kernel.bounds and "launch_bounds" in inspect.signature(cuda.jit).parameters:
+        options["launch_bounds"] = kernel.bounds
+    dispatcher = cuda.jit(kernel.function, **options)
+    dispatcher._cache = _NamedCache(kernel.function, entry_name(kernel))
+    logger.debug("numba-cuda: compiling or loading %s%s", kernel.function.__name__, kernel.variant)
+    dispatcher.compile(tuple(kernel.signature.args))
     dispatcher._specialized = True  # one signature: launches need not look at types
     dispatcher.disable_compile()
     return dispatcher

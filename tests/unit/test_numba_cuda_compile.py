@@ -1,0 +1,186 @@
+"""numba-cuda's kernels compiled without a GPU: they compile, and their arrays stay in registers."""
+
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+if importlib.util.find_spec("numba_cuda") is None:
+    pytest.skip("numba-cuda is not installed", allow_module_level=True)
+if os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0"):
+    pytest.skip("the CUDA simulator is on: nothing is compiled", allow_module_level=True)
+
+from scfa_core.arrays import DeviceArray
+
+
+def tensor_core_kernel(name, dtype="bfloat16", head_dim=64):
+    module = importlib.import_module(f"scfa_core.backends.numba_cuda.{name}_mma")
+    return getattr(module, f"build_{name}_mma")(dtype, head_dim, head_dim)
+
+
+def portable_kernel(name, dtype, head_dim):
+    from scfa_core.backends.numba_cuda.tiles import choose_shape
+
+    module = importlib.import_module(f"scfa_core.backends.numba_cuda.{name}")
+    shape = choose_shape(dtype, (head_dim,) * (2 if name == "fwd" else 4))
+    return getattr(module, f"build_{name}")(dtype, head_dim, head_dim, shape)
+
+
+def planner_kernels():
+    from scfa_core.backends.numba_cuda import (
+        plan_and,
+        plan_clip,
+        plan_keep,
+        plan_narrow,
+        plan_ranges,
+        plan_sort,
+    )
+
+    yield plan_keep.build_plan_keep()
+    yield plan_and.build_plan_and()
+    yield plan_sort.build_plan_sort("int64")
+    yield plan_narrow.build_plan_narrow("int32", "int64")
+    yield plan_clip.build_plan_clip("int64")
+    yield plan_ranges.build_plan_ranges()
+
+
+@pytest.fixture
+def compile_to_ptx(monkeypatch):
+    """Compile a kernel for a compute capability that no device here need have."""
+    from numba import cuda
+    from numba.cuda import dispatcher
+
+    # Device functions ask the current device what to compile for; the kernel decides in the end.
+    device = SimpleNamespace(compute_capability=(8, 0))
+    monkeypatch.setattr(dispatcher, "get_current_device", lambda: device)
+
+    def compile_to_ptx(kernel, capability):
+        options = {"launch_bounds": kernel.bounds} if kernel.bounds else {}
+        arguments = kernel.signature.args
+        return cuda.compile_ptx(kernel.function, arguments, cc=capability, **options)[0]
+
+    return compile_to_ptx
+
+
+def assemblers():
+    """Every ptxas to be found; an old one refuses the PTX of a newer compiler."""
+    found = [shutil.which("ptxas")]
+    for package, path in (
+        ("triton", "backends/nvidia/bin/ptxas"),
+        ("nvidia", "cuda_nvcc/bin/ptxas"),
+    ):
+        spec = importlib.util.find_spec(package)
+        for home in (spec.submodule_search_locations or []) if spec else []:
+            found.append(Path(home) / path)
+    return [str(x) for x in found if x and Path(x).is_file()]
+
+
+def assemble(ptx, capability, folder):
+    """Registers and spilled bytes by ptxas, or None if no assembler here takes this PTX."""
+    source = folder / "kernel.ptx"
+    source.write_text(ptx)
+    target = f"-arch=sm_{capability[0]}{capability[1]}"
+    for tool in assemblers():
+        command = [tool, target, "-v", str(source), "-o", str(folder / "kernel.cubin")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        if done.returncode == 0:
+            registers = int(re.search(r"Used (\d+) registers", done.stderr)[1])
+            spilled = int(re.search(r"(\d+) bytes spill stores", done.stderr)[1])
+            return registers, spilled
+        assert re.search(r"Unsupported \.version|not defined for option", done.stderr), done.stderr
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "name", "dtype"),
+    [
+        ((8, 0), "fwd", "float16"),
+        ((8, 0), "bwd_dkdv", "bfloat16"),
+        ((9, 0), "fwd", "bfloat16"),
+        ((9, 0), "bwd_dq", "bfloat16"),
+        ((9, 0), "bwd_dkdv", "bfloat16"),
+        ((10, 0), "fwd", "bfloat16"),
+        ((10, 0), "bwd_dq", "float16"),
+    ],
+)
+def test_tensor_core_kernels_live_in_registers(
+    compile_to_ptx, record_property, tmp_path, capability, name, dtype
+):
+    ptx = compile_to_ptx(tensor_core_kernel(name, dtype), capability)
+    assert ".local .align" not in ptx
+    # 64 x 64 or 128 x 64 products of 16 x 8 x 16 each, all loops unrolled
+    assert len(re.findall("mma.sync", ptx)) == {"fwd": 128, "bwd_dq": 96, "bwd_dkdv": 128}[name]
+    report = assemble(ptx, capability, tmp_path)
+    if report is None:
+        pytest.skip("compiled to PTX; no ptxas here takes its version")
+    registers, spilled = report
+    record_property("registers", registers)
+    record_property("spilled_bytes", spilled)
+    assert spilled <= 64
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (10, 0)])
+def test_planner_kernels(compile_to_ptx, tmp_path, capability):
+    for kernel in planner_kernels():
+        ptx = compile_to_ptx(kernel, capability)
+        assert ".local .align" not in ptx
+        report = assemble(ptx, capability, tmp_path)
+        assert report is None or report[1] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "dtype", "head_dim"),
+    [("fwd", "float32", 64), ("bwd_dq", "float16", 24), ("bwd_dkdv", "float64", 64)],
+)
+def test_portable_kernels(compile_to_ptx, tmp_path, name, dtype, head_dim):
+    ptx = compile_to_ptx(portable_kernel(name, dtype, head_dim), (8, 0))
+    assert ".local .align" not in ptx
+    report = assemble(ptx, (8, 0), tmp_path)
+    assert report is None or report[1] == 0
+
+
+def test_packed_arguments_are_numbas_own():
+    from numba.cuda.cudadrv.devicearray import DeviceNDArray
+    from numba.cuda.cudadrv.driver import MemoryPointer
+    from numba.cuda.dispatcher import _Kernel
+    from scfa_core.backends.numba_cuda.driver import argument_format, flatten
+
+    kernel = tensor_core_kernel("fwd")
+    ours, theirs = [], []
+    for place, name in enumerate(kernel.arguments):
+        scalar, _, rank = name.partition(":")
+        if not rank:
+            value = {"bool": True, "float64": 0.125}.get(scalar, 5 + place)
+            ours.append(value)
+            theirs.append(value)
+            continue
+        dtype = np.dtype(scalar)
+        shape = tuple(range(2, 2 + int(rank)))
+        strides = tuple(7 * (axis + place + 1) for axis in range(int(rank)))
+        pointer = 0x7F0000000000 + 4096 * place
+        ours.append(DeviceArray(pointer, shape, strides, scalar, 0))
+        memory = MemoryPointer(None, ctypes.c_void_p(pointer), 1 << 20)
+        in_bytes = tuple(stride * dtype.itemsize for stride in strides)
+        theirs.append(DeviceNDArray(shape, in_bytes, dtype, gpu_data=memory))
+    flat = []
+    for kind, value in zip(kernel.signature.args, theirs, strict=True):
+        _Kernel._prepare_args(SimpleNamespace(extensions=[]), kind, value, 0, [], flat)
+    assert [getattr(value, "value", value) for value in flat] == flatten(tuple(ours))
+    assert len(argument_format(kernel.arguments)) == 1 + len(flat)
+
+
+def test_names_in_the_disk_cache_follow_variant_and_sources():
+    from scfa_core.backends.numba_cuda.disk import entry_name
+
+    names = {entry_name(tensor_core_kernel("fwd", dtype)) for dtype in ("float16", "bfloat16")}
+    assert len(names) == 2
+    assert entry_name(tensor_core_kernel("fwd")) == entry_name(tensor_core_kernel("fwd"))
