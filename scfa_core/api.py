@@ -211,6 +211,7 @@ def attention_backward(
         ("lse", lse, rows, "float32"),
     ):
         check_like(name, framework.info(x), shape, dtype, problem.device)
+    dout, out = (_dense_rows(framework, x) for x in (dout, out))
     chosen, plan = prepare(pattern, problem, framework, backend)
     grads = run_backward(chosen, problem, plan, dout, q, k, v, out, lse, framework)
     dq, dk, dv = (
@@ -293,6 +294,11 @@ def adopt_pattern(pattern: Any) -> Any:
 def _heads_first(framework: Framework, x: Any, layout: str) -> Any:
     """Exchange heads and seqlen where the layout has them the other way (its own inverse)."""
     return framework.swap_heads(x) if check_layout(layout) else x
+
+
+def _dense_rows(framework: Framework, x: Any) -> Any:
+    """Copy what is strided in its last axis: gradients come as they like, backends take rows."""
+    return x if framework.info(x).strides[-1:] == (1,) else x.copy(order="C")
 
 
 def validate(pattern: Pattern, q: Any, k: Any, *, layout: str = "bhtd") -> None:

@@ -5,6 +5,7 @@ import mmap
 import pickle
 import subprocess
 import sys
+import warnings
 
 import numba
 import numpy as np
@@ -167,6 +168,47 @@ def test_inputs_may_be_read_only_and_are_not_changed():
     assert_right(case)
     for x, old in zip(arrays, before, strict=True):
         np.testing.assert_array_equal(x, old)
+
+
+def strided(x, how):
+    """The values of `x`, or for "broadcast" of its first column, with another last stride."""
+    if how == "columns":
+        return np.repeat(x, 2, axis=-1)[..., ::2]
+    if how == "transposed":
+        return np.ascontiguousarray(x.swapaxes(2, 3)).swapaxes(2, 3)
+    if how == "reversed":
+        return np.ascontiguousarray(x[..., ::-1])[..., ::-1]
+    return np.broadcast_to(x[..., :1], x.shape)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("layout", ["bhtd", "bthd"])
+@pytest.mark.parametrize("how", ["columns", "transposed", "reversed", "broadcast"])
+def test_incoming_gradients_and_out_of_any_last_stride(library, layout, how):
+    """Losses send gradients of any strides; they once were read as if contiguous."""
+    case = case_of(Part("causal"))
+    q, k, v, dout = case.q, case.k, case.v, case.dout
+    if layout == "bthd":
+        q, k, v, dout = (np.ascontiguousarray(x.swapaxes(1, 2)) for x in (q, k, v, dout))
+    convert = np.asarray
+    if library == "torch":
+        torch = pytest.importorskip("torch", reason="needs the extra torch")
+        if how == "reversed":
+            pytest.skip("torch has no negative strides")
+        convert = torch.as_tensor
+    options = {"layout": layout, "backend": "numba-cpu"}
+    out, lse = scfa.attention(q, k, v, scfa.Causal(), return_lse=True, **options)
+    dout = strided(dout, how)
+    again = out if how == "broadcast" else strided(out, how)
+    want = scfa.attention_backward(
+        np.ascontiguousarray(dout), q, k, v, out, lse, scfa.Causal(), **options
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch: a broadcast array is not writeable
+        arrays = [convert(x) for x in (dout, q, k, v, again, lse)]
+    got = scfa.attention_backward(*arrays, scfa.Causal(), **options)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), b)
 
 
 # Memory -------------------------------------------------------------------------------------
