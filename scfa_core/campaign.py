@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 DEEP_ROWS = 4096
 DENSE_PAIRS = 2**19  # (query, key) pairs of all heads up to which the whole truth is computed
 VIEWS = ("plain", "columns", "rows", "offset", "other-layout", "expanded", "backwards")
+VIEWS_OF_DOUT = (*VIEWS, "last-axis")
 FAMILIES = ("lengths", "huge", "orders", "empty", "steps-back", "drops", "packed")
 _STRETCH = (1, -1, 7, 2**31 + 11, -(2**40) - 3)
 
@@ -207,7 +208,7 @@ def draw(seed: int, *, most_rows: int = DEEP_ROWS, dtypes: tuple[str, ...]) -> D
             (shapes.q, spec.head_dim_v),
         )
     )
-    views = tuple(str(x) for x in rng.choice(VIEWS, 4))
+    views = tuple(map(str, (*rng.choice(VIEWS, 3), rng.choice(VIEWS_OF_DOUT))))
     mask = np.zeros((0,), bool)
     if batch * heads * seqlen_q * seqlen_k <= DENSE_PAIRS:
         mask = dense_mask(pattern, batch, heads, heads_kv, seqlen_q, seqlen_k)
@@ -244,6 +245,8 @@ def _view(x: np.ndarray, view: str, to_device: Callable[[np.ndarray], Any], nump
         return to_device(wide)[..., 8 : 8 + dim]
     if view == "rows":
         return to_device(np.repeat(x, 2, axis=2))[:, :, ::2]
+    if view == "last-axis":
+        return to_device(np.repeat(x, 2, axis=-1))[..., ::2]
     if view == "offset":  # rows not aligned to 16 bytes
         flat = np.concatenate([np.zeros(3, x.dtype), x.ravel()])
         return to_device(flat)[3:].reshape(x.shape)
