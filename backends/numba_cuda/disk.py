@@ -13,10 +13,10 @@ import inspect
 import logging
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
-import numba_cuda
 from numba import cuda
 from numba.cuda.dispatcher import CUDACache
 from scfa_core.backends.numba_cuda.compiling import Kernel
@@ -34,7 +34,7 @@ def source_fingerprint() -> str:
     return digest.hexdigest()
 
 
-class _NamedCache(CUDACache):  # type: ignore[misc]
+class _NamedCache(CUDACache):
     """A cache whose entries are named by us."""
 
     def __init__(self, function: Callable[..., Any], name: tuple[Any, ...]) -> None:
@@ -43,7 +43,7 @@ class _NamedCache(CUDACache):  # type: ignore[misc]
 
     def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
         """Name of an entry: types, target and compiler versions, and what we call it."""
-        return (sig, codegen.magic_tuple(), numba_cuda.__version__, self._entry_name)
+        return (sig, codegen.magic_tuple(), version("numba-cuda"), self._entry_name)
 
 
 def entry_name(kernel: Kernel) -> tuple[Any, ...]:

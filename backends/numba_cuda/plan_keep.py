@@ -24,13 +24,19 @@ def build_plan_keep() -> Kernel:
         b = cuda.blockIdx.x // heads
         h = cuda.blockIdx.x % heads
         thread = cuda.threadIdx.x
+        if all_kept:
+            for row in range(thread, seqlen, THREADS):
+                index[b, h, row] = row
+            if thread == 0:
+                count[b, h] = seqlen
+            return
         stretch = (seqlen + THREADS - 1) // THREADS
         first = min(thread * stretch, seqlen)
         last = min(first + stretch, seqlen)
 
         mine = 0
         for row in range(first, last):
-            if all_kept or keep[b, h, row] != 0:
+            if keep[b, h, row] != 0:
                 mine += 1
         sums[thread] = mine
         cuda.syncthreads()  # all counts are there
@@ -48,7 +54,7 @@ def build_plan_keep() -> Kernel:
         kept = sums[thread] - mine
         dropped = total + first - kept
         for row in range(first, last):
-            if all_kept or keep[b, h, row] != 0:
+            if keep[b, h, row] != 0:
                 index[b, h, kept] = row
                 kept += 1
             else:

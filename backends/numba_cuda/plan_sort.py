@@ -13,7 +13,7 @@ from functools import cache
 from numba import cuda, int32, int64
 from scfa_core.backends.numba_cuda.compiling import SIMULATED, Kernel, kernel
 
-THREADS = 32 if SIMULATED else 256
+THREADS = 32 if SIMULATED else 512
 DIGIT_BITS = 4
 DIGITS = 1 << DIGIT_BITS
 COUNTS = DIGITS * THREADS
