@@ -37,7 +37,7 @@ NAMES = hf.register(window=7, buckets=4, near=3, seed=0)
 
 @pytest.fixture(autouse=True)
 def registered():
-    """The options of this file, whatever was registered since it was collected (by a guide, say)."""
+    """The options of this file, whatever was registered since (by a guide, say)."""
     hf.register(window=7, buckets=4, near=3, seed=0)
 
 
