@@ -63,11 +63,12 @@ class Copy:
         """Run Python on the copy; `cache` names the folder for compiled code."""
         environment = os.environ | {
             "PYTHONPATH": str(self.site),
+            "PYTHONSAFEPATH": "1",  # Python 3.10 does not know it, and finds nothing of ours there
             "PYTHONDONTWRITEBYTECODE": "1",
             "NUMBA_CACHE_DIR": str(self.folder / cache),
         }
         return subprocess.run(
-            [sys.executable, "-P", *arguments],
+            [sys.executable, *arguments],
             cwd=self.work,
             env=environment,
             capture_output=True,
