@@ -109,6 +109,23 @@ def _cpu_cases() -> Iterator[Case]:
         yield _cpu("hash16", seqlen)
 
 
+def _cpu_buckets() -> Iterator[Case]:
+    for buckets in (2, 4, 8, 16, 32, 64):
+        yield _cpu(f"hash{buckets}", 4096)
+
+
+def _cpu_drops() -> Iterator[Case]:
+    for percent in range(10, 100, 20):
+        yield _cpu(f"qk{percent}", 4096)
+
+
+def _cpu_growth() -> Iterator[Case]:
+    """Buckets of 256 keys, whatever the length."""
+    for seqlen in (4096, 8192, 16384):
+        name = f"growth-cpu-{_length(seqlen)}"
+        yield Case(name, 1, 4, 4, seqlen, 64, f"hash{seqlen // 256}", "float32", "cpu")
+
+
 def _smoke() -> Iterator[Case]:
     """Every CPU recipe at a size that takes no time; part of the tests."""
     for pattern in ("dense", "hash4", "samehash4", "qk50", "window32", "docs3", "ranges32"):
@@ -123,6 +140,9 @@ SETS: dict[str, Callable[[], Iterator[Case]]] = {
     "growth": _growth,
     "shapes": _shapes,
     "cpu": _cpu_cases,
+    "cpu-buckets": _cpu_buckets,
+    "cpu-drops": _cpu_drops,
+    "cpu-growth": _cpu_growth,
     "smoke": _smoke,
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ def machine(device: str) -> dict[str, Any]:
     else:
         facts["card"] = _processor()
         facts["threads"] = torch.get_num_threads()
+        facts["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "")
     return facts
 
 
@@ -108,6 +110,7 @@ def measure(inputs: Inputs, name: str, method: Any, modes: list[str], budget: fl
             "extra_bytes": extra_memory(run, case.device),
             "host_us": round(host_microseconds(run), 1) if _host_matters(case, mode) else None,
             "error": error,
+            "load": round(os.getloadavg()[0], 2),
         }
 
 
