@@ -298,7 +298,7 @@ def _heads_first(framework: Framework, x: Any, layout: str) -> Any:
 
 def _dense_rows(framework: Framework, x: Any) -> Any:
     """Copy what is strided in its last axis: gradients come as they like, backends take rows."""
-    return x if framework.info(x).strides[-1:] == (1,) else x.copy(order="C")
+    return x if framework.info(x).strides[-1:] == (1,) else framework.contiguous(x)
 
 
 def validate(pattern: Pattern, q: Any, k: Any, *, layout: str = "bhtd") -> None:

@@ -8,6 +8,7 @@ that the caller has not imported already.
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -76,6 +77,9 @@ class Framework(Protocol):
 
     def cast(self, x: Any, dtype: str) -> Any:
         """Copy of `x` with another integer dtype."""
+
+    def contiguous(self, x: Any) -> Any:
+        """Copy of `x` in row-major order."""
 
     def nonzero(self, x: Any) -> Any:
         """uint8 array, 1 where `x` is not zero; a view if `x` is bool or it is free."""
@@ -150,6 +154,10 @@ class _ArrayModule:
     def _device(self, x: Any) -> str:
         return "cpu"
 
+    def _on_device_of(self, x: Any) -> AbstractContextManager[Any]:
+        """Where work on `x` has to be done."""
+        return nullcontext()
+
     def info(self, x: Any) -> ArrayInfo:
         """Describe `x`."""
         size = x.dtype.itemsize
@@ -170,17 +178,25 @@ class _ArrayModule:
 
     def cast(self, x: Any, dtype: str) -> Any:
         """Copy with another dtype."""
-        return x.astype(dtype)
+        with self._on_device_of(x):
+            return x.astype(dtype)
+
+    def contiguous(self, x: Any) -> Any:
+        """Copy in row-major order."""
+        with self._on_device_of(x):
+            return x.copy(order="C")
 
     def nonzero(self, x: Any) -> Any:
         """uint8 flags."""
         if x.dtype.name == "bool":
             return x.view("uint8")
-        return (x != 0).view("uint8")
+        with self._on_device_of(x):
+            return (x != 0).view("uint8")
 
     def order_uint64(self, x: Any) -> Any:
         """Flip the top bit."""
-        return (x ^ self.xp.uint64(1 << 63)).view("int64")
+        with self._on_device_of(x):
+            return (x ^ self.xp.uint64(1 << 63)).view("int64")
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: str) -> Any:
         """Uninitialised array."""
@@ -189,12 +205,14 @@ class _ArrayModule:
     def empty_like_order(self, like: Any, shape: tuple[int, ...]) -> Any:
         """Uninitialised array in the stride order of `like`."""
         order = stride_order(like.strides)
-        base = self.xp.empty(tuple(shape[axis] for axis in order), like.dtype)
+        with self._on_device_of(like):
+            base = self.xp.empty(tuple(shape[axis] for axis in order), like.dtype)
         return base.transpose(np.argsort(order).tolist())
 
     def fill(self, x: Any, value: float) -> None:
         """Set every element."""
-        x[...] = value
+        with self._on_device_of(x):
+            x[...] = value
 
 
 class NumpyFramework(_ArrayModule):
@@ -234,15 +252,15 @@ class CupyFramework(_ArrayModule):
     def _device(self, x: Any) -> str:
         return f"cuda:{x.device.id}"
 
+    def _on_device_of(self, x: Any) -> AbstractContextManager[Any]:
+        """CuPy works on the current device, whichever one its arrays are on."""
+        device: AbstractContextManager[Any] = x.device
+        return device
+
     def empty(self, shape: tuple[int, ...], dtype: str, device: str) -> Any:
         """Uninitialised array."""
         with self.xp.cuda.Device(cuda_ordinal(device)):
             return self.xp.empty(shape, dtype)
-
-    def empty_like_order(self, like: Any, shape: tuple[int, ...]) -> Any:
-        """Uninitialised array in the stride order of `like`."""
-        with like.device:
-            return super().empty_like_order(like, shape)
 
     def native(self, x: Any, memory: str) -> Any:
         """Hand `x` over, or say why this memory cannot be served."""

@@ -115,6 +115,10 @@ class TorchFramework:
         """Copy of `x` with another integer dtype."""
         return x.to(DTYPES[dtype])
 
+    def contiguous(self, x: torch.Tensor) -> torch.Tensor:
+        """Copy of `x` in row-major order."""
+        return x.contiguous()
+
     def nonzero(self, x: torch.Tensor) -> torch.Tensor:
         """uint8 tensor, 1 where `x` is not zero; a view if `x` is bool."""
         if x.dtype in (torch.uint16, torch.uint32, torch.uint64):
