@@ -109,14 +109,18 @@ class Kernel:
         RuntimeError
             The driver refused the launch, or an earlier kernel of the process had failed.
         """
-        if self._driver.ctxGetCurrent() == self._context:
+        driver = self._driver
+        current = driver.ctxGetCurrent()
+        if current == self._context:
             self._enqueue(grid, block, shared_bytes, stream, params)
             return
-        import cupy
-
-        with self._device:  # the caller's thread is on another device, or on none yet
-            cupy.cuda.runtime.free(0)
+        # The caller's thread is on another device, or on none yet. Nothing but the context changes:
+        # runtime calls could wait, create contexts, or break a capture under way.
+        driver.ctxSetCurrent(self._context)
+        try:
             self._enqueue(grid, block, shared_bytes, stream, params)
+        finally:
+            driver.ctxSetCurrent(current)
 
     def _enqueue(
         self, grid: tuple[int, int, int], block: int, shared_bytes: int, stream: int, params: Any

@@ -145,3 +145,40 @@ def test_out_of_memory_is_a_memory_error():
     error = types.SimpleNamespace(status=2)
     assert isinstance(loader._cuda_error("while loading x", error), MemoryError)
     assert isinstance(loader._cuda_error("while loading x", ValueError("y")), RuntimeError)
+
+
+class Driver:
+    """CuPy's driver binding with one current context."""
+
+    class CUDADriverError(RuntimeError):
+        pass
+
+    def __init__(self, current):
+        self.current, self.launches, self.switches = current, [], []
+
+    def ctxGetCurrent(self):  # noqa: N802  CuPy's name
+        return self.current
+
+    def ctxSetCurrent(self, context):  # noqa: N802
+        self.switches.append(context)
+        self.current = context
+
+    def launchKernel(self, function, *arguments):  # noqa: N802
+        if arguments[3] > 1024:
+            raise self.CUDADriverError("too many threads")
+        self.launches.append((self.current, function))
+
+
+@pytest.mark.parametrize("current", [7, 5, 0], ids=["same", "other card", "new thread"])
+def test_a_launch_leaves_the_thread_on_its_card(monkeypatch, current):
+    """Launched in the kernel's context, refused or not; no call of the runtime meanwhile."""
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    kernel, driver = object.__new__(loader.Kernel), Driver(current)
+    kernel.name, kernel._function, kernel._context = "scfa_fwd", 11, 7
+    kernel._driver, kernel._shared_limit = driver, 48 * 1024
+    kernel.launch((1, 1, 1), 128, 0, 0, b"params")
+    with pytest.raises(RuntimeError, match="while launching scfa_fwd"):
+        kernel.launch((1, 1, 1), 2048, 0, 0, b"params")
+    assert driver.launches == [(7, 11)]
+    assert driver.current == current
+    assert driver.switches == ([] if current == 7 else [7, current] * 2)
