@@ -22,6 +22,7 @@ _AXES = {
     "bthd": "(batch, seqlen, heads, head_dim)",
 }
 MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 16, 256, 8
+LARGEST_SCALE = 2e38  # times log2(e), as kernels take it, still a finite float32
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def check_layout(layout: str) -> bool:
     return layout == "bthd"
 
 
-def check_scale(softmax_scale: float | None, head_dim: int) -> float:
+def check_scale(softmax_scale: float | None, head_dim: int, dtype: str) -> float:
     """Return the scale in force; None means ``head_dim ** -0.5`` and 0.0 is kept."""
     if softmax_scale is None:
         return head_dim**-0.5 if head_dim else 1.0
@@ -70,6 +71,11 @@ def check_scale(softmax_scale: float | None, head_dim: int) -> float:
         ) from None
     if not math.isfinite(value):
         raise ScaleError(f"softmax_scale must be finite, got {softmax_scale!r}")
+    if dtype != "float64" and abs(value) > LARGEST_SCALE:
+        raise ScaleError(
+            f"softmax_scale must be at most {LARGEST_SCALE} in size for {dtype}, whose scores are "
+            f"float32, got {softmax_scale!r}"
+        )
     return value
 
 
@@ -159,7 +165,7 @@ def build_problem(
         head_dim_v,
         q.dtype,
         q.device,
-        check_scale(softmax_scale, head_dim),
+        check_scale(softmax_scale, head_dim, q.dtype),
         bool(deterministic),
     )
 

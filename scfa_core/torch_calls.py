@@ -122,7 +122,7 @@ def find_call(
 ) -> Call:
     """Check a call and choose its backend, or remember having done so."""
     if softmax_scale is not None and type(softmax_scale) is not float:
-        softmax_scale = check_scale(softmax_scale, 1)
+        softmax_scale = check_scale(softmax_scale, 1, dtype_name(q.dtype))
     maker = None if plan is None else plan.backend
     key = (
         *(q.shape, k.shape, v.shape),

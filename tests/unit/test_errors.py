@@ -54,6 +54,11 @@ MISTAKES = {
     "layout": (scfa.LayoutError, "layout must be one of", lambda: attend(layout="thd")),
     "NaN scale": (scfa.ScaleError, "finite", lambda: attend(softmax_scale=float("nan"))),
     "Inf scale": (scfa.ScaleError, "finite", lambda: attend(softmax_scale=float("inf"))),
+    "scale beyond float32": (
+        scfa.ScaleError,
+        "softmax_scale must be at most",
+        lambda: attend(softmax_scale=-1e39),
+    ),
     "text scale": (scfa.ScaleError, "finite number", lambda: attend(softmax_scale="big")),
     "not a pattern": (scfa.PatternError, "must be a scfa_core pattern", lambda: attend(pattern=3)),
     "float hashes": (
