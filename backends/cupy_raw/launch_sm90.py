@@ -11,6 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from scfa_core.backends.cupy_raw.loader import Kernel, compute_capability, get_kernel
+from scfa_core.backends.cupy_raw.params import SMALLEST_EXPONENT_SCALE
 
 if TYPE_CHECKING:
     from scfa_core.arrays import CallContext, DeviceArray
@@ -84,8 +85,8 @@ def _unserved(problem: Problem, *arrays: DeviceArray) -> str | None:
         return f"dtype {problem.dtype}"
     if problem.head_dim not in _FORWARD or problem.head_dim_v != problem.head_dim:
         return f"head_dim {problem.head_dim}, head_dim_v {problem.head_dim_v}"
-    if not problem.softmax_scale > 0:
-        return "softmax_scale not positive"
+    if not problem.softmax_scale >= SMALLEST_EXPONENT_SCALE:
+        return "softmax_scale not positive, or too small for -inf times it"
     for array in arrays:
         steps = [2 * stride for stride in array.strides[:-1]]
         if array.pointer % _ALIGNMENT or any(step % _ALIGNMENT for step in steps):

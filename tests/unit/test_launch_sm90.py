@@ -5,7 +5,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from scfa_core.backends.cupy_raw import launch_sm90, nvrtc
 
+from scfa_core.arrays import DeviceArray
 from scfa_core.errors import BackendUnavailable
+from scfa_core.problem import Problem
 
 LARGEST = 2**31 - 1
 BLOCK_LIMIT = 232_448  # bytes of shared memory a block may have on sm_90
@@ -59,3 +61,14 @@ def test_kernel_refuses_another_layout():
     )
     with pytest.raises(nvrtc.CompileError, match="asks for as much as is laid out"):
         nvrtc.compile_to_cubin("fwd_sm90.cu", constants, "90a", compiler)
+
+
+@pytest.mark.parametrize(
+    ("scale", "served"), [(0.125, True), (1e-30, True), (1e-46, False), (0.0, False), (-1.0, False)]
+)
+def test_scales_that_float32_makes_zero_go_to_the_portable_kernels(monkeypatch, scale, served):
+    """-inf, which stands for no key, times a scale of 0 would be NaN."""
+    monkeypatch.setattr(launch_sm90, "compute_capability", lambda device: (9, 0))
+    problem = Problem(1, 1, 1, 8, 8, 64, 64, "bfloat16", "cuda:0", scale)
+    rows = DeviceArray(1 << 20, (1, 1, 8, 64), (512, 512, 64, 1), "bfloat16", 0)
+    assert launch_sm90.supports_forward(problem, rows, rows, rows, plan=None) == served
