@@ -274,7 +274,7 @@ def prepare(
         chosen = choose_backend(problem, requested)
         arrays = run_make_plan(chosen, problem, clauses, framework)
         return chosen, Plan.of(arrays, clauses.monotone, chosen.name, problem.device)
-    pattern.check_fits(problem)
+    pattern.check_fits(problem, framework)
     return choose_for_plan(pattern, problem, requested), pattern
 
 

@@ -115,8 +115,13 @@ class Plan:
             q_index, q_count, k_index, k_count, start, end, work, monotone=self.monotone
         )
 
-    def check_fits(self, problem: Problem) -> None:
-        """Raise unless the plan was made for these sizes and this device."""
+    def check_fits(self, problem: Problem, framework: Framework) -> None:
+        """Raise unless the plan was made for these sizes, on this device, by this library."""
+        if not framework.owns(self.q_index):
+            raise DeviceError(
+                f"the plan holds arrays of {type(self.q_index).__module__}, q is a "
+                f"{framework.name} array; make a plan with arrays of that library"
+            )
         want = (
             problem.batch,
             problem.heads,

@@ -162,7 +162,7 @@ def _new_call(
     if plan is None:
         backend = choose_backend(problem, requested)
     else:
-        plan.check_fits(problem)
+        plan.check_fits(problem, TORCH_FRAMEWORK)
         backend = choose_for_plan(plan, problem, requested)
     swap = check_layout(layout)
     ordinal = cuda_ordinal(problem.device)
@@ -219,7 +219,7 @@ def native_plan(plan: Plan, call: Call) -> PlanArrays:
     known = _plans.get(plan)
     if known is not None and known[0] == use:
         return known[1]
-    plan.check_fits(call.problem)
+    plan.check_fits(call.problem, TORCH_FRAMEWORK)
     arrays = checked_plan_arrays(plan.arrays, plan.monotone, call)
     _plans[plan] = (use, arrays)
     return arrays

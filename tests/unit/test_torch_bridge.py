@@ -403,3 +403,12 @@ def test_host_time_with_a_plan(recorder, record_property):
     record_property("host_us_median", round(statistics.median(times), 1))
     print(f"host time per forward, plan given: best {min(times):.1f} us")
     assert min(times) < 100
+
+
+def test_plans_do_not_cross_libraries():
+    arrays = Q.numpy(), K.numpy(), V.numpy()
+    theirs = scfa.make_plan(scfa.Causal(), *arrays[:2])
+    ours = scfa.make_plan(scfa.Causal(), Q, K)
+    for inputs, plan in ((arrays, ours), ((Q, K, V), theirs)):
+        with pytest.raises(scfa.DeviceError, match="make a plan with arrays of that library"):
+            scfa.attention(*inputs, plan)
