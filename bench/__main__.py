@@ -1,12 +1,23 @@
-"""`python -m bench` times; `... compare OLD NEW` compares; `... report FILE` makes tables."""
+"""`python -m bench` times; `... compare OLD NEW`, `... report FILE`, `... accuracy` besides."""
 
 import sys
 
 from bench import report, run
 
-if len(sys.argv) > 1 and sys.argv[1] == "compare":
-    sys.exit(report.compare(sys.argv[2:]))
-elif len(sys.argv) > 1 and sys.argv[1] == "report":
-    report.main(sys.argv[2:])
-else:
-    run.main()
+
+def main(argv: list[str]) -> int:
+    """Hand the command line to the subcommand it names; without one, time."""
+    if argv[:1] == ["compare"]:
+        return report.compare(argv[1:])
+    if argv[:1] == ["report"]:
+        report.main(argv[1:])
+    elif argv[:1] == ["accuracy"]:
+        from bench import accuracy
+
+        return accuracy.main(argv[1:])
+    else:
+        run.main(argv)
+    return 0
+
+
+sys.exit(main(sys.argv[1:]))

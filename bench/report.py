@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from bench import accuracy_page
+
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 MODE_WORDS = {"forward": "fwd", "backward": "bwd", "plan": "plan", "planned": "fwd, plan given"}
@@ -17,6 +19,16 @@ def load(path: Path) -> dict[str, Any]:
     """Read one result file."""
     record: dict[str, Any] = json.loads(path.read_text())
     return record
+
+
+def page_or_table(record: dict[str, Any]) -> str:
+    """Return the Markdown of a record of whatever kind."""
+    return accuracy_page.markdown(record) if is_accuracy(record) else markdown(record)
+
+
+def is_accuracy(record: dict[str, Any]) -> bool:
+    """Whether `bench accuracy` wrote the record."""
+    return record.get("kind") == "accuracy"
 
 
 def markdown(record: dict[str, Any], modes: tuple[str, ...] = ("forward", "backward")) -> str:
@@ -82,12 +94,18 @@ def _key(row: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def main(argv: list[str]) -> None:
-    """Print the table of one or more result files; with --readme put them into the README."""
+    """Print the tables of result files; put them into the README or a page of their own."""
     parser = argparse.ArgumentParser(prog="python -m bench report", description=main.__doc__)
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--readme", action="store_true", help="fill the README's section")
+    parser.add_argument("--page", type=Path, help="write a page, with the plots of --plots in it")
     args = parser.parse_args(argv)
-    text = "\n\n".join(markdown(load(path)) for path in args.files)
+    records = [load(path) for path in args.files]
+    text = "\n\n".join(page_or_table(record) for record in records)
     print(text)
     if args.readme:
         write_readme(text)
+    if args.page:
+        if len({is_accuracy(record) for record in records}) > 1:
+            raise SystemExit("a page holds times or accuracy, not both")
+        args.page.write_text(f"{accuracy_page.HEAD}\n{text}\n")
