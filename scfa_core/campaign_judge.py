@@ -115,7 +115,7 @@ def _of_keys(case: Case, got: Results, b: int, g: int, keys: np.ndarray) -> list
         for first in range(0, spec.seqlen_q, STRETCH):
             rows = np.arange(first, min(first + STRETCH, spec.seqlen_q))
             q, dout = (widen(x[b, h, rows], spec.dtype) for x in (case.q, case.dout))
-            every_p, _ = probabilities(q, k, visible(case.pattern, spec, b, h, rows), scale)
+            every_p, lse = probabilities(q, k, visible(case.pattern, spec, b, h, rows), scale)
             every_dp = dout @ v.T
             delta = (every_p * every_dp).sum(axis=-1, keepdims=True)
             p, dp = every_p[:, keys], every_dp[:, keys]
@@ -129,7 +129,11 @@ def _of_keys(case: Case, got: Results, b: int, g: int, keys: np.ndarray) -> list
 
             # squares of the terms' sizes (testing.magnitudes)
             noise = np.sqrt(q**2 @ k[keys].T ** 2) + np.abs(q @ k[keys].T)
-            size_p = p * (1 + abs(scale) * noise)
+            if spec.dtype in ("float32", "float64"):
+                noise = noise * abs(scale) + np.where(np.isfinite(lse), np.abs(lse), 0.0)[:, None]
+            else:
+                noise = noise * abs(scale)
+            size_p = p * (1 + noise)
             size_ds = size_p * (np.sqrt(dout**2 @ v[keys].T ** 2) + np.abs(delta))
             size_dk += (size_ds**2).T @ q**2 * scale**2
             size_dv += (size_p**2).T @ dout**2

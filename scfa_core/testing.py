@@ -354,6 +354,8 @@ def magnitudes(case: Case) -> Results:
     k, v = spread_heads(k, heads), spread_heads(v, heads)
     p, lse = probabilities(q, k, case.mask, case.softmax_scale)
     moved = 1.0 + scale * (_rms_product(q, k.swapaxes(-1, -2)) + np.abs(q @ k.swapaxes(-1, -2)))
+    if case.spec.dtype in ("float32", "float64"):  # p = exp(s - lse), and lse is rounded once
+        moved = moved + np.where(np.isfinite(lse), np.abs(lse), 0.0)[..., None]
     p = p * moved
     dp = _rms_product(dout, v.swapaxes(-1, -2))
     ds = p * (dp + np.sqrt(((p * dp) ** 2).sum(axis=-1, keepdims=True)))
