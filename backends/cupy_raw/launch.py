@@ -7,11 +7,10 @@ pointers and launches. Hopper cards have kernels of their own in `launch_sm90`, 
 from __future__ import annotations
 
 import os
-from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from scfa_core.backends.cupy_raw import launch_sm90
-from scfa_core.backends.cupy_raw.loader import Kernel, compute_capability, get_kernel
+from scfa_core.backends.cupy_raw.loader import Kernel, compute_capability, get_kernel, shared_limit
 from scfa_core.backends.cupy_raw.params import POINTERS, pack_sizes, pack_strides
 from scfa_core.backends.cupy_raw.variants import Variant, choose
 
@@ -26,7 +25,6 @@ __all__ = ["run_backward", "run_forward"]
 
 _ALIGNMENT = 16  # bytes one copy moves
 _ROW_REACH = 1 << 32  # bytes from row to row that one 32-bit multiply can span
-_SHARED_OPTIN = 97  # cudaDevAttrMaxSharedMemoryPerBlockOptin
 _MOST_PREPARED = 4096  # launches remembered; dropped all at once, as shapes rarely vary more
 _KERNELS = {  # $SCFA_CUPY_KERNELS -> whether the Hopper kernels are asked
     "auto": True,
@@ -49,14 +47,6 @@ class _Launch(NamedTuple):
 
 
 _prepared: dict[tuple[object, ...], tuple[_Launch, ...]] = {}
-
-
-@cache
-def _shared_limit(device: int) -> int:
-    """Bytes of shared memory a block may have."""
-    from cupy.cuda import runtime
-
-    return int(runtime.deviceGetAttribute(_SHARED_OPTIN, device))
 
 
 def _hopper(device: int) -> bool:
@@ -93,7 +83,7 @@ def _prepare(
         aligned=aligned,
         monotone=monotone or kernel != "bwd_dkdv",
         group_size=problem.group_size,
-        shared_limit=_shared_limit(device),
+        shared_limit=shared_limit(device),
     )
     if kernel == "bwd_dkdv":
         tiles = problem.batch * problem.heads_kv * -(-problem.seqlen_k // variant.shape.block_n)

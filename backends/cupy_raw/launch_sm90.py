@@ -11,7 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from scfa_core.backends.cupy_raw.loader import Kernel, compute_capability, get_kernel
-from scfa_core.backends.cupy_raw.params import SMALLEST_EXPONENT_SCALE
+from scfa_core.backends.cupy_raw.params import LOG2_E, SMALLEST_EXPONENT_SCALE
 
 if TYPE_CHECKING:
     from scfa_core.arrays import CallContext, DeviceArray
@@ -25,7 +25,6 @@ _ALIGNMENT = 16  # bytes one cp.async moves
 _SHARED_SLACK = 1024  # room to align the base to the swizzle period
 _MULTIPROCESSORS = 16  # cudaDevAttrMultiProcessorCount
 _INT_MAX = 2**31 - 1
-_LOG2_E = 1.4426950408889634
 _PARAMS = struct.Struct("<" + 9 * "Qqqii" + "9Q2f8i6I")  # struct Params
 _MAX_GROUP = 16  # query heads of one kv head in the dk/dv kernel
 
@@ -166,7 +165,7 @@ def _params(
         *_array(lse, 4),
         *(array.pointer for array in lists),
         *(*row_stats, counter),
-        *(scale, scale * _LOG2_E),
+        *(scale, scale * LOG2_E),
         *(problem.heads, problem.heads_kv, problem.group_size),
         *(problem.seqlen_q, problem.seqlen_k),
         *(*tiles, plan.monotone),

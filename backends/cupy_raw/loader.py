@@ -22,13 +22,21 @@ from scfa_core.backends.cupy_raw.nvrtc import Constants, compile_to_cubin
 
 from scfa_core.errors import BackendUnavailable
 
-__all__ = ["Kernel", "compile_to_cubin", "compute_capability", "get_kernel", "preload"]
+__all__ = [
+    "Kernel",
+    "compile_to_cubin",
+    "compute_capability",
+    "get_kernel",
+    "preload",
+    "shared_limit",
+]
 
 _LOG = logging.getLogger("scfa_core")
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _DEFAULT_SHARED_LIMIT = 48 * 1024
 _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 _MAJOR, _MINOR = 75, 76  # cudaDevAttrComputeCapability{Major,Minor}
+_SHARED_OPTIN = 97  # cudaDevAttrMaxSharedMemoryPerBlockOptin
 
 
 def _cuda_error(what: str, error: Any) -> Exception:
@@ -157,6 +165,14 @@ def compute_capability(device: int) -> tuple[int, int]:
 
     read = runtime.deviceGetAttribute
     return int(read(_MAJOR, device)), int(read(_MINOR, device))
+
+
+@cache
+def shared_limit(device: int) -> int:
+    """Return the bytes of shared memory that a block may have."""
+    from cupy.cuda import runtime
+
+    return int(runtime.deviceGetAttribute(_SHARED_OPTIN, device))
 
 
 @cache

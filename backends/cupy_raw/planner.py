@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from functools import cache
 
-from scfa_core.backends.cupy_raw.loader import Kernel, get_kernel
+from scfa_core.backends.cupy_raw.loader import Kernel, get_kernel, shared_limit
 
 from scfa_core.arrays import CallContext, DeviceArray
 from scfa_core.errors import PatternError
@@ -25,7 +25,6 @@ RANGE_THREADS = 256
 FAR = 1 << 40  # an offset beyond every row
 _MAX_BINS = 256
 _SHARED_ROWS = 1 << 16  # the order buffer in shared memory holds 16-bit rows
-_MAX_SHARED_OPTIN = 97  # cudaDevAttrMaxSharedMemoryPerBlockOptin
 _STATIC_SHARED = 2048  # of plan_sort, rounded up
 
 _COLUMN = struct.Struct("<Qqqqq")
@@ -60,20 +59,13 @@ def sort_shared_bytes(threads: int, capacity: int) -> int:
     return threads // 32 * (_MAX_BINS + 1) * 4 + _MAX_BINS * 4 + 2 * capacity
 
 
-def sort_capacity(threads: int, lengths: tuple[int, int], shared_limit: int) -> int:
+def sort_capacity(threads: int, lengths: tuple[int, int], most_shared: int) -> int:
     """Rows that the order buffer holds: the longer list's, else the shorter's, else none."""
     for length in sorted(lengths, reverse=True):
-        fits = sort_shared_bytes(threads, length) <= shared_limit - _STATIC_SHARED
+        fits = sort_shared_bytes(threads, length) <= most_shared - _STATIC_SHARED
         if length <= _SHARED_ROWS and fits:
             return length
     return 0
-
-
-@cache
-def _shared_limit(device: int) -> int:
-    from cupy.cuda import runtime
-
-    return int(runtime.deviceGetAttribute(_MAX_SHARED_OPTIN, device))
 
 
 @cache
@@ -177,7 +169,7 @@ def run_make_plan(problem: Problem, clauses: Clauses, plan: PlanArrays, ctx: Cal
         return
     lengths = (problem.seqlen_q, problem.seqlen_k)
     threads = sort_threads(max(lengths))
-    capacity = sort_capacity(threads, lengths, _shared_limit(ctx.device))
+    capacity = sort_capacity(threads, lengths, shared_limit(ctx.device))
     if n_key_lists * problem.seqlen_k <= n_query_lists * problem.seqlen_q:
         k_scratch = plan.key_end.pointer  # plan_ranges fills it later
     else:

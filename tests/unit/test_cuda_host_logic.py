@@ -152,7 +152,7 @@ def as_device(x: np.ndarray) -> DeviceArray:
 def plan_on_host(library, monkeypatch, problem, clauses, *, order=0, shared_limit=100_000):
     """Run the product's make_plan with its kernels on the host; returns the six arrays."""
     monkeypatch.setattr(planner, "_kernel", lambda name, device: HostKernel(library, name, order))
-    monkeypatch.setattr(planner, "_shared_limit", lambda device: shared_limit)
+    monkeypatch.setattr(planner, "shared_limit", lambda device: shared_limit)
     arrays = [np.full(shape, -55, np.int32) for shape in plan_shapes(problem, "cuda")]
     native = clauses._replace(
         **{
