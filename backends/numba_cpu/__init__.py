@@ -33,7 +33,7 @@ class NumbaCpuBackend:
         return None
 
     def can_run(self, problem: Problem) -> str | None:
-        """Return None: every dtype and size that passes the door."""
+        """Return None for every dtype and size that passes the door, else the reason."""
         if problem.dtype not in DTYPES:
             return f"dtype must be one of {DTYPES}, got {problem.dtype}"
         return None

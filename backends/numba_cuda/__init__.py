@@ -37,9 +37,9 @@ def _find_reason() -> str | None:
         return None
     if find_spec("numba_cuda") is None:
         return f"numba-cuda is not installed: {_INSTALL}"
-    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
-        return f"cuda-bindings is not installed: {_INSTALL}"
     try:
+        if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+            return f"cuda-bindings is not installed: {_INSTALL}"
         from numba import cuda
 
         if not cuda.is_available():
@@ -84,7 +84,7 @@ class NumbaCudaBackend:
         return _find_reason()
 
     def can_run(self, problem: Problem) -> str | None:
-        """Return None: every dtype and size that passes the door."""
+        """Return None for every dtype and size that passes the door, else the reason."""
         if problem.dtype not in DTYPES:
             return f"dtype must be one of {DTYPES}, got {problem.dtype}"
         return None

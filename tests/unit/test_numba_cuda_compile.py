@@ -184,3 +184,16 @@ def test_names_in_the_disk_cache_follow_variant_and_sources():
     names = {entry_name(tensor_core_kernel("fwd", dtype)) for dtype in ("float16", "bfloat16")}
     assert len(names) == 2
     assert entry_name(tensor_core_kernel("fwd")) == entry_name(tensor_core_kernel("fwd"))
+
+
+def test_another_module_named_cuda_is_a_reason_not_an_exception(monkeypatch):
+    from scfa_core.backends import numba_cuda
+
+    def find_spec(name):
+        if name == "cuda.bindings":  # as importlib does where cuda is somebody's cuda.py
+            raise ModuleNotFoundError("__path__ attribute not found on 'cuda'")
+        return True
+
+    monkeypatch.setattr(numba_cuda, "find_spec", find_spec)
+    reason = numba_cuda._find_reason.__wrapped__()
+    assert reason.startswith("numba-cuda fails: ModuleNotFoundError: __path__")
