@@ -63,7 +63,7 @@ def attention(
     q : array, (batch, heads, seqlen_q, head_dim), float16 | bfloat16 | float32 | float64
         Queries: torch (autograd works), NumPy, CuPy, Numba, or anything with DLPack. Any strides
         with a contiguous last axis; not copied, not modified. head_dim is a multiple of 8 from 16
-        to 256. float64 on the CPU only.
+        to 256. float64 on the CPU, and on a GPU by ``numba-cuda`` alone.
     k : array, (batch, heads_kv, seqlen_k, head_dim)
         Keys; heads_kv divides heads, and query head h reads head ``h // (heads // heads_kv)``.
     v : array, (batch, heads_kv, seqlen_k, head_dim_v)

@@ -54,7 +54,8 @@ class Plan:
     """A pattern, lowered and sorted for one set of sizes; reuse it over layers and steps.
 
     Made by `scfa_core.make_plan`. Arrays are of the caller's kind and on its device; they hold no
-    scores and no values, only rows and ranges, 16 bytes per query row plus the backend's work list.
+    scores and no values, only rows and ranges: 12 bytes per query row, 4 per key row, and the
+    backend's work list.
 
     Attributes
     ----------
