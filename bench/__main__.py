@@ -2,7 +2,7 @@
 
 import sys
 
-from bench import report, run
+from bench import report
 
 
 def main(argv: list[str]) -> int:
@@ -16,6 +16,8 @@ def main(argv: list[str]) -> int:
 
         return accuracy.main(argv[1:])
     else:
+        from bench import run
+
         run.main(argv)
     return 0
 

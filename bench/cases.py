@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+# Methods that compute dense causal attention whatever the case's pattern is.
+DENSE_ONLY = ("sdpa-cudnn", "sdpa-flash", "sdpa-math", "flash-attn")
+
 
 @dataclass(frozen=True)
 class Case:
@@ -147,9 +150,14 @@ SETS: dict[str, Callable[[], Iterator[Case]]] = {
 }
 
 
+def every_case() -> dict[str, Case]:
+    """Return all cases of all sets by name."""
+    return {case.name: case for make in SETS.values() for case in make()}
+
+
 def select(names: list[str]) -> list[Case]:
     """Return the cases of the named sets, or single cases by their name, each once."""
-    every = {case.name: case for make in SETS.values() for case in make()}
+    every = every_case()
     chosen: dict[str, Case] = {}
     for name in names:
         if name in SETS:

@@ -216,4 +216,3 @@ METHODS: dict[str, Callable[[Inputs], Timed]] = {
     "flash-attn": flash_attn,
     "naive": naive,
 }
-DENSE_ONLY = ("sdpa-cudnn", "sdpa-flash", "sdpa-math", "flash-attn")

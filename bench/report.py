@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
-from bench import accuracy_page
+from bench import accuracy_page, plots
+from bench.cases import DENSE_ONLY, every_case, select
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 MODE_WORDS = {"forward": "fwd", "backward": "bwd", "plan": "plan", "planned": "fwd, plan given"}
+TIMES_HEAD = """\
+# Times: {card}
+
+Made by `python -m bench` and `python -m bench report ... --plots ... --page`, from stored JSON. A
+cell is the median of repeated calls in ms. Forward is the whole call from raw inputs, planning
+included; backward reuses the plan. What a row computes was held against float64 before it was
+timed (a dense peer's result on dense rows only)."""
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -45,17 +54,67 @@ def markdown(record: dict[str, Any], modes: tuple[str, ...] = ("forward", "backw
         cells = []
         for method in methods:
             found = [times.get((case, method, mode)) for mode in modes]
-            text = " / ".join("-" if ms is None else f"{ms:.3g}" for ms in found)
+            text = " / ".join("-" if ms is None else _three_digits(ms) for ms in found)
             cells.append("-" if not any(found) else text)
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", caption(record, rows)])
+
+
+def _three_digits(ms: float) -> str:
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
+def caption(record: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Say under a table what its rows share, where they come from and how busy the machine was."""
     facts = record["machine"]
+    known = every_case()
+    cases = [known[row["case"]] for row in rows if row["case"] in known]
+    words = []
+    for field in ("dtype", "batch", "heads", "head_dim"):
+        found = {getattr(case, field) for case in cases}
+        if len(found) == 1:
+            value = found.pop()
+            words.append(str(value) if field == "dtype" else f"{field} {value}")
     software = f"torch {facts['torch']}" + (f", CUDA {facts['cuda']}" if "cuda" in facts else "")
+    threads = f" ({facts['threads']} threads)" if "threads" in facts else ""
     changed = " with uncommitted changes" if facts.get("changed") else ""
-    lines += [
-        "",
-        f"{facts['card']}, {software}, commit {facts['commit']}{changed}, {facts['date']}.",
-    ]
-    return "\n".join(lines)
+    origin = f"{facts['card']}{threads}, {software}, commit {facts['commit']}{changed}"
+    later = dict.fromkeys(x["commit"] for x in facts.get("resumed", ()))
+    if later:
+        origin += f", rows added later at {', '.join(later)}"
+    text = f"{', '.join(words)}. {origin}, {facts['date'][:10]}."
+    loads = [row["load"] for row in rows if "load" in row]
+    if loads and "threads" in facts:
+        text += f" Load of the machine during the run: {min(loads):.1f} to {max(loads):.1f}."
+    dense = dict.fromkeys(row["method"] for row in rows if row["method"] in DENSE_ONLY)
+    if dense:
+        text += f" {', '.join(dense)}: dense causal attention, whatever the row's pattern."
+    return text
+
+
+def only(record: dict[str, Any], names: list[str] | None) -> dict[str, Any]:
+    """The record with the rows of the named sets or cases alone."""
+    if names is None or is_accuracy(record):
+        return record
+    wanted = {case.name for case in select(names)}
+    return record | {"rows": [row for row in record["rows"] if row["case"] in wanted]}
+
+
+def page(records: list[dict[str, Any]], pictures: list[tuple[str, str]]) -> str:
+    """Return a page: what it is, tables, then plots (paths relative to the page)."""
+    tables = "\n\n".join(page_or_table(record) for record in records)
+    if all(is_accuracy(record) for record in records):
+        return f"{accuracy_page.HEAD}\n{tables}\n"
+    parts = [TIMES_HEAD.format(card=records[0]["machine"]["card"]), tables]
+    for path, words in pictures:
+        parts += [
+            f"## {words}",
+            f"""<picture>
+<source media="(prefers-color-scheme: dark)" srcset="{path}-dark.png">
+<img src="{path}-light.png" alt="{words}">
+</picture>""",
+        ]
+    return "\n\n".join(parts) + "\n"
 
 
 def write_readme(text: str, readme: Path = ROOT / "README.md") -> None:
@@ -94,18 +153,28 @@ def _key(row: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def main(argv: list[str]) -> None:
-    """Print the tables of result files; put them into the README or a page of their own."""
+    """Print the tables of result files; draw plots, fill the README, write a page."""
     parser = argparse.ArgumentParser(prog="python -m bench report", description=main.__doc__)
     parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--case", nargs="+", help="only rows of these sets or cases in the tables")
     parser.add_argument("--readme", action="store_true", help="fill the README's section")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw plots, light and dark")
     parser.add_argument("--page", type=Path, help="write a page, with the plots of --plots in it")
     args = parser.parse_args(argv)
-    records = [load(path) for path in args.files]
+    whole = [load(path) for path in args.files]
+    if len({is_accuracy(record) for record in whole}) > 1:
+        raise SystemExit("times and accuracy go to pages of their own")
+    records = [only(record, args.case) for record in whole]
     text = "\n\n".join(page_or_table(record) for record in records)
     print(text)
+    pictures = []
+    if args.plots:
+        for path, record in zip(args.files, whole, strict=True):
+            made = [] if is_accuracy(record) else plots.draw(record, args.plots, path.stem)
+            print(*(f"{args.plots / stem}-{{light,dark}}.png" for stem, _ in made), sep="\n")
+            home = os.path.relpath(args.plots, args.page.parent) if args.page else "."
+            pictures += [(f"{home}/{stem}", words) for stem, words in made]
     if args.readme:
         write_readme(text)
     if args.page:
-        if len({is_accuracy(record) for record in records}) > 1:
-            raise SystemExit("a page holds times or accuracy, not both")
-        args.page.write_text(f"{accuracy_page.HEAD}\n{text}\n")
+        args.page.write_text(page(records, pictures))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import scfa_core
-from bench.cases import SETS, Case, select
+from bench.cases import DENSE_ONLY, SETS, Case, select
 from bench.inputs import (
     TOLERANCE,
     Inputs,
@@ -24,7 +24,7 @@ from bench.inputs import (
     sampled_key_error,
     visible_pairs,
 )
-from bench.methods import DENSE_ONLY, METHODS, CannotRun, Timed, original
+from bench.methods import METHODS, CannotRun, Timed, original
 from bench.timing import extra_memory, host_microseconds, time_call
 
 MODES = ("forward", "backward", "plan", "planned")
@@ -183,7 +183,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.commit:
         record["machine"] |= {"commit": args.commit, "changed": False}
     if args.json and args.json.exists():
+        now = {key: record["machine"][key] for key in ("date", "commit", "changed")}
         record = json.loads(args.json.read_text())
+        record["machine"].setdefault("resumed", []).append(now)
     done = {(row["case"], row["method"], row["mode"]) for row in record["rows"]}
     for row in sweep(args, done):
         show(row)

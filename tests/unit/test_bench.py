@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -81,3 +83,57 @@ def test_accuracy_counts_a_wrong_or_infinite_entry():
     off = true._replace(dq=np.array([1.5, -np.inf]), dk=np.array([1.0, 0.0]))
     assert errors(off, true)["dq"] == {"max": 0.5, "norm": 0.5}
     assert errors(off, true)["dk"]["max"] == np.inf
+
+
+def timed(case, method, ms, density=0.5, mode="forward"):
+    spread = {"ms": ms, "low": ms, "high": ms, "density": density}
+    return {"case": case, "method": method, "mode": mode, **spread}
+
+
+def test_crossover_and_growth_are_where_the_lines_say():
+    from bench.plots import by_length, crossover, exponent, speedups
+
+    rows = []
+    for case, density, ms in (
+        ("cpu-dense-4k", 0.5, 200),
+        ("cpu-hash2-4k", 0.25, 100 * 2**0.5),
+        ("cpu-hash8-4k", 0.0625, 100 / 2**0.5),
+        ("cpu-hash32-4k", 0.015625, 10),
+    ):
+        rows += [timed(case, "scfa-numba-cpu", ms, density), timed(case, "sdpa-flash", 100)]
+    ((name, points),) = speedups({"rows": rows}, "forward").items()
+    assert "hash, T=4096" in name
+    assert [round(row["speedup"], 2) for _, row in points] == [10, 1.41, 0.71, 0.5]
+    assert abs(crossover(points) - 0.25) < 1e-3
+    assert crossover(points[:2]) is None
+
+    grown = [timed(f"growth-{n}k", "scfa-cupy", 2.0 * n) for n in (64, 128)]
+    ((_, points),) = by_length({"rows": grown}, "forward", growth=True).items()
+    assert abs(exponent(points) - 1) < 1e-9
+    assert not by_length({"rows": grown}, "forward", growth=False)
+
+
+def test_report_draws_both_themes_and_fills_only_its_section(tmp_path):
+    pytest.importorskip("matplotlib")
+    from bench import report
+
+    rows = [timed(f"cpu-hash16-{n}k", "scfa-numba-cpu", n) for n in (1, 4)]
+    facts = {
+        "card": "none",
+        "torch": "0",
+        "commit": "abc",
+        "date": "2026-01-01T00:00",
+        "threads": 1,
+    }
+    path = tmp_path / "few.json"
+    path.write_text(json.dumps({"machine": facts, "rows": rows}))
+    page = tmp_path / "page.md"
+    report.main([str(path), "--plots", str(tmp_path / "img"), "--page", str(page)])
+    for theme in ("light", "dark"):
+        assert (tmp_path / "img" / f"few-length-{theme}.png").read_bytes()[:4] == b"\x89PNG"
+        assert f"img/few-length-{theme}.png" in page.read_text()
+
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.write_readme("| new |", readme)
+    assert readme.read_text() == f"before\n{report.BEGIN}\n| new |\n{report.END}\nafter\n"

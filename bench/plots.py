@@ -1,0 +1,220 @@
+"""Plots from stored JSON, each once for a light and once for a dark page."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+from bench.cases import DENSE_ONLY, Case, every_case
+
+MODES = {"forward": "forward, whole call", "backward": "backward, plan given"}
+THEMES = {
+    "light": {"ink": "#1f2328", "grid": "#d0d7de", "page": "#ffffff"},
+    "dark": {"ink": "#e6edf3", "grid": "#30363d", "page": "#0d1117"},
+}
+COLORS = ("#2f81f7", "#f0883e", "#3fb950", "#db61a2", "#a371f7", "#d4a72c", "#39c5cf", "#8b949e")
+
+Series = dict[str, list[tuple[float, dict[str, Any]]]]
+
+
+def timed_rows(record: dict[str, Any], mode: str) -> list[tuple[Case, dict[str, Any]]]:
+    """Rows of one mode that hold a time, with the case each names."""
+    known = every_case()
+    return [
+        (known[row["case"]], row)
+        for row in record["rows"]
+        if row["mode"] == mode and "ms" in row and row["case"] in known
+    ]
+
+
+def by_length(record: dict[str, Any], mode: str, growth: bool) -> Series:
+    """Times against T of every method and pattern that has at least two lengths."""
+    series: Series = {}
+    for case, row in timed_rows(record, mode):
+        if case.name.startswith("growth") != growth:
+            continue
+        if row["method"] in DENSE_ONLY:
+            if case.kind != "dense" and not growth:
+                continue
+            label = f"{row['method']}, dense"
+        else:
+            label = f"{row['method']}, {'growing buckets' if growth else case.pattern}"
+        series.setdefault(label, []).append((case.seqlen, row))
+    pairs = {label: sorted(points, key=lambda x: x[0]) for label, points in series.items()}
+    return {label: points for label, points in pairs.items() if len({x for x, _ in points}) > 1}
+
+
+def speedups(record: dict[str, Any], mode: str) -> Series:
+    """Speed-up over the fastest dense peer of the same case, against the share of pairs seen.
+
+    Of each method and kind, the sweep with the most cases at one length; the dense case of that
+    length joins it.
+    """
+    rows = timed_rows(record, mode)
+    dense: dict[str, float] = {}
+    for case, row in rows:
+        if row["method"] in DENSE_ONLY:
+            dense[case.name] = min(row["ms"], dense.get(case.name, math.inf))
+    sweeps: dict[tuple[Any, ...], dict[str, tuple[float, dict[str, Any]]]] = {}
+    for case, row in rows:
+        growing = case.name.startswith("growth")
+        if row["method"] in DENSE_ONLY or case.name not in dense or growing:
+            continue
+        share = 2 * row["density"] * case.seqlen / (case.seqlen + 1)
+        point = share, row | {"speedup": dense[case.name] / row["ms"], "label": case.number}
+        shape = (case.seqlen, case.batch, case.heads, case.heads_kv, case.head_dim, case.dtype)
+        sweeps.setdefault((row["method"], case.kind, shape), {})[case.name] = point
+    best: Series = {}
+    for (method, kind, shape), found in sweeps.items():
+        if kind not in ("hash", "qk") or len(found) < 3:
+            continue
+        points = [*found.values(), *sweeps.get((method, "dense", shape), {}).values()]
+        label = f"{method}, {kind}, T={shape[0]}"
+        best[label] = sorted(points, key=lambda x: x[0])
+    return best
+
+
+def crossover(points: list[tuple[float, dict[str, Any]]]) -> float | None:
+    """Share of pairs at which the speed-up passes 1, between two measured points; None if never."""
+    for (x0, low), (x1, high) in itertools.pairwise(points):
+        y0, y1 = math.log(low["speedup"]), math.log(high["speedup"])
+        if y0 >= 0 > y1 or y0 < 0 <= y1:
+            return math.exp(math.log(x0) + (math.log(x1) - math.log(x0)) * y0 / (y0 - y1))
+    return None
+
+
+def exponent(points: list[tuple[float, dict[str, Any]]]) -> float:
+    """By which power of T the time grows, from the first to the last point."""
+    (x0, first), (x1, last) = points[0], points[-1]
+    return math.log(last["ms"] / first["ms"]) / math.log(x1 / x0)
+
+
+def draw(record: dict[str, Any], folder: Path, stem: str) -> list[tuple[str, str]]:
+    """Write every plot that the record has rows for; return (file stem, caption) of each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    for name, (caption, find, paint) in PLOTS.items():
+        panels = {mode: find(record, mode) for mode in MODES}
+        panels = {mode: series for mode, series in panels.items() if series}
+        if not panels:
+            continue
+        for theme in THEMES:
+            _figure(panels, paint, theme, folder / f"{stem}-{name}-{theme}.png")
+        made.append((f"{stem}-{name}", caption))
+    return made
+
+
+def _figure(panels: dict[str, Series], paint: Any, theme: str, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    look = THEMES[theme]
+    style = {
+        "font.size": 9,
+        "text.color": look["ink"],
+        "axes.labelcolor": look["ink"],
+        "axes.edgecolor": look["grid"],
+        "xtick.color": look["ink"],
+        "ytick.color": look["ink"],
+        "grid.color": look["grid"],
+        "axes.facecolor": look["page"],
+        "figure.facecolor": look["page"],
+        "savefig.facecolor": look["page"],
+        "legend.frameon": False,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with plt.rc_context(style):
+        width = 4.8 * len(panels)
+        figure, axes = plt.subplots(1, len(panels), figsize=(width, 4.0), squeeze=False)
+        for axis, (mode, series) in zip(axes[0], panels.items(), strict=True):
+            axis.set_title(MODES[mode])
+            axis.grid(True, which="major", linewidth=0.6)
+            axis.minorticks_off()
+            paint(axis, series, look["ink"])
+            axis.legend(fontsize=7.5)
+        figure.tight_layout()
+        figure.savefig(path, dpi=110, metadata={"Software": None})
+        plt.close(figure)
+
+
+def _log_axes(axis: Any, ticks: list[float], words: list[str]) -> None:
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xticks(ticks, words)
+    axis.minorticks_off()
+
+
+def _times(axis: Any, series: Series, ink: str, label: Any = lambda name, points: name) -> None:
+    lengths = sorted({x for points in series.values() for x, _ in points})
+    _log_axes(axis, lengths, [f"{x // 1024:g}k" for x in lengths])
+    for (name, points), color in zip(series.items(), COLORS * 4, strict=False):
+        ms = [row["ms"] for _, row in points]
+        spread = [
+            [row["ms"] - row["low"] for _, row in points],
+            [row["high"] - row["ms"] for _, row in points],
+        ]
+        axis.errorbar(
+            [x for x, _ in points],
+            ms,
+            yerr=spread,
+            marker="o",
+            markersize=3.5,
+            linewidth=1.4,
+            capsize=2,
+            color=color,
+            label=label(name, points),
+        )
+    axis.set_xlabel("sequence length T")
+    axis.set_ylabel("ms, median; bars: 20 % to 80 %")
+
+
+def _growth(axis: Any, series: Series, ink: str) -> None:
+    _times(axis, series, ink, lambda name, points: f"{name}: T^{exponent(points):.2f}")
+
+
+def _speedup(axis: Any, series: Series, ink: str) -> None:
+    ticks = [1.0, 0.5, 0.25, 0.1, 0.05, 0.02, 0.01]
+    smallest = min(x for points in series.values() for x, _ in points)
+    ticks = [x for x in ticks if x >= smallest * 0.8]
+    _log_axes(axis, ticks, [f"{100 * x:g} %" for x in ticks])
+    axis.axhline(1.0, color=ink, linewidth=1.0, linestyle=":")
+    for (name, points), color in zip(series.items(), COLORS * 4, strict=False):
+        at = crossover(points)
+        note = "no crossover measured" if at is None else f"crossover at {100 * at:.0f} %"
+        xs, ys = [x for x, _ in points], [row["speedup"] for _, row in points]
+        axis.plot(
+            xs, ys, marker="o", markersize=3.5, linewidth=1.4, color=color, label=f"{name}: {note}"
+        )
+        if at is not None:
+            axis.axvline(at, color=color, linewidth=1.0, linestyle="--")
+        for x, row in points:
+            if row["label"]:
+                where = {"textcoords": "offset points", "xytext": (3, 4), "fontsize": 7}
+                axis.annotate(str(row["label"]), (x, row["speedup"]), color=color, **where)
+    axis.invert_xaxis()
+    most = max(row["speedup"] for points in series.values() for _, row in points)
+    heights = [x for x in (0.25, 0.5, 1, 2, 5, 10, 20, 50, 100) if x <= most * 1.1]
+    axis.set_yticks(heights, [f"{x:g}x" for x in heights])
+    axis.minorticks_off()
+    axis.set_xlabel("pairs seen, of the causal ones (points: buckets, or % dropped)")
+    axis.set_ylabel("speed-up over the fastest dense peer")
+
+
+PLOTS = {
+    "length": (
+        "Time against sequence length",
+        lambda record, mode: by_length(record, mode, growth=False),
+        _times,
+    ),
+    "speedup": ("Speed-up over dense attention against sparsity", speedups, _speedup),
+    "growth": (
+        "Growth with buckets of constant size",
+        lambda record, mode: by_length(record, mode, growth=True),
+        _growth,
+    ),
+}
