@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from scfa_core.arrays import (
 from scfa_core.dispatch import Backend, choose_backend, choose_for_plan, requested_backend
 from scfa_core.errors import PatternError
 from scfa_core.lowering import lower
-from scfa_core.patterns import Causal, KeyRanges, Pattern, QKSparse
+from scfa_core.patterns import Causal, Intersection, KeyRanges, Pattern, QKSparse
 from scfa_core.plan import Plan
 from scfa_core.problem import (
     Problem,
@@ -279,16 +280,23 @@ def prepare(
 
 
 def adopt_pattern(pattern: Any) -> Any:
-    """View foreign arrays of a pattern as NumPy or CuPy, in place."""
+    """View foreign arrays of a pattern as NumPy or CuPy; the caller's pattern stays as it is.
+
+    Every call views them anew, for a view of a GPU array waits for what its library does to it.
+    """
     if not isinstance(pattern, Pattern):
         return pattern
+    parts = []
     for part in pattern.parts:
-        for name in _ARRAY_FIELDS:
-            x = getattr(part, name, None)
-            adopted = adopt(x)
-            if adopted is not x:
-                setattr(part, name, adopted)
-    return pattern
+        given = {name: getattr(part, name, None) for name in _ARRAY_FIELDS}
+        views = {name: adopt(x) for name, x in given.items()}
+        if any(views[name] is not x for name, x in given.items()):
+            part = copy(part)
+            for name, x in given.items():
+                if x is not None:
+                    setattr(part, name, views[name])
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else Intersection(*parts)
 
 
 def _heads_first(framework: Framework, x: Any, layout: str) -> Any:
