@@ -107,11 +107,13 @@ def _of_keys(case: Case, got: Results, b: int, g: int, keys: np.ndarray) -> list
     dk, plain_dk, size_dk = (np.zeros(shapes[0]) for _ in range(3))
     dv, plain_dv, size_dv = (np.zeros(shapes[1]) for _ in range(3))
 
+    acc = np.float64 if spec.dtype == "float64" else np.float32
+
     def step(x: np.ndarray) -> np.ndarray:
-        return widen(narrow(x, spec.dtype), spec.dtype)
+        return widen(narrow(x.astype(np.float64), spec.dtype), spec.dtype).astype(acc)
 
     for h in range(g * group, (g + 1) * group):
-        head_dk, head_dv = np.zeros(shapes[0]), np.zeros(shapes[1])
+        head_dk, head_dv = np.zeros(shapes[0], acc), np.zeros(shapes[1], acc)
         for first in range(0, spec.seqlen_q, STRETCH):
             rows = np.arange(first, min(first + STRETCH, spec.seqlen_q))
             q, dout = (widen(x[b, h, rows], spec.dtype) for x in (case.q, case.dout))
@@ -124,8 +126,8 @@ def _of_keys(case: Case, got: Results, b: int, g: int, keys: np.ndarray) -> list
             dv += p.T @ dout
 
             # the formula as a framework evaluates it, every step rounded (testing.baseline)
-            head_dk += step(step(p) * (step(dp) - delta)).T @ q
-            head_dv += step(p).T @ dout
+            head_dk += step(step(p) * (step(dp) - delta.astype(acc))).T @ q.astype(acc)
+            head_dv += step(p).T @ dout.astype(acc)
 
             # squares of the terms' sizes (testing.magnitudes)
             noise = np.sqrt(q**2 @ k[keys].T ** 2) + np.abs(q @ k[keys].T)
@@ -137,7 +139,7 @@ def _of_keys(case: Case, got: Results, b: int, g: int, keys: np.ndarray) -> list
             size_ds = size_p * (np.sqrt(dout**2 @ v[keys].T ** 2) + np.abs(delta))
             size_dk += (size_ds**2).T @ q**2 * scale**2
             size_dv += (size_p**2).T @ dout**2
-        plain_dk += step(step(head_dk) * scale)
+        plain_dk += step(step(head_dk) * acc(scale))
         plain_dv += step(head_dv)
     judge_one = testing._judge_one
     return [
