@@ -81,7 +81,7 @@ def caption(record: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     origin = f"{facts['card']}{threads}, {software}, commit {facts['commit']}{changed}"
     later = dict.fromkeys(x["commit"] for x in facts.get("resumed", ()))
     if later:
-        origin += f", rows added later at {', '.join(later)}"
+        origin += f", resumed at {', '.join(later)}"
     text = f"{', '.join(words)}. {origin}, {facts['date'][:10]}."
     loads = [row["load"] for row in rows if "load" in row]
     if loads and "threads" in facts:
@@ -115,6 +115,18 @@ def page(records: list[dict[str, Any]], pictures: list[tuple[str, str]]) -> str:
 </picture>""",
         ]
     return "\n\n".join(parts) + "\n"
+
+
+def _beside(records: list[dict[str, Any]]) -> str:
+    """What a reader of the README's tables should know: where more is, and what is not there."""
+    pages = {"More rows and plots": "docs/perf/cpu.md", "errors": "docs/perf/accuracy.md"}
+    links = [
+        f"{words}: [{path}]({path})" for words, path in pages.items() if (ROOT / path).exists()
+    ]
+    text = f"{'; '.join(links)}. " if links else ""
+    if not any("cuda" in record["machine"] for record in records):
+        text += "No GPU figures are recorded in this form yet."
+    return text.strip()
 
 
 def write_readme(text: str, readme: Path = ROOT / "README.md") -> None:
@@ -175,6 +187,6 @@ def main(argv: list[str]) -> None:
             home = os.path.relpath(args.plots, args.page.parent) if args.page else "."
             pictures += [(f"{home}/{stem}", words) for stem, words in made]
     if args.readme:
-        write_readme(text)
+        write_readme(f"{text}\n\n{_beside(records)}")
     if args.page:
         args.page.write_text(page(records, pictures))
