@@ -8,14 +8,16 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import scfa_core
+from bench import jit
 from bench.cases import DENSE_ONLY, SETS, Case, select
+from bench.floor import Ceilings, floor_facts, useful_flops
 from bench.inputs import (
     TOLERANCE,
     Inputs,
@@ -24,10 +26,11 @@ from bench.inputs import (
     sampled_key_error,
     visible_pairs,
 )
+from bench.limits import OverLimit, limited, progress
 from bench.methods import METHODS, CannotRun, Timed, original
 from bench.timing import extra_memory, host_microseconds, time_call
 
-MODES = ("forward", "backward", "plan", "planned")
+MODES = ("forward", "backward", "plan", "planned", "jit")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -82,7 +85,14 @@ def check(inputs: Inputs, name: str, timed: Timed, modes: list[str]) -> float:
     return error
 
 
-def measure(inputs: Inputs, name: str, method: Any, modes: list[str], budget: float) -> Any:
+def measure(
+    inputs: Inputs,
+    name: str,
+    method: Any,
+    modes: list[str],
+    budget: float,
+    ceilings: Ceilings | None = None,
+) -> Iterator[dict[str, Any]]:
     """Time one method on one case; yield a row per mode."""
     case = inputs.case
     timed = method(inputs)
@@ -95,7 +105,7 @@ def measure(inputs: Inputs, name: str, method: Any, modes: list[str], budget: fl
         if run is None:
             continue
         timing = time_call(run, case.device, budget)
-        flops = {"forward": 4, "planned": 4, "backward": 10}.get(mode, 0) * pairs * case.head_dim
+        flops = useful_flops(case, mode, pairs)
         yield {
             "case": case.name,
             "method": name,
@@ -111,6 +121,7 @@ def measure(inputs: Inputs, name: str, method: Any, modes: list[str], budget: fl
             "host_us": round(host_microseconds(run), 1) if _host_matters(case, mode) else None,
             "error": error,
             "load": round(os.getloadavg()[0], 2),
+            **floor_facts(case, mode, pairs, timing.median, ceilings),
         }
 
 
@@ -118,27 +129,65 @@ def _host_matters(case: Case, mode: str) -> bool:
     return case.device == "cuda" and mode == "planned" and case.seqlen <= 4096
 
 
-def sweep(args: argparse.Namespace, done: set[tuple[str, str, str]]) -> Iterator[dict[str, Any]]:
+def sweep(
+    args: argparse.Namespace,
+    done: set[tuple[str, str, str]],
+    started: Callable[[str], None] = lambda name: None,
+) -> Iterator[dict[str, Any]]:
     """Go through cases and methods; what is in `done` is not run again."""
     methods = dict(METHODS)
     if args.original:
         methods["original"] = original(args.original)
+    modes = [mode for mode in args.mode if mode != "jit"]
+    wanted = modes + (list(jit.MODES) if "jit" in args.mode else [])
     for case in select(args.case):
+        started(case.name)
         names = args.method or default_methods(case, bool(args.original))
-        missing = [
-            name for name in names if any((case.name, name, mode) not in done for mode in args.mode)
-        ]
-        if not missing:
-            continue
-        inputs = make_inputs(case)
-        for name in missing:
-            try:
-                yield from measure(inputs, name, methods[name], args.mode, args.seconds)
-            except (CannotRun, torch.OutOfMemoryError) as reason:
-                yield {"case": case.name, "method": name, "mode": "-", "reason": str(reason)}
-        del inputs
-        if case.device == "cuda":
-            torch.cuda.empty_cache()
+        left = {
+            name: missing
+            for name in names
+            if (missing := [mode for mode in wanted if (case.name, name, mode) not in done])
+        }
+        timed = [name for name, missing in left.items() if set(missing) & set(modes)]
+        if timed:
+            yield from _timed_rows(case, {name: methods[name] for name in timed}, modes, args)
+        for name, missing in left.items():
+            if set(missing) & set(jit.MODES):
+                yield from jit.rows(case.name, name, args.limit)
+
+
+def _timed_rows(
+    case: Case, methods: dict[str, Any], modes: list[str], args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Rows of one case, within its time limit; a method that was not reached says so."""
+    waiting = list(methods)
+    try:
+        yield from limited(_rows_of(case, methods, modes, args, waiting), args.limit)
+    except OverLimit as reason:
+        for name in waiting:
+            yield {"case": case.name, "method": name, "mode": "-", "reason": str(reason)}
+    if case.device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _rows_of(
+    case: Case,
+    methods: dict[str, Any],
+    modes: list[str],
+    args: argparse.Namespace,
+    waiting: list[str],
+) -> Iterator[dict[str, Any]]:
+    """Rows of one case; a method leaves `waiting` when it is done."""
+    ceilings = None
+    if case.device == "cuda" and args.gbps and args.tflops:
+        ceilings = Ceilings(args.gbps, args.tflops)
+    inputs = make_inputs(case)
+    for name, method in methods.items():
+        try:
+            yield from measure(inputs, name, method, modes, args.seconds, ceilings)
+        except (CannotRun, torch.OutOfMemoryError) as reason:
+            yield {"case": case.name, "method": name, "mode": "-", "reason": str(reason)}
+        waiting.remove(name)
 
 
 def default_methods(case: Case, with_original: bool) -> list[str]:
@@ -173,9 +222,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mode", nargs="+", default=["forward", "backward"], choices=MODES)
     parser.add_argument("--seconds", type=float, default=1.0, help="of repeats, per row")
     parser.add_argument("--json", type=Path, help="rows are added; rows already there are kept")
+    parser.add_argument("--limit", type=float, help="seconds for a case, all its methods together")
+    parser.add_argument("--gbps", type=float, help="ceiling of memory, 1e9 bytes a second")
+    parser.add_argument("--tflops", type=float, help="ceiling of arithmetic, 1e12 flops a second")
     parser.add_argument("--commit", help="name of the sources, where git cannot tell")
     parser.add_argument("--original", help="path of the original's Triton file, to time it too")
     args = parser.parse_args(argv)
+    if bool(args.gbps) != bool(args.tflops):
+        raise SystemExit("the floor needs both ceilings: --gbps and --tflops")
+    if args.original and "jit" in args.mode:
+        raise SystemExit("--mode jit does not time the original")
     cases = select(args.case)
     if any(case.device == "cuda" for case in cases) and not torch.cuda.is_available():
         raise SystemExit("these cases need a CUDA device, and torch sees none")
@@ -185,13 +241,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.json and args.json.exists():
         now = {key: record["machine"][key] for key in ("date", "commit", "changed")}
         record = json.loads(args.json.read_text())
+        record["rows"] = [row for row in record["rows"] if "ms" in row]
         record["machine"].setdefault("resumed", []).append(now)
     done = {(row["case"], row["method"], row["mode"]) for row in record["rows"]}
-    for row in sweep(args, done):
-        show(row)
-        record["rows"].append(row)
-        if args.json:
-            args.json.write_text(json.dumps(record, indent=1) + "\n")
+    with progress(len(cases)) as started:
+        for row in sweep(args, done, started):
+            show(row)
+            record["rows"].append(row)
+            if args.json:
+                args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

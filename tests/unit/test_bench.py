@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,53 @@ def test_report_draws_both_themes_and_fills_only_its_section(tmp_path):
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     report.write_readme("| new |", readme)
     assert readme.read_text() == f"before\n{report.BEGIN}\n| new |\n{report.END}\nafter\n"
+
+
+def test_limit_stops_a_case_and_says_so():
+    from bench.limits import OverLimit, limited
+
+    def slow():
+        yield 1
+        time.sleep(5)
+        yield 2
+
+    rows, start = limited(slow(), 0.2), time.monotonic()
+    assert next(rows) == 1
+    time.sleep(0.3)  # the caller's own time does not count
+    with pytest.raises(OverLimit, match=r"0\.2 s"):
+        next(rows)
+    assert time.monotonic() - start < 3
+    assert list(limited(iter("ab"), None)) == ["a", "b"]
+    out = bench("--case", "cpu-dense-8k", "--method", "scfa-numba-cpu", "--limit", 0.01)
+    assert "not run: over the limit" in out
+
+
+def test_floor_by_hand():
+    from bench.cases import Case
+    from bench.floor import Ceilings, floor_facts
+
+    case = Case("x", 1, 4, 2, 1000, 64, "dense")
+    # q and out: 2 * 4000 rows, k and v: 2 * 2000 rows, of 128 bytes; lse: 4000 * 4 bytes
+    moved = 12000 * 128 + 16000
+    facts = floor_facts(case, "forward", 10, 1.0, Ceilings(1.0, 1.0))
+    assert facts["floor_by"] == "bytes"
+    assert facts["floor_ms"] == pytest.approx(moved / 1e6)
+    assert facts["floor_share"] == pytest.approx(moved / 1e6, abs=1e-4)
+    # q, out, dout, dq and k, v, dk, dv
+    assert floor_facts(case, "backward", 10, 1.0, Ceilings(1.0, 1.0))["floor_ms"] == pytest.approx(
+        (24000 * 128 + 16000) / 1e6
+    )
+    many = floor_facts(case, "backward", 10**9, 1.0, Ceilings(1000.0, 1.0))
+    assert many["floor_by"] == "flops"
+    assert many["floor_ms"] == pytest.approx(640.0)
+    assert floor_facts(case, "plan", 10, 1.0, Ceilings(1.0, 1.0)) == {}
+
+
+def test_jit_rows_of_a_method_without_compiling_and_of_one_that_cannot_run():
+    from bench import jit
+
+    rows = list(jit.rows("smoke-dense", "naive", 120))
+    assert [row["mode"] for row in rows] == list(jit.MODES)
+    assert all(row["first_ms"] > 0 and row["second_ms"] > 0 for row in rows)
+    (row,) = jit.rows("smoke-hash4", "scfa-numba-cpu", 0.01)
+    assert "limit" in row["reason"]
