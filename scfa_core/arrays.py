@@ -312,9 +312,12 @@ def _cupy_framework() -> CupyFramework:
 
 
 def is_torch_tensor(x: Any) -> bool:
-    """Whether `x` is a torch tensor, without importing torch."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(x, torch.Tensor)
+    """Whether `x` is a torch tensor, without importing torch.
+
+    Not by ``sys.modules``: torch.compile would walk through every module of the process, and fails
+    if one is imported meanwhile.
+    """
+    return any(base.__module__ == "torch" and base.__name__ == "Tensor" for base in type(x).__mro__)
 
 
 def is_numba_device_array(x: Any) -> bool:

@@ -22,8 +22,12 @@ __all__ = ["attention_over", "merge_attention", "namespace"]
 
 def namespace(x: Any) -> Any:
     """The library of an array (torch, numpy, cupy), already imported by whoever made it."""
-    name = "torch" if is_torch_tensor(x) else type(x).__module__.partition(".")[0]
-    if name not in ("torch", "numpy", "cupy"):
+    if is_torch_tensor(x):
+        import torch
+
+        return torch
+    name = type(x).__module__.partition(".")[0]
+    if name not in ("numpy", "cupy"):
         raise PatternError(
             f"merging takes torch, NumPy and CuPy arrays, got {type(x).__name__}; convert by DLPack"
         )

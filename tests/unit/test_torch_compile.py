@@ -1,5 +1,6 @@
 """torch.compile: whole graphs, one compilation for all batches, the eager numbers."""
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="the torch bridge needs torch (extra 'torch')")
@@ -7,6 +8,8 @@ torch = pytest.importorskip("torch", reason="the torch bridge needs torch (extra
 from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 
 import scfa_core as scfa  # noqa: E402
+from scfa_core import arrays  # noqa: E402
+from scfa_core.merging import merge_attention  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 BACKEND = "reference"
@@ -214,3 +217,27 @@ def test_export():
     program = torch.export.export(Layer(), arguments, dynamic_shapes=shapes)
     longer = tuple(x.detach() for x in batch(1, seqlen=21))
     torch.testing.assert_close(program.module()(*longer), everything(*longer))
+
+
+def test_tensors_are_known_without_the_list_of_modules(monkeypatch):
+    """Traced, that list would be walked through whole, and a process may import meanwhile."""
+    monkeypatch.delattr(arrays, "sys")
+    for x in (torch.zeros(2), torch.nn.Parameter(torch.zeros(2)), torch.zeros(2, device="meta")):
+        assert arrays.is_torch_tensor(x)
+    for x in (np.zeros(2), None, torch.float32, [torch.zeros(2)]):
+        assert not arrays.is_torch_tensor(x)
+    function, counter = counted(attention_over_halves)
+    x = torch.randn(1, 1, 8, 16)
+    right = scfa.attention(x, x, x, scfa.SlidingWindow(8, causal=False), backend=BACKEND)
+    torch.testing.assert_close(function(x), right)
+    assert counter.frame_count == 1
+
+
+def attention_over_halves(x):
+    halves = x[:, :, :4], x[:, :, 4:]
+    everything = scfa.SlidingWindow(8, causal=False)
+    parts = [
+        scfa.attention(x, half, half, everything, return_lse=True, backend=BACKEND)
+        for half in halves
+    ]
+    return merge_attention(*zip(*parts, strict=True))[0]
