@@ -11,6 +11,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def from_the_checkout(monkeypatch):
+    """`bench` is not installed: it is imported from the root of the checkout."""
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
 def bench(*arguments, code=0):
     done = subprocess.run(
         [sys.executable, "-m", "bench", *map(str, arguments)],
