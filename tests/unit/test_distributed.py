@@ -134,6 +134,7 @@ def work(rank, folder):
         results["refused"] = str(error)
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
+    dist.barrier()  # a rank that leaves first makes gloo abort the other
     dist.destroy_process_group()
 
 
