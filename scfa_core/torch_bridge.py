@@ -97,8 +97,8 @@ def attention_backward(
     requested = requested_backend(backend)
     call = find_call(q, k, v, softmax_scale, layout, deterministic, requested, given)
     check_backward(call, dout=dout, out=out, lse=lse)
-    arrays = native_plan(given or _plan_for(pattern, call), call)
-    return run_backward(call, arrays, dout, None, q, k, v, out, lse)
+    plan = _plan_for(pattern, call)  # held here: addresses alone do not keep its memory
+    return run_backward(call, native_plan(plan, call), dout, None, q, k, v, out, lse)
 
 
 def make_plan(
