@@ -37,6 +37,7 @@ _DEFAULT_SHARED_LIMIT = 48 * 1024
 _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 _MAJOR, _MINOR = 75, 76  # cudaDevAttrComputeCapability{Major,Minor}
 _SHARED_OPTIN = 97  # cudaDevAttrMaxSharedMemoryPerBlockOptin
+_MULTIPROCESSORS = 16  # cudaDevAttrMultiProcessorCount
 
 
 def _cuda_error(what: str, error: Any) -> Exception:
@@ -173,6 +174,14 @@ def shared_limit(device: int) -> int:
     from cupy.cuda import runtime
 
     return int(runtime.deviceGetAttribute(_SHARED_OPTIN, device))
+
+
+@cache
+def multiprocessors(device: int) -> int:
+    """Return the multiprocessors of a card."""
+    from cupy.cuda import runtime
+
+    return int(runtime.deviceGetAttribute(_MULTIPROCESSORS, device))
 
 
 @cache

@@ -1,15 +1,18 @@
-"""Clauses to plan, on the device: two launches, no look at a value, no wait.
+"""Clauses to plan, on the device: one to three launches, no look at a value, no wait.
 
 Mirrors cuda/plan_params.cuh field by field. Lists are sorted by plan_sort and ranges found by
-plan_ranges; where there is nothing to sort, plan_identity writes both at once.
+plan_ranges; where there is nothing to sort, plan_identity writes both at once. plan_causal goes
+first where the clauses are simple enough, and leaves the others only the lists whose ids it cannot
+take in one pass, which the device alone knows.
 """
 
 from __future__ import annotations
 
 import struct
 from functools import cache
+from typing import NamedTuple
 
-from scfa_core.backends.cupy_raw.loader import Kernel, get_kernel, shared_limit
+from scfa_core.backends.cupy_raw.loader import Kernel, get_kernel, multiprocessors, shared_limit
 
 from scfa_core.arrays import CallContext, DeviceArray
 from scfa_core.errors import PatternError
@@ -17,7 +20,7 @@ from scfa_core.lowering import Clauses
 from scfa_core.plan import PlanArrays
 from scfa_core.problem import Problem
 
-KERNEL_NAMES = ("plan_sort", "plan_ranges", "plan_identity")
+KERNEL_NAMES = ("plan_causal", "plan_sort", "plan_ranges", "plan_identity")
 MAX_COLUMNS = 8  # kMaxColumns
 RANGE_TILE = 4096  # kTile of plan_ranges
 IDENTITY_TILE = 1024  # kTile of plan_identity
@@ -25,12 +28,14 @@ RANGE_THREADS = 256
 FAR = 1 << 40  # an offset beyond every row
 _MAX_BINS = 256
 _SHARED_ROWS = 1 << 16  # the order buffer in shared memory holds 16-bit rows
-_STATIC_SHARED = 2048  # of plan_sort, rounded up
+_STATIC_SHARED = 2048  # of plan_sort or plan_causal, rounded up
+_MAX_BITS = 8  # kMaxDigitBits
+_LEAST_BITS = 5  # of plan_causal where shared memory is short
 
 _COLUMN = struct.Struct("<Qqqqq")
 _LIST_TAIL = struct.Struct("<QQQiiii")
-_SORT_TAIL = struct.Struct("<qii")
-_RANGE_TAIL = struct.Struct("<qqQQQQQQiiiiiiiiiiii")
+_SORT_TAIL = struct.Struct("<qQQQiiii")
+_RANGE_TAIL = struct.Struct("<qqQQQQQQQiiiiiiiiiiii")
 _NO_COLUMN = bytes(_COLUMN.size)
 
 
@@ -68,15 +73,69 @@ def sort_capacity(threads: int, lengths: tuple[int, int], most_shared: int) -> i
     return 0
 
 
+class OnePass(NamedTuple):
+    """How plan_causal is launched."""
+
+    threads: int
+    shared_bytes: int
+    max_bits: int
+    staged: bool  # rows are ordered in shared memory
+
+
+def one_pass_bytes(threads: int, bits: int, staged_rows: int) -> int:
+    """Dynamic shared memory of plan_causal: counts and first places of both sides, three orders."""
+    counts = 2 * 4 * (threads // 32 * ((1 << bits) + 1) + (1 << bits))
+    return counts + 16 + 3 * 2 * (staged_rows + 7)
+
+
+def choose_one_pass(lists: int, rows: int, multiprocessors: int, most_shared: int) -> OnePass:
+    """Shape plan_causal's blocks: two on a multiprocessor if there are lists for it."""
+    threads = 128 if rows <= 1024 else 256 if rows <= 2048 else 512
+    if lists > multiprocessors:
+        most = most_shared // 2
+    else:
+        most, threads = most_shared, 1024 if rows > 4096 else threads
+    most -= _STATIC_SHARED
+    for limit in (most, most_shared - _STATIC_SHARED):
+        for bits in range(_MAX_BITS, _LEAST_BITS - 1, -1):
+            size = one_pass_bytes(threads, bits, rows)
+            if rows < _SHARED_ROWS and size <= limit:
+                return OnePass(threads, size, bits, staged=True)
+    for bits in range(_MAX_BITS, -1, -1):
+        size = one_pass_bytes(threads, bits, 0)
+        if size <= most:
+            break
+    return OnePass(threads, size, bits, staged=False)
+
+
+def fits_one_pass(problem: Problem, clauses: Clauses) -> bool:
+    """Whether plan_causal may serve lists: one group at most, as many queries as keys, causal."""
+    return (
+        clauses.hi_offset == 1
+        and clauses.lo_offset is None
+        and not clauses.starts
+        and problem.seqlen_q == problem.seqlen_k > 0
+        and len(clauses.q_groups) <= 1
+        and all(q.dtype == k.dtype for q, k in zip(clauses.q_groups, clauses.k_groups, strict=True))
+    )
+
+
 @cache
 def _kernel(name: str, device: int) -> Kernel:
     return get_kernel(f"scfa_{name}", f"{name}.cu", (), device)
 
 
 def sort_params(
-    problem: Problem, clauses: Clauses, plan: PlanArrays, k_scratch: int, capacity: int
+    problem: Problem,
+    clauses: Clauses,
+    plan: PlanArrays,
+    k_scratch: int,
+    done: int,
+    capacity: int,
+    one_pass: OnePass | None,
 ) -> bytes:
     """Pack SortParams; query lists borrow key_start as scratch, which plan_ranges fills later."""
+    max_bits, staged = (one_pass.max_bits, one_pass.staged) if one_pass else (0, False)
     queries = _LIST_TAIL.pack(
         plan.q_index.pointer,
         plan.q_count.pointer,
@@ -103,13 +162,22 @@ def sort_params(
             _columns(clauses.k_groups, "group"),
             _columns(clauses.k_keeps, "keep"),
             keys,
-            _SORT_TAIL.pack(problem.batch * problem.heads, capacity, 0),
+            _SORT_TAIL.pack(
+                problem.batch * problem.heads,
+                plan.key_start.pointer,
+                plan.key_end.pointer,
+                done,
+                capacity,
+                problem.group_size,
+                max_bits,
+                staged,
+            ),
         )
     )
 
 
 def range_params(
-    problem: Problem, clauses: Clauses, plan: PlanArrays, tiles: tuple[int, int]
+    problem: Problem, clauses: Clauses, plan: PlanArrays, done: int, tiles: tuple[int, int]
 ) -> bytes:
     """Pack RangeParams."""
     tail = _RANGE_TAIL.pack(
@@ -121,6 +189,7 @@ def range_params(
         plan.k_count.pointer,
         plan.key_start.pointer,
         plan.key_end.pointer,
+        done,
         len(clauses.q_groups),
         len(clauses.starts),
         clauses.monotone,
@@ -152,7 +221,8 @@ def list_tiles(problem: Problem, tile: int) -> tuple[int, int]:
 def run_make_plan(problem: Problem, clauses: Clauses, plan: PlanArrays, ctx: CallContext) -> None:
     """Fill `plan` on the stream of `ctx`.
 
-    Workspace: none, or 4 bytes per key row where the keys outnumber the query rows.
+    Workspace: 4 bytes per key row where plan_causal goes first or the keys outnumber the query
+    rows, and 4 bytes per list.
     """
     n_query_lists = problem.batch * problem.heads
     n_key_lists = problem.batch * problem.heads_kv
@@ -164,22 +234,33 @@ def run_make_plan(problem: Problem, clauses: Clauses, plan: PlanArrays, ctx: Cal
             RANGE_THREADS,
             0,
             ctx.stream,
-            range_params(problem, clauses, plan, tiles),
+            range_params(problem, clauses, plan, 0, tiles),
         )
         return
     lengths = (problem.seqlen_q, problem.seqlen_k)
     threads = sort_threads(max(lengths))
     capacity = sort_capacity(threads, lengths, shared_limit(ctx.device))
-    if n_key_lists * problem.seqlen_k <= n_query_lists * problem.seqlen_q:
+    one_pass, done = None, 0
+    if fits_one_pass(problem, clauses):
+        one_pass = choose_one_pass(
+            n_query_lists, problem.seqlen_q, multiprocessors(ctx.device), shared_limit(ctx.device)
+        )
+        done = ctx.empty((n_query_lists,), "int32").pointer
+    if not one_pass and n_key_lists * problem.seqlen_k <= n_query_lists * problem.seqlen_q:
         k_scratch = plan.key_end.pointer  # plan_ranges fills it later
     else:
         k_scratch = ctx.empty((problem.batch, problem.heads_kv, problem.seqlen_k), "int32").pointer
+    params = sort_params(problem, clauses, plan, k_scratch, done, capacity, one_pass)
+    if one_pass:
+        _kernel("plan_causal", ctx.device).launch(
+            (n_query_lists, 1, 1), one_pass.threads, one_pass.shared_bytes, ctx.stream, params
+        )
     _kernel("plan_sort", ctx.device).launch(
         (n_query_lists + n_key_lists, 1, 1),
         threads,
         sort_shared_bytes(threads, capacity),
         ctx.stream,
-        sort_params(problem, clauses, plan, k_scratch, capacity),
+        params,
     )
     tiles = list_tiles(problem, RANGE_TILE)
     _kernel("plan_ranges", ctx.device).launch(
@@ -187,5 +268,5 @@ def run_make_plan(problem: Problem, clauses: Clauses, plan: PlanArrays, ctx: Cal
         RANGE_THREADS,
         0,
         ctx.stream,
-        range_params(problem, clauses, plan, tiles),
+        range_params(problem, clauses, plan, done, tiles),
     )

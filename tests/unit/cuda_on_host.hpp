@@ -22,6 +22,12 @@
 struct Index3 {
   unsigned x, y, z;
 };
+struct ushort4 {
+  unsigned short x, y, z, w;
+};
+struct int4 {
+  int x, y, z, w;
+};
 static Index3 threadIdx, blockIdx, blockDim, gridDim;
 static char* dynamic_shared;
 

@@ -20,6 +20,7 @@ from scfa_core.problem import Problem
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 KERNELS = {
+    "plan_causal": "SortParams",
     "plan_sort": "SortParams",
     "plan_ranges": "RangeParams",
     "plan_identity": "RangeParams",
@@ -153,6 +154,7 @@ def plan_on_host(library, monkeypatch, problem, clauses, *, order=0, shared_limi
     """Run the product's make_plan with its kernels on the host; returns the six arrays."""
     monkeypatch.setattr(planner, "_kernel", lambda name, device: HostKernel(library, name, order))
     monkeypatch.setattr(planner, "shared_limit", lambda device: shared_limit)
+    monkeypatch.setattr(planner, "multiprocessors", lambda device: 132)
     arrays = [np.full(shape, -55, np.int32) for shape in plan_shapes(problem, "cuda")]
     native = clauses._replace(
         **{
@@ -326,3 +328,71 @@ def test_searches_find_every_answer(library):
         for answer in (0, 1, length // 2, length - 1, length):
             assert library.wide_search(length, answer) == answer
             assert library.binary_search(length, answer) == answer
+
+
+def one_pass_problem(rng, rows, kind, heads_kv, top, share, dtype=np.int32):
+    """Causal problem with up to one group column and up to one keep column a side."""
+    problem = Problem(1, 2, heads_kv, rows, rows, 16, 16, "float32", "cpu", 1.0)
+    shapes = (1, 2, rows), (1, heads_kv, rows)
+    groups = [(rng.integers(-1, top, shape).astype(dtype),) for shape in shapes]
+    keeps = [((rng.random(shape) < share).astype(np.uint8),) for shape in shapes]
+    none = [(), ()]
+    columns = (groups if "hash" in kind else none, keeps if "keep" in kind else none)
+    return problem, Clauses(*columns[0], *columns[1], None, 1)
+
+
+@pytest.mark.parametrize("kind", ["hash", "keep", "hash and keep"])
+@pytest.mark.parametrize("rows", [1, 31, 33, 130, 1100])
+@pytest.mark.parametrize("heads_kv", [1, 2])
+def test_one_pass(library, monkeypatch, kind, rows, heads_kv):
+    """plan_causal alone: where it served every list, the others return at once."""
+    rng = np.random.default_rng(rows)
+    for order, share in ((0, 0.5), (1, 1.0), (2, 0.0)):
+        problem, clauses = one_pass_problem(rng, rows, kind, heads_kv, 20, share)
+        served = []
+        run = HostKernel.launch
+
+        def launch(self, grid, block, shared, stream, params, run=run, served=served):
+            name = self._run.__name__
+            if name == "run_plan_causal":
+                run(self, grid, block, shared, stream, params)
+                served.append(name)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(HostKernel, "launch", launch)
+            arrays = plan_on_host(library, monkeypatch, problem, clauses, order=order)
+        assert served == ["run_plan_causal"]
+        assert_equals_reference(arrays, problem, clauses)
+
+
+@pytest.mark.parametrize("top", [1, 2, 300, 5000, 2**40])
+@pytest.mark.parametrize("shared_limit", [100_000, 9000, 0], ids=["roomy", "tight", "none"])
+def test_one_pass_or_several(library, monkeypatch, top, shared_limit):
+    """Some lists are served at once, some need several passes, also of one key head."""
+    rng = np.random.default_rng(7)
+    dtype = np.int64 if top > 2**31 else np.int32
+    problem, clauses = one_pass_problem(rng, 400, "hash and keep", 1, top, 0.8, dtype)
+    clauses.q_groups[0][0, 1] %= 7  # the second head alone would fit
+    for order in range(3):
+        options = {"order": order, "shared_limit": shared_limit}
+        arrays = plan_on_host(library, monkeypatch, problem, clauses, **options)
+        assert_equals_reference(arrays, problem, clauses)
+
+
+def test_one_pass_takes_what_a_multiprocessor_holds():
+    from scfa_core.backends.cupy_raw.planner import choose_one_pass, one_pass_bytes
+
+    for rows in (1, 1000, 8192, 16384, 32768, 65535, 65536, 10**6):
+        for lists in (1, 24, 192, 4000):
+            for limit in (100 * 1024, 164 * 1024, 227 * 1024):
+                chosen = choose_one_pass(lists, rows, 132, limit)
+                assert chosen.shared_bytes <= limit - 2048
+                assert chosen.max_bits >= 4
+                staged_rows = rows if chosen.staged else 0
+                assert chosen.shared_bytes == one_pass_bytes(
+                    chosen.threads, chosen.max_bits, staged_rows
+                )
+    wide = choose_one_pass(192, 16384, 132, 227 * 1024)
+    assert wide.staged
+    assert wide.max_bits >= 6
+    assert 2 * (wide.shared_bytes + 2048) <= 227 * 1024

@@ -23,9 +23,13 @@ struct ListSet {
 
 struct SortParams {
   ListSet queries, keys;
-  i64 n_query_lists;  // batch * heads; key lists follow
-  int capacity;       // rows of the order buffer in shared memory
-  int unused;
+  i64 n_query_lists;    // batch * heads; key lists follow
+  int* key_start;       // (batch, heads, seqlen_q) out, by plan_causal only; likewise key_end
+  int* key_end;
+  int* done;            // (batch, heads): 1 where plan_causal served the list; null where it did not run
+  int capacity;         // plan_sort: rows of the order buffer in shared memory
+  int group_size;       // query heads per key head
+  int max_bits, staged; // plan_causal: bits of a digit, whether rows are ordered in shared memory
 };
 
 struct RangeParams {
@@ -38,6 +42,7 @@ struct RangeParams {
   int* k_count;              // (batch, heads_kv)
   int* key_start;            // (batch, heads, seqlen_q) out
   int* key_end;
+  const int* done;           // as in SortParams
   int n_groups, n_bounds, monotone, heads, heads_kv, group_size, seqlen_q, seqlen_k, batch, tiles_q, tiles_k, unused;
 };
 

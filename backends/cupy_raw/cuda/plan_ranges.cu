@@ -23,6 +23,7 @@ struct Walk {
 extern "C" __global__ void __launch_bounds__(kThreads, 4) scfa_plan_ranges(const __grid_constant__ RangeParams p) {
   __shared__ Lists lists;
   const i64 list = blockIdx.x / p.tiles_q;
+  if (p.done != nullptr && p.done[list]) return;
   const int batch = (int)(list / p.heads), head = (int)(list % p.heads);
   const i64 k_list = (i64)batch * p.heads_kv + head / p.group_size;
   if (threadIdx.x < 4 * kMaxColumns) fix_lists(p, batch, head, lists, threadIdx.x);

@@ -21,6 +21,10 @@ extern "C" __global__ void __launch_bounds__(512, 2) scfa_plan_sort(const __grid
   const ListSet& set = is_query ? p.queries : p.keys;
   const i64 id = is_query ? blockIdx.x : blockIdx.x - p.n_query_lists;
   const int length = set.length;
+  if (p.done != nullptr) {  // key lists were written along with the first query head of theirs
+    const i64 first_head = is_query ? id : id / set.heads * p.queries.heads + id % set.heads * p.group_size;
+    if (p.done[first_head]) return;
+  }
 
   // list: fix batch and head
   if (threadIdx.x < 2 * kMaxColumns) {
