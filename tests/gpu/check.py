@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import precompile
 import record
 
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -224,9 +225,13 @@ def main() -> int:
         return 2
     backends = os.environ.setdefault("SCFA_GPU_BACKENDS", "cupy").split(",")
     os.environ["SCFA_REQUIRE"] = "gpu"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of NumPy in each of the workers of -n
     seen = Recorder()
     if not options.times_only:
         start = time.time()
+        if "cupy" in backends:
+            precompile.compile_side_by_side()
+            print(f"compiled in {time.time() - start:.0f} s", flush=True)
         arguments = ["-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:benchmark", *rest]
         arguments.append(str(record.HERE))
         code = pytest.main(arguments, plugins=[seen])

@@ -1,9 +1,7 @@
 """What every GPU test shares: backends, reasons to skip, guarded memory, the worst errors seen."""
 
-import itertools
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,7 +10,6 @@ from scfa_core import testing
 
 BACKENDS = tuple(os.environ.get("SCFA_GPU_BACKENDS", "cupy").split(","))
 REQUIRED = "gpu" in os.environ.get("SCFA_REQUIRE", "").split(",")
-RANDOM_HEAD_DIMS = (16, 64, 128)
 GUARD = 512  # elements before and after every tensor
 
 
@@ -57,59 +54,7 @@ def backend(request, torch):
     reason = unavailable_reason(request.param)
     if reason is not None:
         missing(f"backend {request.param} cannot run here: {reason}")
-    if request.param == "cupy":
-        compile_side_by_side()
     return request.param
-
-
-def compile_side_by_side():
-    """Compile most of what the suite uses on all cores; the rest compiles when it is called."""
-    from scfa_core.backends.cupy_raw import launch_sm90, loader, planner, variants
-
-    widths = {
-        "bfloat16": (16, 32, 40, 64, 80, 96, 128, 192, 256),
-        "float16": (16, 64, 128, 256),
-        "float32": (16, 64, 128, 256),
-    }
-    cases = [(dtype, dim, dim, True, True) for dtype, dims in widths.items() for dim in dims]
-    cases += [
-        (dtype, *pair, True, monotone)
-        for dtype in widths
-        for pair in itertools.product(RANDOM_HEAD_DIMS, repeat=2)
-        for monotone in (True, False)
-    ]
-    cases += [(dtype, 64, 64, False, True) for dtype in widths]
-    chosen = {
-        variants.choose(
-            kernel,
-            dtype,
-            head_dim,
-            head_dim_v,
-            aligned=aligned,
-            monotone=monotone or kernel != "bwd_dkdv",
-            group_size=1,
-            shared_limit=227 * 1024,
-        )
-        for dtype, head_dim, head_dim_v, aligned, monotone in cases
-        for kernel in ("fwd", "bwd_dq", "bwd_dkdv")
-    }
-    requests = {(v.name, v.source, v.constants, "") for v in chosen}
-    requests |= {(f"scfa_{name}", f"{name}.cu", (), "") for name in planner.KERNEL_NAMES}
-    loader.preload(sorted(requests), 0, threads=os.cpu_count() or 4)
-    if loader.compute_capability(0) == (9, 0):
-        tables = {
-            "fwd_sm90": launch_sm90._FORWARD,
-            "bwd_dq_sm90": launch_sm90._DQ,
-            "bwd_dkdv_sm90": launch_sm90._DKDV,
-        }
-        jobs = [
-            (name, 0, dtype, head_dim, shape)
-            for name, table in tables.items()
-            for head_dim, shape in table.items()
-            for dtype in ("bfloat16", "float16")
-        ]
-        with ThreadPoolExecutor(len(jobs)) as pool:
-            list(pool.map(lambda job: launch_sm90._kernel(*job), jobs))
 
 
 @pytest.fixture(params=["auto", "sm80"])

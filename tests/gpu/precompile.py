@@ -1,0 +1,63 @@
+"""Compile what the GPU suite uses on all cores, so that its tests find it on disk."""
+
+import itertools
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+RANDOM_HEAD_DIMS = (16, 64, 128)
+
+
+def compile_side_by_side():
+    """Compile most of what the suite uses on all cores; the rest compiles when it is called."""
+    from scfa_core.backends.cupy_raw import launch_sm90, loader, planner, variants
+
+    widths = {
+        "bfloat16": (16, 32, 40, 64, 80, 96, 128, 192, 256),
+        "float16": (16, 64, 128, 256),
+        "float32": (16, 64, 128, 256),
+    }
+    cases = [(dtype, dim, dim, True, True) for dtype, dims in widths.items() for dim in dims]
+    cases += [
+        (dtype, *pair, True, monotone)
+        for dtype in widths
+        for pair in itertools.product(RANDOM_HEAD_DIMS, repeat=2)
+        for monotone in (True, False)
+    ]
+    cases += [(dtype, 64, 64, False, True) for dtype in widths]
+    cases += [
+        ("bfloat16", *pair, True, monotone)
+        for pair in ((24, 256), (192, 128))
+        for monotone in (True, False)
+    ]
+    chosen = {
+        variants.choose(
+            kernel,
+            dtype,
+            head_dim,
+            head_dim_v,
+            aligned=aligned,
+            monotone=monotone or kernel != "bwd_dkdv",
+            group_size=group_size,
+            shared_limit=227 * 1024,
+        )
+        for dtype, head_dim, head_dim_v, aligned, monotone in cases
+        for kernel in ("fwd", "bwd_dq", "bwd_dkdv")
+        for group_size in (1, 2, 3, 8)
+    }
+    requests = {(v.name, v.source, v.constants, "") for v in chosen}
+    requests |= {(f"scfa_{name}", f"{name}.cu", (), "") for name in planner.KERNEL_NAMES}
+    loader.preload(sorted(requests), 0, threads=os.cpu_count() or 4)
+    if loader.compute_capability(0) == (9, 0):
+        tables = {
+            "fwd_sm90": launch_sm90._FORWARD,
+            "bwd_dq_sm90": launch_sm90._DQ,
+            "bwd_dkdv_sm90": launch_sm90._DKDV,
+        }
+        jobs = [
+            (name, 0, dtype, head_dim, shape)
+            for name, table in tables.items()
+            for head_dim, shape in table.items()
+            for dtype in ("bfloat16", "float16")
+        ]
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            list(pool.map(lambda job: launch_sm90._kernel(*job), jobs))
