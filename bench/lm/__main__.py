@@ -1,4 +1,4 @@
-"""`python -m bench.lm train ...` trains and resumes; `python -m bench.lm speed ...` times steps."""
+"""`python -m bench.lm train | quality | speed | report`: the language model of the paper."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import argparse
 import dataclasses
 import json
 import math
-import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
+from bench.lm import quality, report, speed
 from bench.lm.config import PRESETS, Config
-from bench.lm.data import load_corpus
+from bench.lm.data import as_words, load_corpus
 from bench.lm.train import Trainer, World, log_line, world
+from scfa_core.terminal import Terminal
 
 
-def _options(parser: argparse.ArgumentParser) -> None:
+def _options(parser: argparse.ArgumentParser, preset: str, *set_by_command: str) -> None:
     """Add every field of `Config` as an option over a preset."""
-    parser.add_argument("--preset", choices=PRESETS, default="paper")
+    parser.add_argument("--preset", choices=PRESETS, default=preset)
     parser.add_argument("--text", type=Path, help="a file or folder instead of installed sources")
     for field in dataclasses.fields(Config):
+        if field.name in set_by_command:
+            continue
         kind: Any = type(field.default) if field.default is not None else str
         name = f"--{field.name.replace('_', '-')}"
         if field.name == "softmax_scale":
@@ -34,13 +34,13 @@ def _options(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(name, type=kind, default=None)
 
 
-def _config(args: argparse.Namespace, **changes: Any) -> Config:
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)}
+def _config(args: argparse.Namespace) -> Config:
+    given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(Config)}
     chosen = {name: value for name, value in given.items() if value is not None}
-    return dataclasses.replace(PRESETS[args.preset], **(chosen | changes))
+    return dataclasses.replace(PRESETS[args.preset], **chosen)
 
 
-def train(args: argparse.Namespace, where: World) -> None:
+def _train(args: argparse.Namespace, where: World) -> None:
     """Train to the end of the schedule or of the time given; resume if there is a checkpoint."""
     config = _config(args)
     corpus = load_corpus(args.text)
@@ -52,72 +52,111 @@ def train(args: argparse.Namespace, where: World) -> None:
         trainer.resume(checkpoint)
     if where.leads and not log.exists():
         log_line(log, config=dataclasses.asdict(config), corpus=corpus.sha256, files=corpus.files)
+    trainer.warm_up()
     begin = time.monotonic()
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not where.leads) as progress:
-        bar = progress.add_task(config.attention, total=config.steps, completed=trainer.step)
+    terminal = Terminal(plain=None if where.leads else True)
+    with terminal.progress(config.attention, config.steps - trainer.step) as bar:
+        words = ""
         while trainer.step < config.steps and time.monotonic() - begin < args.minutes * 60:
             loss = trainer.train_step()
-            bits = loss / math.log(2)
-            speed = trainer.step * config.tokens_per_step / max(trainer.seconds, 1e-9)
-            words = f"{config.attention}  loss {loss:.4f}  {bits:.4f} bits  {speed:,.0f} tokens/s"
-            progress.update(bar, completed=trainer.step, description=words)
-            if where.leads and trainer.step % args.every == 0:
-                validation = trainer.validate()
-                log_line(log, step=trainer.step, seconds=trainer.seconds, train=loss,
-                         validation=validation, tokens_per_second=speed)  # fmt: skip
-                trainer.save(checkpoint)
+            if trainer.step % quality.SAMPLED_EVERY == 0:
+                nats = float(loss)
+                rate = trainer.step * config.tokens_per_step / max(trainer.seconds, 1e-9)
+                words = f"loss {nats:.4f}  {nats / math.log(2):.4f} bits  {rate:,.0f} tokens/s"
+            if where.leads:
+                bar.advance(words)
+                if trainer.step % args.every == 0:
+                    validation = trainer.validate()
+                    log_line(log, step=trainer.step, seconds=trainer.seconds, train=float(loss),
+                             validation=validation)  # fmt: skip
+                    trainer.save(checkpoint)
     if where.leads:
+        validation = trainer.validate()
         trainer.save(checkpoint)
-        print(f"{folder}: step {trainer.step}, validation {trainer.validate():.4f} nats")
+        print(f"{folder}: step {trainer.step}, validation {validation:.4f} nats")
 
 
-def speed(args: argparse.Namespace, where: World) -> None:
+def _quality(args: argparse.Namespace, where: World) -> None:
+    """Train several variants for equal seconds each, with validation losses on the way."""
+    begin = time.perf_counter()
+    corpus = load_corpus(args.text, limit=args.corpus_bytes)
+    size = (len(corpus.train) + len(corpus.validation)) / 1e6
+    print(f"corpus: {size:.0f} MB of {corpus.files} files, {time.perf_counter() - begin:.1f} s")
+    quality.run(
+        _config(args),
+        corpus,
+        where,
+        variants=args.variants,
+        seeds=args.seeds,
+        points=args.points,
+        json_path=args.json,
+        budget=args.budget,
+    )
+
+
+def _speed(args: argparse.Namespace, where: World) -> None:
     """Time whole training steps of several variants in one process, dense and bound beside ours."""
-    corpus = load_corpus(args.text, limit=4_000_000)
-    rows = []
-    for seqlen in args.lengths:
-        for name in args.variants:
-            config = _config(args, attention=name, seqlen=seqlen, steps=10**6)
-            config = dataclasses.replace(config, micro_batch=config.tokens_per_step // seqlen)
-            torch.compiler.reset()
-            trainer = Trainer(config, corpus, where)
-            times = []
-            for step in range(args.warm + args.repeats):
-                begin = time.perf_counter()
-                trainer.train_step()
-                if where.device.startswith("cuda"):
-                    torch.cuda.synchronize()
-                if step >= args.warm:
-                    times.append(1e3 * (time.perf_counter() - begin))
-            row = {"seqlen": seqlen, "variant": name, "ms": statistics.median(times)}
-            rows.append(row)
-            print(f"T={seqlen:6d} {name:18s} {row['ms']:8.1f} ms/step", flush=True)
-            del trainer
-            if where.device.startswith("cuda"):
-                torch.cuda.empty_cache()
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    base = _config(args)
+    corpus = as_words(load_corpus(args.text, limit=4_000_000), base.vocabulary)
+    speed.run(
+        base,
+        corpus,
+        where,
+        lengths=args.lengths,
+        variants=args.variants,
+        warm=args.warm,
+        repeats=args.repeats,
+        profiled=args.profile,
+        budget=args.budget,
+        json_path=args.json,
+    )
+
+
+def _report(args: argparse.Namespace, where: World) -> None:
+    """Write the page and its plots from stored JSON."""
+    records = [json.loads(path.read_text()) for path in args.records]
+    report.write(records, args.page, args.plots)
 
 
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.lm", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    one = commands.add_parser("train", help=train.__doc__)
-    _options(one)
+
+    one = commands.add_parser("train", help=_train.__doc__)
+    _options(one, "paper")
     one.add_argument("--out", type=Path, default=Path("lm-runs"))
-    one.add_argument("--minutes", type=float, default=math.inf)
+    one.add_argument("--minutes", type=float, default=math.inf, help="of this sitting")
     one.add_argument("--every", type=int, default=50, help="steps between validations")
-    one.set_defaults(run=train)
-    two = commands.add_parser("speed", help=speed.__doc__)
-    _options(two)
-    two.add_argument("--lengths", nargs="+", type=int, default=[8192])
-    two.add_argument("--variants", nargs="+", default=["dense", "hash16", "none"])
-    two.add_argument("--warm", type=int, default=4)
-    two.add_argument("--repeats", type=int, default=10)
-    two.add_argument("--json", type=Path)
-    two.set_defaults(run=speed)
+    one.set_defaults(run=_train)
+
+    two = commands.add_parser("quality", help=_quality.__doc__)
+    _options(two, "small", "attention", "seed")
+    two.add_argument("--variants", nargs="+", default=["dense", "hash16", "drop50"])
+    two.add_argument("--seeds", nargs="+", type=int, default=[0])
+    two.add_argument("--points", type=int, default=12, help="validations of a run")
+    two.add_argument("--corpus-bytes", type=int, default=200_000_000)
+    two.add_argument("--budget", type=float, default=math.inf, help="seconds of this sitting")
+    two.add_argument("--json", type=Path, default=Path("lm-quality.json"))
+    two.set_defaults(run=_quality)
+
+    three = commands.add_parser("speed", help=_speed.__doc__)
+    _options(three, "paper", "attention", "seqlen", "micro_batch", "steps", "seconds")
+    three.add_argument("--lengths", nargs="+", type=int, default=[16384, 8192, 32768])
+    three.add_argument("--variants", nargs="+", default=["dense", "none", "hash16"])
+    three.add_argument("--warm", type=int, default=3)
+    three.add_argument("--repeats", type=int, default=8)
+    three.add_argument("--profile", action="store_true", help="kernels by time, per case")
+    three.add_argument("--budget", type=float, default=math.inf, help="seconds")
+    three.add_argument("--json", type=Path)
+    three.set_defaults(run=_speed)
+
+    four = commands.add_parser("report", help=_report.__doc__)
+    four.add_argument("records", nargs="+", type=Path)
+    four.add_argument("--page", type=Path, required=True)
+    four.add_argument("--plots", type=Path, required=True)
+    four.set_defaults(run=_report)
+
     args = parser.parse_args()
     with world() as where:
         args.run(args, where)

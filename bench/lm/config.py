@@ -15,6 +15,14 @@ class Config:
     `attention` is ``dense``, ``hash<buckets>``, ``drop<percent>``, ``window<keys>``,
     ``hash<buckets>+window<keys>``, ``naive``, ``reformer<buckets>`` or ``none``: q + k + v, the
     bound on speed.
+
+    `compile` is ``blocks`` (embedding, one block, loss: each compiled once and used by all layers),
+    ``model`` (one graph of everything, several times slower to compile) or ``none``.
+
+    The learning rate warms up over `warmup` steps. Then ``cosine`` falls to a tenth and
+    ``trapezoid`` stays until the last fifth, where it falls linearly to a tenth: two runs of
+    different length are then comparable step by step before that. The end is `steps`, or
+    `seconds` of training (0: no limit), whichever share is further.
     """
 
     attention: str = "hash16"
@@ -28,11 +36,13 @@ class Config:
     softmax_scale: float | None = None
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
+    schedule: str = "cosine"
     warmup: int = 100
     steps: int = 1000
+    seconds: float = 0.0
     grad_clip: float = 1.0
     seed: int = 0
-    compile: bool = True
+    compile: str = "blocks"
     packed: bool = False  # documents of a sequence do not see each other
     backend: str | None = None
 
@@ -40,6 +50,17 @@ class Config:
     def width(self) -> int:
         """Channels of the residual stream."""
         return self.heads * self.head_dim
+
+    @property
+    def buckets(self) -> int:
+        """Buckets of a hash variant, 0 for others."""
+        first = self.attention.partition("+")[0]
+        if not first.startswith("hash"):
+            return 0
+        count = int(first.removeprefix("hash"))
+        if count < 2 or count % 2:
+            raise ValueError(f"buckets must be even and at least 2, got {count}")
+        return count
 
     def accumulation(self, processes: int) -> int:
         """Forward passes of one process per step."""
@@ -59,9 +80,11 @@ class Config:
 
 PRESETS = {
     "paper": Config(),
-    "small": Config(layers=6, heads=8, vocabulary=256, tokens_per_step=16384, steps=2000),
+    "small": Config(
+        layers=8, heads=8, vocabulary=256, micro_batch=4, schedule="trapezoid", steps=10**6
+    ),
     "tiny": Config(
         layers=2, heads=2, head_dim=32, vocabulary=256, seqlen=512, tokens_per_step=1024, steps=40,
-        warmup=5, compile=False,
+        micro_batch=2, warmup=5, compile="none",
     ),
 }  # fmt: skip

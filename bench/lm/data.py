@@ -8,7 +8,12 @@ Sequences cross file boundaries (a separator byte 0 stands between files), as in
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import sysconfig
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,10 +23,12 @@ import torch
 SUFFIXES = (".py", ".pyi", ".rst", ".md", ".txt")
 VALIDATION_SHARE = 20  # one file in so many
 SEPARATOR = 0
+READERS = 16  # threads; reading many small files is waiting
+FILES_AT_ONCE = 512
 
 
 class Corpus(NamedTuple):
-    """Bytes of both splits and the hash by which a result names its data."""
+    """Tokens of both splits and the hash by which a result names its data."""
 
     train: np.ndarray
     validation: np.ndarray
@@ -29,23 +36,43 @@ class Corpus(NamedTuple):
     files: int
 
 
+def _paths(folders: list[Path]) -> Iterator[Path]:
+    """Text files in a fixed order, each once though folders may lie in one another."""
+    seen: set[str] = set()
+    for folder in folders:
+        for root, below, names in os.walk(folder):
+            if root in seen:
+                below.clear()
+                continue
+            seen.add(root)
+            below.sort()
+            yield from (Path(root, name) for name in sorted(names) if name.endswith(SUFFIXES))
+
+
+def _read(path: Path) -> tuple[str, bytes]:
+    """Content and its hash; nothing for what cannot be read or is no text."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return "", b""
+    if SEPARATOR in content:
+        return "", b""
+    return hashlib.sha256(content).hexdigest(), content
+
+
 def _unique_files(folders: list[Path], limit: int) -> dict[str, bytes]:
     """Text files by content hash, in a fixed order, up to `limit` bytes in all."""
     found: dict[str, bytes] = {}
     size = 0
-    for folder in folders:
-        for path in sorted(folder.rglob("*")):
-            if path.suffix not in SUFFIXES or not path.is_file():
-                continue
-            content = path.read_bytes()
-            if SEPARATOR in content or not content:
-                continue
-            key = hashlib.sha256(content).hexdigest()
-            if key not in found:
-                found[key] = content
-                size += len(content)
-            if size >= limit:
-                return found
+    paths = _paths(folders)
+    with ThreadPoolExecutor(READERS) as pool:
+        while chunk := [path for path, _ in zip(paths, range(FILES_AT_ONCE), strict=False)]:
+            for key, content in pool.map(_read, chunk):
+                if content and key not in found:
+                    found[key] = content
+                    size += len(content)
+                if size >= limit:
+                    return found
     return found
 
 
@@ -71,17 +98,40 @@ def load_corpus(path: Path | None = None, limit: int = 200_000_000) -> Corpus:
     return Corpus(train, validation, digest, len(files))
 
 
-def batch_at(
-    data: np.ndarray, seqlen: int, sequences: int, seed: int, step: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input and target bytes (sequences, seqlen) of one step; a function of (seed, step) alone."""
-    if len(data) < seqlen + 2:
-        raise SystemExit(f"the text has {len(data)} bytes; seqlen={seqlen} needs {seqlen + 2}")
-    draw = np.random.default_rng([seed, step])
-    starts = draw.integers(0, len(data) - seqlen - 1, sequences)
-    rows = np.stack([data[start : start + seqlen + 1] for start in starts]).astype(np.int64)
-    text = torch.from_numpy(rows)
-    return text[:, :-1].contiguous(), text[:, 1:].contiguous()
+def as_words(corpus: Corpus, vocabulary: int) -> Corpus:
+    """The same text by words and signs, each hashed to an id below `vocabulary`.
+
+    Nothing can be generated from such ids; they have the frequencies of a tokeniser's, which decide
+    how even hash buckets are, and need no tokeniser. For timing.
+    """
+
+    def ids(data: np.ndarray) -> np.ndarray:
+        words = re.findall(rb"\w+|\s+|[^\w\s]", data.tobytes())
+        return np.array([zlib.crc32(word) % vocabulary for word in words], np.int32)
+
+    return corpus._replace(train=ids(corpus.train), validation=ids(corpus.validation))
+
+
+class Split:
+    """Tokens of one split on the training device, and any batch of them."""
+
+    def __init__(self, data: np.ndarray, device: str) -> None:
+        self.data = torch.from_numpy(data.copy()).to(device)
+
+    def batch(
+        self, seqlen: int, sequences: int, seed: int, draw: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets (sequences, seqlen), a function of (seed, draw) alone."""
+        size = len(self.data)
+        if size < seqlen + 2:
+            raise SystemExit(f"the text has {size} tokens; seqlen={seqlen} needs {seqlen + 2}")
+        starts = np.random.default_rng([seed, draw]).integers(0, size - seqlen - 1, sequences)
+        device = self.data.device
+        rows = torch.from_numpy(starts).to(device)[:, None] + torch.arange(
+            seqlen + 1, device=device
+        )
+        text = self.data[rows].long()
+        return text[:, :-1].contiguous(), text[:, 1:].contiguous()
 
 
 def document_ids(text: torch.Tensor) -> torch.Tensor:

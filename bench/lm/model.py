@@ -17,27 +17,20 @@ from torch.nn import functional
 import scfa_core as scfa
 from bench.lm.config import Config
 from bench.lm.data import document_ids
+from scfa_core.hashing import angular_hash
 
-Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
-
-
-def _buckets(q: Tensor, count: int) -> Tensor:
-    """Angular bucket of each query, fresh directions a call: int32 (batch, heads, seqlen)."""
-    shape = (q.shape[1], q.shape[-1], count // 2)
-    directions = functional.normalize(torch.randn(shape, device=q.device, dtype=q.dtype), dim=1)
-    turned = torch.matmul(q.detach(), directions)
-    return torch.cat([turned, -turned], -1).argmax(-1).to(torch.int32)
+Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
 
 
-def _part(name: str, q: Tensor) -> scfa.Pattern:
+def _part(name: str, q: Tensor, directions: Tensor | None) -> scfa.Pattern:
     """One pattern from its name, e.g. ``hash16``."""
     match = re.fullmatch(r"(hash|drop|window|dense)(\d*)", name)
     if match is None:
         raise SystemExit(f"no such attention: {name!r}")
     kind, number = match[1], int(match[2] or 0)
     if kind == "hash":
-        buckets = _buckets(q, number)
-        return scfa.HashSparse(buckets, buckets, include_self=False)
+        bucket = angular_hash(q, directions)[0]
+        return scfa.HashSparse(bucket, bucket, include_self=False)
     if kind == "drop":
         keep = torch.rand((2, *q.shape[:3]), device=q.device) * 100 >= number
         return scfa.QKSparse(keep[0], keep[1])
@@ -46,12 +39,14 @@ def _part(name: str, q: Tensor) -> scfa.Pattern:
 
 def sparse(config: Config) -> Attend:
     """Attention through this package."""
+    names = config.attention.split("+")
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
-        names = config.attention.split("+")
-        pattern = _part(names[0], q)
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, directions: Tensor | None, documents: Tensor | None
+    ) -> Tensor:
+        pattern = _part(names[0], q, directions)
         for name in names[1:]:
-            pattern = pattern & _part(name, q)
+            pattern = pattern & _part(name, q, directions)
         if documents is not None:
             pattern = pattern & scfa.Documents(documents)
         out: Tensor = scfa.attention(
@@ -70,14 +65,16 @@ def attend_for(config: Config) -> Attend:
             f"packed=True is served by this package's attention, not {config.attention}"
         )
     if config.attention == "none":
-        return lambda q, k, v, documents: q + k + v
+        return lambda q, k, v, directions, documents: q + k + v
     if config.attention == "dense":
-        return lambda q, k, v, documents: functional.scaled_dot_product_attention(
+        return lambda q, k, v, directions, documents: functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale
         )
     if config.attention == "naive":
 
-        def naive(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+        def naive(
+            q: Tensor, k: Tensor, v: Tensor, directions: Tensor | None, documents: Tensor | None
+        ) -> Tensor:
             hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
             factor = q.shape[-1] ** -0.5 if scale is None else scale
             scores = (q @ k.transpose(-1, -2) * factor).masked_fill(hidden, float("-inf"))
@@ -97,13 +94,18 @@ class Mix(nn.Module):
         self.query_value = nn.Linear(config.width, 2 * config.width, bias=False)
         self.output = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, documents: Tensor | None) -> Tensor:
-        """(batch, seqlen, width) to the same."""
-        batch, seqlen, width = x.shape
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and values, views (batch, heads, seqlen, head_dim)."""
+        batch, seqlen, _ = x.shape
         mixed = self.query_value(x).view(batch, seqlen, 2, self.heads, -1)
         q, v = mixed.permute(2, 0, 3, 1, 4)
+        return q, v
+
+    def forward(self, x: Tensor, directions: Tensor | None, documents: Tensor | None) -> Tensor:
+        """(batch, seqlen, width) to the same."""
+        q, v = self.project(x)
         k = functional.normalize(q, dim=-1).to(q.dtype)
-        out = self.attend(q, k, v, documents).transpose(1, 2).reshape(batch, seqlen, width)
+        out = self.attend(q, k, v, directions, documents).transpose(1, 2).flatten(2)
         mixed_back: Tensor = self.output(out)
         return mixed_back
 
@@ -116,7 +118,9 @@ def _reformer(config: Config) -> nn.Module:
         raise SystemExit("packed=True is served by this package's attention, not the Reformer's")
     buckets = int(config.attention.removeprefix("reformer") or 16)
     chunk = max(2 * config.seqlen // buckets, 1)
-    return ReformerAttention(config.width, config.heads, buckets=buckets, chunk=chunk, rounds=1)
+    return ReformerAttention(
+        config.width, config.heads, buckets=buckets, chunk=chunk, rounds=1, redraw=True
+    )
 
 
 class Block(nn.Module):
@@ -125,18 +129,47 @@ class Block(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         width = config.width
-        self.config = config
         self.norm_attention = nn.LayerNorm(width, bias=False)
         self.mix = _reformer(config) if config.attention.startswith("reformer") else Mix(config)
         self.norm_feed = nn.LayerNorm(width, bias=False)
         self.widen = nn.Linear(width, 4 * width, bias=False)
         self.narrow = nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x: Tensor, documents: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, directions: Tensor | None, documents: Tensor | None) -> Tensor:
         """(batch, seqlen, width) to the same."""
-        normal = self.norm_attention(x)
-        x = x + (self.mix(normal, documents) if isinstance(self.mix, Mix) else self.mix(normal))
+        mixed = self.norm_attention(x)
+        if isinstance(self.mix, Mix):
+            mixed = self.mix(mixed, directions, documents)
+        else:
+            mixed = self.mix(mixed)
+        x = x + mixed
         return x + self.narrow(functional.gelu(self.widen(self.norm_feed(x))))
+
+
+class Embed(nn.Module):
+    """Tokens and their places to the residual stream."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.token = nn.Embedding(config.vocabulary, config.width)
+        self.position = nn.Embedding(config.seqlen, config.width)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """(batch, seqlen) to (batch, seqlen, width)."""
+        return self.token(text) + self.position.weight[: text.shape[1]]
+
+
+class Head(nn.Module):
+    """Residual stream and next tokens to the mean cross-entropy, in nats."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.width, bias=False)
+
+    def forward(self, x: Tensor, token_weight: Tensor, target: Tensor) -> Tensor:
+        """Scalar; logits share the weights of the token embedding."""
+        logits = functional.linear(self.norm(x), token_weight)
+        return functional.cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
 class LanguageModel(nn.Module):
@@ -145,10 +178,9 @@ class LanguageModel(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocabulary, config.width)
-        self.position = nn.Embedding(config.seqlen, config.width)
+        self.embed = Embed(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width, bias=False)
+        self.head = Head(config)
         self.apply(self._start)
         for name, weight in self.named_parameters():
             if name.endswith(("output.weight", "narrow.weight")):
@@ -159,11 +191,54 @@ class LanguageModel(nn.Module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
 
+    def compile_parts(self) -> None:
+        """Compile as the configuration says; a graph break is an error."""
+        scope = self.config.compile
+        if scope == "none":
+            return
+        if scope not in ("blocks", "model"):
+            raise SystemExit(f"compile must be 'blocks', 'model' or 'none', got {scope!r}")
+        parts = [self] if scope == "model" else [self.embed, *self.blocks, self.head]
+        whole = not self.config.attention.startswith("reformer")
+        for part in parts:
+            part.compile(fullgraph=whole, dynamic=False)
+
+    def directions(self) -> Tensor | None:
+        """Directions of the angular hash of all layers, drawn anew at every call, as in the paper.
+
+        (layers, 1, heads, head_dim, buckets // 2), of unit length; None without hashing.
+        """
+        config = self.config
+        if not config.buckets:
+            return None
+        shape = (config.layers, 1, config.heads, config.head_dim, config.buckets // 2)
+        drawn = torch.randn(shape, device=self.embed.token.weight.device)
+        return functional.normalize(drawn, dim=3)
+
     def forward(self, text: Tensor, target: Tensor) -> Tensor:
         """(batch, seqlen) tokens and their successors to a scalar."""
-        x = self.embed(text) + self.position.weight[: text.shape[1]]
+        directions = self.directions()
         documents = document_ids(text) if self.config.packed else None
-        for block in self.blocks:
-            x = block(x, documents)
-        logits = functional.linear(self.norm(x), self.embed.weight)
-        return functional.cross_entropy(logits.flatten(0, 1), target.flatten())
+        x = self.embed(text)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, None if directions is None else directions[layer], documents)
+        return self.head(x, self.embed.token.weight, target)
+
+    @torch.no_grad()
+    def bucket_cost(self, text: Tensor) -> list[float]:
+        """Same-bucket pairs of each layer over those of even buckets, for a hash variant.
+
+        1.0 is even; the work of hash attention grows with it.
+        """
+        directions = self.directions()
+        if directions is None:
+            return []
+        x, costs = self.embed.forward(text), []
+        for layer, block in enumerate(self.blocks):
+            q, _ = block.mix.project(block.norm_attention(x))
+            bucket = angular_hash(q, directions[layer])[0].long()
+            count = functional.one_hot(bucket, self.config.buckets).sum(2).double()
+            share = count / bucket.shape[-1]
+            costs.append(float((share**2).sum(-1).mean()) * self.config.buckets)
+            x = block.forward(x, directions[layer], None)
+        return costs

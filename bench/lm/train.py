@@ -14,13 +14,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from bench.lm.config import Config
-from bench.lm.data import Corpus, batch_at
+from bench.lm.data import Corpus, Split
 from bench.lm.model import LanguageModel
 
 VALIDATION_SEED = 10**6
+FINAL_RATE = 0.1  # of the highest
+COOLING = 0.2  # share of a trapezoid's length
+DENSE_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]  # the first that can
 
 
 @dataclasses.dataclass
@@ -35,6 +39,11 @@ class World:
     def leads(self) -> bool:
         """Whether this process prints and writes."""
         return self.rank == 0
+
+    def synchronize(self) -> None:
+        """Wait for the GPU, if there is one."""
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
 
 
 @contextlib.contextmanager
@@ -54,22 +63,40 @@ def world() -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def learning_rate(config: Config, step: int) -> float:
-    """Linear warm-up, then a cosine to a tenth."""
+def learning_rate(config: Config, step: int, seconds: float = 0.0) -> float:
+    """Rate of the next step; `Config` says the shape."""
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
-    progress = (step - config.warmup) / max(config.steps - config.warmup, 1)
-    return config.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * min(progress, 1.0))))
+    share = (step - config.warmup) / max(config.steps - config.warmup, 1)
+    if config.seconds:
+        share = max(share, seconds / config.seconds)
+    share = min(share, 1.0)
+    if config.schedule == "cosine":
+        height = 0.5 * (1 + math.cos(math.pi * share))
+    elif config.schedule == "trapezoid":
+        height = min(1.0, (1 - share) / COOLING)
+    else:
+        raise SystemExit(f"schedule must be 'cosine' or 'trapezoid', got {config.schedule!r}")
+    return config.learning_rate * (FINAL_RATE + (1 - FINAL_RATE) * height)
 
 
 class Trainer:
-    """One run: model, optimiser, position in the schedule."""
+    """One run: model, optimiser, position in the schedule.
+
+    A step only enqueues; `pause` waits for the GPU and stops the clock, which `train_step` starts.
+    """
 
     def __init__(self, config: Config, corpus: Corpus, where: World) -> None:
         torch.manual_seed(config.seed)
+        torch._dynamo.config.recompile_limit = 64  # variants and lengths share code
         self.config, self.corpus, self.where = config, corpus, where
-        self.step, self.seconds = 0, 0.0
-        self.model = LanguageModel(config).to(where.device)
+        self.step, self._seconds = 0, 0.0
+        self._began: float | None = None
+        with torch.device(where.device):
+            self.model = LanguageModel(config).to(where.device)
+        self.model.compile_parts()
+        self.train_split = Split(corpus.train, where.device)
+        self.validation_split = Split(corpus.validation, where.device)
         decayed = [p for p in self.model.parameters() if p.dim() >= 2]
         others = [p for p in self.model.parameters() if p.dim() < 2]
         self.optimizer = torch.optim.AdamW(
@@ -81,56 +108,94 @@ class Trainer:
             betas=(0.9, 0.95),
             fused=True,
         )
-        run: Any = torch.compile(self.model) if config.compile else self.model
-        self.run = DistributedDataParallel(run) if where.size > 1 else run
+        self.run: Any = DistributedDataParallel(self.model) if where.size > 1 else self.model
 
-    def loss_of(self, text: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Loss of one micro-batch, under bfloat16 autocast on a GPU."""
-        device = self.where.device
-        cast = torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda"))
-        with cast:
-            loss: torch.Tensor = self.run(text.to(device), target.to(device))
-        return loss
+    @property
+    def seconds(self) -> float:
+        """Training time so far, validation and compilation left out."""
+        running = 0.0 if self._began is None else time.perf_counter() - self._began
+        return self._seconds + running
 
-    def train_step(self) -> float:
+    def pause(self) -> None:
+        """Stop the clock once everything enqueued is done."""
+        self.where.synchronize()
+        self._seconds, self._began = self.seconds, None
+
+    @contextlib.contextmanager
+    def precision(self) -> Iterator[None]:
+        """bfloat16 on a GPU, and the kernels of the dense variant."""
+        if not self.where.device.startswith("cuda"):
+            yield
+            return
+        with (
+            torch.autocast("cuda", torch.bfloat16),
+            sdpa_kernel(DENSE_KERNELS, set_priority=True),
+        ):
+            yield
+
+    def _micro_step(self, draw: int, share: float) -> torch.Tensor:
+        """Gradients of one micro-batch, added to those there; its loss times `share`."""
+        config = self.config
+        torch.manual_seed(config.seed * 1_000_003 + draw)  # hashes and drops of this step
+        batch = self.train_split.batch(config.seqlen, config.micro_batch, config.seed, draw)
+        with self.precision():
+            loss = self.run(*batch) * share
+        loss.backward()
+        return loss.detach()
+
+    def warm_up(self) -> None:
+        """Compile everything that a step needs; weights and clock stay as they are."""
+        self._micro_step(0, 1.0)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.where.synchronize()
+
+    def train_step(self) -> torch.Tensor:
         """Advance one step; return the mean loss of its tokens on this process, in nats."""
         config, where = self.config, self.where
-        begin = time.perf_counter()
-        rate = learning_rate(config, self.step)
+        if self._began is None:
+            self._began = time.perf_counter()
+        rate = learning_rate(config, self.step, self.seconds)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         micro_steps = config.accumulation(where.size)
-        total = 0.0
+        losses = []
         for micro in range(micro_steps):
             draw = (self.step * micro_steps + micro) * where.size + where.rank
-            batch = batch_at(
-                self.corpus.train, config.seqlen, config.micro_batch, config.seed, draw
-            )
-            torch.manual_seed(config.seed * 1_000_003 + draw)  # hashes and drops of this step
             last = micro == micro_steps - 1
             wait = self.run.no_sync() if where.size > 1 and not last else contextlib.nullcontext()
             with wait:
-                loss = self.loss_of(*batch) / micro_steps
-                loss.backward()
-            total += float(loss.detach())
+                losses.append(self._micro_step(draw, 1 / micro_steps))
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.seconds += time.perf_counter() - begin
-        return total
+        return torch.stack(losses).sum()
 
-    @torch.no_grad()
     def validate(self, batches: int = 8) -> float:
-        """Mean loss on fixed validation sequences, in nats."""
-        self.model.eval()
-        total = 0.0
+        """Mean loss on fixed validation sequences, in nats; the clock stands meanwhile.
+
+        Tracks gradients, though none are taken: the graphs of training serve without compiling.
+        """
+        config = self.config
+        self.pause()
+        losses = []
         for draw in range(batches):
             torch.manual_seed(draw)
-            batch = batch_at(self.corpus.validation, self.config.seqlen, 1, VALIDATION_SEED, draw)
-            total += float(self.loss_of(*batch))
-        self.model.train()
-        return total / batches
+            batch = self.validation_split.batch(
+                config.seqlen, config.micro_batch, VALIDATION_SEED, draw
+            )
+            with self.precision():
+                losses.append(self.model(*batch).detach())
+        return float(torch.stack(losses).mean())
+
+    def bucket_cost(self) -> float:
+        """How uneven the buckets of a hash variant are, over layers; 1.0 is even."""
+        config = self.config
+        torch.manual_seed(0)
+        text, _ = self.validation_split.batch(config.seqlen, 1, VALIDATION_SEED, 0)
+        with self.precision():
+            costs = self.model.bucket_cost(text)
+        return sum(costs) / len(costs) if costs else 0.0
 
     def save(self, path: Path) -> None:
         """Write a checkpoint so that a stop at any moment leaves a whole one."""
@@ -155,7 +220,7 @@ class Trainer:
             raise SystemExit(f"{path} is of another run: {other or 'another corpus'}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self._seconds = state["step"], state["seconds"]
 
 
 def log_line(path: Path, **facts: Any) -> None:

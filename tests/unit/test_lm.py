@@ -1,15 +1,19 @@
-"""The language-model trainer: every variant takes a step, and a resumed run is the same run."""
+"""The language-model trainer: variants take steps, resumed runs are the same, results are kept."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+torch = pytest.importorskip("torch", reason="the language model needs torch (extra 'torch')")
 ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
 import dataclasses, pathlib, sys
 from bench.lm.config import PRESETS
-from bench.lm.data import load_corpus
+from bench.lm.data import as_words, load_corpus
 from bench.lm.train import Trainer, World
 
 folder = pathlib.Path(sys.argv[1])
@@ -23,29 +27,135 @@ for name in names.split():
     trainer = Trainer(dataclasses.replace(tiny, attention=name), corpus, here)
     assert trainer.train_step() < 6.0, name
     assert trainer.validate(1) < 6.0, name
+    assert (trainer.bucket_cost() >= 1.0) == ("hash" in name), name
 packed = dataclasses.replace(tiny, attention="hash4", packed=True)
 assert Trainer(packed, corpus, here).train_step() < 6.0
 
 whole = Trainer(dataclasses.replace(tiny, attention="hash4"), corpus, here)
 losses = [whole.train_step() for _ in range(4)]
 first = Trainer(whole.config, corpus, here)
+first.warm_up()
 assert [first.train_step() for _ in range(2)] == losses[:2]
 first.save(folder / "checkpoint.pt")
 second = Trainer(whole.config, corpus, here)
 second.resume(folder / "checkpoint.pt")
 assert [second.train_step() for _ in range(2)] == losses[2:]
 assert losses[-1] < losses[0]
+assert second.seconds > 0
+halves = dataclasses.replace(whole.config, micro_batch=1)
+torch_loss = float(Trainer(halves, corpus, here).train_step())
+assert abs(torch_loss - float(losses[0])) < 0.05  # other sequences of the same text
+
+words = as_words(corpus, 1000)
+assert words.train.max() < 1000 and len(words.train) < len(corpus.train)
+assert len(set(words.train[:7].tolist())) == len({"def", " ", "f", "(", "x", ")", ":"})
 print("resumed run is the same run")
 """
 
+GRAPHS = """
+import dataclasses, pathlib
+from torch._dynamo.testing import CompileCounterWithBackend
+from bench.lm.config import PRESETS
+from bench.lm.data import load_corpus
+from bench.lm.train import Trainer, World
 
-def test_every_variant_steps_and_a_resumed_run_is_the_same(tmp_path):
+corpus = load_corpus(pathlib.Path("bench/lm/model.py"))
+tiny = dataclasses.replace(PRESETS["tiny"], seqlen=64, tokens_per_step=128, layers=3)
+for scope, graphs in (("blocks", 3), ("model", 1)):
+    for name in ("hash4", "drop50"):
+        config = dataclasses.replace(tiny, attention=name, compile=scope)
+        trainer = Trainer(config, corpus, World(0, 1, "cpu"))
+        counter = CompileCounterWithBackend("aot_eager")
+        model = trainer.model
+        for part in [model] if scope == "model" else [model.embed, *model.blocks, model.head]:
+            part.compile(fullgraph=True, dynamic=False, backend=counter)
+        trainer.warm_up()
+        trainer.train_step()
+        trainer.validate(1)
+        assert counter.frame_count == graphs, (scope, name, counter.frame_count)
+print("no graph too many")
+"""
+
+
+def run(*arguments, folder):
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "the same run" in done.stdout
+    return done.stdout
+
+
+def test_every_variant_steps_and_a_resumed_run_is_the_same(tmp_path):
+    assert "the same run" in run("-c", SCRIPT, str(tmp_path), folder=tmp_path)
+
+
+def test_layers_share_a_graph_and_validation_needs_none(tmp_path):
+    assert "no graph too many" in run("-c", GRAPHS, folder=tmp_path)
+
+
+def test_commands_keep_their_results_and_the_page_is_made_of_them(tmp_path):
+    tiny = ["--preset", "tiny", "--text", "bench/lm", "--seqlen", "64", "--tokens-per-step", "128"]
+    kept = tmp_path / "quality.json"
+    quality = ["-m", "bench.lm", "quality", *tiny, "--variants", "dense", "hash4"]
+    quality += ["--points", "2", "--steps", "12", "--json", str(kept)]
+    first = run(*quality, folder=tmp_path)
+    assert first.count("step     12") == 2
+    assert "step" not in run(*quality, folder=tmp_path), "finished runs are trained again"
+    assert "seed 1" in run(*quality, "--seeds", "0", "1", folder=tmp_path)
+    runs = json.loads(kept.read_text())["runs"]
+    assert [(x["config"]["attention"], x["config"]["seed"], x["done"]) for x in runs] == [
+        ("dense", 0, True),
+        ("hash4", 0, True),
+        ("dense", 1, True),
+        ("hash4", 1, True),
+    ]
+    assert all(x["curve"][-1]["step"] == 12 and len(x["curve"]) > 1 for x in runs)
+
+    timed = tmp_path / "speed.json"
+    speed = ["-m", "bench.lm", "speed", "--preset", "tiny", "--text", "bench/lm", "--warm", "1"]
+    speed += ["--repeats", "2", "--lengths", "128", "--tokens-per-step", "128"]
+    said = run(
+        *speed,
+        "--variants",
+        "dense",
+        "none",
+        "hash4",
+        "hash3",
+        "--json",
+        str(timed),
+        folder=tmp_path,
+    )
+    assert "hash3            failed" in said
+    rows = json.loads(timed.read_text())["rows"]
+    assert [("ms" in row, "error" in row) for row in rows] == [(True, False)] * 3 + [(False, True)]
+    assert "budget is spent" in run(*speed, "--budget", "-1", folder=tmp_path)
+
+    page = tmp_path / "page.md"
+    pytest.importorskip("matplotlib", reason="the page has plots (extra 'plot')")
+    report = ["-m", "bench.lm", "report", str(timed), str(kept), "--page", str(page)]
+    run(*report, "--plots", str(tmp_path / "img"), folder=tmp_path)
+    text = page.read_text()
+    assert "No GPU run is recorded yet" in text
+    assert f"| dense | {rows[0]['ms']:.1f} |" in text
+    assert "| hash4 | 2 | 12 |" in text
+    for theme in ("light", "dark"):
+        assert (tmp_path / "img" / f"lm-quality-0-{theme}.png").stat().st_size > 1000
+
+
+def test_rates_of_learning():
+    sys.path.insert(0, str(ROOT))
+    try:
+        from bench.lm.config import Config
+        from bench.lm.train import learning_rate
+    finally:
+        sys.path.remove(str(ROOT))
+    cosine = Config(learning_rate=1.0, warmup=10, steps=110)
+    rates = [learning_rate(cosine, step) for step in (0, 9, 10, 60, 110, 500)]
+    assert rates == pytest.approx([0.1, 1.0, 1.0, 0.55, 0.1, 0.1])
+    flat = Config(learning_rate=1.0, warmup=10, steps=110, schedule="trapezoid", seconds=50.0)
+    assert learning_rate(flat, 89) == 1.0
+    assert learning_rate(flat, 100) == pytest.approx(0.1 + 0.9 * 0.5)
+    assert learning_rate(flat, 20, seconds=45.0) == pytest.approx(0.1 + 0.9 * 0.5)
+    assert learning_rate(flat, 20, seconds=99.0) == pytest.approx(0.1)
+    with pytest.raises(SystemExit, match="schedule must be"):
+        learning_rate(Config(schedule="flat"), 200)

@@ -1,0 +1,200 @@
+"""Whole training steps timed: variants beside dense attention and the attention-free bound."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.lm import kernels
+from bench.lm.config import Config
+from bench.lm.data import Corpus
+from bench.lm.train import Trainer, World
+from bench.run import machine
+
+BOUND = "none"
+
+
+_COMPILE = """
+import sys, torch, scfa_core as scfa
+q = torch.zeros((1, 1, 256, int(sys.argv[1])), dtype=torch.bfloat16, device="cuda")
+q.requires_grad_()
+bucket = torch.zeros((1, 1, 256), dtype=torch.int32, device="cuda")
+for pattern in (
+    scfa.HashSparse(bucket, bucket, include_self=False),
+    scfa.QKSparse(bucket == 0, bucket == 0),
+):
+    scfa.attention(q, q, q, pattern).sum().backward()
+torch.cuda.synchronize()
+"""
+
+
+def compile_kernels_meanwhile(config: Config, where: World) -> Callable[[], None]:
+    """Fill the disk cache of this package's kernels by a process of its own.
+
+    That takes seconds on a new machine, in which the first variants can be compiled here. Returns
+    what waits for it.
+    """
+    if not where.device.startswith("cuda"):
+        return lambda: None
+    process = subprocess.Popen([sys.executable, "-c", _COMPILE, str(config.head_dim)])
+
+    def wait() -> None:
+        try:
+            process.wait(timeout=90)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+    return wait
+
+
+def time_steps(trainer: Trainer, warm: int, repeats: int) -> dict[str, Any]:
+    """Milliseconds from step to step, enqueued without waiting, after `warm` steps."""
+    where = trainer.where
+    for _ in range(warm):
+        loss = trainer.train_step()
+    where.synchronize()
+    if not where.device.startswith("cuda"):
+        times = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            loss = trainer.train_step()
+            times.append(1e3 * (time.perf_counter() - begin))
+        return {"ms": statistics.median(times), "low": min(times), "loss": float(loss)}
+    torch.cuda.reset_peak_memory_stats()
+    begin = time.perf_counter()
+    loss = trainer.train_step()
+    host = 1e3 * (time.perf_counter() - begin)  # until all is enqueued; the GPU may run longer
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        loss = trainer.train_step()
+        event.record()
+    torch.cuda.synchronize()
+    times = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+    return {
+        "ms": statistics.median(times),
+        "low": min(times),
+        "mean": statistics.fmean(times),
+        "host_ms": host,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "loss": float(loss),
+    }
+
+
+def one_case(
+    config: Config, corpus: Corpus, where: World, warm: int, repeats: int, profiled: bool
+) -> dict[str, Any]:
+    """Row of one variant at one length."""
+    begin = time.perf_counter()
+    trainer = Trainer(config, corpus, where)
+    trainer.warm_up()
+    row: dict[str, Any] = {
+        "seqlen": config.seqlen,
+        "variant": config.attention,
+        "compile": config.compile,
+        "compile_seconds": time.perf_counter() - begin,
+        **time_steps(trainer, warm, repeats),
+        "tokens_per_step": config.tokens_per_step,
+    }
+    if profiled and where.device.startswith("cuda"):
+        row["profile"] = kernels.profile_steps(trainer.train_step)
+    if config.buckets:
+        row["bucket_cost"] = trainer.bucket_cost()
+    return row
+
+
+def describe(row: dict[str, Any]) -> list[str]:
+    """One row in words, as it is made."""
+    name = f"T={row['seqlen']:6d} {row['variant']:16s}"
+    if "error" in row:
+        return [f"{name} failed: {row['error']}"]
+    host = f", host {row['host_ms']:.1f}" if "host_ms" in row else ""
+    cost = f", bucket cost {row['bucket_cost']:.3f}" if "bucket_cost" in row else ""
+    text = (
+        f"{name} {row['ms']:8.2f} ms/step (low {row['low']:.2f}{host}), "
+        f"compile {row['compile_seconds']:.1f} s{cost}"
+    )
+    return [text, *(kernels.lines(row["profile"]) if "profile" in row else [])]
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Speed-up over dense and share of the bound, by length, as a Markdown table."""
+    found = {(row["seqlen"], row["variant"]): row["ms"] for row in rows if "ms" in row}
+    lengths = sorted({seqlen for seqlen, _ in found})
+    variants = list(dict.fromkeys(variant for _, variant in found))
+    lines = ["| ms per step | " + " | ".join(f"T={x}" for x in lengths) + " |"]
+    lines.append("|" + "---|" * (len(lengths) + 1))
+    for variant in variants:
+        cells = []
+        for seqlen in lengths:
+            ms = found.get((seqlen, variant))
+            dense, bound = found.get((seqlen, "dense")), found.get((seqlen, BOUND))
+            cell = "-" if ms is None else f"{ms:.1f}"
+            if ms is not None and dense is not None and variant != "dense":
+                cell += f" ({dense / ms:.2f}x"
+                cell += f", {100 * bound / ms:.0f} %)" if bound and variant != BOUND else ")"
+            cells.append(cell)
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def run(
+    base: Config,
+    corpus: Corpus,
+    where: World,
+    *,
+    lengths: list[int],
+    variants: list[str],
+    warm: int = 3,
+    repeats: int = 8,
+    profiled: bool = False,
+    budget: float = float("inf"),
+    json_path: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Time every variant at every length; start no case once `budget` seconds have passed.
+
+    A case that fails says why in its row, and the others go on. The file is written after each.
+    """
+    begin = time.monotonic()
+    head = machine("cuda" if where.device.startswith("cuda") else "cpu")
+    record: dict[str, Any] = {"machine": head, "corpus": corpus.sha256, "rows": []}
+    rows: list[dict[str, Any]] = record["rows"]
+    kernels_ready = compile_kernels_meanwhile(base, where)
+    for seqlen in lengths:
+        for variant in variants:
+            if time.monotonic() - begin > budget:
+                print(f"T={seqlen:6d} {variant:16s} not begun: the budget is spent", flush=True)
+                continue
+            config = dataclasses.replace(
+                base,
+                attention=variant,
+                seqlen=seqlen,
+                micro_batch=max(base.tokens_per_step // seqlen, 1),
+                steps=10**6,
+            )
+            if variant not in ("dense", BOUND):
+                kernels_ready()
+            try:
+                row = one_case(config, corpus, where, warm, repeats, profiled)
+            except Exception as error:
+                row = {"seqlen": seqlen, "variant": variant, "error": f"{error!r:.300}"}
+            rows.append(row)
+            print("\n".join(describe(row)), flush=True)
+            if json_path is not None:
+                json_path.write_text(json.dumps(record, indent=1) + "\n")
+            gc.collect()
+            if where.device.startswith("cuda"):
+                torch.cuda.empty_cache()
+    print("\n".join(table(rows)), flush=True)
+    return rows
