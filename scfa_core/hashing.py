@@ -99,8 +99,11 @@ def angular_hash(x: Any, directions: Any) -> Any:
 
     Notes
     -----
-    Projections are float32 also for narrower `x`, and made for a stretch of rows at a time, so that
-    memory stays bounded (64 MiB) whatever the length.
+    Projections are float32 also for narrower `x`, but for bfloat16 on a GPU, where the product is
+    bfloat16 with float32 sums: two directions within one rounding of each other then decide by
+    their order. Made for a stretch of rows at a time, so that memory stays bounded (64 MiB)
+    whatever the length. Rows of a (batch, seqlen, heads, head_dim) array seen through a transpose
+    are not copied.
     """
     if len(x.shape) != 4 or len(directions.shape) != 4:
         raise ShapeError(
@@ -124,17 +127,39 @@ def angular_hash(x: Any, directions: Any) -> Any:
     return _join([hash_rows(x[:, :, at : at + rows], directions, group) for at in cuts])
 
 
-def _hash_torch(x: Any, directions: Any, group: int) -> Any:
-    """Buckets of some rows, torch; autocast would narrow the projection, so it is off."""
+def _projects_narrow(x: Any) -> bool:
+    """Whether projections stay in the dtype of `x`: bfloat16 overflows no sooner than float32."""
     import torch
 
+    return x.is_cuda and x.dtype is torch.bfloat16
+
+
+def _hash_torch(x: Any, directions: Any, group: int) -> Any:
+    """Buckets of some rows, torch; autocast would narrow the projection, so it is off.
+
+    All rounds are columns of one product. Where batch and seqlen are one axis to the eye of a
+    strided product, heads are its batch; else batch and heads are.
+    """
+    import torch
+
+    batch, heads, seqlen, head_dim = x.shape
+    rounds, _, _, half = directions.shape
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        x = x.detach()
+        x = x if _projects_narrow(x) else x.float()
         if group > 1:
             directions = directions.repeat_interleave(group, dim=1)
-        turned = torch.matmul(x.detach().float(), directions.detach().float().unsqueeze(1))
+        columns = directions.detach().to(x.dtype).permute(1, 2, 0, 3).flatten(2)
+        if batch == 1 or x.stride(0) == x.stride(2) * seqlen:
+            rows = x.transpose(0, 1).reshape(heads, batch * seqlen, head_dim)
+            turned = torch.bmm(rows, columns).view(heads, batch, seqlen, rounds, half)
+            turned = turned.permute(3, 1, 0, 2, 4)
+        else:
+            turned = torch.matmul(x, columns).view(batch, heads, seqlen, rounds, half)
+            turned = turned.permute(3, 0, 1, 2, 4)
         most, up = turned.max(dim=-1)
         least, down = turned.min(dim=-1)
-        return torch.where(most >= -least, up, down + turned.shape[-1]).to(torch.int32)
+        return torch.where(most >= -least, up, down + half).to(torch.int32)
 
 
 def _hash_array(x: Any, directions: Any, group: int) -> Any:
