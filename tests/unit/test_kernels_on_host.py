@@ -159,7 +159,8 @@ def test_no_barrier_is_missing(build, order):
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "head_dim_v", "card"), [(72, 128, 86), (24, 136, 90), (256, 200, 86)]
+    ("head_dim", "head_dim_v", "card"),
+    [(72, 128, 86), (24, 136, 90), (256, 200, 86), (16, 128, 90), (32, 256, 86)],
 )
 def test_head_dims(build, head_dim, head_dim_v, card):
     spec = Spec(1, 1, 1, 90, 100, head_dim, head_dim_v, "bfloat16", parts=HASH, seed=3)

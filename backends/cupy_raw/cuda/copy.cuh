@@ -62,8 +62,8 @@ SCFA_DEVICE void block_gather(char* tile, const u16* base, i64 row_stride, const
   const u32 tile_address = shared_address(tile);
   if (kAligned && kDim == padded(kDim) && valid_rows >= kRows) {
     const u32 stride_bytes = u32(row_stride) * 2;
-    if constexpr (kThreads % (8 * kChunks) == 0) {  // a thread keeps its chunk, and its rows lie multiples of 8 apart
-      constexpr u32 kStep = kThreads / kChunks;
+    constexpr u32 kStep = kThreads / kChunks;
+    if constexpr (kThreads % (8 * kChunks) == 0 && kRows % kStep == 0) {  // a thread keeps its chunk; rows 8 n apart
       const char* source = reinterpret_cast<const char*>(base) + thread % kChunks * 16;
       const u32 target = tile_address + chunk_offset(thread / kChunks, thread % kChunks, kRows);
 #pragma unroll
