@@ -176,14 +176,25 @@ __device__ __forceinline__ void digits_of(
     const ListRows& list, const DigitCursor& cursor, const Digit& digit, const int (&rows)[kUnroll], u32 (&digits)[kUnroll]) {
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) digits[u] = 0;
-#pragma unroll 1
-  for (int s = 0; s < digit.n_segments; ++s) {
-    const Segment segment = digit.segments[s];
-    const u64 low = cursor.low[segment.column];
-    u64 keys[kUnroll];
-    load_keys(list.groups[segment.column], rows, keys);
+  if (digit.n_segments == 1 && !list.groups[digit.segments[0].column].wide) {  // as below, in a quarter of the instructions
+    const Segment segment = digit.segments[0];
+    const ColumnRow column = list.groups[segment.column];
+    const u32 low = (u32)cursor.low[segment.column];
+    u32 keys[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) digits[u] |= segment_value(segment, keys[u], low);
+    for (int u = 0; u < kUnroll; ++u) keys[u] = *(const u32*)(column.base + rows[u] * column.row_stride);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) digits[u] = ((keys[u] ^ 0x80000000u) - low) >> segment.shift & segment.mask;
+  } else {
+#pragma unroll 1
+    for (int s = 0; s < digit.n_segments; ++s) {
+      const Segment segment = digit.segments[s];
+      const u64 low = cursor.low[segment.column];
+      u64 keys[kUnroll];
+      load_keys(list.groups[segment.column], rows, keys);
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) digits[u] |= segment_value(segment, keys[u], low);
+    }
   }
   if (digit.tests_keep) {
     const u32 kept = list.kept(rows);
