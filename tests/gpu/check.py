@@ -1,6 +1,8 @@
 """Run the GPU suite, time a few shapes, and write record.json: what `make gpu-check` does.
 
-    python tests/gpu/check.py [--fuzz N] [--sanitize] [--times-only] [pytest arguments]
+    python tests/gpu/check.py [--sanitize | --sanitize-only | --times-only] [pytest arguments]
+
+--sanitize-only adds compute-sanitizer's findings to the record of a run of the same sources.
 
 Exits with 0 only if every test passed and none was skipped for want of a GPU.
 """
@@ -210,10 +212,24 @@ def write_record(torch: Any, seen: Recorder, backends: list[str], found: dict[st
     record.RECORD.write_text(json.dumps(entry, indent=1) + "\n")
 
 
+def add_findings(findings: dict[str, str], backends: list[str]) -> int:
+    """Put the sanitizer's findings into the record, if it speaks of these very sources."""
+    entry = record.read_record()
+    if not entry or any(record.stale_files(name, entry) for name in backends):
+        print("record.json is not of these sources: the findings are not recorded")
+        return 1
+    entry["sanitizer"] = entry.get("sanitizer", {}) | {
+        f"{name}, {tool}": state for name in backends for tool, state in findings.items()
+    }
+    record.RECORD.write_text(json.dumps(entry, indent=1) + "\n")
+    return int(any(state != "clean" for state in findings.values()))
+
+
 def main() -> int:
     """Run everything; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--sanitize", action="store_true", help="also run compute-sanitizer")
+    parser.add_argument("--sanitize-only", action="store_true", help="nothing but that")
     parser.add_argument("--times-only", action="store_true", help="no tests, no record")
     options, rest = parser.parse_known_args()
 
@@ -225,6 +241,8 @@ def main() -> int:
         return 2
     backends = os.environ.setdefault("SCFA_GPU_BACKENDS", "cupy").split(",")
     os.environ["SCFA_REQUIRE"] = "gpu"
+    if options.sanitize_only:
+        return add_findings(sanitize(), backends)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of NumPy in each of the workers of -n
     seen = Recorder()
     if not options.times_only:
@@ -250,9 +268,12 @@ def main() -> int:
     for name, value in found["times"].items():
         print(f"  {name}: {value}")
     if options.sanitize:
-        found["sanitizer"] = sanitize()
-        if any(state != "clean" for state in found["sanitizer"].values()):
+        findings = sanitize()
+        if any(state != "clean" for state in findings.values()):
             return 1
+        found["sanitizer"] = {
+            f"{name}, {tool}": state for name in backends for tool, state in findings.items()
+        }
     if options.times_only:
         return 0
     write_record(torch, seen, backends, found)
