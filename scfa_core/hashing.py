@@ -72,7 +72,7 @@ def random_directions(
     return directions / np.maximum(length, np.finfo(np.float32).tiny)
 
 
-def angular_hash(x: Any, directions: Any) -> Any:
+def angular_hash(x: Any, directions: Any, center: Any = None) -> Any:
     """Bucket of each row of `x`, in every round: ``argmax [x @ R, -(x @ R)]``.
 
     >>> x = np.eye(4, 16, dtype=np.float32)[None, None]
@@ -86,6 +86,10 @@ def angular_hash(x: Any, directions: Any) -> Any:
     directions : array of the same library and device, (rounds, heads or a divisor, head_dim, n)
         From `random_directions`. Where it has fewer heads than `x`, consecutive heads of `x` share
         them, as grouped queries share keys.
+    center : array, (heads or a divisor, head_dim), optional
+        Subtracted from every row first. Rows of a deep layer have much in common, so that few
+        buckets hold most of them; about their mean they spread. In a causal model take a mean of
+        other batches: one of this batch knows later rows.
 
     Returns
     -------
@@ -118,13 +122,19 @@ def angular_hash(x: Any, directions: Any) -> Any:
             f"directions have {own_heads} heads of head_dim {dim}; x.shape={tuple(x.shape)} needs "
             "the same head_dim and a multiple of these heads"
         )
-    group = heads // own_heads
+    if center is not None and (
+        len(center.shape) != 2 or heads % center.shape[0] or center.shape[1] != head_dim
+    ):
+        raise ShapeError(
+            f"center must be (heads or a divisor, head_dim) for x.shape={tuple(x.shape)}, got "
+            f"{tuple(center.shape)}"
+        )
     rows = max(1, _WORKSPACE // max(1, rounds * batch * heads * half))
     hash_rows = _hash_torch if is_torch_tensor(x) else _hash_array
     if seqlen <= rows:
-        return hash_rows(x, directions, group)
+        return hash_rows(x, directions, center)
     cuts = range(0, seqlen, rows)
-    return _join([hash_rows(x[:, :, at : at + rows], directions, group) for at in cuts])
+    return _join([hash_rows(x[:, :, at : at + rows], directions, center) for at in cuts])
 
 
 def _projects_narrow(x: Any) -> bool:
@@ -134,22 +144,24 @@ def _projects_narrow(x: Any) -> bool:
     return x.is_cuda and x.dtype is torch.bfloat16
 
 
-def _hash_torch(x: Any, directions: Any, group: int) -> Any:
+def _hash_torch(x: Any, directions: Any, center: Any) -> Any:
     """Buckets of some rows, torch; autocast would narrow the projection, so it is off.
 
     All rounds are columns of one product. Where batch and seqlen are one axis to the eye of a
-    strided product, heads are its batch; else batch and heads are.
+    strided product, heads are its batch; else batch and heads are. A center moves the projections,
+    not the rows.
     """
     import torch
 
     batch, heads, seqlen, head_dim = x.shape
-    rounds, _, _, half = directions.shape
+    rounds, own_heads, _, half = directions.shape
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         x = x.detach()
         x = x if _projects_narrow(x) else x.float()
-        if group > 1:
-            directions = directions.repeat_interleave(group, dim=1)
-        columns = directions.detach().to(x.dtype).permute(1, 2, 0, 3).flatten(2)
+        directions = directions.detach().float()
+        if own_heads < heads:
+            directions = directions.repeat_interleave(heads // own_heads, dim=1)
+        columns = directions.to(x.dtype).permute(1, 2, 0, 3).flatten(2)
         if batch == 1 or x.stride(0) == x.stride(2) * seqlen:
             rows = x.transpose(0, 1).reshape(heads, batch * seqlen, head_dim)
             turned = torch.bmm(rows, columns).view(heads, batch, seqlen, rounds, half)
@@ -157,16 +169,23 @@ def _hash_torch(x: Any, directions: Any, group: int) -> Any:
         else:
             turned = torch.matmul(x, columns).view(batch, heads, seqlen, rounds, half)
             turned = turned.permute(3, 0, 1, 2, 4)
+        if center is not None:
+            center = center.detach().float().repeat_interleave(heads // center.shape[0], dim=0)
+            moved = (center[:, None] @ directions).unsqueeze(1)  # (rounds, 1, heads, 1, half)
+            turned = turned.float() - moved
         most, up = turned.max(dim=-1)
         least, down = turned.min(dim=-1)
         return torch.where(most >= -least, up, down + half).to(torch.int32)
 
 
-def _hash_array(x: Any, directions: Any, group: int) -> Any:
+def _hash_array(x: Any, directions: Any, center: Any) -> Any:
     """Buckets of some rows, NumPy or CuPy."""
-    if group > 1:
-        directions = directions.repeat(group, axis=1)
-    turned = x.astype(np.float32) @ directions.astype(np.float32)[:, None]
+    heads = x.shape[1]
+    directions = directions.astype(np.float32).repeat(heads // directions.shape[1], axis=1)
+    turned = x.astype(np.float32) @ directions[:, None]
+    if center is not None:
+        center = center.astype(np.float32).repeat(heads // center.shape[0], axis=0)
+        turned -= (center[:, None] @ directions)[:, None]
     up, down = turned.argmax(axis=-1), turned.argmin(axis=-1)
     is_up = turned.max(axis=-1) >= -turned.min(axis=-1)
     return (up * is_up + (down + turned.shape[-1]) * ~is_up).astype(np.int32)

@@ -106,7 +106,7 @@ def as_words(corpus: Corpus, vocabulary: int) -> Corpus:
     """
 
     def ids(data: np.ndarray) -> np.ndarray:
-        words = re.findall(rb"\w+|\s+|[^\w\s]", data.tobytes())
+        words = re.findall(rb" ?\w+| ?[^\w\s]+|\s+", data.tobytes())
         return np.array([zlib.crc32(word) % vocabulary for word in words], np.int32)
 
     return corpus._replace(train=ids(corpus.train), validation=ids(corpus.validation))

@@ -19,17 +19,21 @@ from bench.lm.config import Config
 from bench.lm.data import document_ids
 from scfa_core.hashing import angular_hash
 
-Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
+# q, k, v, the hash's directions and center, documents
+Attend = Callable[
+    [Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", "Tensor | None"], Tensor
+]
+SAMPLED = 16  # every so many queries count for the mean
 
 
-def _part(name: str, q: Tensor, directions: Tensor | None) -> scfa.Pattern:
+def _part(name: str, q: Tensor, directions: Tensor | None, center: Tensor | None) -> scfa.Pattern:
     """One pattern from its name, e.g. ``hash16``."""
-    match = re.fullmatch(r"(hash|drop|window|dense)(\d*)", name)
+    match = re.fullmatch(r"(hash|drop|window|dense)(\d*)c?", name)
     if match is None:
         raise SystemExit(f"no such attention: {name!r}")
     kind, number = match[1], int(match[2] or 0)
     if kind == "hash":
-        bucket = angular_hash(q, directions)[0]
+        bucket = angular_hash(q, directions, center)[0]
         return scfa.HashSparse(bucket, bucket, include_self=False)
     if kind == "drop":
         keep = torch.rand((2, *q.shape[:3]), device=q.device) * 100 >= number
@@ -42,11 +46,16 @@ def sparse(config: Config) -> Attend:
     names = config.attention.split("+")
 
     def attend(
-        q: Tensor, k: Tensor, v: Tensor, directions: Tensor | None, documents: Tensor | None
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        directions: Tensor | None,
+        center: Tensor | None,
+        documents: Tensor | None,
     ) -> Tensor:
-        pattern = _part(names[0], q, directions)
+        pattern = _part(names[0], q, directions, center)
         for name in names[1:]:
-            pattern = pattern & _part(name, q, directions)
+            pattern = pattern & _part(name, q, directions, center)
         if documents is not None:
             pattern = pattern & scfa.Documents(documents)
         out: Tensor = scfa.attention(
@@ -65,16 +74,14 @@ def attend_for(config: Config) -> Attend:
             f"packed=True is served by this package's attention, not {config.attention}"
         )
     if config.attention == "none":
-        return lambda q, k, v, directions, documents: q + k + v
+        return lambda q, k, v, *_: q + k + v
     if config.attention == "dense":
-        return lambda q, k, v, directions, documents: functional.scaled_dot_product_attention(
+        return lambda q, k, v, *_: functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale
         )
     if config.attention == "naive":
 
-        def naive(
-            q: Tensor, k: Tensor, v: Tensor, directions: Tensor | None, documents: Tensor | None
-        ) -> Tensor:
+        def naive(q: Tensor, k: Tensor, v: Tensor, *_: Tensor | None) -> Tensor:
             hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
             factor = q.shape[-1] ** -0.5 if scale is None else scale
             scores = (q @ k.transpose(-1, -2) * factor).masked_fill(hidden, float("-inf"))
@@ -93,6 +100,11 @@ class Mix(nn.Module):
         self.attend = attend_for(config)
         self.query_value = nn.Linear(config.width, 2 * config.width, bias=False)
         self.output = nn.Linear(config.width, config.width, bias=False)
+        self.center: Tensor | None
+        self.mean: Tensor | None
+        for name in ("center", "mean"):
+            shape = (config.heads, config.head_dim)
+            self.register_buffer(name, torch.zeros(shape) if config.centered else None)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and values, views (batch, heads, seqlen, head_dim)."""
@@ -105,7 +117,10 @@ class Mix(nn.Module):
         """(batch, seqlen, width) to the same."""
         q, v = self.project(x)
         k = functional.normalize(q, dim=-1).to(q.dtype)
-        out = self.attend(q, k, v, directions, documents).transpose(1, 2).flatten(2)
+        out = self.attend(q, k, v, directions, self.center, documents)
+        if self.mean is not None:  # overwritten, not added to: the same if computed once more
+            self.mean.copy_(q.detach()[:, :, ::SAMPLED].float().mean((0, 2)))
+        out = out.transpose(1, 2).flatten(2)
         mixed_back: Tensor = self.output(out)
         return mixed_back
 
@@ -225,6 +240,16 @@ class LanguageModel(nn.Module):
         return self.head(x, self.embed.token.weight, target)
 
     @torch.no_grad()
+    def move_centers(self, share: float) -> None:
+        """Move the centers of the hashes by `share` of their way to the last batch's mean.
+
+        After a step: buckets of a sequence must not depend on its own later rows.
+        """
+        for block in self.blocks:
+            if isinstance(block.mix, Mix) and block.mix.center is not None:
+                block.mix.center.lerp_(block.mix.mean, share)
+
+    @torch.no_grad()
     def bucket_cost(self, text: Tensor) -> list[float]:
         """Same-bucket pairs of each layer over those of even buckets, for a hash variant.
 
@@ -236,7 +261,7 @@ class LanguageModel(nn.Module):
         x, costs = self.embed.forward(text), []
         for layer, block in enumerate(self.blocks):
             q, _ = block.mix.project(block.norm_attention(x))
-            bucket = angular_hash(q, directions[layer])[0].long()
+            bucket = angular_hash(q, directions[layer], block.mix.center)[0].long()
             count = functional.one_hot(bucket, self.config.buckets).sum(2).double()
             share = count / bucket.shape[-1]
             costs.append(float((share**2).sum(-1).mean()) * self.config.buckets)

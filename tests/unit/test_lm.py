@@ -22,7 +22,7 @@ text.write_text("def f(x):\\n    return x + 1\\n" * 400)
 corpus = load_corpus(text)
 tiny = dataclasses.replace(PRESETS["tiny"], seqlen=64, tokens_per_step=128, steps=4)
 here = World(0, 1, "cpu")
-names = "dense hash4 drop50 window16 hash4+window16 naive reformer4 none"
+names = "dense hash4 hash4c drop50 window16 hash4+window16 naive reformer4 none"
 for name in names.split():
     trainer = Trainer(dataclasses.replace(tiny, attention=name), corpus, here)
     assert trainer.train_step() < 6.0, name
@@ -62,7 +62,7 @@ from bench.lm.train import Trainer, World
 corpus = load_corpus(pathlib.Path("bench/lm/model.py"))
 tiny = dataclasses.replace(PRESETS["tiny"], seqlen=64, tokens_per_step=128, layers=3)
 for scope, graphs in (("blocks", 3), ("model", 1)):
-    for name in ("hash4", "drop50"):
+    for name in ("hash4", "hash4c", "drop50"):
         config = dataclasses.replace(tiny, attention=name, compile=scope)
         trainer = Trainer(config, corpus, World(0, 1, "cpu"))
         counter = CompileCounterWithBackend("aot_eager")
