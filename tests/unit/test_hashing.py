@@ -131,3 +131,38 @@ def test_random_vectors_fill_buckets_evenly():
     balance = hashing.bucket_balance(bucket, 16)
     assert balance.empty == 0
     assert balance.effective_buckets > 15
+
+
+@pytest.mark.parametrize("own_heads", [4, 2, 1])
+def test_a_center_is_subtracted_and_makes_buckets_even(own_heads):
+    torch = pytest.importorskip("torch", reason="compares torch tensors with NumPy arrays")
+    rng = np.random.default_rng(7)
+    center = (3 * rng.standard_normal((own_heads, 32))).astype(np.float32)
+    each = center.repeat(4 // own_heads, axis=0)[:, None]
+    x = rng.standard_normal((2, 4, 500, 32)).astype(np.float32) + each
+    directions = hashing.random_directions(2, 32, 16, rounds=2, seed=3)
+    mine = hashing.angular_hash(x, directions, center)
+    right = hashing.angular_hash(x - each, directions)
+    assert (mine == right).mean() > 0.999  # all but those whose best two directions are level
+    tensors = (torch.from_numpy(y) for y in (x, directions, center))
+    assert (hashing.angular_hash(*tensors).numpy() == right).mean() > 0.999
+    crowded, even = (
+        hashing.bucket_balance(y, 16).effective_buckets
+        for y in (hashing.angular_hash(x, directions), mine)
+    )
+    assert crowded < 8 < 14 < even
+    with pytest.raises(scfa.ShapeError, match="center must be"):
+        hashing.angular_hash(x, directions, center[:, :5])
+
+
+def test_rows_seen_through_a_transpose_and_narrow_products(monkeypatch):
+    torch = pytest.importorskip("torch", reason="about torch tensors")
+    x = torch.randn(2, 50, 4, 32, generator=torch.Generator().manual_seed(1))
+    directions = torch.from_numpy(hashing.random_directions(4, 32, 16, rounds=3, seed=3))
+    right = hashing.angular_hash(x.numpy().swapaxes(1, 2), directions.numpy())
+    assert np.array_equal(hashing.angular_hash(x.transpose(1, 2), directions).numpy(), right)
+    monkeypatch.setattr(hashing, "_projects_narrow", lambda x: x.dtype is torch.bfloat16)
+    narrow = x.bfloat16().transpose(1, 2)
+    mine = hashing.angular_hash(narrow, directions).numpy()
+    right = hashing.angular_hash(narrow.float().numpy(), directions.numpy())
+    assert (mine == right).mean() > 0.97  # a bfloat16 product has eight bits
