@@ -106,7 +106,7 @@ def _speed(args: argparse.Namespace, where: World) -> None:
         variants=args.variants,
         warm=args.warm,
         repeats=args.repeats,
-        profiled=args.profile,
+        profiled=args.lengths if args.profile == [] else args.profile or [],
         budget=args.budget,
         json_path=args.json,
     )
@@ -146,7 +146,9 @@ def main() -> None:
     three.add_argument("--variants", nargs="+", default=["dense", "none", "hash16"])
     three.add_argument("--warm", type=int, default=3)
     three.add_argument("--repeats", type=int, default=8)
-    three.add_argument("--profile", action="store_true", help="kernels by time, per case")
+    three.add_argument(
+        "--profile", nargs="*", type=int, help="kernels by time, at these lengths or at all"
+    )
     three.add_argument("--budget", type=float, default=math.inf, help="seconds")
     three.add_argument("--json", type=Path)
     three.set_defaults(run=_speed)

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ def run(
     variants: list[str],
     warm: int = 3,
     repeats: int = 8,
-    profiled: bool = False,
+    profiled: Sequence[int] = (),
     budget: float = float("inf"),
     json_path: Path | None = None,
 ) -> list[dict[str, Any]]:
@@ -186,7 +186,7 @@ def run(
             if variant not in ("dense", BOUND):
                 kernels_ready()
             try:
-                row = one_case(config, corpus, where, warm, repeats, profiled)
+                row = one_case(config, corpus, where, warm, repeats, seqlen in profiled)
             except Exception as error:
                 row = {"seqlen": seqlen, "variant": variant, "error": f"{error!r:.300}"}
             rows.append(row)
