@@ -26,12 +26,18 @@ Attend = Callable[
 SAMPLED = 16  # every so many queries count for the mean
 
 
-def _part(name: str, q: Tensor, directions: Tensor | None, center: Tensor | None) -> scfa.Pattern:
-    """One pattern from its name, e.g. ``hash16``."""
+def _parse(name: str) -> tuple[str, int]:
+    """Kind and number of one pattern, e.g. of ``hash16``; torch.compile need not trace it."""
     match = re.fullmatch(r"(hash|drop|window|dense)(\d*)c?", name)
     if match is None:
         raise SystemExit(f"no such attention: {name!r}")
-    kind, number = match[1], int(match[2] or 0)
+    return match[1], int(match[2] or 0)
+
+
+def _part(
+    kind: str, number: int, q: Tensor, directions: Tensor | None, center: Tensor | None
+) -> scfa.Pattern:
+    """One pattern."""
     if kind == "hash":
         bucket = angular_hash(q, directions, center)[0]
         return scfa.HashSparse(bucket, bucket, include_self=False)
@@ -43,7 +49,7 @@ def _part(name: str, q: Tensor, directions: Tensor | None, center: Tensor | None
 
 def sparse(config: Config) -> Attend:
     """Attention through this package."""
-    names = config.attention.split("+")
+    parts = [_parse(name) for name in config.attention.split("+")]
 
     def attend(
         q: Tensor,
@@ -53,9 +59,9 @@ def sparse(config: Config) -> Attend:
         center: Tensor | None,
         documents: Tensor | None,
     ) -> Tensor:
-        pattern = _part(names[0], q, directions, center)
-        for name in names[1:]:
-            pattern = pattern & _part(name, q, directions, center)
+        pattern = _part(*parts[0], q, directions, center)
+        for part in parts[1:]:
+            pattern = pattern & _part(*part, q, directions, center)
         if documents is not None:
             pattern = pattern & scfa.Documents(documents)
         out: Tensor = scfa.attention(
