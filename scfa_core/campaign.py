@@ -319,9 +319,10 @@ def _torch_ways(device: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 def verify_deep(backend: str, seed: int, *, most_rows: int, dtypes: tuple[str, ...]) -> Finding:
     """Run one problem forward and backward, hold everything against truth and reference plan."""
-    from scfa_core.verify import Finding, plan_differences
+    from scfa_core.verify import Finding, crash, plan_differences
 
     problem = draw(seed, most_rows=most_rows, dtypes=dtypes)
+    told = f" (views of q, k, v, dout: {problem.views})"
     try:
         got, plan = run(problem, backend)
         if problem.dense:
@@ -336,7 +337,6 @@ def verify_deep(backend: str, seed: int, *, most_rows: int, dtypes: tuple[str, .
         complaints += plan_differences(problem.case, plan)
         worst = max(max(v.max_ratio, v.norm_ratio) for v in verdicts)
     except Exception as error:  # one bad problem must not hide its seed
-        complaints = [f"raised {type(error).__name__}: {error}"]
-        worst = float("inf")
-    complaints = [f"{text} (views of q, k, v, dout: {problem.views})" for text in complaints]
+        return crash(error, problem.case.spec, told)
+    complaints = [text + told for text in complaints]
     return Finding(seed, problem.case.spec, worst, tuple(complaints))

@@ -99,6 +99,10 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--time-budget", type=_seconds, metavar="SECONDS", help="begin no problem after this"
     )
+    verify.add_argument(
+        "--workers", type=_whole(1), default=1, help="processes that share the seeds (%(default)s)"
+    )
+    verify.add_argument("--json", metavar="PATH", help="write counts and failures there")
     verify.set_defaults(run=run_verify)
 
     show = commands.add_parser(
@@ -180,7 +184,7 @@ def run_demo(options: argparse.Namespace, terminal: Terminal) -> int:
 
 def run_verify(options: argparse.Namespace, terminal: Terminal) -> int:
     """Run random problems; 1 if one failed."""
-    from scfa_core.verify import verify
+    from scfa_core.verify import Summary, verify
 
     findings = verify(
         options.backend,
@@ -190,31 +194,45 @@ def run_verify(options: argparse.Namespace, terminal: Terminal) -> int:
         dtype=options.dtype,
         time_budget=options.time_budget,
         deep=options.deep,
+        workers=options.workers,
     )
-    done, worst, failed = 0, 0.0, []
+    seen = Summary()
     with terminal.progress(f"verify {options.backend}", options.count) as progress:
         for finding in findings:
-            done += 1
-            if finding.complaints:
-                failed.append(finding)
-            else:
-                worst = max(worst, finding.worst)
-            progress.advance(f"{len(failed)} failed, largest error {worst:.2f} of the allowed")
-    for finding in failed:
+            seen.add(finding)
+            progress.advance(
+                f"{len(seen.failed)} failed, largest error {seen.worst:.2f} of the allowed"
+            )
+    for finding in seen.failed:
         terminal.print(f"FAILED {finding.spec}")
         for complaint in finding.complaints:
             terminal.print(f"  {complaint}")
         terminal.print(f"  reproduce: {reproduction(options, finding.seed)}")
     terminal.print(
-        f"{options.backend}: {done} problems from seed {options.seed}, {len(failed)} failed; "
-        f"largest error of the others {worst:.2f} of the allowed"
+        f"{options.backend}: {seen.done} problems from seed {options.seed}, "
+        f"{len(seen.failed)} failed; largest error of the others {seen.worst:.2f} of the allowed"
     )
-    return 1 if failed else 0
+    if options.json:
+        write_json(options.json, {"command": reproduction(options, None), **seen.as_json()})
+    return 1 if seen.failed else 0
 
 
-def reproduction(options: argparse.Namespace, seed: int) -> str:
-    """The one line that runs one problem of `scfa verify` again."""
-    line = f"scfa verify --backend {options.backend} --seed {seed} --count 1"
+def write_json(path: str, content: dict[str, Any]) -> None:
+    """Write a result together with the versions that it came from."""
+    import json
+
+    versions = {name: _version(name) for name in PACKAGES}
+    content["versions"] = {"scfa_core": __version__, "python": platform.python_version()} | {
+        name: found for name, found in versions.items() if found != "not installed"
+    }
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=1) + "\n")
+
+
+def reproduction(options: argparse.Namespace, seed: int | None) -> str:
+    """The one line that runs one problem of `scfa verify` again; all of them if `seed` is None."""
+    first, count = (options.seed, options.count) if seed is None else (seed, 1)
+    line = f"scfa verify --backend {options.backend} --seed {first} --count {count}"
     line += " --deep" if options.deep else ""
     line += f" --rows {options.rows}" if options.rows else ""
     return line + (f" --dtype {options.dtype}" if options.dtype else "")

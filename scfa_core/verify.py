@@ -7,9 +7,11 @@ compared entry by entry with the reference planner's. One seed is one problem, o
 from __future__ import annotations
 
 import importlib.util
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,51 @@ class Finding:
     spec: testing.Spec
     worst: float
     complaints: tuple[str, ...]
+    fatal: bool = False  # nothing after it can run in this process
+
+
+class Summary:
+    """Counts of findings as they come in."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.worst = 0.0  # of those that did not fail
+        self.seeds: tuple[int, int] | None = None  # first and last
+        self.failed: list[Finding] = []
+        self.kinds: dict[str, dict[str, tuple[int, float]]] = {"dtypes": {}, "patterns": {}}
+
+    def add(self, finding: Finding) -> None:
+        """Take in one finding; they come in the order of their seeds."""
+        self.done += 1
+        self.seeds = (self.seeds[0] if self.seeds else finding.seed, finding.seed)
+        if finding.complaints:
+            self.failed.append(finding)
+            return
+        self.worst = max(self.worst, finding.worst)
+        for kind, name in (
+            ("dtypes", finding.spec.dtype),
+            ("patterns", finding.spec.parts[0].kind),
+        ):
+            count, worst = self.kinds[kind].get(name, (0, 0.0))
+            self.kinds[kind][name] = count + 1, max(worst, finding.worst)
+
+    def as_json(self) -> dict[str, Any]:
+        """What ``scfa verify --json`` writes."""
+        return {
+            "problems": self.done,
+            "seeds": self.seeds,
+            "failed": [
+                {"seed": x.seed, "spec": str(x.spec), "complaints": x.complaints}
+                for x in self.failed
+            ],
+            "largest error of the allowed": round(self.worst, 3),
+        } | {
+            kind: {
+                name: {"passed": count, "largest error of the allowed": round(worst, 3)}
+                for name, (count, worst) in sorted(found.items())
+            }
+            for kind, found in self.kinds.items()
+        }
 
 
 def drawn_dtypes(backend: str) -> tuple[str, ...]:
@@ -55,8 +102,11 @@ def verify(
     dtype: str | None = None,
     time_budget: float | None = None,
     deep: bool = False,
+    workers: int = 1,
 ) -> Iterator[Finding]:
     """Yield the finding of each seed from `seed` on, until `count` or the seconds are used up.
+
+    After a finding that is `fatal` there is none.
 
     Parameters
     ----------
@@ -72,27 +122,54 @@ def verify(
         Seconds after which no new problem is begun.
     deep : bool
         Draw the structured problems of `campaign` instead.
+    workers : int
+        Processes that share the seeds; with 1 all is done in this one.
 
     Raises
     ------
     UnknownBackend, BackendUnavailable
         No such backend, or it cannot run here.
+    ScfaError
+        A worker died.
     """
     dtypes = drawn_dtypes(backend) if dtype is None else (dtype,)
     reason = unavailable_reason(backend)
     if reason is not None:
         raise BackendUnavailable(f"backend {backend!r} cannot run here: {reason}")
-    from scfa_core.campaign import DEEP_ROWS, verify_deep
-
     deadline = None if time_budget is None else time.monotonic() + time_budget
-    for number in range(seed, seed + count):
+    task = partial(verify_seed, backend=backend, rows=rows, dtypes=dtypes, deep=deep)
+    seeds = range(seed, seed + count)
+    if workers > 1:
+        from scfa_core.verify_workers import in_processes
+
+        findings = in_processes(task, seeds, workers, deadline)
+    else:
+        findings = _in_turn(task, seeds, deadline)
+    for finding in findings:
+        yield finding
+        if finding.fatal:
+            return
+
+
+def _in_turn(
+    task: Callable[[int], Finding], seeds: range, deadline: float | None
+) -> Iterator[Finding]:
+    for number in seeds:
         if deadline is not None and time.monotonic() >= deadline:
             return
-        if deep:
-            yield verify_deep(backend, number, most_rows=rows or DEEP_ROWS, dtypes=dtypes)
-        else:
-            most = rows or DEFAULT_ROWS
-            yield verify_one(backend, testing.random_spec(number, most_rows=most, dtypes=dtypes))
+        yield task(number)
+
+
+def verify_seed(
+    seed: int, *, backend: str, rows: int | None, dtypes: tuple[str, ...], deep: bool
+) -> Finding:
+    """Draw the problem of one seed, and run it."""
+    if deep:
+        from scfa_core.campaign import DEEP_ROWS, verify_deep
+
+        return verify_deep(backend, seed, most_rows=rows or DEEP_ROWS, dtypes=dtypes)
+    spec = testing.random_spec(seed, most_rows=rows or DEFAULT_ROWS, dtypes=dtypes)
+    return verify_one(backend, spec)
 
 
 def verify_one(backend: str, spec: testing.Spec) -> Finding:
@@ -109,9 +186,29 @@ def verify_one(backend: str, spec: testing.Spec) -> Finding:
         complaints += plan_differences(case, plan)
         worst = max((max(v.max_ratio, v.norm_ratio) for v in verdicts), default=0.0)
     except Exception as error:  # one bad problem must not hide its seed
-        complaints = [f"raised {type(error).__name__}: {error}"]
-        worst = float("inf")
+        return crash(error, spec)
     return Finding(spec.seed, spec, worst, tuple(complaints))
+
+
+def crash(error: Exception, spec: testing.Spec, told: str = "") -> Finding:
+    """The finding of a problem that raised `error`."""
+    complaints = [f"raised {type(error).__name__}: {error}{told}"]
+    broken = broken_context()
+    if broken:
+        complaints.append(f"the CUDA context is broken, and this process with it: {broken}")
+    return Finding(spec.seed, spec, float("inf"), tuple(complaints), fatal=bool(broken))
+
+
+def broken_context() -> str | None:
+    """Why nothing runs on the GPU any more, if a kernel broke this process's CUDA context."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    try:
+        torch.cuda.synchronize()
+    except Exception as error:  # which class depends on the version of torch
+        return str(error).splitlines()[0]
+    return None
 
 
 def plan_differences(case: testing.Case, plan: dict[str, np.ndarray]) -> list[str]:

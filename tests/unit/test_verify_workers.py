@@ -1,0 +1,105 @@
+"""Seeds in several processes: the same findings in the same order, and a dead process is told."""
+
+import json
+import math
+import os
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from scfa_core import campaign, cli, verify
+from scfa_core.errors import ScfaError
+from scfa_core.verify_workers import ONE_THREAD, in_processes
+
+
+def test_two_processes_find_what_one_finds():
+    options = {"count": 9, "rows": 40, "dtype": "float32", "deep": True}
+    alone = list(verify.verify("reference", **options))
+    shared = list(verify.verify("reference", **options, workers=2))
+    assert [x.seed for x in shared] == list(range(9))
+    assert shared == alone
+
+
+def test_results_come_in_order_and_variables_stay(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    before = {name: os.environ.get(name) for name in ONE_THREAD}
+    assert list(in_processes(abs, range(-300, 0), 2)) == list(range(300, 0, -1))
+    assert {name: os.environ.get(name) for name in ONE_THREAD} == before
+
+
+def test_workers_have_one_thread():
+    (found,) = in_processes(os.getenv, ["OMP_NUM_THREADS"], 2)
+    assert found == "1"
+
+
+def test_seeds_not_begun_in_time_are_the_last_ones():
+    done = list(in_processes(abs, range(10**6), 2, time.monotonic()))
+    assert done == list(range(len(done)))
+    assert len(done) < 128
+
+
+def test_a_dead_process_is_told_with_its_seeds():
+    with pytest.raises(ScfaError, match="a process died at one of the seeds 5 to 6"):
+        list(in_processes(os._exit, range(5, 7), 2))
+
+
+def test_an_error_of_a_task_is_raised():
+    with pytest.raises(ValueError, match="math domain error"):
+        list(in_processes(math.sqrt, range(-1, 3), 2))
+
+
+def broken_torch(message):
+    def synchronize():
+        raise RuntimeError(f"{message}\nmore of it")
+
+    return SimpleNamespace(
+        cuda=SimpleNamespace(is_initialized=lambda: True, synchronize=synchronize)
+    )
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_nothing_is_run_in_a_broken_context(monkeypatch, deep):
+    def fail(*_):
+        monkeypatch.setitem(sys.modules, "torch", broken_torch("an illegal access"))
+        raise RuntimeError("unspecified launch failure")
+
+    monkeypatch.setattr(verify, "run_case", fail)
+    monkeypatch.setattr(campaign, "run", fail)
+    options = {"count": 5, "rows": 40, "dtype": "float32", "deep": deep}
+    (finding,) = verify.verify("reference", **options)
+    assert finding.fatal
+    assert "unspecified launch failure" in finding.complaints[0]
+    assert finding.complaints[1].endswith("with it: an illegal access")
+
+
+def test_an_error_that_leaves_the_context_whole_stops_nothing(monkeypatch):
+    monkeypatch.setattr(campaign, "run", lambda *_: 1 / 0)
+    findings = list(verify.verify("reference", count=3, rows=40, deep=True))
+    assert len(findings) == 3
+    assert not any(finding.fatal for finding in findings)
+
+
+def test_counts_are_written_as_json(tmp_path, monkeypatch, capsys):
+    right = verify.verify_seed
+
+    def wrong_at_4(seed, **options):
+        found = right(seed, **options)
+        return found if seed != 4 else verify.Finding(4, found.spec, 2.0, ("dv: 2.00",))
+
+    monkeypatch.setattr(verify, "verify_seed", wrong_at_4)
+    path = tmp_path / "found.json"
+    options = ["--deep", "--backend", "reference", "--rows", "40", "--dtype", "float32"]
+    code = cli.main(["verify", *options, "--seed", "2", "--count", "8", "--json", str(path)])
+    assert code == 1
+    assert "8 problems from seed 2, 1 failed" in capsys.readouterr().out
+    written = json.loads(path.read_text())
+    assert written["problems"] == 8
+    assert written["seeds"] == [2, 9]
+    assert [x["seed"] for x in written["failed"]] == [4]
+    assert written["dtypes"]["float32"]["passed"] == 7
+    assert sum(x["passed"] for x in written["patterns"].values()) == 7
+    assert 0 < written["largest error of the allowed"] <= 1
+    assert written["versions"]["numpy"]
+    assert written["command"].startswith("scfa verify --backend reference --seed 2 --count 8")
