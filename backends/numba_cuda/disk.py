@@ -16,6 +16,7 @@ from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
+from uuid import uuid4
 
 from numba import cuda
 from numba.cuda.dispatcher import CUDACache
@@ -40,6 +41,10 @@ class _NamedCache(CUDACache):
     def __init__(self, function: Callable[..., Any], name: tuple[Any, ...]) -> None:
         self._entry_name = name
         super().__init__(function)
+        # numba numbers the files and writes the index before the code: two processes that compile
+        # different variants at once would find each other's code under their own name.
+        index = self._cache_file
+        index._data_name_pattern = index._data_name_pattern.replace("{", f"{uuid4().hex}.{{")
 
     def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
         """Name of an entry: types, target and compiler versions, and what we call it."""
