@@ -171,8 +171,8 @@ def _hash_torch(x: Any, directions: Any, center: Any) -> Any:
             turned = turned.permute(3, 0, 1, 2, 4)
         if center is not None:
             center = center.detach().float().repeat_interleave(heads // center.shape[0], dim=0)
-            moved = (center[:, None] @ directions).unsqueeze(1)  # (rounds, 1, heads, 1, half)
-            turned = turned.float() - moved
+            moved = (center[..., None] * directions).sum(dim=2)  # (rounds, heads, half)
+            turned = turned.float() - moved[:, None, :, None]
         most, up = turned.max(dim=-1)
         least, down = turned.min(dim=-1)
         return torch.where(most >= -least, up, down + half).to(torch.int32)

@@ -130,8 +130,7 @@ def run(
                     partial.write_text(json.dumps(record, indent=1) + "\n")
                     partial.replace(json_path)
 
-            if variant != "dense":
-                kernels_ready()
+            kernels_ready()
             try:
                 train_one(config, corpus, where, points, store)
             except Exception as error:

@@ -93,17 +93,27 @@ def time_steps(trainer: Trainer, warm: int, repeats: int) -> dict[str, Any]:
 
 
 def one_case(
-    config: Config, corpus: Corpus, where: World, warm: int, repeats: int, profiled: bool
+    config: Config,
+    corpus: Corpus,
+    where: World,
+    kernels_ready: Callable[[], None],
+    warm: int,
+    repeats: int,
+    profiled: bool,
 ) -> dict[str, Any]:
     """Row of one variant at one length."""
+    if config.attention not in ("dense", BOUND):
+        kernels_ready()
     begin = time.perf_counter()
     trainer = Trainer(config, corpus, where)
     trainer.warm_up()
+    took = time.perf_counter() - begin
+    kernels_ready()  # nothing else runs while steps are timed
     row: dict[str, Any] = {
         "seqlen": config.seqlen,
         "variant": config.attention,
         "compile": config.compile,
-        "compile_seconds": time.perf_counter() - begin,
+        "compile_seconds": took,
         **time_steps(trainer, warm, repeats),
         "tokens_per_step": config.tokens_per_step,
     }
@@ -183,10 +193,10 @@ def run(
                 micro_batch=max(base.tokens_per_step // seqlen, 1),
                 steps=10**6,
             )
-            if variant not in ("dense", BOUND):
-                kernels_ready()
             try:
-                row = one_case(config, corpus, where, warm, repeats, seqlen in profiled)
+                row = one_case(
+                    config, corpus, where, kernels_ready, warm, repeats, seqlen in profiled
+                )
             except Exception as error:
                 row = {"seqlen": seqlen, "variant": variant, "error": f"{error!r:.300}"}
             rows.append(row)
