@@ -230,8 +230,8 @@ class HashSelfAttention(SparseSelfAttention):
     rounds : int
         Independent hashes; the union of what they see, each pair once. 2 or 3 at most: see
         `scfa_core.hashing.disjoint_rounds`.
-    seed, redraw
-        As for `AngularHash`.
+    seed, redraw, center
+        As for `AngularHash`; with `center` call ``layer.hash.move_centers()`` after each step.
     **options
         As for `SparseSelfAttention`.
     """
@@ -245,11 +245,19 @@ class HashSelfAttention(SparseSelfAttention):
         rounds: int = 1,
         seed: int | None = None,
         redraw: bool = False,
+        center: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(width, heads, **options)
         self.hash = AngularHash(
-            self.heads_kv, self.head_dim, buckets, rounds=rounds, seed=seed, redraw=redraw
+            self.heads_kv,
+            self.head_dim,
+            buckets,
+            rounds=rounds,
+            seed=seed,
+            redraw=redraw,
+            center=center,
+            query_heads=self.heads,
         )
 
     def make_patterns(self, q: Tensor, k: Tensor) -> list[Pattern]:

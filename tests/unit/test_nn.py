@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch", reason="these are torch modules")
 from torch import nn as torch_nn  # noqa: E402 - needs torch
 
 from scfa_core import nn  # noqa: E402
+from scfa_core.hashing import bucket_balance  # noqa: E402
 
 WIDTH, HEADS, SEQLEN = 64, 4, 45
 
@@ -291,3 +292,52 @@ def test_layers_compile_to_one_graph(kind):
     torch.testing.assert_close(mine, layer(x))
     mine.square().sum().backward()
     assert layer.query.weight.grad.any()
+
+
+@pytest.mark.parametrize("shared_qk", [False, True])
+def test_a_centered_hash_spreads_rows_and_sees_no_later_ones(shared_qk):
+    options = {"heads_kv": HEADS if shared_qk else 2, "shared_qk": shared_qk, "center": True}
+    layer = nn.HashSelfAttention(WIDTH, HEADS, 8, seed=1, **options)
+    x = draw() + 4 * draw(seed=9, batch=1, seqlen=1)  # rows with much in common
+    q, k, _ = layer.project(x)
+    rows = (q,) if shared_qk else (q, k)
+
+    def effective():
+        return [bucket_balance(y, 8).effective_buckets for y in layer.hash(*rows)]
+
+    before = effective()
+    layer(x)
+    first = layer(x)  # a second pass of the same step, as in activation checkpointing
+    layer.hash.move_centers()
+    assert all(a + 2 < b for a, b in zip(before, effective(), strict=True))
+    for y, center in zip(rows, layer.hash.centers, strict=False):
+        torch.testing.assert_close(center.place, y.mean((0, 2)), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(layer(x), first)
+
+    later = x.clone()
+    later[:, 30:] = draw(seed=5, seqlen=15)
+    torch.testing.assert_close(layer(later)[:, :30], layer(x)[:, :30])
+    copy = nn.HashSelfAttention(WIDTH, HEADS, 8, seed=2, **options)
+    copy.load_state_dict(layer.state_dict())
+    assert torch.equal(copy(x), layer(x))
+    layer.eval()
+    mean = layer.hash.centers[0].mean.clone()
+    layer(later)
+    assert torch.equal(layer.hash.centers[0].mean, mean)
+
+
+def test_centers_approach_the_mean_and_complain():
+    layer = nn.HashSelfAttention(WIDTH, HEADS, 8, center=True)
+    for seed in range(3):
+        layer(draw(seed))
+        layer.hash.move_centers()
+    assert layer.hash.centers[1].moves == 3
+    (center, mean) = layer.hash.centers[0].place, layer.hash.centers[0].mean
+    before = (center - mean).norm()
+    layer.hash.move_centers(share=0.5)
+    torch.testing.assert_close((center - mean).norm(), before / 2)
+    q, k, _ = layer.project(draw())
+    with pytest.raises(scfa.PatternError, match="got 3 tensors"):
+        layer.hash(q, k, k)
+    with pytest.raises(scfa.PatternError, match="center=True"):
+        nn.HashSelfAttention(WIDTH, HEADS, 8).hash.move_centers()
