@@ -1,4 +1,4 @@
-"""The command line: info, demo, verify, show. Each command imports what it needs when it runs."""
+"""The command line: info, demo, verify, soak, show. Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -104,6 +104,24 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--json", metavar="PATH", help="write counts and failures there")
     verify.set_defaults(run=run_verify)
+
+    soak = commands.add_parser(
+        "soak", help="very many steps: memory, compiled kernels and fixed results must hold still"
+    )
+    soak.add_argument("--backend", choices=BACKEND_NAMES, default="numba-cpu")
+    soak.add_argument(
+        "--steps", type=_whole(1), help="of training (100,000 on a GPU, 25,000 on the host)"
+    )
+    soak.add_argument(
+        "--replays", type=_whole(0), default=10_000, help="of a CUDA graph (%(default)s)"
+    )
+    soak.add_argument("--rows", type=_whole(2), help="longest seqlen (1024; on the host 128)")
+    soak.add_argument("--seed", type=_whole(0), default=0)
+    soak.add_argument(
+        "--seconds", type=_seconds, help="end by then; replays get the last fifth of them"
+    )
+    soak.add_argument("--json", metavar="PATH", help="write what was seen there")
+    soak.set_defaults(run=run_soak)
 
     show = commands.add_parser(
         "show",
@@ -236,6 +254,43 @@ def reproduction(options: argparse.Namespace, seed: int | None) -> str:
     line += " --deep" if options.deep else ""
     line += f" --rows {options.rows}" if options.rows else ""
     return line + (f" --dtype {options.dtype}" if options.dtype else "")
+
+
+def run_soak(options: argparse.Namespace, terminal: Terminal) -> int:
+    """Run many steps; 1 if something did not hold still."""
+    from scfa_core.soak import soak
+
+    found = soak(
+        options.backend,
+        steps=options.steps,
+        rows=options.rows,
+        replays=options.replays,
+        seconds=options.seconds,
+        seed=options.seed,
+    )
+    fixed, kernels = found["fixed problems"], found["kernels"]
+    terminal.print(
+        f"{options.backend}: {found['steps']} steps in {found['seconds']} s, "
+        f"{found['pairs of lengths']} pairs of lengths; {fixed['compared']} results of fixed "
+        f"problems, {fixed['changed']} changed; {kernels['after the warm-up']} kernels, "
+        f"{kernels['added']} added"
+    )
+    if "graph" in found:
+        graph = found["graph"]
+        terminal.print(
+            f"{graph['replays']} replays of a graph in {graph['seconds']} s, "
+            f"{graph['different from eager']} differ from eager"
+        )
+    rows = [
+        (name, *(held[key] for key in ("first", "highest", "last", "growth")))
+        for name, held in found["memory"].items()
+    ]
+    terminal.table(("memory", "first", "highest", "last", "growth"), rows)
+    for complaint in found["complaints"]:
+        terminal.print(f"FAILED {complaint}")
+    if options.json:
+        write_json(options.json, found)
+    return 1 if found["complaints"] else 0
 
 
 def run_show(options: argparse.Namespace, terminal: Terminal) -> int:
