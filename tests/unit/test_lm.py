@@ -159,3 +159,45 @@ def test_rates_of_learning():
     assert learning_rate(flat, 20, seconds=99.0) == pytest.approx(0.1)
     with pytest.raises(SystemExit, match="schedule must be"):
         learning_rate(Config(schedule="flat"), 200)
+
+
+def test_kernels_are_summed_by_part_of_the_step(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from torch.autograd import DeviceType
+
+    from bench.lm import kernels
+
+    class Event:
+        def __init__(self, key, microseconds, count, device=DeviceType.CUDA):
+            self.key, self.count, self.device_type = key, count, device
+            self.self_device_time_total = microseconds
+
+    class Record:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def key_averages(self):
+            return [
+                Event("scfa_fwd_sm90", 4000, 24),
+                Event("nvjet_sm90_tst_128x256", 30000, 100),
+                Event("triton_poi_fused_gelu", 6000, 24),
+                Event("Memset (Device)", 10, 48),
+                Event("aten::mm", 5, 7, DeviceType.CPU),
+                Event("scfa_bwd_dq_sm90", 8000, 24),
+            ]
+
+    monkeypatch.setattr(kernels, "profile", lambda **_: Record())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    steps = []
+    facts = kernels.profile_steps(lambda: steps.append(1), steps=2)
+    assert len(steps) == 2
+    assert facts["groups"] == pytest.approx(
+        {"scfa": 6.0, "matrix products": 15.0, "compiled pointwise": 3.0, "memory": 0.005}
+    )
+    assert facts["kernels"][0] == ("nvjet_sm90_tst_128x256", 15.0, 50)
+    said = kernels.lines(facts)
+    assert said[0].startswith("  GPU busy 24.0 ms a step: matrix products 15.00, scfa 6.00")
+    assert "4.000 ms     12 x  scfa_bwd_dq_sm90" in said[2]
