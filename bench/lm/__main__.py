@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import math
 import time
@@ -54,7 +55,7 @@ def _train(args: argparse.Namespace, where: World) -> None:
         log_line(log, config=dataclasses.asdict(config), corpus=corpus.sha256, files=corpus.files)
     trainer.warm_up()
     begin = time.monotonic()
-    terminal = Terminal(plain=None if where.leads else True)
+    terminal = Terminal() if where.leads else Terminal(io.StringIO())
     with terminal.progress(config.attention, config.steps - trainer.step) as bar:
         words = ""
         while trainer.step < config.steps and time.monotonic() - begin < args.minutes * 60:
