@@ -1,34 +1,211 @@
-"""A few small calls of every kernel, for compute-sanitizer: `check.py --sanitize` runs it."""
+"""A few small calls of every kernel, for compute-sanitizer: `check.py --sanitize` runs it.
+
+    python tests/gpu/sanitize.py [portable | hopper | planner]...
+
+Without a name, everything that $SCFA_GPU_BACKENDS can run. Results are read, so that initcheck sees
+an element that nobody wrote. tests/unit/test_sanitize.py holds the list against the variants.
+"""
 
 import os
+import sys
+import time
+from typing import NamedTuple
 
 import torch
 
 import scfa_core as scfa
+from scfa_core.dispatch import load_backend
+
+ROWS = 150  # two tiles of 128, the last one ragged
 
 
-def call(backend, heads, heads_kv, rows, head_dim, dtype, pattern):
-    """Plan, forward and backward once, all inputs written."""
-    q, dout = (torch.randn(1, heads, rows, head_dim, device="cuda").to(dtype) for _ in range(2))
-    k, v = (torch.randn(1, heads_kv, rows, head_dim, device="cuda").to(dtype) for _ in range(2))
-    out, lse = scfa.attention(q, k, v, pattern, return_lse=True, backend=backend)
-    scfa.attention_backward(dout, q, k, v, out, lse, pattern, backend=backend)
-    torch.cuda.synchronize()
+class Call(NamedTuple):
+    """One problem: forward and backward."""
+
+    dtype: str
+    head_dim: int
+    head_dim_v: int = 0  # 0: head_dim
+    pattern: str = "hash"
+    heads: int = 2
+    heads_kv: int = 1
+    rows: int = ROWS
+    aligned: bool = True
+    poison: bool = False  # NaN in a key that nobody sees: tensor cores leave its tile to others
 
 
-def main():
-    """Two head counts, ragged rows, every family of pattern."""
+PORTABLE = (
+    Call("bfloat16", 64),
+    Call("bfloat16", 128),
+    Call("bfloat16", 256),
+    Call("bfloat16", 72, 40),
+    Call("float16", 64, pattern="keep"),
+    Call("float32", 64),
+    Call("float32", 256),
+    Call("bfloat16", 64, aligned=False),
+    Call("float32", 64, pattern="ranges", aligned=False),
+    Call("bfloat16", 64, pattern="ranges"),
+    Call("bfloat16", 128, pattern="ranges"),
+    Call("bfloat16", 256, pattern="ranges"),
+    Call("float32", 256, pattern="ranges"),
+    Call("float16", 64, poison=True),
+    Call("bfloat16", 64, pattern="window", heads=17, heads_kv=1, rows=40),
+)
+HOPPER = (
+    Call("bfloat16", 64),
+    Call("bfloat16", 128),
+    Call("float16", 64, pattern="keep"),
+    Call("float16", 128, pattern="causal"),
+    Call("bfloat16", 64, pattern="window", heads=16, heads_kv=1),
+    Call("bfloat16", 128, pattern="nothing"),
+    Call("bfloat16", 64, poison=True),
+    # more tiles than the card has multiprocessors: blocks take a second one
+    Call("bfloat16", 64, heads=90, heads_kv=90, rows=200),
+    Call("bfloat16", 128, heads=90, heads_kv=90, rows=200),
+)
+
+
+class Lists(NamedTuple):
+    """One plan: `groups` names the ids of each group clause, see `ids`."""
+
+    seqlen_q: int
+    seqlen_k: int
+    groups: tuple[str, ...] = ()
+    keeps: int = 0
+    ranges: str = ""  # integer type of start and end
+    causal: bool = True
+
+
+PLANNER = (
+    Lists(ROWS, ROWS),
+    Lists(5000, 70, causal=False),
+    Lists(ROWS, 90, ranges="int32"),
+    Lists(ROWS, ROWS, keeps=1),
+    Lists(1500, 1500, keeps=2),
+    Lists(1500, 900, keeps=1, causal=False),
+    *(Lists(rows, rows, ("few",)) for rows in (ROWS, 1500, 3000, 5000, 70_000)),
+    *(Lists(rows, rows - 9, ("few",)) for rows in (ROWS, 1500, 5000, 70_000)),
+    Lists(ROWS, ROWS, ("wide",)),  # more bits than one pass has
+    Lists(5000, 5000, ("bytes",), keeps=1),
+    Lists(1500, 1400, ("wide",), keeps=1),
+    Lists(ROWS, ROWS, ("far",)),  # all 64 bits
+    Lists(1500, 1400, ("far", "few")),
+    Lists(1500, 1500, ("few", "bytes"), keeps=1),
+    Lists(1500, 1500, ("few",), ranges="int64"),
+    Lists(900, 1500, ("far",), keeps=1, ranges="int32", causal=False),
+)
+
+
+def ids(kind, shape, device):
+    """Group ids: "few" and "bytes" take 4 and 8 bits of an int32, "wide" 20, "far" 64."""
+    if kind == "far":
+        extremes = torch.iinfo(torch.int64)
+        choice = torch.tensor([extremes.min, -1, 0, 2**40, extremes.max], device=device)
+        return choice[torch.randint(0, 5, shape, device=device)]
+    most = {"few": 16, "bytes": 256, "wide": 1 << 20}[kind]
+    return torch.randint(0, most, shape, device=device, dtype=torch.int32)
+
+
+def read(*tensors):
+    """Read every element, on the device."""
+    for x in tensors:
+        x.sum()
+
+
+def pattern_of(call, device):
+    """The pattern of a call; a poisoned key is one that the ids show to nobody."""
+    q_shape, k_shape = (1, call.heads, call.rows), (1, call.heads_kv, call.rows)
+    if call.pattern == "hash":
+        q_hash, k_hash = (
+            torch.randint(0, 3, shape, device=device, dtype=torch.int32)
+            for shape in (q_shape, k_shape)
+        )
+        if call.poison:
+            k_hash[..., 5] = 9
+        return scfa.HashSparse(q_hash, k_hash)
+    if call.pattern == "keep":
+        return scfa.QKSparse(*(torch.rand(s, device=device) < 0.6 for s in (q_shape, k_shape)))
+    if call.pattern == "ranges":
+        start = torch.randint(0, call.rows, q_shape, device=device)
+        return scfa.KeyRanges(start, start + call.rows // 3)
+    return {"causal": scfa.Causal(), "window": scfa.SlidingWindow(20)}.get(
+        call.pattern, scfa.SlidingWindow(0)
+    )
+
+
+def run_call(backend, device, call):
+    """Plan, forward and backward once."""
+    head_dim_v = call.head_dim_v or call.head_dim
+
+    def tensor(heads, width):
+        wide = torch.randn((1, heads, call.rows, width + 16), device=device)
+        first = 0 if call.aligned else 1
+        return wide.to(getattr(torch, call.dtype))[..., first : first + width]
+
+    q, k = tensor(call.heads, call.head_dim), tensor(call.heads_kv, call.head_dim)
+    v, dout = tensor(call.heads_kv, head_dim_v), tensor(call.heads, head_dim_v)
+    if call.poison:
+        k[..., 5, :] = v[..., 5, :] = float("nan")
+    pattern = pattern_of(call, device)
+    plan = scfa.make_plan(pattern, q, k, backend=backend)
+    out, lse = scfa.attention(q, k, v, plan, return_lse=True, backend=backend)
+    grads = scfa.attention_backward(dout, q, k, v, out, lse, plan, backend=backend)
+    read(out, lse, *grads)
+
+
+def run_lists(backend, device, lists):
+    """Plan once."""
+    heads, heads_kv = 2, 1
+    q_shape, k_shape = (1, heads, lists.seqlen_q), (1, heads_kv, lists.seqlen_k)
+    pattern = scfa.Causal() if lists.causal else scfa.SlidingWindow(10**6, causal=False)
+    for kind in lists.groups:
+        groups = (ids(kind, shape, device) for shape in (q_shape, k_shape))
+        pattern = pattern & scfa.HashSparse(*groups, causal=False)
+    for _ in range(lists.keeps):
+        keeps = (torch.rand(shape, device=device) < 0.7 for shape in (q_shape, k_shape))
+        pattern = pattern & scfa.QKSparse(*keeps, causal=False)
+    if lists.ranges:
+        dtype = getattr(torch, lists.ranges)
+        start = torch.randint(-5, lists.seqlen_k, q_shape, device=device, dtype=dtype)
+        pattern = pattern & scfa.KeyRanges(start, start + 100)
+    q, k = (torch.zeros((*shape, 16), device=device) for shape in (q_shape, k_shape))
+    plan = scfa.make_plan(pattern, q, k, backend=backend)
+    read(plan.q_index, plan.q_count, plan.k_index, plan.k_count, plan.key_start, plan.key_end)
+
+
+def is_hopper(device):
+    return device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+
+
+def families_of(backend, device):
+    """Name -> value of $SCFA_CUPY_KERNELS, function and cases of each family of one backend."""
+    families = {
+        "planner": ("auto", run_lists, PLANNER),
+        "portable": ("sm80", run_call, PORTABLE),
+        "hopper": ("auto", run_call, HOPPER),
+    }
+    if backend != "cupy" or not is_hopper(device):
+        del families["hopper"]
+    return families
+
+
+def main(names):
+    """Run the named families, or all; print what each took."""
+    torch.manual_seed(0)
     for backend in os.environ.get("SCFA_GPU_BACKENDS", "cupy").split(","):
-        for dtype in (torch.bfloat16, torch.float32):
-            for head_dim in (64, 128):
-                q_hash, k_hash = (torch.randint(0, 3, (1, h, 150), device="cuda") for h in (2, 1))
-                call(backend, 2, 1, 150, head_dim, dtype, scfa.HashSparse(q_hash, k_hash))
-            keep = torch.rand(1, 2, 150, device="cuda") < 0.6
-            call(backend, 2, 2, 150, 64, dtype, scfa.QKSparse(keep, keep))
-            start = torch.randint(0, 100, (1, 2, 150), device="cuda")
-            call(backend, 2, 2, 150, 64, dtype, scfa.KeyRanges(start, start + 40))
-            call(backend, 2, 2, 150, 64, dtype, scfa.Causal())
+        device = "cpu" if load_backend(backend).memory == "host" else "cuda"
+        families = families_of(backend, device)
+        for name, (kernels, run, cases) in families.items():
+            if names and name not in names:
+                continue
+            os.environ["SCFA_CUPY_KERNELS"] = kernels
+            start = time.perf_counter()
+            for case in cases:
+                run(backend, device, case)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+            print(f"{backend} {name}: {len(cases)} calls in {seconds:.1f} s", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,0 +1,157 @@
+"""What compute-sanitizer is shown: calls that run, and among them every kernel and special case."""
+
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("torch", reason="needs the extra torch")
+
+import torch
+from scfa_core.backends.cupy_raw import launch_sm90, planner, variants
+
+import scfa_core as scfa
+from scfa_core.arrays import framework_of
+from scfa_core.lowering import lower
+from scfa_core.plan import PlanArrays
+from scfa_core.problem import Problem
+
+SOURCE = Path(__file__).resolve().parents[1] / "gpu" / "sanitize.py"
+H100 = 227 * 1024
+
+
+@pytest.fixture(scope="module")
+def sanitize():
+    spec = importlib.util.spec_from_file_location("sanitize", SOURCE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def chosen(call, kernel):
+    return variants.choose(
+        kernel,
+        call.dtype,
+        call.head_dim,
+        call.head_dim_v or call.head_dim,
+        aligned=call.aligned,
+        monotone=call.pattern != "ranges" or kernel != "bwd_dkdv",
+        group_size=call.heads // call.heads_kv,
+        shared_limit=H100,
+    )
+
+
+def test_every_shape_of_the_portable_kernels(sanitize):
+    """Those that an H100 gets at some head_dim, in float32 and in a 16-bit type."""
+    mine, every = set(), set()
+    for kernel in ("fwd", "bwd_dq", "bwd_dkdv"):
+        found = [chosen(call, kernel) for call in sanitize.PORTABLE]
+        mine |= {(x.source, x.shape) for x in found}
+        for dtype in ("float32", "bfloat16"):
+            for head_dim in range(16, 257, 8):
+                call = sanitize.Call(dtype, head_dim)
+                every |= {(x.source, x.shape) for x in [chosen(call, kernel)]}
+        switches = {
+            (x.source, name, value)
+            for x in found
+            for name, value in x.constants
+            if name in ("ALIGNED", "MONOTONE", "ELEMENT")
+        }
+        for source in {x.source for x in found}:
+            names = ("ALIGNED",) if kernel != "bwd_dkdv" else ("ALIGNED", "MONOTONE")
+            assert {(source, name, value) for name in names for value in (0, 1)} <= switches
+    assert every <= mine
+    assert {call.dtype for call in sanitize.PORTABLE} == set(variants.ELEMENTS)
+
+
+def test_every_hopper_kernel(sanitize):
+    calls = sanitize.HOPPER
+    for table in (launch_sm90._FORWARD, launch_sm90._DQ, launch_sm90._DKDV):
+        for head_dim, shape in table.items():
+            mine = [call for call in calls if call.head_dim == head_dim]
+            assert {call.dtype for call in mine} == {"bfloat16", "float16"}
+            tiles = [call.heads_kv * -(-call.rows // (64 * shape.warpgroups)) for call in mine]
+            assert max(tiles) > 132, "no block of an H100 takes a second tile"
+    assert all(call.pattern != "ranges" and call.aligned for call in calls)
+    assert max(call.heads // call.heads_kv for call in calls) == launch_sm90._MAX_GROUP
+
+
+def test_every_planner_kernel_and_block(sanitize, monkeypatch):
+    """Overhear the launches of cupy's planner."""
+    seen = set()
+    staged, capacities = set(), set()
+    one_pass, capacity = planner.choose_one_pass, planner.sort_capacity
+
+    def noted_pass(*arguments):
+        found = one_pass(*arguments)
+        staged.add(found.staged)
+        return found
+
+    def noted_capacity(*arguments):
+        found = capacity(*arguments)
+        capacities.add(found > 0)
+        return found
+
+    monkeypatch.setattr(planner, "choose_one_pass", noted_pass)
+    monkeypatch.setattr(planner, "sort_capacity", noted_capacity)
+    monkeypatch.setattr(
+        planner,
+        "_kernel",
+        lambda name, device: SimpleNamespace(
+            launch=lambda grid, threads, *rest: seen.add((name, threads))
+        ),
+    )
+    monkeypatch.setattr(planner, "shared_limit", lambda device: H100)
+    monkeypatch.setattr(planner, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(scfa, "make_plan", make_plan_on_paper)
+    for lists in sanitize.PLANNER:
+        sanitize.run_lists("cupy", "cpu", lists)
+    names = {name for name, _ in seen}
+    assert names == set(planner.KERNEL_NAMES)
+    assert {threads for name, threads in seen if name == "plan_sort"} == {128, 256, 512}
+    assert {threads for name, threads in seen if name == "plan_causal"} == {128, 256, 512, 1024}
+    assert staged == capacities == {True, False}
+
+
+def make_plan_on_paper(pattern, q, k, backend):
+    """Let the door make the clauses on the host, and show them to cupy's planner."""
+    problem = Problem(1, 2, 1, q.shape[2], k.shape[2], 16, 16, "float32", "cpu", 1.0)
+    clauses = lower(pattern, problem, framework_of("q", q))
+
+    def native(x):
+        dtype = str(x.dtype).removeprefix("torch.")
+        return SimpleNamespace(pointer=0, strides=x.stride(), dtype=dtype)
+
+    arrays = {
+        name: tuple(map(native, getattr(clauses, name)))
+        for name in ("q_groups", "k_groups", "q_keeps", "k_keeps", "starts", "ends")
+    }
+    nowhere = SimpleNamespace(pointer=0, strides=(0, 0, 0))
+    plan = SimpleNamespace(**dict.fromkeys(PlanArrays._fields[:6], nowhere))
+    context = SimpleNamespace(device=0, stream=0, empty=lambda shape, dtype: nowhere)
+    planner.run_make_plan(problem, clauses._replace(**arrays), plan, context)
+    return SimpleNamespace(**dict.fromkeys(PlanArrays._fields[:6], torch.zeros(1)))
+
+
+def test_ids_differ_in_the_bits_they_say(sanitize):
+    for kind, bits in (("few", 4), ("bytes", 8), ("wide", 20)):
+        found = sanitize.ids(kind, (1, 1, 60_000), "cpu")
+        assert found.dtype == torch.int32
+        assert 2 ** (bits - 1) <= int(found.max()) < 2**bits
+    far = sanitize.ids("far", (1, 1, 100), "cpu")
+    assert far.dtype == torch.int64
+    assert int(far.max()) - int(far.min()) == 2**64 - 1
+
+
+def test_the_calls_run_on_the_host(sanitize, monkeypatch, capsys):
+    monkeypatch.setenv("SCFA_GPU_BACKENDS", "numba-cpu")
+    monkeypatch.setenv("SCFA_CUPY_KERNELS", "auto")
+    monkeypatch.setattr(sanitize, "PLANNER", sanitize.PLANNER[::3])
+    monkeypatch.setattr(sanitize, "is_hopper", lambda device: True)
+    sanitize.main([])
+    printed = capsys.readouterr().out
+    assert "numba-cpu portable: 15 calls" in printed
+    assert "numba-cpu planner: 8 calls" in printed
+    for call in sanitize.HOPPER[:7]:
+        sanitize.run_call("numba-cpu", "cpu", call)
