@@ -1,0 +1,84 @@
+"""torch.export: layers with their patterns become programs that can be stored."""
+
+import io
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the torch bridge needs torch (extra 'torch')")
+
+import scfa_core as scfa  # noqa: E402
+from scfa_core.nn import HashSelfAttention, SparseSelfAttention, WindowSelfAttention  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+
+
+class Block(torch.nn.Module):
+    """Two layers; the window's pattern is narrowed by documents that come as an input."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(64)
+        self.hashed = HashSelfAttention(64, heads=4, buckets=4)
+        self.near = WindowSelfAttention(64, heads=4, window=5)
+        self.query = torch.nn.Linear(64, 64)
+
+    def forward(self, x, documents):
+        x = self.near(x + self.hashed(self.norm(x)))
+        y = self.query(x).unflatten(-1, (4, 16))
+        return scfa.attention(y, y, y, scfa.Documents(documents), layout="bthd").flatten(2)
+
+
+def example(batch, seqlen, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    documents = torch.arange(seqlen).div(7, rounding_mode="floor").expand(batch, -1).contiguous()
+    return torch.randn(batch, seqlen, 64, generator=generator), documents
+
+
+@pytest.fixture(scope="module")
+def exported():
+    torch.manual_seed(0)
+    block = Block()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    seqlen = torch.export.Dim("seqlen", min=2, max=65536)
+    sizes = {0: batch, 1: seqlen}
+    return block, torch.export.export(block, example(2, 20), dynamic_shapes=(sizes, sizes))
+
+
+def test_other_sizes_give_the_layers_results(exported):
+    block, program = exported
+    for batch, seqlen in ((2, 20), (3, 37), (1, 130)):
+        inputs = example(batch, seqlen, seed=seqlen)
+        torch.testing.assert_close(program.module()(*inputs), block(*inputs))
+
+
+def test_the_program_holds_our_operators_and_no_dense_mask(exported):
+    _, program = exported
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert names.count("scfa.forward.default") == names.count("scfa.make_plan.default") == 3
+    assert not [name for name in names if "softmax" in name or "scaled_dot_product" in name]
+
+
+def test_stored_and_loaded(exported):
+    block, program = exported
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    inputs = example(3, 29, seed=1)
+    loaded(*inputs).square().sum().backward()
+    block.zero_grad()
+    block(*inputs).square().sum().backward()
+    mine, right = dict(loaded.named_parameters()), dict(block.named_parameters())
+    assert mine.keys() == right.keys()
+    for name, parameter in right.items():
+        torch.testing.assert_close(mine[name].grad, parameter.grad, msg=name)
+
+
+def test_a_pattern_made_from_queries_and_keys():
+    def signs(q, k):
+        return scfa.HashSparse((q[..., 0] > 0).long(), (k[..., 0] > 0).long())
+
+    layer = SparseSelfAttention(64, heads=4, pattern=signs)
+    x, _ = example(2, 20)
+    program = torch.export.export(layer, (x,))
+    torch.testing.assert_close(program.module()(-x), layer(-x))
