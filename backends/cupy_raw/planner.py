@@ -34,7 +34,7 @@ _LEAST_BITS = 5  # of plan_causal where shared memory is short
 
 _COLUMN = struct.Struct("<Qqqqq")
 _LIST_TAIL = struct.Struct("<QQQiiii")
-_SORT_TAIL = struct.Struct("<qQQQiiii")
+_SORT_TAIL = struct.Struct("<qQQQiiiiii")
 _RANGE_TAIL = struct.Struct("<qqQQQQQQQiiiiiiiiiiii")
 _NO_COLUMN = bytes(_COLUMN.size)
 
@@ -108,7 +108,7 @@ def choose_one_pass(lists: int, rows: int, multiprocessors: int, most_shared: in
 def fits_one_pass(problem: Problem, clauses: Clauses) -> bool:
     """Whether plan_causal may serve lists: one group at most, as many queries as keys, causal."""
     return (
-        clauses.hi_offset == 1
+        clauses.hi_offset in (0, 1)
         and clauses.lo_offset is None
         and not clauses.starts
         and problem.seqlen_q == problem.seqlen_k > 0
@@ -168,6 +168,8 @@ def sort_params(
                 problem.group_size,
                 max_bits,
                 staged,
+                clauses.hi_offset == 1,
+                0,
             ),
         )
     )

@@ -330,7 +330,7 @@ def test_searches_find_every_answer(library):
             assert library.binary_search(length, answer) == answer
 
 
-def one_pass_problem(rng, rows, kind, heads_kv, top, share, dtype=np.int32):
+def one_pass_problem(rng, rows, kind, heads_kv, top, share, dtype=np.int32, hi_offset=1):
     """Causal problem with up to one group column and up to one keep column a side."""
     problem = Problem(1, 2, heads_kv, rows, rows, 16, 16, "float32", "cpu", 1.0)
     shapes = (1, 2, rows), (1, heads_kv, rows)
@@ -338,7 +338,7 @@ def one_pass_problem(rng, rows, kind, heads_kv, top, share, dtype=np.int32):
     keeps = [((rng.random(shape) < share).astype(np.uint8),) for shape in shapes]
     none = [(), ()]
     columns = (groups if "hash" in kind else none, keeps if "keep" in kind else none)
-    return problem, Clauses(*columns[0], *columns[1], None, 1)
+    return problem, Clauses(*columns[0], *columns[1], None, hi_offset)
 
 
 @pytest.mark.parametrize("kind", ["hash", "keep", "hash and keep"])
@@ -347,8 +347,10 @@ def one_pass_problem(rng, rows, kind, heads_kv, top, share, dtype=np.int32):
 def test_one_pass(library, monkeypatch, kind, rows, heads_kv):
     """plan_causal alone: where it served every list, the others return at once."""
     rng = np.random.default_rng(rows)
-    for order, share in ((0, 0.5), (1, 1.0), (2, 0.0)):
-        problem, clauses = one_pass_problem(rng, rows, kind, heads_kv, 20, share)
+    for order, share, hi_offset in ((0, 0.5, 1), (0, 0.7, 0), (1, 1.0, 1), (2, 0.0, 1)):
+        problem, clauses = one_pass_problem(
+            rng, rows, kind, heads_kv, 20, share, hi_offset=hi_offset
+        )
         served = []
         run = HostKernel.launch
 

@@ -247,12 +247,12 @@ extern "C" __global__ void __launch_bounds__(1024, 1) scfa_plan_causal(const __g
         same_keys &= key_one ? keys_one : ~keys_one;
         group_keys &= query_one ? keys_one : ~keys_one;
       }
-      const u32 below = (1u << lane) - 1;
+      const u32 below = (1u << lane) - 1, seen = below | (u32)p.sees_itself << lane;
       int query_place = 0, key_place = 0, stop = 0;
       if (present) {
         query_place = query_firsts[of_query[u]] + my_queries[of_query[u]] + __popc(same_queries & below);
         key_place = key_firsts[of_key[u]] + my_keys[of_key[u]] + __popc(same_keys & below);
-        stop = key_firsts[of_query[u]] + my_keys[of_query[u]] + __popc(group_keys & (below | 1u << lane));
+        stop = key_firsts[of_query[u]] + my_keys[of_query[u]] + __popc(group_keys & seen);
         if (digit.tests_keep && of_query[u] == digit.dropped) stop = k_count;
       }
       __syncwarp();  // all lanes have read the counts that the leaders change

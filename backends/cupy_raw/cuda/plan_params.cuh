@@ -30,6 +30,8 @@ struct SortParams {
   int capacity;         // plan_sort: rows of the order buffer in shared memory
   int group_size;       // query heads per key head
   int max_bits, staged; // plan_causal: bits of a digit, whether rows are ordered in shared memory
+  int sees_itself;      // plan_causal: whether row i sees key i, or only those before it
+  int unused;
 };
 
 struct RangeParams {
