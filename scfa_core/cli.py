@@ -8,10 +8,11 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from scfa_core import __version__
-from scfa_core.dispatch import BACKEND_NAMES, ENVIRONMENT_VARIABLE, backends
+from scfa_core.dispatch import BACKEND_NAMES, ENVIRONMENT_VARIABLE, backends, load_backend
 from scfa_core.errors import ScfaError
 from scfa_core.terminal import Terminal
 
@@ -231,8 +232,18 @@ def run_verify(options: argparse.Namespace, terminal: Terminal) -> int:
         f"{len(seen.failed)} failed; largest error of the others {seen.worst:.2f} of the allowed"
     )
     if options.json:
-        write_json(options.json, {"command": reproduction(options, None), **seen.as_json()})
+        content = {"command": reproduction(options, None), "card": card_name(options.backend)}
+        write_json(options.json, content | seen.as_json())
     return 1 if seen.failed else 0
+
+
+def card_name(backend: str) -> str | None:
+    """The card that a GPU backend ran on, if torch is there to tell."""
+    if getattr(load_backend(backend), "memory", "host") == "host" or not find_spec("torch"):
+        return None
+    import torch
+
+    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 def write_json(path: str, content: dict[str, Any]) -> None:

@@ -44,6 +44,7 @@ class Summary:
     def __init__(self) -> None:
         self.done = 0
         self.worst = 0.0  # of those that did not fail
+        self.longest = 0  # seqlen
         self.seeds: tuple[int, int] | None = None  # first and last
         self.failed: list[Finding] = []
         self.kinds: dict[str, dict[str, tuple[int, float]]] = {"dtypes": {}, "patterns": {}}
@@ -52,6 +53,7 @@ class Summary:
         """Take in one finding; they come in the order of their seeds."""
         self.done += 1
         self.seeds = (self.seeds[0] if self.seeds else finding.seed, finding.seed)
+        self.longest = max(self.longest, finding.spec.seqlen_q, finding.spec.seqlen_k)
         if finding.complaints:
             self.failed.append(finding)
             return
@@ -73,6 +75,7 @@ class Summary:
                 for x in self.failed
             ],
             "largest error of the allowed": round(self.worst, 3),
+            "longest seqlen": self.longest,
         } | {
             kind: {
                 name: {"passed": count, "largest error of the allowed": round(worst, 3)}

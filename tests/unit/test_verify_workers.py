@@ -101,5 +101,7 @@ def test_counts_are_written_as_json(tmp_path, monkeypatch, capsys):
     assert written["dtypes"]["float32"]["passed"] == 7
     assert sum(x["passed"] for x in written["patterns"].values()) == 7
     assert 0 < written["largest error of the allowed"] <= 1
+    assert 0 < written["longest seqlen"] <= 40
+    assert written["card"] is None
     assert written["versions"]["numpy"]
     assert written["command"].startswith("scfa verify --backend reference --seed 2 --count 8")
