@@ -14,8 +14,8 @@ class Config:
 
     `attention` is ``dense``, ``hash<buckets>``, ``drop<percent>``, ``window<keys>``,
     ``hash<buckets>+window<keys>``, ``naive``, ``reformer<buckets>`` or ``none``: q + k + v, the
-    bound on speed. ``hash<buckets>c`` hashes queries about their mean of earlier steps, which makes
-    buckets even.
+    bound on speed. ``hash<buckets>c`` hashes queries about their mean of earlier steps, and
+    ``hash<buckets>w`` divides by their covariance as well, so that buckets become even.
 
     `compile` is ``blocks`` (embedding, one block, loss: each compiled once and used by all layers),
     ``model`` (one graph of everything, several times slower to compile) or ``none``.
@@ -58,16 +58,16 @@ class Config:
         first = self.attention.partition("+")[0]
         if not first.startswith("hash"):
             return 0
-        count = int(first.removeprefix("hash").removesuffix("c"))
+        count = int(first.removeprefix("hash").rstrip("cw"))
         if count < 2 or count % 2:
             raise ValueError(f"buckets must be even and at least 2, got {count}")
         return count
 
     @property
-    def centered(self) -> bool:
-        """Whether a hash variant hashes about the mean."""
+    def adapts(self) -> str:
+        """How a hash follows the queries: "c" their mean, "w" their covariance too, "" not."""
         first = self.attention.partition("+")[0]
-        return first.startswith("hash") and first.endswith("c")
+        return first[-1] if first.startswith("hash") and first[-1] in "cw" else ""
 
     def accumulation(self, processes: int) -> int:
         """Forward passes of one process per step."""

@@ -23,12 +23,13 @@ from scfa_core.hashing import angular_hash
 Attend = Callable[
     [Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", "Tensor | None"], Tensor
 ]
-SAMPLED = 16  # every so many queries count for the mean
+SAMPLED = 2048  # about so many queries of a batch count for mean and covariance
+RIDGE = 0.01  # of the mean variance, added to all before dividing by the covariance
 
 
 def _parse(name: str) -> tuple[str, int]:
     """Kind and number of one pattern, e.g. of ``hash16``; torch.compile need not trace it."""
-    match = re.fullmatch(r"(hash|drop|window|dense)(\d*)c?", name)
+    match = re.fullmatch(r"(hash|drop|window|dense)(\d*)[cw]?", name)
     if match is None:
         raise SystemExit(f"no such attention: {name!r}")
     return match[1], int(match[2] or 0)
@@ -106,11 +107,13 @@ class Mix(nn.Module):
         self.attend = attend_for(config)
         self.query_value = nn.Linear(config.width, 2 * config.width, bias=False)
         self.output = nn.Linear(config.width, config.width, bias=False)
-        self.center: Tensor | None
         self.mean: Tensor | None
-        for name in ("center", "mean"):
-            shape = (config.heads, config.head_dim)
-            self.register_buffer(name, torch.zeros(shape) if config.centered else None)
+        self.square: Tensor | None
+        for name, shape in (
+            ("mean", (config.heads, config.head_dim)),
+            ("square", (config.heads, config.head_dim, config.head_dim)),
+        ):
+            self.register_buffer(name, torch.zeros(shape) if config.adapts else None)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and values, views (batch, heads, seqlen, head_dim)."""
@@ -119,16 +122,31 @@ class Mix(nn.Module):
         q, v = mixed.permute(2, 0, 3, 1, 4)
         return q, v
 
-    def forward(self, x: Tensor, directions: Tensor | None, documents: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        directions: Tensor | None,
+        center: Tensor | None,
+        documents: Tensor | None,
+    ) -> Tensor:
         """(batch, seqlen, width) to the same."""
         q, v = self.project(x)
         k = functional.normalize(q, dim=-1).to(q.dtype)
-        out = self.attend(q, k, v, directions, self.center, documents)
-        if self.mean is not None:  # overwritten, not added to: the same if computed once more
-            self.mean.copy_(q.detach()[:, :, ::SAMPLED].float().mean((0, 2)))
+        out = self.attend(q, k, v, directions, center, documents)
+        self._note(q.detach())
         out = out.transpose(1, 2).flatten(2)
         mixed_back: Tensor = self.output(out)
         return mixed_back
+
+    def _note(self, q: Tensor) -> None:
+        """Store moments of a batch; overwritten, not added up, so that it may be recomputed."""
+        if self.mean is None or self.square is None:
+            return
+        with torch.autocast(q.device.type, enabled=False):
+            each = max(q.shape[0] * q.shape[2] // SAMPLED, 1)
+            rows = q[:, :, ::each].transpose(0, 1).flatten(1, 2).float()
+            self.mean.copy_(rows.mean(1))
+            self.square.copy_(rows.transpose(1, 2) @ rows / rows.shape[1])
 
 
 def _reformer(config: Config) -> nn.Module:
@@ -156,11 +174,17 @@ class Block(nn.Module):
         self.widen = nn.Linear(width, 4 * width, bias=False)
         self.narrow = nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x: Tensor, directions: Tensor | None, documents: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        directions: Tensor | None,
+        center: Tensor | None,
+        documents: Tensor | None,
+    ) -> Tensor:
         """(batch, seqlen, width) to the same."""
         mixed = self.norm_attention(x)
         if isinstance(self.mix, Mix):
-            mixed = self.mix(mixed, directions, documents)
+            mixed = self.mix(mixed, directions, center, documents)
         else:
             mixed = self.mix(mixed)
         x = x + mixed
@@ -206,6 +230,19 @@ class LanguageModel(nn.Module):
         for name, weight in self.named_parameters():
             if name.endswith(("output.weight", "narrow.weight")):
                 nn.init.normal_(weight, std=0.02 / (2 * config.layers) ** 0.5)
+        self.center: Tensor | None
+        self.spread: Tensor | None
+        self.turn: Tensor | None
+        means = (config.layers, config.heads, config.head_dim)
+        for name, shape, kinds in (
+            ("center", means, "cw"),
+            ("spread", (*means, config.head_dim), "w"),
+            ("turn", (*means, config.head_dim), "w"),
+        ):
+            used = bool(config.adapts) and config.adapts in kinds
+            self.register_buffer(name, torch.zeros(shape) if used else None)
+        if self.turn is not None:
+            self.turn += torch.eye(config.head_dim)
 
     @staticmethod
     def _start(module: nn.Module) -> None:
@@ -227,14 +264,19 @@ class LanguageModel(nn.Module):
     def directions(self) -> Tensor | None:
         """Directions of the angular hash of all layers, drawn anew at every call, as in the paper.
 
-        (layers, 1, heads, head_dim, buckets // 2), of unit length; None without hashing.
+        (layers, 1, heads, head_dim, buckets // 2), of unit length, in variant "w" among queries
+        divided by their covariance; None without hashing.
         """
         config = self.config
         if not config.buckets:
             return None
         shape = (config.layers, 1, config.heads, config.head_dim, config.buckets // 2)
         drawn = torch.randn(shape, device=self.embed.token.weight.device)
-        return functional.normalize(drawn, dim=3)
+        drawn = functional.normalize(drawn, dim=3)
+        if self.turn is None:
+            return drawn
+        with torch.autocast(drawn.device.type, enabled=False):
+            return self.turn.unsqueeze(1) @ drawn
 
     def forward(self, text: Tensor, target: Tensor) -> Tensor:
         """(batch, seqlen) tokens and their successors to a scalar."""
@@ -242,18 +284,37 @@ class LanguageModel(nn.Module):
         documents = document_ids(text) if self.config.packed else None
         x = self.embed(text)
         for layer, block in enumerate(self.blocks):
-            x = block(x, None if directions is None else directions[layer], documents)
+            x = block(x, *self._hash_of(layer, directions), documents)
         return self.head(x, self.embed.token.weight, target)
 
+    def _hash_of(
+        self, layer: int, directions: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Directions and center of one layer."""
+        center = None if self.center is None else self.center[layer]
+        return None if directions is None else directions[layer], center
+
     @torch.no_grad()
-    def move_centers(self, share: float) -> None:
-        """Move the centers of the hashes by `share` of their way to the last batch's mean.
+    def adapt(self, share: float) -> None:
+        """Move what the hashes know of the queries by `share` of its way to the last batch.
 
         After a step: buckets of a sequence must not depend on its own later rows.
         """
-        for block in self.blocks:
-            if isinstance(block.mix, Mix) and block.mix.center is not None:
-                block.mix.center.lerp_(block.mix.mean, share)
+        if self.center is None:
+            return
+        mean, square = (
+            torch.stack([getattr(block.mix, name) for block in self.blocks])
+            for name in ("mean", "square")
+        )
+        self.center.lerp_(mean, share)
+        if self.spread is None or self.turn is None:
+            return
+        self.spread.lerp_(square - mean.unsqueeze(-1) * mean.unsqueeze(-2), share)
+        size = self.spread.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        one = torch.eye(mean.shape[-1], device=mean.device)
+        root, _ = torch.linalg.cholesky_ex(self.spread / size.clamp(min=1e-20) + RIDGE * one)
+        inverse = torch.linalg.solve_triangular(root, one.expand_as(root), upper=False)
+        self.turn.copy_(inverse.transpose(-1, -2))
 
     @torch.no_grad()
     def bucket_cost(self, text: Tensor) -> list[float]:
@@ -267,9 +328,10 @@ class LanguageModel(nn.Module):
         x, costs = self.embed.forward(text), []
         for layer, block in enumerate(self.blocks):
             q, _ = block.mix.project(block.norm_attention(x))
-            bucket = angular_hash(q, directions[layer], block.mix.center)[0].long()
+            own, center = self._hash_of(layer, directions)
+            bucket = angular_hash(q, own, center)[0].long()
             count = functional.one_hot(bucket, self.config.buckets).sum(2).double()
             share = count / bucket.shape[-1]
             costs.append(float((share**2).sum(-1).mean()) * self.config.buckets)
-            x = block.forward(x, directions[layer], None)
+            x = block.forward(x, own, center, None)
         return costs

@@ -23,7 +23,7 @@ from bench.lm.model import LanguageModel
 
 VALIDATION_SEED = 10**6
 FINAL_RATE = 0.1  # of the highest
-CENTER_SHARE = 0.1  # of its way that a hash's center moves a step
+ADAPTED_SHARE = 0.5  # of its way to the last batch's queries that a hash goes after each step
 COOLING = 0.2  # share of a trapezoid's length
 DENSE_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]  # the first that can
 
@@ -169,7 +169,7 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.move_centers(max(1 / (self.step + 1), CENTER_SHARE))
+        self.model.adapt(max(1 / (self.step + 1), ADAPTED_SHARE))
         self.step += 1
         return torch.stack(losses).sum()
 

@@ -22,12 +22,20 @@ text.write_text("def f(x):\\n    return x + 1\\n" * 400)
 corpus = load_corpus(text)
 tiny = dataclasses.replace(PRESETS["tiny"], seqlen=64, tokens_per_step=128, steps=4)
 here = World(0, 1, "cpu")
-names = "dense hash4 hash4c drop50 window16 hash4+window16 naive reformer4 none"
+names = "dense hash4 hash4c hash4w drop50 window16 hash4+window16 naive reformer4 none"
 for name in names.split():
     trainer = Trainer(dataclasses.replace(tiny, attention=name), corpus, here)
     assert trainer.train_step() < 6.0, name
     assert trainer.validate(1) < 6.0, name
     assert (trainer.bucket_cost() >= 1.0) == ("hash" in name), name
+costs = {}
+for name in ("hash4", "hash4c", "hash4w"):
+    config = dataclasses.replace(tiny, attention=name, layers=4, seqlen=256, tokens_per_step=512)
+    trainer = Trainer(dataclasses.replace(config, steps=40, learning_rate=3e-3), corpus, here)
+    for _ in range(25):
+        trainer.train_step()
+    costs[name] = trainer.bucket_cost()
+assert max(costs["hash4w"], costs["hash4c"]) < 0.9 * costs["hash4"], costs
 packed = dataclasses.replace(tiny, attention="hash4", packed=True)
 assert Trainer(packed, corpus, here).train_step() < 6.0
 
@@ -62,7 +70,7 @@ from bench.lm.train import Trainer, World
 corpus = load_corpus(pathlib.Path("bench/lm/model.py"))
 tiny = dataclasses.replace(PRESETS["tiny"], seqlen=64, tokens_per_step=128, layers=3)
 for scope, graphs in (("blocks", 3), ("model", 1)):
-    for name in ("hash4", "hash4c", "drop50"):
+    for name in ("hash4", "hash4w", "drop50"):
         config = dataclasses.replace(tiny, attention=name, compile=scope)
         trainer = Trainer(config, corpus, World(0, 1, "cpu"))
         counter = CompileCounterWithBackend("aot_eager")
