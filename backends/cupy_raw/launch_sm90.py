@@ -6,6 +6,7 @@ Every other problem is answered "not served" and runs on the portable kernels of
 from __future__ import annotations
 
 import logging
+import os
 import struct
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,8 +26,24 @@ _ALIGNMENT = 16  # bytes one cp.async moves
 _SHARED_SLACK = 1024  # room to align the base to the swizzle period
 _MULTIPROCESSORS = 16  # cudaDevAttrMultiProcessorCount
 _INT_MAX = 2**31 - 1
-_PARAMS = struct.Struct("<" + 9 * "Qqqii" + "9Q2f8i6I")  # struct Params
+_PARAMS = struct.Struct("<" + 9 * "Qqqii" + "9Q2f8i6I" + "2Q2i6I")  # struct Params
 _MAX_GROUP = 16  # query heads of one kv head in the dk/dv kernel
+_SUM_ROWS = 64  # query rows of one dq tile in the fused kernel
+_SUM_BYTES = 32 << 20  # for sums of dq; they should stay in L2
+_SUM_BYTES_PER_ROW = 8  # and so much more for each query row
+_BACKWARDS = ("auto", "fused", "split")  # $SCFA_CUPY_BACKWARD; auto is split
+
+
+class Sums(NamedTuple):
+    """Room of the fused kernel for sums of dq: addresses, heads with room, tiles of one head."""
+
+    dq_sum: int
+    added: int
+    slots: int
+    query_tiles: int
+
+
+_NO_SUMS = Sums(0, 0, 1, 1)
 
 
 class Shape(NamedTuple):
@@ -41,6 +58,8 @@ class Shape(NamedTuple):
 _FORWARD = {64: Shape(3, 128, 4, 2), 128: Shape(2, 128, 2, 2)}
 _DQ = {64: Shape(2, 64, 6, 2), 128: Shape(2, 64, 3, 1)}
 _DKDV = {64: Shape(2, 64, 11, 1), 128: Shape(2, 64, 3, 1)}
+_FUSED = {64: Shape(2, 64, 5, 2), 128: Shape(2, 64, 2, 1)}  # query_buffers: of one dq tile
+_PREPARE = {head_dim: Shape(0, 64, 0, 0) for head_dim in _FUSED}
 
 
 def _forward_shared(head_dim: int, shape: Shape) -> int:
@@ -69,10 +88,23 @@ def _dkdv_shared(head_dim: int, shape: Shape) -> int:
     return tiles + data + 16 + barriers + _SHARED_SLACK
 
 
+def _fused_shared(head_dim: int, shape: Shape) -> int:
+    """Bytes of dynamic shared memory of bwd_fused_sm90.cu."""
+    rows, key_buffers, change_buffers = 64 * shape.warpgroups, 2 if head_dim == 64 else 1, 2
+    tiles = 2 * head_dim * (2 * key_buffers * rows + 2 * shape.stages * shape.block_n)
+    changes = 2 * change_buffers * rows * shape.block_n
+    sums = 4 * shape.query_buffers * shape.block_n * head_dim
+    data = 16 * shape.stages * shape.block_n + 32 * _MAX_GROUP + 64 + 16
+    barriers = 2 * (key_buffers + shape.query_buffers + shape.stages) + change_buffers
+    return tiles + changes + sums + data + 8 * barriers + _SHARED_SLACK
+
+
 _SHARED = {
     "fwd_sm90": _forward_shared,
     "bwd_dq_sm90": _dq_shared,
     "bwd_dkdv_sm90": _dkdv_shared,
+    "bwd_fused_sm90": _fused_shared,
+    "bwd_prepare_sm90": lambda head_dim, shape: 0,
 }  # each kernel compares it with its own layout when compiled
 
 
@@ -153,6 +185,7 @@ def _params(
     counter: int,
     tiles: tuple[int, int],
     heads: int,
+    sums: Sums = _NO_SUMS,
 ) -> bytes:
     """Pack struct Params of params_sm90.cuh.
 
@@ -170,6 +203,8 @@ def _params(
         *(problem.seqlen_q, problem.seqlen_k),
         *(*tiles, plan.monotone),
         *(*_divisor(per_head), *_divisor(heads), *_divisor(problem.group_size)),
+        *sums,
+        *(*_divisor(sums.query_tiles), *_divisor(problem.heads), *_divisor(sums.slots)),
     )
 
 
@@ -218,7 +253,8 @@ def _launch(
 ) -> None:
     """One persistent block per multiprocessor, or fewer if there are fewer tiles."""
     blocks = min(tiles, _multiprocessors(device))
-    kernel.launch((blocks, 1, 1), 128 * (shape.warpgroups + 1), shared, stream, params)
+    others = 2 if kernel.name == "scfa_bwd_fused_sm90" else 1  # warpgroups that do not multiply
+    kernel.launch((blocks, 1, 1), 128 * (shape.warpgroups + others), shared, stream, params)
 
 
 def run_forward(
@@ -263,8 +299,14 @@ def run_backward(
     Notes
     -----
     Bitwise deterministic. Workspace: 8 bytes a query row (lse in base 2 and delta, in sorted
-    order). Ranges must be monotone.
+    order). Ranges must be monotone. $SCFA_CUPY_BACKWARD=fused: `_run_fused` where it serves.
     """
+    backward = os.environ.get("SCFA_CUPY_BACKWARD", "auto")
+    if backward not in _BACKWARDS:
+        raise ValueError(f"$SCFA_CUPY_BACKWARD must be one of {_BACKWARDS}, got {backward!r}")
+    if backward == "fused" and _sum_slots(problem) >= problem.group_size:
+        _run_fused(problem, plan, (q, k, v, out, dout, dq, dk, dv), lse, ctx)
+        return
     head_dim, device, stream = problem.head_dim, q.device, ctx.stream
     rows = problem.batch * problem.heads * problem.seqlen_q
     stats = ctx.empty((2 * rows + 1,), "float32")  # the first element is that of absent rows
@@ -286,3 +328,47 @@ def run_backward(
     )
     kernel = _kernel("bwd_dkdv_sm90", device, problem.dtype, head_dim, shape)
     _launch(kernel, device, shape, _dkdv_shared(head_dim, shape), tiles[1], stream, params)
+
+
+def _sum_slots(problem: Problem) -> int:
+    """How many query heads can have sums of dq at a time in the room allowed.
+
+    A block may wait for any earlier key head, so one key head's query heads are the least.
+    """
+    heads = problem.batch * problem.heads
+    tiles = -(-problem.seqlen_q // _SUM_ROWS)
+    room = _SUM_BYTES + _SUM_BYTES_PER_ROW * heads * problem.seqlen_q
+    return min(heads, room // (4 * tiles * _SUM_ROWS * problem.head_dim))
+
+
+def _run_fused(
+    problem: Problem,
+    plan: PlanArrays,
+    arrays: tuple[DeviceArray, ...],
+    lse: DeviceArray,
+    ctx: CallContext,
+) -> None:
+    """Enqueue the preparing kernel, then the one that makes dq, dk and dv together.
+
+    Workspace: 8 bytes a query row and a word for 64 of them, and the sums of dq (`_sum_slots`).
+    """
+    head_dim, device, stream = problem.head_dim, arrays[0].device, ctx.stream
+    heads = problem.batch * problem.heads
+    rows = heads * problem.seqlen_q
+    query_tiles, jobs = _tiles(problem.seqlen_q, _SUM_ROWS, heads)
+    slots = _sum_slots(problem)
+    stats = ctx.empty((2 * rows + 1,), "float32")  # the first element is that of absent rows
+    row_stats = (stats.pointer + 4, stats.pointer + 4 + 4 * rows)
+    words = ctx.empty((1 + jobs,), "int32")
+    sums = ctx.empty((slots * query_tiles * _SUM_ROWS * head_dim,), "float32")
+    _zero(words.pointer, 4, stream, device)
+    shape = _FUSED[head_dim]
+    tiles = _tiles(problem.seqlen_k, 64 * shape.warpgroups, problem.batch * problem.heads_kv)
+    room = Sums(sums.pointer, words.pointer + 4, slots, query_tiles)
+    params = _params(
+        problem, plan, arrays, lse, row_stats, words.pointer, tiles, problem.heads_kv, room
+    )
+    prepare = _kernel("bwd_prepare_sm90", device, problem.dtype, head_dim, _PREPARE[head_dim])
+    prepare.launch((jobs, 1, 1), 256, 0, stream, params)
+    kernel = _kernel("bwd_fused_sm90", device, problem.dtype, head_dim, shape)
+    _launch(kernel, device, shape, _fused_shared(head_dim, shape), tiles[1], stream, params)

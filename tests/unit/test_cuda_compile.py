@@ -20,6 +20,7 @@ EVERYTHING = os.environ.get("SCFA_COMPILE") == "all"
 ACCEPTED_SPILLS: dict[tuple[str, str], tuple[int, str]] = {
     ("fwd_sm90.cu", HOPPER): (56, "the gathering warpgroup, 32 or 40 registers: values of a tile"),
     ("bwd_dq_sm90.cu", HOPPER): (16, "the gathering warpgroup, 40 registers: values of a tile"),
+    ("bwd_fused_sm90.cu", HOPPER): (400, "gathering and storing warpgroups, 24 to 48 registers"),
     ("plan_ranges.cu", "120"): (8, "64 registers keep four blocks on a multiprocessor"),
 }
 # Notices of ptxas that are no fault, and why.
@@ -56,6 +57,8 @@ def hopper_builds() -> list[Build]:
         "fwd_sm90": launch_sm90._FORWARD,
         "bwd_dq_sm90": launch_sm90._DQ,
         "bwd_dkdv_sm90": launch_sm90._DKDV,
+        "bwd_fused_sm90": launch_sm90._FUSED,
+        "bwd_prepare_sm90": launch_sm90._PREPARE,
     }
     loaded, launch_sm90.get_kernel = launch_sm90.get_kernel, overhear
     try:
@@ -92,6 +95,12 @@ def chosen_builds() -> list[Build]:
     step = max(len(first) // DEFAULT_CASES, 1)
     hopper = [build for build in builds if build.arch == HOPPER]
     portable = [build for build in list(first.values())[::step] if build.arch != HOPPER]
+    for build in first.values():  # one at least of every source and of every architecture
+        if build.arch != HOPPER and (
+            all(build.arch != chosen.arch for chosen in portable)
+            or all(build.source != chosen.source for chosen in portable)
+        ):
+            portable.append(build)
     return [*portable, *hopper[::2]]  # float16 differs from bfloat16 in conversions only
 
 

@@ -15,6 +15,7 @@ TABLES = {
     "fwd_sm90": launch_sm90._FORWARD,
     "bwd_dq_sm90": launch_sm90._DQ,
     "bwd_dkdv_sm90": launch_sm90._DKDV,
+    "bwd_fused_sm90": launch_sm90._FUSED,
 }
 SHAPES = [(name, dim, shape) for name, table in TABLES.items() for dim, shape in table.items()]
 
@@ -72,3 +73,32 @@ def test_scales_that_float32_makes_zero_go_to_the_portable_kernels(monkeypatch, 
     problem = Problem(1, 1, 1, 8, 8, 64, 64, "bfloat16", "cuda:0", scale)
     rows = DeviceArray(1 << 20, (1, 1, 8, 64), (512, 512, 64, 1), "bfloat16", 0)
     assert launch_sm90.supports_forward(problem, rows, rows, rows, plan=None) == served
+
+
+@given(
+    st.integers(1, 8),
+    st.integers(1, 16),
+    st.integers(1, 16),
+    st.integers(1, 200_000),
+    st.sampled_from([64, 128]),
+)
+@example(4, 48, 1, 16_384, 64)
+def test_sums_of_dq_keep_to_their_room(batch, heads_kv, group, seqlen, head_dim):
+    """32 MB and 8 bytes a query row, counted in whole heads; fewer than a group's are not used."""
+    heads = heads_kv * group
+    problem = Problem(
+        batch, heads, heads_kv, seqlen, seqlen, head_dim, head_dim, "bfloat16", "cuda:0", 0.1
+    )
+    slots = launch_sm90._sum_slots(problem)
+    head_bytes = 4 * head_dim * 64 * -(-seqlen // 64)
+    room = (32 << 20) + 8 * batch * heads * seqlen
+    assert slots * head_bytes <= room
+    assert slots == batch * heads or (slots + 1) * head_bytes > room
+
+
+def test_an_unknown_backward_is_refused(monkeypatch):
+    monkeypatch.setenv("SCFA_CUPY_BACKWARD", "both")
+    problem = Problem(1, 1, 1, 8, 8, 64, 64, "bfloat16", "cuda:0", 0.1)
+    rows = DeviceArray(1 << 20, (1, 1, 8, 64), (512, 512, 64, 1), "bfloat16", 0)
+    with pytest.raises(ValueError, match=r"SCFA_CUPY_BACKWARD must be one of .*'both'"):
+        launch_sm90.run_backward(problem, None, *(rows,) * 9, ctx=None)

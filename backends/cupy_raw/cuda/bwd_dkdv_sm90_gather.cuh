@@ -75,22 +75,6 @@ struct Shared {
   }
 };
 
-// First index in [0, count) of the nondecreasing `values` that is greater than `bound` (count if
-// none); a whole warp searches.
-__device__ __forceinline__ int first_greater(const int* values, int count, int bound, int lane) {
-  int low = 0, high = count;  // the answer is in [low, high]
-  while (low < high) {
-    const int step = (high - low + 31) / 32;
-    const int probe = low + step * (lane + 1) - 1;
-    const bool greater = probe >= high || values[probe] > bound;
-    // Lanes that are not greater come first; the next lane's probe bounds the answer from above.
-    const int before = uniform(__popc(__ballot_sync(0xFFFFFFFFu, !greater)));
-    high = min(high, low + step * (before + 1) - 1);
-    low = low + step * before;
-  }
-  return high;
-}
-
 // Warpgroup 0: for each tile gather keys and values, then every block of queries that may see one
 // of them.
 __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {

@@ -73,6 +73,11 @@ __device__ __forceinline__ void async_proxy_fence() {
 #endif
 }
 
+// What this thread wrote to shared memory will be read by wgmma or by bulk copies.
+__device__ __forceinline__ void shared_writes_fence() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

@@ -35,4 +35,10 @@ struct Params {
   int monotone;
   Divisor by_tiles, by_heads,
       by_group;  // by tiles_per_head, by heads (heads_kv in the dk/dv kernel), by group_size
+  // Fused backward only: fp32 sums of dq in sorted order (p.slots heads, 64 rows a tile), and how
+  // many key tiles have added to each query tile of every head.
+  float* dq_sum;
+  int* added;
+  int slots, query_tiles;  // heads whose sums have room; 64-row tiles of one query head
+  Divisor by_query_tiles, by_query_heads, by_slots;
 };

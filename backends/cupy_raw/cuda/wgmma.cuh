@@ -18,6 +18,8 @@ constexpr int kRowBytes = 128;     // one row of a panel
 constexpr int kGroupBytes = 1024;  // eight rows: one period of the swizzle
 constexpr int kStepColumns = 16;   // reduction depth of one instruction
 
+#define SCFA_ACC16 \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
 #define SCFA_ACC32                                                          \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
@@ -29,6 +31,7 @@ constexpr int kStepColumns = 16;   // reduction depth of one instruction
 #define SCFA_OUT8(d, i)                                                                       \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
+#define SCFA_OUT16(d) SCFA_OUT8(d, 0), SCFA_OUT8(d, 8)
 #define SCFA_OUT32(d) SCFA_OUT8(d, 0), SCFA_OUT8(d, 8), SCFA_OUT8(d, 16), SCFA_OUT8(d, 24)
 #define SCFA_OUT64(d) \
   SCFA_OUT32(d), SCFA_OUT8(d, 32), SCFA_OUT8(d, 40), SCFA_OUT8(d, 48), SCFA_OUT8(d, 56)
@@ -101,6 +104,36 @@ __device__ __forceinline__ void wgmma_shared(float (&d)[kCount], unsigned long l
   }
 }
 
+// d = A B, or d += A B, where the reduction is along both tiles' columns, or both tiles' rows (then
+// 64 columns of A and 2 * kCount of B are multiplied). Unlike above, a product that starts a sum
+// says so to the compiler: what d held before need not be kept in registers until then.
+#define SCFA_NEW8(d, i)                                                                       \
+  "=f"(d[i]), "=f"(d[i + 1]), "=f"(d[i + 2]), "=f"(d[i + 3]), "=f"(d[i + 4]), "=f"(d[i + 5]), \
+      "=f"(d[i + 6]), "=f"(d[i + 7])
+#define SCFA_NEW16(d) SCFA_NEW8(d, 0), SCFA_NEW8(d, 8)
+#define SCFA_NEW32(d) SCFA_NEW16(d), SCFA_NEW8(d, 16), SCFA_NEW8(d, 24)
+#define SCFA_ISSUE_SHARED(shape, list, operands, a_at, b_at, sum_at, transposed_at)            \
+  asm volatile("{\n.reg .pred acc;\nsetp.ne.b32 acc, " sum_at                                 \
+               ", 0;\nwgmma.mma_async.sync.aligned." shape "." SCFA_WGMMA_TYPES " " list ", " a_at \
+               ", " b_at ", acc, 1, 1, " transposed_at ", " transposed_at ";\n}"              \
+               : operands                                                                      \
+               : "l"(a), "l"(b), "n"(static_cast<int>(kSum)), "n"(kTransposed))
+template <ReduceOver kReduce, bool kSum, int kCount>
+__device__ __forceinline__ void wgmma_issue(float (&d)[kCount], unsigned long long a,
+                                            unsigned long long b) {
+  static_assert(kCount == 16 || kCount == 32, "32 or 64 columns");
+  constexpr int kTransposed = kReduce == ReduceOver::kRows;
+  if constexpr (kCount == 16 && kSum) {
+    SCFA_ISSUE_SHARED("m64n32k16", SCFA_ACC16, SCFA_OUT16(d), "%16", "%17", "%18", "%19");
+  } else if constexpr (kCount == 16) {
+    SCFA_ISSUE_SHARED("m64n32k16", SCFA_ACC16, SCFA_NEW16(d), "%16", "%17", "%18", "%19");
+  } else if constexpr (kSum) {
+    SCFA_ISSUE_SHARED("m64n64k16", SCFA_ACC32, SCFA_OUT32(d), "%32", "%33", "%34", "%35");
+  } else {
+    SCFA_ISSUE_SHARED("m64n64k16", SCFA_ACC32, SCFA_NEW32(d), "%32", "%33", "%34", "%35");
+  }
+}
+
 // d (+)= A B, A in registers (one 64 x 16 fragment), B in shared memory.
 template <ReduceOver kReduce, int kCount>
 __device__ __forceinline__ void wgmma_registers(float (&d)[kCount], unsigned a0, unsigned a1,
@@ -167,6 +200,33 @@ __device__ __forceinline__ void accumulate_weighted_rows(float (&d)[kCount],
   }
 }
 
+// d = A B^T as in product_of_rows, for 64 rows of a tile of kRowsA rows and 64 of a tile of kRowsB.
+template <int kRowsA, int kRowsB, int kHeadDim>
+__device__ __forceinline__ void new_product_of_rows(float (&d)[32], unsigned tile_a,
+                                                    unsigned tile_b) {
+  const unsigned long long a = tile_descriptor(tile_a), b = tile_descriptor(tile_b);
+  wgmma_issue<ReduceOver::kColumns, false>(d, a, b);
+#pragma unroll
+  for (int step = 1; step < kHeadDim / kStepColumns; ++step) {
+    wgmma_issue<ReduceOver::kColumns, true>(
+        d, a + (step_offset<kRowsA, ReduceOver::kColumns>(step) >> 4),
+        b + (step_offset<kRowsB, ReduceOver::kColumns>(step) >> 4));
+  }
+}
+
+// d = A^T B over kRows rows: A is one panel, B starts at `tile_b` within one.
+template <int kRows, int kCount>
+__device__ __forceinline__ void new_product_of_columns(float (&d)[kCount], unsigned tile_a,
+                                                       unsigned tile_b) {
+  constexpr unsigned kStep = step_offset<kRows, ReduceOver::kRows>(1) >> 4;
+  const unsigned long long a = tile_descriptor(tile_a), b = tile_descriptor(tile_b);
+  wgmma_issue<ReduceOver::kRows, false>(d, a, b);
+#pragma unroll
+  for (int step = 1; step < kRows / kStepColumns; ++step) {
+    wgmma_issue<ReduceOver::kRows, true>(d, a + step * kStep, b + step * kStep);
+  }
+}
+
 // Two floats to a 16-bit pair, `low` in the lower half, rounded to nearest even.
 __device__ __forceinline__ unsigned pack_pair(float low, float high) {
   unsigned pair;
@@ -213,6 +273,21 @@ __device__ __forceinline__ void load_fragments(unsigned (&a)[kHeadDim / 4], unsi
                  : "=r"(a[4 * step]), "=r"(a[4 * step + 1]), "=r"(a[4 * step + 2]),
                    "=r"(a[4 * step + 3])
                  : "r"(address)
+                 : "memory");
+  }
+}
+
+// The other way round: this warp's 16 rows of `a` to 16 rows of a one-panel tile of 64 columns.
+__device__ __forceinline__ void store_fragments(unsigned tile, const unsigned (&a)[16], int warp,
+                                                int lane) {
+  const int row = 16 * warp + (lane & 15);
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    const int chunk = 2 * step + (lane >> 4);
+    const unsigned address = tile + row * kRowBytes + ((chunk ^ (row & 7)) << 4);
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+                 "r"(a[4 * step]), "r"(a[4 * step + 1]), "r"(a[4 * step + 2]),
+                 "r"(a[4 * step + 3])
                  : "memory");
   }
 }
