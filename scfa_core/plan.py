@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 
-from scfa_core.errors import DeviceError, ShapeError
+from scfa_core.arrays import strides_in_order
+from scfa_core.errors import DeviceError, DTypeError, LayoutError, ShapeError
 
 if TYPE_CHECKING:
     from scfa_core.arrays import Framework
@@ -139,6 +141,25 @@ class Plan:
             raise DeviceError(
                 f"the plan lives on {self.device}, q on {problem.device}; make a plan there"
             )
+        if self not in _checked:
+            self._check_arrays(problem, framework)
+            _checked.add(self)
+
+    def _check_arrays(self, problem: Problem, framework: Framework) -> None:
+        """Raise where a plan made by hand holds arrays that backends would misread."""
+        shapes = plan_shapes(problem, "host")[:-1]
+        for name, x, shape in zip(PlanArrays._fields, self.arrays, shapes, strict=False):
+            info = framework.info(x)
+            if info.shape != shape:
+                raise ShapeError(f"plan.{name} must have shape {shape}, got {info.shape}")
+            if info.dtype != "int32":
+                raise DTypeError(f"plan.{name} must be int32, got {info.dtype}")
+            if info.device != problem.device:
+                raise DeviceError(f"plan.{name} must be on {problem.device}, got {info.device}")
+            dense = strides_in_order(shape, tuple(range(len(shape))))
+            steps = zip(shape, info.strides, dense, strict=True)
+            if 0 not in shape and any(n > 1 and got != want for n, got, want in steps):
+                raise LayoutError(f"plan.{name} must be contiguous, got strides {info.strides}")
 
     def _host(self, *names: str) -> list[np.ndarray]:
         from scfa_core.arrays import framework_of
@@ -188,3 +209,6 @@ class Plan:
             f"seqlen_k={seqlen_k}, ranges {order}, {self.nbytes() / 2**20:.1f} MiB on "
             f"{self.device}, backend={self.backend!r})"
         )
+
+
+_checked: WeakSet[Plan] = WeakSet()  # plans whose arrays were looked at

@@ -15,6 +15,7 @@ from scfa_core.backends.cupy_raw.params import POINTERS, pack_sizes, pack_stride
 from scfa_core.backends.cupy_raw.variants import Variant, choose
 
 from scfa_core.arrays import ITEMSIZE
+from scfa_core.errors import BackendUnavailable
 
 if TYPE_CHECKING:
     from scfa_core.arrays import CallContext, DeviceArray
@@ -54,7 +55,13 @@ def _hopper(device: int) -> bool:
     name = os.environ.get("SCFA_CUPY_KERNELS", "auto")
     if name not in _KERNELS:
         raise ValueError(f"$SCFA_CUPY_KERNELS must be one of {list(_KERNELS)}, got {name!r}")
-    return _KERNELS[name] and compute_capability(device) == (9, 0)
+    found = compute_capability(device)
+    if name == "sm90" and found != (9, 0):
+        raise BackendUnavailable(
+            f"$SCFA_CUPY_KERNELS=sm90 asks for the Hopper kernels, cuda:{device} has compute "
+            f"capability {found[0]}.{found[1]}: unset it"
+        )
+    return _KERNELS[name] and found == (9, 0)
 
 
 def _aligned(arrays: tuple[DeviceArray, ...]) -> bool:
