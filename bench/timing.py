@@ -30,8 +30,8 @@ def _summary(times: list[float]) -> Timing:
 def time_call(run: Callable[[], Any], device: str, budget: float) -> Timing:
     """Repeat `run` for about `budget` seconds (at least 3 calls) after warming up.
 
-    On a GPU by events around each call, L2 flushed before each by writing 128 MB; on the host by a
-    monotonic clock.
+    On a GPU by events around each call, L2 flushed before each by writing 256 MB, behind which
+    the call is enqueued: the time of the host is `host_microseconds`. On the host by a clock.
     """
     run()
     times: list[float] = []
@@ -42,7 +42,7 @@ def time_call(run: Callable[[], Any], device: str, budget: float) -> Timing:
             run()
             times.append(1e3 * (time.perf_counter() - start))
         return _summary(times)
-    scrub = torch.empty(32 * 2**20, dtype=torch.int32, device="cuda")
+    scrub = torch.empty(64 * 2**20, dtype=torch.int32, device="cuda")
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     run()
     torch.cuda.synchronize()
