@@ -22,13 +22,14 @@ export OMP_WAIT_POLICY ?= passive
 
 READY  := $(VENV)/.ready-$(CUDA)
 TOOLS  := $(VENV)/.tools
+SITE   := $(VENV)/.docs
 
-.PHONY: help demo test test-gpu gpu-check test-peers check format typecheck bench wheel images venv clean
+.PHONY: help demo test test-gpu gpu-check test-peers check format typecheck bench wheel images docs venv clean
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "others: check format typecheck test-gpu test-peers gpu-check bench wheel images clean"
+	@echo "others: check format typecheck test-gpu test-peers gpu-check bench wheel images docs clean"
 
 venv: $(READY)
 
@@ -43,6 +44,11 @@ $(READY): pyproject.toml constraints/test.txt Makefile | $(BIN)/python
 
 $(TOOLS): pyproject.toml | $(READY)
 	$(PIP) install --quiet --editable '.[dev]' --constraint constraints/test.txt
+	@touch $@
+
+# The reference is made from the sources as text, so the site needs neither torch nor the package's tests.
+$(SITE): pyproject.toml | $(BIN)/python
+	$(PIP) install --quiet --editable '.[docs]' --constraint constraints/test.txt
 	@touch $@
 
 demo: $(READY)
@@ -84,8 +90,15 @@ wheel: $(TOOLS)
 	rm -rf build/lib dist
 	$(BIN)/python -m build --outdir dist .
 
+# Pictures of the README, of docs/ and of the gallery; the gallery's own code says what is drawn.
 images: $(READY)
 	$(BIN)/python docs/make_images.py
+	$(BIN)/python docs/make_gallery.py
+
+# build/site/index.html; a dead link, an unknown name or a page outside the navigation fails the build.
+# The variable silences a notice of mkdocs-material about a coming mkdocs, not warnings of the build.
+docs: $(SITE)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf build dist demo-out $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

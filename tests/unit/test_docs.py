@@ -1,17 +1,24 @@
 """Every code block of the documentation runs, and every command in it exists."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+import scfa_core
 from scfa_core.cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += sorted((ROOT / "docs" / "guides").glob("*.md"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LIBRARIES = {
+    "torch": "needs the extra torch",
+    "transformers": "needs the extra hf",
+    "jax": "JAX is no extra of this package; pip install jax",
+}
 
 if not (ROOT / "README.md").exists():
     pytest.skip("the tests run outside a source tree", allow_module_level=True)
@@ -45,9 +52,9 @@ def test_python_blocks_run(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "documentation"}
     for line, code in blocks(page, "python"):
-        for extra, library in (("torch", "torch"), ("hf", "transformers")):
+        for library, how in LIBRARIES.items():
             if re.search(rf"^(import|from) {library}\b", code, re.MULTILINE):
-                pytest.importorskip(library, reason=f"needs the extra {extra}")
+                pytest.importorskip(library, reason=how)
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)
 
 
@@ -94,3 +101,34 @@ def test_pictures_have_a_row_for_every_pattern():
     text = (ROOT / "README.md").read_text()
     for name in ("Causal", "HashSparse", "QKSparse", "Documents", "SlidingWindow", "KeyRanges"):
         assert re.search(rf"^\| !\[\]\(docs/img/\w+\.png\) \| `{name}\(", text, re.MULTILINE)
+
+
+def test_pictures_of_pages_exist():
+    for page in (ROOT / "docs").rglob("*.md"):
+        for picture in re.findall(r'src(?:set)?="([^"]+)"', page.read_text()):
+            assert (page.parent / picture).exists(), f"{name_of(page)}: {picture}"
+
+
+def test_the_gallery_shows_what_its_code_makes():
+    spec = importlib.util.spec_from_file_location("gallery", ROOT / "docs" / "make_gallery.py")
+    gallery = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gallery)
+    entries = gallery.entries()
+    assert len(entries) == len(blocks(gallery.PAGE, "python")) - 1 >= 20  # the first one imports
+    for entry in entries:
+        for theme in gallery.THEMES:
+            picture = entry.path.with_name(f"{entry.path.name}-{theme}.png")
+            assert entry.digest().encode() in picture.read_bytes(), f"{picture}: run make images"
+
+
+def test_every_page_is_in_the_navigation():
+    """The site builds strictly, `make docs`; this says it in the tests too."""
+    listed = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = [p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md")]
+    assert sorted(listed) == sorted(pages)
+
+
+def test_every_public_name_is_in_the_reference():
+    pages = "".join(p.read_text() for p in (ROOT / "docs" / "api").glob("*.md"))
+    named = set(re.findall(r"^::: scfa_core\.(?:dispatch\.)?(\w+)$", pages, re.MULTILINE))
+    assert set(scfa_core.__all__) - {"__version__"} <= named

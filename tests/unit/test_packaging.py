@@ -117,7 +117,7 @@ def test_wheel_metadata(built):
     assert fields["Name"] == "scfa-core"
     assert fields["License-Expression"] == "MIT"
     assert fields["Requires-Python"] == ">=3.10"
-    extras = {"torch", "cuda12", "cuda13", "plot", "cli", "hf", "test", "dev"}
+    extras = {"torch", "cuda12", "cuda13", "plot", "cli", "hf", "test", "dev", "docs"}
     assert set(fields.get_all("Provides-Extra")) == extras
 
 
