@@ -57,12 +57,14 @@ def backend(request, torch):
     return request.param
 
 
-@pytest.fixture(params=["auto", "sm80"])
+@pytest.fixture(params=["auto", "sm80", "fused"])
 def kernels(request, backend, monkeypatch):
-    """The kernels that the card gets, and the portable ones where the card has its own."""
+    """What the card gets, the portable kernels, and the fused backward where the card has it."""
     if request.param != "auto" and backend != "cupy":
         pytest.skip("only cupy has kernels of one card's own")
-    monkeypatch.setenv("SCFA_CUPY_KERNELS", request.param)
+    fused = request.param == "fused"
+    monkeypatch.setenv("SCFA_CUPY_KERNELS", "auto" if fused else request.param)
+    monkeypatch.setenv("SCFA_CUPY_BACKWARD", "fused" if fused else "auto")
     return request.param
 
 

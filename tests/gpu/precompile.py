@@ -52,6 +52,8 @@ def compile_side_by_side():
             "fwd_sm90": launch_sm90._FORWARD,
             "bwd_dq_sm90": launch_sm90._DQ,
             "bwd_dkdv_sm90": launch_sm90._DKDV,
+            "bwd_prepare_sm90": launch_sm90._PREPARE,
+            "bwd_fused_sm90": launch_sm90._FUSED,
         }
         jobs = [
             (name, 0, dtype, head_dim, shape)

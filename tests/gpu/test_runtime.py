@@ -129,7 +129,7 @@ def test_threads_at_once(torch, backend):
 
 @pytest.mark.parametrize("name", ["hash", "causal", "keep"])
 def test_memory_beyond_results(kernels, torch, backend, name):
-    """Plan and workspace together hold at most 32 bytes per query row."""
+    """Plan and workspace: at most 32 bytes per query row; the fused backward 8 and 32 MB more."""
     shape = (2, 8, 8192, 64)
     (q, k, v, dout), hashes = inputs(torch, shape, buckets=16)
     keeps = [torch.rand(shape[:3], device="cuda") < 0.5 for _ in range(2)]
@@ -150,7 +150,8 @@ def test_memory_beyond_results(kernels, torch, backend, name):
     torch.cuda.synchronize()
     results = sum(x.numel() * x.element_size() for x in (out, lse, *grads))
     extra = torch.cuda.max_memory_allocated() - before - results
-    assert extra <= 32 * rows + 2**20, f"{extra / rows:.1f} bytes per query row"
+    allowed = 32 * rows + 2**20 + (8 * rows + 2**25 if kernels == "fused" else 0)
+    assert extra <= allowed, f"{extra / rows:.1f} bytes per query row"
 
 
 def test_tensors_beyond_two_to_the_31_elements(kernels, torch, backend):
