@@ -22,6 +22,13 @@ mode. Variants differ by attention alone: `dense` (torch SDPA, on a GPU cuDNN's 
 `hash...+window...`, `naive` (masked, all scores in memory), `reformer<buckets>`, and `none`:
 attention replaced by q + k + v, which nothing can beat in speed.
 
+The queries of a layer have much in common, so that an angular hash puts most of them into few
+buckets, and the more so the deeper the layer: the work is then a multiple of what even buckets
+would cost. `hash<buckets>c` hashes queries about the running mean of earlier steps, and
+`hash<buckets>w` divides by their covariance as well; both choose buckets without a look at later
+rows of the sequence. The tables name the multiple (bucket cost; 1 is even, the number of buckets is
+dense attention).
+
 Text is the standard library of Python and the installed packages of the machine, by bytes,
 deduplicated, split by file; a run records the hash of its corpus. Packages copy from each other, so
 validation files are not strangers to training: read losses against each other, not against those of
@@ -66,13 +73,14 @@ def speed_section(record: dict[str, Any]) -> str:
         f"`{BOUND}` that is reached. {_machine(record)}."
     )
     costs = [
-        f"{row['bucket_cost']:.2f} (T={row['seqlen']})" for row in rows if "bucket_cost" in row
+        f"{row['variant']} {row['bucket_cost']:.2f} (T={row['seqlen']}, {row['steps']} steps)"
+        for row in rows
+        if "bucket_cost" in row
     ]
     if costs:
         text += (
-            " Same-bucket pairs over those of even buckets, model untrained: "
-            + ", ".join(costs)
-            + "."
+            " Same-bucket pairs over those of even buckets, after so many steps of training: "
+            f"{', '.join(costs)}."
         )
     failed = [
         f"{r['variant']} at T={r['seqlen']} ({r['error']})" for r in record["rows"] if "error" in r

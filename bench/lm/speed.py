@@ -117,6 +117,7 @@ def one_case(
         **time_steps(trainer, warm, repeats),
         "tokens_per_step": config.tokens_per_step,
     }
+    row["steps"] = trainer.step
     if profiled and where.device.startswith("cuda"):
         row["profile"] = kernels.profile_steps(trainer.train_step)
     if config.buckets:
