@@ -102,7 +102,9 @@ def test_layers_share_a_graph_and_validation_needs_none(tmp_path):
 
 
 def test_commands_keep_their_results_and_the_page_is_made_of_them(tmp_path):
-    tiny = ["--preset", "tiny", "--text", "bench/lm", "--seqlen", "64", "--tokens-per-step", "128"]
+    text = tmp_path / "text.py"
+    text.write_text("def f(x):\n    return x + 1\n" * 2000)
+    tiny = ["--preset", "tiny", "--text", str(text), "--seqlen", "64", "--tokens-per-step", "128"]
     kept = tmp_path / "quality.json"
     quality = ["-m", "bench.lm", "quality", *tiny, "--variants", "dense", "hash4"]
     quality += ["--points", "2", "--steps", "12", "--json", str(kept)]
@@ -120,7 +122,7 @@ def test_commands_keep_their_results_and_the_page_is_made_of_them(tmp_path):
     assert all(x["curve"][-1]["step"] == 12 and len(x["curve"]) > 1 for x in runs)
 
     timed = tmp_path / "speed.json"
-    speed = ["-m", "bench.lm", "speed", "--preset", "tiny", "--text", "bench/lm", "--warm", "1"]
+    speed = ["-m", "bench.lm", "speed", "--preset", "tiny", "--text", str(text), "--warm", "1"]
     speed += ["--repeats", "2", "--lengths", "128", "--tokens-per-step", "128"]
     said = run(
         *speed,
