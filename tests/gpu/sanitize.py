@@ -1,6 +1,6 @@
 """A few small calls of every kernel, for compute-sanitizer: `check.py --sanitize` runs it.
 
-    python tests/gpu/sanitize.py [portable | hopper | planner]...
+    python tests/gpu/sanitize.py [planner | portable | hopper | fused]...
 
 Without a name, everything that $SCFA_GPU_BACKENDS can run. Results are read, so that initcheck sees
 an element that nobody wrote. tests/unit/test_sanitize.py holds the list against the variants.
@@ -177,14 +177,14 @@ def is_hopper(device):
 
 
 def families_of(backend, device):
-    """Name -> value of $SCFA_CUPY_KERNELS, function and cases of each family of one backend."""
+    """Name -> $SCFA_CUPY_KERNELS, $SCFA_CUPY_BACKWARD, function and cases of each family."""
     families = {
-        "planner": ("auto", run_lists, PLANNER),
-        "portable": ("sm80", run_call, PORTABLE),
-        "hopper": ("auto", run_call, HOPPER),
+        "planner": ("auto", "auto", run_lists, PLANNER),
+        "portable": ("sm80", "auto", run_call, PORTABLE),
     }
-    if backend != "cupy" or not is_hopper(device):
-        del families["hopper"]
+    if backend == "cupy" and is_hopper(device):
+        families["hopper"] = ("auto", "split", run_call, HOPPER)
+        families["fused"] = ("auto", "fused", run_call, HOPPER)
     return families
 
 
@@ -194,10 +194,11 @@ def main(names):
     for backend in os.environ.get("SCFA_GPU_BACKENDS", "cupy").split(","):
         device = "cpu" if load_backend(backend).memory == "host" else "cuda"
         families = families_of(backend, device)
-        for name, (kernels, run, cases) in families.items():
+        for name, (kernels, backward, run, cases) in families.items():
             if names and name not in names:
                 continue
             os.environ["SCFA_CUPY_KERNELS"] = kernels
+            os.environ["SCFA_CUPY_BACKWARD"] = backward
             start = time.perf_counter()
             for case in cases:
                 run(backend, device, case)

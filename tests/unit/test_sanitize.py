@@ -67,7 +67,8 @@ def test_every_shape_of_the_portable_kernels(sanitize):
 
 def test_every_hopper_kernel(sanitize):
     calls = sanitize.HOPPER
-    for table in (launch_sm90._FORWARD, launch_sm90._DQ, launch_sm90._DKDV):
+    tables = [getattr(launch_sm90, f"_{name}") for name in ("FORWARD", "DQ", "DKDV", "FUSED")]
+    for table in tables:
         for head_dim, shape in table.items():
             mine = [call for call in calls if call.head_dim == head_dim]
             assert {call.dtype for call in mine} == {"bfloat16", "float16"}
@@ -144,9 +145,18 @@ def test_ids_differ_in_the_bits_they_say(sanitize):
     assert int(far.max()) - int(far.min()) == 2**64 - 1
 
 
+def test_both_backwards_of_hopper(sanitize, monkeypatch):
+    monkeypatch.setattr(sanitize, "is_hopper", lambda device: True)
+    found = sanitize.families_of("cupy", "cuda")
+    assert {backward for _, backward, *_ in found.values()} == set(launch_sm90._BACKWARDS)
+    assert {kernels for kernels, *_ in found.values()} == {"auto", "sm80"}
+    assert set(sanitize.families_of("numba-cuda", "cuda")) == {"planner", "portable"}
+
+
 def test_the_calls_run_on_the_host(sanitize, monkeypatch, capsys):
     monkeypatch.setenv("SCFA_GPU_BACKENDS", "numba-cpu")
     monkeypatch.setenv("SCFA_CUPY_KERNELS", "auto")
+    monkeypatch.setenv("SCFA_CUPY_BACKWARD", "auto")
     monkeypatch.setattr(sanitize, "PLANNER", sanitize.PLANNER[::3])
     monkeypatch.setattr(sanitize, "is_hopper", lambda device: True)
     sanitize.main([])
