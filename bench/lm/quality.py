@@ -23,7 +23,7 @@ from bench.lm.train import Trainer, World
 from bench.run import machine
 
 SAMPLED_EVERY = 10  # steps between losses read; each waits for the GPU
-FINAL_BATCHES = 16
+VALIDATION_BATCHES = 16  # the same for every point of a curve
 
 
 def identity(config: Config, corpus: Corpus) -> dict[str, Any]:
@@ -51,8 +51,8 @@ def train_one(
     }
     limit = config.seconds or math.inf
 
-    def note(loss: float, batches: int) -> None:
-        validation = trainer.validate(batches)
+    def note(loss: float) -> None:
+        validation = trainer.validate(VALIDATION_BATCHES)
         run["curve"].append({
             "step": trainer.step,
             "tokens": trainer.step * config.tokens_per_step,
@@ -79,8 +79,8 @@ def train_one(
         share = max(trainer.step / config.steps, trainer.seconds / limit)
         if share < 1 and int(share * points) > passed:
             passed = int(share * points)
-            note(loss, 4)
-    note(float(torch.stack(recent[-SAMPLED_EVERY:]).mean()), FINAL_BATCHES)
+            note(loss)
+    note(float(torch.stack(recent[-SAMPLED_EVERY:]).mean()))
     run["bucket_cost"] = trainer.bucket_cost()
     run["done"] = True
     store(run)
