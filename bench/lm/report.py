@@ -47,9 +47,9 @@ python -m bench.lm train --attention hash16 --out runs
 python -m bench.lm report speed.json quality.json --page page.md --plots img
 ```"""
 NO_GPU = (
-    "**No GPU run is recorded yet.** What follows ran on a CPU that other work shared, a small model "
-    "for a short time: it shows that the trainer works and how buckets crowd; it says nothing about "
-    "the paper's claim, and its seconds and tokens/s are no measure of speed."
+    "**No GPU run is recorded yet.** What follows ran on a CPU that other work shared, a small "
+    "model for a short time: it shows that the trainer works and how buckets crowd. It says "
+    "nothing about the paper's claim, and its seconds and tokens/s are no measure of speed."
 )
 
 
