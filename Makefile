@@ -47,8 +47,8 @@ $(TOOLS): pyproject.toml | $(READY)
 	@touch $@
 
 # The reference is made from the sources as text, so the site needs neither torch nor the package's tests.
-$(SITE): pyproject.toml | $(BIN)/python
-	$(PIP) install --quiet --editable '.[docs]' --constraint constraints/test.txt
+$(SITE): pyproject.toml constraints/docs.txt | $(BIN)/python
+	$(PIP) install --quiet --editable '.[docs]' --constraint constraints/docs.txt
 	@touch $@
 
 demo: $(READY)
