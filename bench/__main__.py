@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
     else:
         from bench import run
 
-        run.main(argv)
+        return run.main(argv)
     return 0
 
 

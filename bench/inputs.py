@@ -84,13 +84,15 @@ def _pattern(case: Case, q_ids: Any, k_ids: Any) -> scfa.Pattern:
     return scfa.Causal()
 
 
-def rows_seen(inputs: Inputs, b: int, h: int, rows: torch.Tensor) -> torch.Tensor:
+def rows_seen(
+    inputs: Inputs, b: int, h: int, rows: torch.Tensor, sees_itself: bool = True
+) -> torch.Tensor:
     """Bool (len(rows), seqlen): which keys the given query rows of one head see, by definition."""
     case = inputs.case
     g = h // (case.heads // case.heads_kv)
     j = torch.arange(case.seqlen, device=case.device)
     i = rows[:, None]
-    causal = j <= i
+    causal = j <= i if sees_itself else j < i
     if case.kind in ("hash", "samehash"):
         return causal & (inputs.q_ids[b, h, rows][:, None] == inputs.k_ids[b, g])
     if case.kind == "qk":
@@ -106,7 +108,11 @@ def rows_seen(inputs: Inputs, b: int, h: int, rows: torch.Tensor) -> torch.Tenso
 
 
 def sampled_error(
-    inputs: Inputs, out: torch.Tensor, dq: torch.Tensor | None = None, heads: int = 3
+    inputs: Inputs,
+    out: torch.Tensor,
+    dq: torch.Tensor | None = None,
+    heads: int = 3,
+    sees_itself: bool = True,
 ) -> float:
     """Largest relative norm error of sampled rows of out (and dq) against float64."""
     case = inputs.case
@@ -118,7 +124,7 @@ def sampled_error(
         h = int(torch.randint(case.heads, (1,), generator=picks))
         g = h // (case.heads // case.heads_kv)
         rows = torch.randint(case.seqlen, (SAMPLED_ROWS,), generator=picks).to(case.device)
-        seen = rows_seen(inputs, b, h, rows)
+        seen = rows_seen(inputs, b, h, rows, sees_itself)
         q, dout = inputs.q[b, h, rows].double(), inputs.dout[b, h, rows].double()
         k, v = inputs.k[b, g].double(), inputs.v[b, g].double()
         scores = (scale * (q @ k.T)).masked_fill(~seen, float("-inf"))

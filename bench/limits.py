@@ -36,6 +36,24 @@ def limited(rows: Iterator[Row], seconds: float | None) -> Iterator[Row]:
         yield row
 
 
+class Budget:
+    """Seconds of a whole sweep, from now; None never ends."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.end = None if seconds is None else time.monotonic() + seconds
+
+    def left(self, limit: float | None = None) -> float | None:
+        """Seconds that a case may take: its limit, or less where the budget ends before."""
+        if self.end is None:
+            return limit
+        left = max(self.end - time.monotonic(), 1e-6)
+        return left if limit is None else min(left, limit)
+
+    def spent(self) -> bool:
+        """Whether nothing may begin any more."""
+        return self.end is not None and time.monotonic() >= self.end
+
+
 @contextmanager
 def _alarm(left: float | None, seconds: float | None) -> Iterator[None]:
     if left is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class Timed:
     plan: Callable[[], Any] | None = None
     planned: Callable[[], torch.Tensor] | None = None  # forward with the plan given
     lse: Callable[[], torch.Tensor] | None = None
+    sees_itself: bool = True  # False: judged by j < i, where the method defines causal so
 
 
 def ours(backend: str) -> Callable[[Inputs], Timed]:
@@ -160,24 +162,149 @@ def flex(inputs: Inputs) -> Timed:
     return timed
 
 
-def flash_attn(inputs: Inputs) -> Timed:
-    """The newest flash-attn that is installed; dense causal only."""
-    for module in ("flash_attn.cute", "flash_attn_interface", "flash_attn"):
-        try:
-            found = importlib.util.find_spec(module)
-        except ModuleNotFoundError:
-            found = None
-        if found:
-            function = importlib.import_module(module).flash_attn_func
-            break
-    else:
-        raise CannotRun("flash-attn is not installed")
+FLASH = {
+    "flash-attn-2": "flash_attn",
+    "flash-attn-3": "flash_attn_interface",
+    "flash-attn-4": "flash_attn.cute",
+}
+
+
+def _found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ModuleNotFoundError, ValueError):
+        return False
+
+
+def installed_peers() -> list[str]:
+    """Names of the dense peers beyond torch that can be imported here."""
+    modules = FLASH | {"cudnn-frontend": "cudnn", "xformers": "xformers"}
+    return [name for name, module in modules.items() if _found(module)]
+
+
+def _import(module: str) -> Any:
+    if not _found(module):
+        raise CannotRun(f"{module} is not installed")
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError) as error:
+        raise CannotRun(f"{module} does not import: {error}") from error
+
+
+def _first(out: Any) -> torch.Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def flash(name: str | None) -> Callable[[Inputs], Timed]:
+    """Return flash-attn of one generation, or the newest installed; dense causal only."""
+
+    def prepare(inputs: Inputs) -> Timed:
+        newest = next((x for x in reversed(FLASH) if _found(FLASH[x])), "flash-attn-2")
+        function = _import(FLASH[name or newest]).flash_attn_func
+
+        def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return _first(function(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)).transpose(
+                1, 2
+            )
+
+        return _autograd(inputs, run)
+
+    return prepare
+
+
+def flash_varlen(inputs: Inputs) -> Timed:
+    """The newest flash-attn's varlen on rows sorted by one hash: each bucket is a sequence.
+
+    Only where queries and keys share their hash is a sorted bucket causal like a sequence.
+    Sorting, permuting and putting back are part of the forward; backward goes through them.
+    """
+    case = inputs.case
+    if case.kind != "samehash" or case.heads != case.heads_kv:
+        raise CannotRun("varlen on sorted rows needs one hash for q and k, and as many key heads")
+    newest = next((x for x in reversed(FLASH) if _found(FLASH[x])), "flash-attn-2")
+    function = _import(FLASH[newest]).flash_attn_varlen_func
+    lists = case.batch * case.heads
+    ids = inputs.q_ids.reshape(lists, case.seqlen)
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = function(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)
-        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+        order = torch.argsort(ids, dim=-1, stable=True)
+        first = torch.arange(lists, device=ids.device)[:, None]
+        rows = (order + first * case.seqlen).reshape(-1)
+        counts = torch.zeros(lists, case.number, dtype=torch.int32, device=ids.device)
+        counts.scatter_add_(1, ids.long(), torch.ones_like(ids))
+        ends = functional.pad(counts.reshape(-1).cumsum(0), (1, 0)).to(torch.int32)
+        most = int(counts.max())
+        packed = (x.reshape(-1, 1, case.head_dim).index_select(0, rows) for x in (q, k, v))
+        out = _first(
+            function(
+                *packed,
+                cu_seqlens_q=ends,
+                cu_seqlens_k=ends,
+                max_seqlen_q=most,
+                max_seqlen_k=most,
+                causal=True,
+            )
+        )
+        return torch.empty_like(out).index_copy(0, rows, out).reshape(q.shape)
 
     return _autograd(inputs, run)
+
+
+def xformers(inputs: Inputs) -> Timed:
+    """Memory-efficient attention of xformers, whichever kernel it picks; dense causal only."""
+    if inputs.case.heads != inputs.case.heads_kv:
+        raise CannotRun("grouped heads are not written for xformers here")
+    ops = _import("xformers.ops")
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        rows = (x.transpose(1, 2) for x in (q, k, v))
+        return ops.memory_efficient_attention(*rows, attn_bias=ops.LowerTriangularMask()).transpose(
+            1, 2
+        )
+
+    return _autograd(inputs, run)
+
+
+def cudnn_frontend(inputs: Inputs) -> Timed:
+    """Forward of cuDNN through its own frontend, keeping what a backward needs; dense only."""
+    cudnn = _import("cudnn")
+    case = inputs.case
+    kinds = {"bfloat16": "BFLOAT16", "float16": "HALF"}
+    if case.dtype not in kinds:
+        raise CannotRun("cuDNN's attention is for bfloat16 and float16")
+    graph = cudnn.pygraph(
+        io_data_type=getattr(cudnn.data_type, kinds[case.dtype]),
+        intermediate_data_type=cudnn.data_type.FLOAT,
+        compute_data_type=cudnn.data_type.FLOAT,
+    )
+    arrays = [x.detach() for x in (inputs.q, inputs.k, inputs.v)]
+    q, k, v = (graph.tensor_like(x) for x in arrays)
+    out, stats = graph.sdpa(
+        name="sdpa",
+        q=q,
+        k=k,
+        v=v,
+        is_inference=False,
+        attn_scale=case.head_dim**-0.5,
+        use_causal_mask=True,
+    )
+    result = torch.empty_like(inputs.q)
+    sums = torch.empty(*inputs.q.shape[:3], 1, dtype=torch.float32, device=case.device)
+    out.set_output(True).set_dim(result.shape).set_stride(result.stride())
+    stats.set_output(True).set_data_type(cudnn.data_type.FLOAT)
+    graph.validate()
+    graph.build_operation_graph()
+    graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+    graph.check_support()
+    graph.build_plans()
+    work = torch.empty(graph.get_workspace_size(), dtype=torch.uint8, device=case.device)
+    filled = {q: arrays[0], k: arrays[1], v: arrays[2], out: result, stats: sums}
+
+    def forward() -> torch.Tensor:
+        graph.execute(filled, work)
+        return result
+
+    return Timed(forward)
 
 
 def original(path: str) -> Callable[[Inputs], Timed]:
@@ -188,11 +315,17 @@ def original(path: str) -> Callable[[Inputs], Timed]:
         if case.kind not in ("hash", "qk") or case.head_dim != 64 or case.dtype != "bfloat16":
             raise CannotRun("the original serves hash and QK patterns, head_dim 64, bfloat16")
         spec = importlib.util.spec_from_file_location("original_kernels", path)
-        if spec is None or spec.loader is None:
-            raise CannotRun(f"no Python file at {path}")
+        if spec is None or spec.loader is None or not Path(path).is_file():
+            raise CannotRun(f"not available: no Python file at {path}")
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        dtype = torch.int32 if case.kind == "hash" else torch.bfloat16
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # whatever a foreign file raises
+            raise CannotRun(f"not available because {path} does not import: {error}") from error
+        if not hasattr(module, "dynamic_sparse_attention"):
+            raise CannotRun(f"not available: {path} has no dynamic_sparse_attention")
+        # Kept rows are summed in the flags' own dtype: bfloat16 would miscount beyond 256.
+        dtype = torch.int32 if case.kind == "hash" else torch.float32
         ids = [x.transpose(1, 2).to(dtype).contiguous() for x in (inputs.q_ids, inputs.k_ids)]
 
         def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -200,7 +333,9 @@ def original(path: str) -> Callable[[Inputs], Timed]:
             out = module.dynamic_sparse_attention(*rows, *ids, sparsity_mode=case.kind)
             return out.transpose(1, 2)
 
-        return _autograd(inputs, run)
+        timed = _autograd(inputs, run)
+        timed.sees_itself = case.kind != "hash"
+        return timed
 
     return prepare
 
@@ -213,6 +348,10 @@ METHODS: dict[str, Callable[[Inputs], Timed]] = {
     "sdpa-flash": sdpa("FLASH_ATTENTION"),
     "sdpa-math": sdpa("MATH"),
     "flex": flex,
-    "flash-attn": flash_attn,
+    "flash-attn": flash(None),
+    **{name: flash(name) for name in FLASH},
+    "flash-varlen": flash_varlen,
+    "cudnn-frontend": cudnn_frontend,
+    "xformers": xformers,
     "naive": naive,
 }

@@ -26,8 +26,8 @@ from bench.inputs import (
     sampled_key_error,
     visible_pairs,
 )
-from bench.limits import OverLimit, limited, progress
-from bench.methods import METHODS, CannotRun, Timed, original
+from bench.limits import Budget, OverLimit, limited, progress
+from bench.methods import METHODS, CannotRun, Timed, installed_peers, original
 from bench.timing import extra_memory, host_microseconds, time_call
 
 MODES = ("forward", "backward", "plan", "planned", "jit")
@@ -77,7 +77,8 @@ def check(inputs: Inputs, name: str, timed: Timed, modes: list[str]) -> float:
     """Run the very calls that will be timed and hold them against float64; return the error."""
     out = timed.forward()
     grads = timed.backward() if timed.backward and "backward" in modes else None
-    error = sampled_error(inputs, out, grads[0] if grads else None)
+    dq = grads[0] if grads else None
+    error = sampled_error(inputs, out, dq, sees_itself=timed.sees_itself)
     if grads and timed.lse:
         error = max(error, sampled_key_error(inputs, timed.lse(), out, grads[1], grads[2]))
     if not error <= TOLERANCE[inputs.case.dtype]:
@@ -134,38 +135,59 @@ def sweep(
     done: set[tuple[str, str, str]],
     started: Callable[[str], None] = lambda name: None,
 ) -> Iterator[dict[str, Any]]:
-    """Go through cases and methods; what is in `done` is not run again."""
+    """Go through cases and methods; what is in `done` is not run again.
+
+    The sweep ends with its budget. Compiling is timed last: it takes long and explains least.
+    """
     methods = dict(METHODS)
     if args.original:
         methods["original"] = original(args.original)
     modes = [mode for mode in args.mode if mode != "jit"]
-    wanted = modes + (list(jit.MODES) if "jit" in args.mode else [])
-    for case in select(args.case):
+    budget = Budget(args.budget)
+    cases = select(args.case)
+    for number, case in enumerate(cases):
+        if budget.spent():
+            print(f"budget of {args.budget:g} s spent: {len(cases) - number} cases not reached")
+            return
         started(case.name)
         names = args.method or default_methods(case, bool(args.original))
-        left = {
-            name: missing
-            for name in names
-            if (missing := [mode for mode in wanted if (case.name, name, mode) not in done])
-        }
-        timed = [name for name, missing in left.items() if set(missing) & set(modes)]
-        if timed:
-            yield from _timed_rows(case, {name: methods[name] for name in timed}, modes, args)
-        for name, missing in left.items():
-            if set(missing) & set(jit.MODES):
-                yield from jit.rows(case.name, name, args.limit)
+        left = {name: _missing(case.name, name, modes, done) for name in names}
+        left = {name: missing for name, missing in left.items() if missing}
+        if left:
+            yield from _timed_rows(case, methods, left, args, budget)
+    if "jit" not in args.mode:
+        return
+    for case in cases:
+        for name in args.method or default_methods(case, False):
+            if budget.spent():
+                return
+            if _missing(case.name, name, list(jit.MODES), done):
+                yield from jit.rows(case.name, name, budget.left(args.limit))
+
+
+def _missing(case: str, name: str, modes: list[str], done: set[tuple[str, str, str]]) -> list[str]:
+    """Modes of a method that have no row yet; only methods that plan have a plan to time."""
+    plans = name.startswith("scfa-") or name == "flex"
+    asked = [mode for mode in modes if plans or mode not in ("plan", "planned")]
+    return [mode for mode in asked if (case, name, mode) not in done]
 
 
 def _timed_rows(
-    case: Case, methods: dict[str, Any], modes: list[str], args: argparse.Namespace
+    case: Case,
+    methods: dict[str, Any],
+    left: dict[str, list[str]],
+    args: argparse.Namespace,
+    budget: Budget,
 ) -> Iterator[dict[str, Any]]:
     """Rows of one case, within its time limit; a method that was not reached says so."""
-    waiting = list(methods)
+    waiting = list(left)
     try:
-        yield from limited(_rows_of(case, methods, modes, args, waiting), args.limit)
+        rows = _rows_of(case, methods, left, args, waiting)
+        yield from limited(rows, budget.left(args.limit))
     except OverLimit as reason:
+        words = "the budget was spent" if budget.spent() else str(reason)
         for name in waiting:
-            yield {"case": case.name, "method": name, "mode": "-", "reason": str(reason)}
+            yield {"case": case.name, "method": name, "mode": "-", "reason": words}
     if case.device == "cuda":
         torch.cuda.empty_cache()
 
@@ -173,29 +195,44 @@ def _timed_rows(
 def _rows_of(
     case: Case,
     methods: dict[str, Any],
-    modes: list[str],
+    left: dict[str, list[str]],
     args: argparse.Namespace,
     waiting: list[str],
 ) -> Iterator[dict[str, Any]]:
-    """Rows of one case; a method leaves `waiting` when it is done."""
+    """Rows of one case; a method leaves `waiting` when it is done.
+
+    A method that fails, wrong results included, costs its own rows and no others.
+    """
     ceilings = None
     if case.device == "cuda" and args.gbps and args.tflops:
         ceilings = Ceilings(args.gbps, args.tflops)
     inputs = make_inputs(case)
-    for name, method in methods.items():
+    for name, modes in left.items():
+        row = {"case": case.name, "method": name, "mode": "-"}
         try:
-            yield from measure(inputs, name, method, modes, args.seconds, ceilings)
+            yield from measure(inputs, name, methods[name], modes, args.seconds, ceilings)
         except (CannotRun, torch.OutOfMemoryError) as reason:
-            yield {"case": case.name, "method": name, "mode": "-", "reason": str(reason)}
+            yield row | {"reason": _first_line(reason)}
+        except OverLimit:
+            raise
+        except Exception as reason:  # a peer may raise anything
+            words = f"{type(reason).__name__}: {_first_line(reason)}"
+            yield row | {"reason": words, "failed": True}
         waiting.remove(name)
+
+
+def _first_line(reason: Exception) -> str:
+    return (str(reason).strip().splitlines() or [type(reason).__name__])[0][:200]
 
 
 def default_methods(case: Case, with_original: bool) -> list[str]:
     """Return who is timed on a case unless the user says."""
     if case.device == "cpu":
         return ["scfa-numba-cpu", "sdpa-flash"] + (["naive"] if case.seqlen <= 1024 else [])
-    names = ["scfa-cupy", "scfa-numba-cuda", "sdpa-cudnn", "sdpa-flash", "flash-attn"]
-    return names + (["original"] if with_original and case.kind in ("hash", "qk") else [])
+    names = ["scfa-cupy", "sdpa-cudnn", "scfa-numba-cuda", "sdpa-flash"]
+    names += ["original"] if with_original and case.kind in ("hash", "qk") else []
+    names += installed_peers()
+    return names + (["flash-varlen"] if case.kind == "samehash" else [])
 
 
 def show(row: dict[str, Any]) -> None:
@@ -212,8 +249,8 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse the command line and write one JSON file, row by row, so that a stop loses nothing."""
+def main(argv: list[str] | None = None) -> int:
+    """Write one JSON file, row by row, so that a stop loses nothing; 1 if ours failed a case."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
         "--case", nargs="+", default=["cpu"], help=f"sets ({', '.join(SETS)}) or names"
@@ -223,6 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of repeats, per row")
     parser.add_argument("--json", type=Path, help="rows are added; rows already there are kept")
     parser.add_argument("--limit", type=float, help="seconds for a case, all its methods together")
+    parser.add_argument("--budget", type=float, help="seconds for the whole sweep, then it ends")
     parser.add_argument("--gbps", type=float, help="ceiling of memory, 1e9 bytes a second")
     parser.add_argument("--tflops", type=float, help="ceiling of arithmetic, 1e12 flops a second")
     parser.add_argument("--commit", help="name of the sources, where git cannot tell")
@@ -230,8 +268,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if bool(args.gbps) != bool(args.tflops):
         raise SystemExit("the floor needs both ceilings: --gbps and --tflops")
-    if args.original and "jit" in args.mode:
-        raise SystemExit("--mode jit does not time the original")
+    if "original" in (args.method or ()) and (not args.original or "jit" in args.mode):
+        raise SystemExit("the original needs its path (--original), and has no --mode jit")
     cases = select(args.case)
     if any(case.device == "cuda" for case in cases) and not torch.cuda.is_available():
         raise SystemExit("these cases need a CUDA device, and torch sees none")
@@ -250,7 +288,9 @@ def main(argv: list[str] | None = None) -> None:
             record["rows"].append(row)
             if args.json:
                 args.json.write_text(json.dumps(record, indent=1) + "\n")
+    failed = [row for row in record["rows"] if row.get("failed")]
+    return int(any(row["method"].startswith("scfa-") for row in failed))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
