@@ -92,6 +92,21 @@ def test_causal_attention_is_computed_here(served, layout, options):
         assert mine.stride() == torchs.stride()
 
 
+def test_lse_is_torchs_in_value_and_memory_order(served):
+    inputs = draw()
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    _, own = operator(*inputs, is_causal=True)
+    torch_flash.register()
+    attention.activate_flash_attention_impl("scfa")
+    try:
+        _, ours = operator(*inputs, is_causal=True)
+    finally:
+        attention.restore_flash_attention_impl()
+    assert served == ["attention"]
+    torch.testing.assert_close(ours, own)
+    assert ours.stride() == own.stride()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(served, dtype):
     inputs = draw(dtype=dtype)
