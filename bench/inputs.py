@@ -84,15 +84,13 @@ def _pattern(case: Case, q_ids: Any, k_ids: Any) -> scfa.Pattern:
     return scfa.Causal()
 
 
-def rows_seen(
-    inputs: Inputs, b: int, h: int, rows: torch.Tensor, sees_itself: bool = True
-) -> torch.Tensor:
+def rows_seen(inputs: Inputs, b: int, h: int, rows: torch.Tensor) -> torch.Tensor:
     """Bool (len(rows), seqlen): which keys the given query rows of one head see, by definition."""
     case = inputs.case
     g = h // (case.heads // case.heads_kv)
     j = torch.arange(case.seqlen, device=case.device)
     i = rows[:, None]
-    causal = j <= i if sees_itself else j < i
+    causal = j <= i
     if case.kind in ("hash", "samehash"):
         return causal & (inputs.q_ids[b, h, rows][:, None] == inputs.k_ids[b, g])
     if case.kind == "qk":
@@ -108,11 +106,7 @@ def rows_seen(
 
 
 def sampled_error(
-    inputs: Inputs,
-    out: torch.Tensor,
-    dq: torch.Tensor | None = None,
-    heads: int = 3,
-    sees_itself: bool = True,
+    inputs: Inputs, out: torch.Tensor, dq: torch.Tensor | None = None, heads: int = 3
 ) -> float:
     """Largest relative norm error of sampled rows of out (and dq) against float64."""
     case = inputs.case
@@ -124,7 +118,7 @@ def sampled_error(
         h = int(torch.randint(case.heads, (1,), generator=picks))
         g = h // (case.heads // case.heads_kv)
         rows = torch.randint(case.seqlen, (SAMPLED_ROWS,), generator=picks).to(case.device)
-        seen = rows_seen(inputs, b, h, rows, sees_itself)
+        seen = rows_seen(inputs, b, h, rows)
         q, dout = inputs.q[b, h, rows].double(), inputs.dout[b, h, rows].double()
         k, v = inputs.k[b, g].double(), inputs.v[b, g].double()
         scores = (scale * (q @ k.T)).masked_fill(~seen, float("-inf"))

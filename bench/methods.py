@@ -28,7 +28,6 @@ class Timed:
     plan: Callable[[], Any] | None = None
     planned: Callable[[], torch.Tensor] | None = None  # forward with the plan given
     lse: Callable[[], torch.Tensor] | None = None
-    sees_itself: bool = True  # False: judged by j < i, where the method defines causal so
 
 
 def ours(backend: str) -> Callable[[Inputs], Timed]:
@@ -333,9 +332,7 @@ def original(path: str) -> Callable[[Inputs], Timed]:
             out = module.dynamic_sparse_attention(*rows, *ids, sparsity_mode=case.kind)
             return out.transpose(1, 2)
 
-        timed = _autograd(inputs, run)
-        timed.sees_itself = case.kind != "hash"
-        return timed
+        return _autograd(inputs, run)
 
     return prepare
 

@@ -77,8 +77,7 @@ def check(inputs: Inputs, name: str, timed: Timed, modes: list[str]) -> float:
     """Run the very calls that will be timed and hold them against float64; return the error."""
     out = timed.forward()
     grads = timed.backward() if timed.backward and "backward" in modes else None
-    dq = grads[0] if grads else None
-    error = sampled_error(inputs, out, dq, sees_itself=timed.sees_itself)
+    error = sampled_error(inputs, out, grads[0] if grads else None)
     if grads and timed.lse:
         error = max(error, sampled_key_error(inputs, timed.lse(), out, grads[1], grads[2]))
     if not error <= TOLERANCE[inputs.case.dtype]:
