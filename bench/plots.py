@@ -76,6 +76,38 @@ def speedups(record: dict[str, Any], mode: str) -> Series:
     return best
 
 
+def by_length_of(record: dict[str, Any], mode: str, field: str) -> Series:
+    """`by_length` where every point has `field`; empty where none has."""
+    found = {
+        label: [(x, row) for x, row in points if row.get(field) is not None]
+        for label, points in by_length(record, mode, growth=False).items()
+    }
+    return {label: points for label, points in found.items() if len(points) > 1}
+
+
+def paper(record: dict[str, Any], mode: str) -> Series:
+    """The paper's runtime figure: forward and backward together against T, at its shape.
+
+    Batch 4, 48 heads, head_dim 64; patterns of this package and of the original beside dense
+    kernels. One panel, under the name of the forward.
+    """
+    if mode != "forward":
+        return {}
+    backward = {(case.name, row["method"]): row for case, row in timed_rows(record, "backward")}
+    series: Series = {}
+    for case, row in timed_rows(record, "forward"):
+        other = backward.get((case.name, row["method"]))
+        if other is None or (case.batch, case.heads, case.head_dim) != (4, 48, 64):
+            continue
+        dense = row["method"] in DENSE_ONLY
+        if case.dtype != "bfloat16" or (dense and case.kind != "dense"):
+            continue
+        both = {name: row[name] + other[name] for name in ("ms", "low", "high")}
+        label = f"{row['method']}, {case.pattern}"
+        series.setdefault(label, []).append((case.seqlen, row | both))
+    return {label: sorted(points, key=lambda x: x[0]) for label, points in series.items()}
+
+
 def crossover(points: list[tuple[float, dict[str, Any]]]) -> float | None:
     """Share of pairs at which the speed-up passes 1, between two measured points; None if never."""
     for (x0, low), (x1, high) in itertools.pairwise(points):
@@ -173,6 +205,30 @@ def _times(axis: Any, series: Series, ink: str, label: Any = lambda name, points
     axis.set_ylabel("ms, median; bars: 20 % to 80 %")
 
 
+def _field(field: str, words: str, scale: float = 1.0) -> Any:
+    """A painter of one field of the rows against T; its axis begins at 0."""
+
+    def paint(axis: Any, series: Series, ink: str) -> None:
+        lengths = sorted({x for points in series.values() for x, _ in points})
+        axis.set_xscale("log")
+        axis.set_xticks(lengths, [f"{x // 1024:g}k" for x in lengths])
+        for (name, points), color in zip(series.items(), COLORS * 4, strict=False):
+            ys = [scale * row[field] for _, row in points]
+            where = [x for x, _ in points]
+            axis.plot(where, ys, "o-", markersize=3.5, linewidth=1.4, color=color, label=name)
+        axis.set_ylim(bottom=0)
+        axis.minorticks_off()
+        axis.set_xlabel("sequence length T")
+        axis.set_ylabel(words)
+
+    return paint
+
+
+def _paper(axis: Any, series: Series, ink: str) -> None:
+    axis.set_title("forward and backward")
+    _times(axis, series, ink)
+
+
 def _growth(axis: Any, series: Series, ink: str) -> None:
     _times(axis, series, ink, lambda name, points: f"{name}: T^{exponent(points):.2f}")
 
@@ -216,5 +272,21 @@ PLOTS = {
         "Growth with buckets of constant size",
         lambda record, mode: by_length(record, mode, growth=True),
         _growth,
+    ),
+    "paper": ("The paper's runtime figure on this card", paper, _paper),
+    "rate": (
+        "Useful TFLOP/s",
+        lambda record, mode: by_length_of(record, mode, "tflops"),
+        _field("tflops", "TFLOP/s of visible pairs"),
+    ),
+    "floor": (
+        "Share of the floor",
+        lambda record, mode: by_length_of(record, mode, "floor_share"),
+        _field("floor_share", "floor over time, %", 100.0),
+    ),
+    "memory": (
+        "Memory beyond inputs, results included",
+        lambda record, mode: by_length_of(record, mode, "extra_bytes"),
+        _field("extra_bytes", "MiB", 1 / 2**20),
     ),
 }

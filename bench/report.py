@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bench import accuracy_page, plots
+from bench import accuracy_page, details, plots
 from bench.cases import DENSE_ONLY, every_case, select
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +42,7 @@ def is_accuracy(record: dict[str, Any]) -> bool:
 
 def markdown(record: dict[str, Any], modes: tuple[str, ...] = ("forward", "backward")) -> str:
     """Table of medians in ms: a row per case, a column per method, modes joined by a slash."""
-    rows = [row for row in record["rows"] if "ms" in row]
+    rows = [row for row in record["rows"] if "ms" in row and row["mode"] in modes]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     times = {(row["case"], row["method"], row["mode"]): row["ms"] for row in rows}
     words = " / ".join(MODE_WORDS[mode] for mode in modes)
@@ -114,12 +114,17 @@ def page(records: list[dict[str, Any]], pictures: list[tuple[str, str]]) -> str:
 <img src="{path}-light.png" alt="{words}">
 </picture>""",
         ]
+    parts += filter(None, (details.sections(record) for record in records))
     return "\n\n".join(parts) + "\n"
 
 
 def _beside(records: list[dict[str, Any]]) -> str:
     """What a reader of the README's tables should know: where more is, and what is not there."""
-    pages = {"More rows and plots": "docs/perf/cpu.md", "errors": "docs/perf/accuracy.md"}
+    pages = {
+        "More rows and plots on an H100": "docs/perf/h100.md",
+        "on a CPU": "docs/perf/cpu.md",
+        "errors": "docs/perf/accuracy.md",
+    }
     links = [
         f"{words}: [{path}]({path})" for words, path in pages.items() if (ROOT / path).exists()
     ]

@@ -194,3 +194,122 @@ def test_jit_rows_of_a_method_without_compiling_and_of_one_that_cannot_run():
     assert all(row["first_ms"] > 0 and row["second_ms"] > 0 for row in rows)
     (row,) = jit.rows("smoke-hash4", "scfa-numba-cpu", 0.01)
     assert "limit" in row["reason"]
+
+
+def synthetic_h100():
+    """Rows of invented times, which every plot and table of a card's page can be drawn from."""
+    rows = []
+    for seqlen in (8, 16, 32):
+        for case, method, rate in (
+            (f"A-hash16-{seqlen}k", "scfa-cupy", 1.0),
+            (f"A-dense-{seqlen}k", "sdpa-cudnn", 4.0),
+        ):
+            for mode, factor in (("forward", 1.0), ("backward", 2.5)):
+                rows.append(
+                    timed(case, method, rate * factor * seqlen, 0.1, mode)
+                    | {"tflops": 100.0, "floor_ms": 0.5, "floor_by": "bytes", "floor_share": 0.5}
+                    | {"floor_bytes_share": 0.5, "floor_flops_share": 0.25}
+                    | {"extra_bytes": seqlen * 2**20, "host_us": None}
+                )
+    rows.append(timed("A-hash16-1k", "scfa-cupy", 0.1, mode="planned") | {"host_us": 31.4})
+    rows.append(timed("A-hash16-16k", "scfa-cupy", 9000.0, mode="jit-cold"))
+    rows.append({"case": "A-hash16-16k", "method": "original", "mode": "-", "reason": "no file"})
+    facts = {"card": "SYNTHETIC", "torch": "0", "commit": "abc", "date": "2026-01-01T00:00"}
+    return {"machine": facts, "rows": rows}
+
+
+def test_paper_figure_adds_forward_and_backward_at_its_shape_only():
+    from bench.plots import paper
+
+    record = synthetic_h100()
+    record["rows"] += [timed("B-dense-16k", "scfa-cupy", 1.0, 0.5, m) for m in ("forward",)]
+    series = paper(record, "forward")
+    assert set(series) == {"scfa-cupy, hash16", "sdpa-cudnn, dense"}
+    assert [(x, row["ms"]) for x, row in series["scfa-cupy, hash16"]] == [
+        (8192, 28.0),
+        (16384, 56.0),
+        (32768, 112.0),
+    ]
+    assert paper(record, "backward") == {}
+
+
+def test_page_of_a_card_has_every_plot_and_table(tmp_path):
+    pytest.importorskip("matplotlib")
+    from bench import report
+
+    path, page = tmp_path / "card.json", tmp_path / "page.md"
+    path.write_text(json.dumps(synthetic_h100()))
+    report.main([str(path), "--plots", str(tmp_path / "img"), "--page", str(page)])
+    text = page.read_text()
+    for name in ("length", "paper", "rate", "floor", "memory"):
+        for theme in ("light", "dark"):
+            assert (tmp_path / "img" / f"card-{name}-{theme}.png").exists(), name
+            assert f"img/card-{name}-{theme}.png" in text
+    assert "| A-hash16-32k | scfa-cupy | forward | 100 | 0.5 | bytes | 50 | 25 |" in text
+    assert "| A-hash16-32k | scfa-cupy | backward | 32.0 |" in text
+    assert "| A-hash16-1k | scfa-cupy | planned | 31 |" in text
+    assert "| A-hash16-16k | scfa-cupy | jit-cold | 9.00 |" in text
+    assert "- original: no file (A-hash16-16k)" in text
+
+
+def test_budget_ends_a_sweep_and_a_resumed_one_goes_on(tmp_path):
+    from bench.limits import Budget
+
+    assert Budget(None).left(7.0) == 7.0
+    assert not Budget(None).spent()
+    assert Budget(0.0).spent()
+    assert Budget(100.0).left(7.0) == 7.0
+    assert 90 < Budget(100.0).left() <= 100
+
+    path = tmp_path / "some.json"
+    arguments = ("--case", "smoke", "--method", "naive", "--seconds", 0, "--json", path)
+    out = bench(*arguments, "--budget", 0)
+    assert "7 cases not reached" in out
+    bench(*arguments)
+    assert len({row["case"] for row in json.loads(path.read_text())["rows"]}) == 7
+
+
+def test_a_peer_that_raises_costs_only_its_own_rows(monkeypatch):
+    import argparse
+
+    from bench import run
+
+    def broken(inputs):
+        raise ZeroDivisionError("of a peer\nmore")
+
+    monkeypatch.setitem(run.METHODS, "flex", broken)
+    options = {"original": None, "mode": ["forward"], "budget": None, "case": ["smoke-dense"]}
+    options |= {"method": ["flex", "naive"], "limit": None, "seconds": 0.0}
+    options |= {"gbps": None, "tflops": None}
+    first, second = run.sweep(argparse.Namespace(**options), set())
+    assert first["reason"] == "ZeroDivisionError: of a peer"
+    assert first["failed"]
+    assert second["method"] == "naive"
+    assert second["ms"] > 0
+
+
+def test_a_file_that_is_not_the_original_says_why(tmp_path):
+    from bench.cases import Case
+    from bench.inputs import Inputs
+    from bench.methods import CannotRun, original
+
+    case = Case("x", 1, 2, 2, 128, 64, "hash4")
+    inputs = Inputs(case, None, None, None, None, None, None, None)
+    empty, broken = tmp_path / "empty.py", tmp_path / "broken.py"
+    empty.write_text("")
+    broken.write_text("raise ValueError('old triton')")
+    for path, words in (
+        (tmp_path / "none.py", "no Python file"),
+        (empty, "no dynamic_sparse_attention"),
+        (broken, "does not import: old triton"),
+    ):
+        with pytest.raises(CannotRun, match=words):
+            original(str(path))(inputs)
+
+
+def test_gpu_set_begins_with_the_goals():
+    from bench.cases import SETS, select
+
+    names = [case.name for case in select(["gpu"])]
+    assert names[:6] == [case.name for case in SETS["goal"]()]
+    assert len(set(names)) == len(names)
