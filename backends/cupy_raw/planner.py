@@ -244,11 +244,13 @@ def run_make_plan(problem: Problem, clauses: Clauses, plan: PlanArrays, ctx: Cal
         one_pass = choose_one_pass(
             n_query_lists, problem.seqlen_q, multiprocessors(ctx.device), shared_limit(ctx.device)
         )
-        done = ctx.empty((n_query_lists,), "int32").pointer
-    if not one_pass and n_key_lists * problem.seqlen_k <= n_query_lists * problem.seqlen_q:
+    scratch_rows = n_key_lists * problem.seqlen_k
+    if not one_pass and scratch_rows <= n_query_lists * problem.seqlen_q:
         k_scratch = plan.key_end.pointer  # plan_ranges fills it later
     else:
-        k_scratch = ctx.empty((problem.batch, problem.heads_kv, problem.seqlen_k), "int32").pointer
+        done_flags = n_query_lists if one_pass else 0
+        k_scratch = ctx.empty((scratch_rows + done_flags,), "int32").pointer
+        done = k_scratch + 4 * scratch_rows if one_pass else 0
     params = sort_params(problem, clauses, plan, k_scratch, done, capacity, one_pass)
     if one_pass:
         _kernel("plan_causal", ctx.device).launch(

@@ -42,7 +42,9 @@ def test_a_launch_is_cheap(torch, loader, request):
     kernel = loader.get_kernel(NAME, SOURCE, (), 0)
     room = torch.zeros(6, 64, dtype=torch.int32, device="cuda")
     pointers = [room[i].data_ptr() for i in range(6)]
-    params = bytes(32 * 40) + _RANGE_TAIL.pack(0, 1, *pointers, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0)
+    params = bytes(32 * 40) + _RANGE_TAIL.pack(
+        0, 1, *pointers, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0
+    )
     stream = torch.cuda.current_stream().cuda_stream
     best = float("inf")
     for _ in range(20):
