@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
@@ -50,6 +51,23 @@ class _NamedCache(CUDACache):
         """Name of an entry: types, target and compiler versions, and what we call it."""
         return (sig, codegen.magic_tuple(), version("numba-cuda"), self._entry_name)
 
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Load compiled code; None, so that it is made anew, if what lies there is damaged."""
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:  # unpickling garbage raises anything
+            logger.warning("damaged compiled code of numba-cuda, made anew: %r", error)
+            with suppress(OSError):
+                self._cache_file.flush()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep compiled code; a full disk is told, the code is there all the same."""
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            logger.warning("compiled code is not cached on disk: %s", error)
+
 
 def entry_name(kernel: Kernel) -> tuple[Any, ...]:
     """What a kernel is called in the cache, beside its types and the target."""
@@ -62,7 +80,10 @@ def compile_kernel(kernel: Kernel) -> Any:
     if kernel.bounds and "launch_bounds" in inspect.signature(cuda.jit).parameters:
         options["launch_bounds"] = kernel.bounds
     dispatcher = cuda.jit(kernel.function, **options)
-    dispatcher._cache = _NamedCache(kernel.function, entry_name(kernel))
+    try:
+        dispatcher._cache = _NamedCache(kernel.function, entry_name(kernel))
+    except RuntimeError as error:  # numba found no folder it may write to
+        logger.warning("compiled code is not cached on disk: %s", error)
     logger.debug("numba-cuda: compiling or loading %s%s", kernel.function.__name__, kernel.variant)
     dispatcher.compile(tuple(kernel.signature.args))
     dispatcher._specialized = True  # one signature: launches need not look at types
