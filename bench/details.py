@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench.cases import every_case
+
 Row = dict[str, Any]
 Column = tuple[str, Any]
 
@@ -16,6 +18,8 @@ def sections(record: dict[str, Any]) -> str:
         chosen = [row for row in rows if pick(row)]
         if chosen:
             parts += [f"## {heading}", note, _table(chosen, columns)]
+    if any(row["case"].startswith("growth") for row in rows):
+        parts += ["## Growth at a constant bucket size", growth(record)]
     absent = _absent(record)
     if absent:
         parts += ["## What was not timed", absent]
@@ -47,6 +51,29 @@ def _percent(name: str) -> Any:
     return lambda row: f"{100 * row[name]:.0f}"
 
 
+def _executed(row: Row) -> str:
+    if not row.get("tile_pairs"):
+        return "-"
+    return f"{row['tflops'] * row['tile_pairs'] / row['pairs']:.0f}"
+
+
+def growth(record: dict[str, Any]) -> str:
+    """How much longer a call takes at twice the length and the same bucket size."""
+    known = every_case()
+    lengths: dict[tuple[str, str], dict[int, float]] = {}
+    for row in record["rows"]:
+        if "ms" in row and row["case"].startswith("growth") and row["case"] in known:
+            at = lengths.setdefault((row["method"], row["mode"]), {})
+            at[known[row["case"]].seqlen] = row["ms"]
+    lines = [
+        f"| {method} | {mode} | {seqlen // 1024}k | {seqlen // 512}k | {at[2 * seqlen] / ms:.2f}x |"
+        for (method, mode), at in lengths.items()
+        for seqlen, ms in sorted(at.items())
+        if 2 * seqlen in at
+    ]
+    return "\n".join(["| method | mode | from | to | time |", "|---|---|---|---|---|", *lines])
+
+
 def mebibytes(row: Row) -> float:
     """Memory at the peak beyond what was there before the call, in MiB."""
     return float(row["extra_bytes"]) / 2**20
@@ -55,11 +82,14 @@ def mebibytes(row: Row) -> float:
 TABLES: tuple[tuple[str, str, Any, list[Column]], ...] = (
     (
         "Rate, and share of the floor",
-        "TFLOP/s counts visible pairs. The floor is the longer of two times: every input read "
-        "and output written once at the card's copy rate, every useful flop at its matrix rate.",
+        "Useful TFLOP/s counts visible pairs; executed (counted, not measured) every pair of the "
+        "tiles of 64 queries and 128 keys, in the plan's order, that hold one. The floor is the "
+        "longer of two times: every input read and output written once at the card's copy rate, "
+        "every useful flop at its matrix rate.",
         lambda row: "floor_ms" in row,
         [
             ("TFLOP/s, useful", lambda row: f"{row['tflops']:.0f}"),
+            ("executed", _executed),
             ("floor, ms", lambda row: f"{row['floor_ms']:.3g}"),
             ("set by", lambda row: row["floor_by"]),
             ("bytes' share of the time, %", _percent("floor_bytes_share")),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 import scfa_core as scfa
 from bench.cases import Case
@@ -170,3 +171,19 @@ def visible_pairs(inputs: Inputs) -> int:
     if case.kind == "dense":
         return case.batch * case.heads * case.seqlen * (case.seqlen + 1) // 2
     return scfa.make_plan(inputs.pattern, inputs.q, inputs.k).visible_pairs()
+
+
+def tile_pairs(plan: scfa.Plan, rows: int = 64, keys: int = 128) -> int:
+    """Pairs of all tiles that hold a visible pair: the least that whole products compute.
+
+    Tiles of `rows` sorted queries and `keys` sorted keys; a stretch of rows takes the tiles from
+    its first visible key to its last.
+    """
+    start, end = (torch.as_tensor(x).long() for x in (plan.key_start, plan.key_end))
+    far = torch.iinfo(torch.int64).max
+    start = torch.where(end > start, start, far)
+    short = -start.shape[-1] % rows
+    start = functional.pad(start, (0, short), value=far).unflatten(-1, (-1, rows)).amin(-1)
+    end = functional.pad(end, (0, short)).unflatten(-1, (-1, rows)).amax(-1)
+    tiles = torch.where(start < far, (end + keys - 1) // keys - start // keys, 0)
+    return int(tiles.sum()) * rows * keys

@@ -24,6 +24,7 @@ from bench.inputs import (
     make_inputs,
     sampled_error,
     sampled_key_error,
+    tile_pairs,
     visible_pairs,
 )
 from bench.limits import Budget, OverLimit, limited, progress
@@ -100,6 +101,10 @@ def measure(
     # A dense kernel beside a sparse case is timed as what the user would run instead.
     error = None if dense_peer else check(inputs, name, timed, modes)
     pairs = visible_pairs(inputs)
+    # Only this package's own rows follow the plan that is looked at here.
+    in_tiles = None
+    if name.startswith("scfa-"):
+        in_tiles = tile_pairs(scfa_core.make_plan(inputs.pattern, inputs.q, inputs.k))
     for mode in modes:
         run = getattr(timed, mode)
         if run is None:
@@ -116,6 +121,7 @@ def measure(
             "calls": timing.calls,
             "tflops": round(flops / timing.median / 1e9, 2),
             "pairs": pairs,
+            "tile_pairs": in_tiles,
             "density": pairs / (case.rows * case.seqlen),
             "extra_bytes": extra_memory(run, case.device),
             "host_us": round(host_microseconds(run), 1) if _host_matters(case, mode) else None,

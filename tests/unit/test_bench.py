@@ -1,5 +1,6 @@
 """The bench runs every CPU recipe, checks what it times, resumes, compares and reports."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -209,8 +210,10 @@ def synthetic_h100():
                     timed(case, method, rate * factor * seqlen, 0.1, mode)
                     | {"tflops": 100.0, "floor_ms": 0.5, "floor_by": "bytes", "floor_share": 0.5}
                     | {"floor_bytes_share": 0.5, "floor_flops_share": 0.25}
-                    | {"extra_bytes": seqlen * 2**20, "host_us": None}
+                    | {"extra_bytes": seqlen * 2**20, "host_us": None, "pairs": 100}
+                    | {"tile_pairs": 150 if method == "scfa-cupy" else None}
                 )
+    rows += [timed("growth-64k", "scfa-cupy", 10.0), timed("growth-128k", "scfa-cupy", 21.0)]
     rows.append(timed("A-hash16-1k", "scfa-cupy", 0.1, mode="planned") | {"host_us": 31.4})
     rows.append(timed("A-hash16-16k", "scfa-cupy", 9000.0, mode="jit-cold"))
     rows.append({"case": "A-hash16-16k", "method": "original", "mode": "-", "reason": "no file"})
@@ -245,7 +248,9 @@ def test_page_of_a_card_has_every_plot_and_table(tmp_path):
         for theme in ("light", "dark"):
             assert (tmp_path / "img" / f"card-{name}-{theme}.png").exists(), name
             assert f"img/card-{name}-{theme}.png" in text
-    assert "| A-hash16-32k | scfa-cupy | forward | 100 | 0.5 | bytes | 50 | 25 |" in text
+    assert "| A-hash16-32k | scfa-cupy | forward | 100 | 150 | 0.5 | bytes | 50 | 25 |" in text
+    assert "| A-dense-32k | sdpa-cudnn | forward | 100 | - | 0.5 | bytes | 50 | 25 |" in text
+    assert "| scfa-cupy | forward | 64k | 128k | 2.10x |" in text
     assert "| A-hash16-32k | scfa-cupy | backward | 32.0 |" in text
     assert "| A-hash16-1k | scfa-cupy | planned | 31 |" in text
     assert "| A-hash16-16k | scfa-cupy | jit-cold | 9.00 |" in text
@@ -313,3 +318,64 @@ def test_gpu_set_begins_with_the_goals():
     names = [case.name for case in select(["gpu"])]
     assert names[:6] == [case.name for case in SETS["goal"]()]
     assert len(set(names)) == len(names)
+
+
+def test_tile_pairs_by_hand():
+    import torch
+
+    import scfa_core as scfa
+    from bench.inputs import tile_pairs
+
+    q = torch.zeros(1, 1, 256, 16)
+    # Rows of 64: the first two stretches see keys of one block of 128, the others of both.
+    assert tile_pairs(scfa.make_plan(scfa.Causal(), q, q)) == (1 + 1 + 2 + 2) * 64 * 128
+    none = torch.zeros(1, 1, 256, dtype=torch.bool)
+    assert tile_pairs(scfa.make_plan(scfa.QKSparse(none, none), q, q)) == 0
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_sorts_builds_and_permutes_in_the_timed_call(monkeypatch):
+    import torch
+
+    from bench import methods
+    from bench.cases import Case
+    from bench.inputs import make_inputs, sampled_error
+
+    def forward_only(inputs, run):  # torch's own has no backward on a CPU
+        return methods.Timed(lambda: run(inputs.q, inputs.k, inputs.v))
+
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
+    monkeypatch.setattr(methods, "_autograd", forward_only)
+    inputs = make_inputs(Case("x", 1, 2, 2, 256, 32, "hash4", "float32", "cpu"))
+    timed = methods.flex(inputs)
+    assert sampled_error(inputs, timed.forward()) < 1e-4
+    inputs.q_ids.copy_(inputs.q_ids.flip(-1))  # a new pattern must reach the next whole call
+    assert sampled_error(inputs, timed.forward()) < 1e-4
+
+
+def test_varlen_on_sorted_rows_against_float64(monkeypatch):
+    import types
+
+    import torch
+    from torch.nn import functional
+
+    from bench import methods
+    from bench.cases import Case
+    from bench.inputs import make_inputs, sampled_error
+
+    def by_sequence(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal):
+        ends = cu_seqlens_q.tolist()
+        parts = []
+        for i, j in itertools.pairwise(ends):
+            assert j - i <= max_seqlen_q
+            part = (x[i:j].transpose(0, 1) for x in (q, k, v))
+            out = functional.scaled_dot_product_attention(*part, is_causal=causal)
+            parts.append(out.transpose(0, 1))
+        return torch.cat(parts)
+
+    peer = types.SimpleNamespace(flash_attn_varlen_func=by_sequence)
+    monkeypatch.setattr(methods, "_import", lambda module: peer)
+    inputs = make_inputs(Case("x", 2, 2, 2, 256, 32, "samehash4", "float32", "cpu"))
+    timed = methods.flash_varlen(inputs)
+    out, (dq, _, _) = timed.forward(), timed.backward()
+    assert sampled_error(inputs, out, dq) < 1e-4
