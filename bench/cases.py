@@ -100,6 +100,16 @@ def _lengths() -> Iterator[Case]:
         yield workload_a("dense", seqlen)
 
 
+def _paper() -> Iterator[Case]:
+    """The lines of the paper's runtime figures, long lengths first."""
+    for seqlen in (16384, 8192, 32768, 4096, 2048, 1024):
+        yield workload_a("dense", seqlen)
+        for buckets in (16, 4, 64, 2, 8, 32):
+            yield workload_a(f"hash{buckets}", seqlen)
+        for percent in (50, 30, 70):
+            yield workload_a(f"qk{percent}", seqlen)
+
+
 def _growth() -> Iterator[Case]:
     """Buckets of 1024 keys, whatever the length: the time should double with it."""
     for seqlen in (65536, 131072):
@@ -160,6 +170,7 @@ SETS: dict[str, Callable[[], Iterator[Case]]] = {
     "growth": _growth,
     "shapes": _shapes,
     "gpu": _gpu,
+    "paper": _paper,
     "cpu": _cpu_cases,
     "cpu-buckets": _cpu_buckets,
     "cpu-drops": _cpu_drops,

@@ -105,7 +105,8 @@ def paper(record: dict[str, Any], mode: str) -> Series:
         both = {name: row[name] + other[name] for name in ("ms", "low", "high")}
         label = f"{row['method']}, {case.pattern}"
         series.setdefault(label, []).append((case.seqlen, row | both))
-    return {label: sorted(points, key=lambda x: x[0]) for label, points in series.items()}
+    lines = {label: sorted(points, key=lambda x: x[0]) for label, points in series.items()}
+    return {label: points for label, points in lines.items() if len(points) > 1}
 
 
 def crossover(points: list[tuple[float, dict[str, Any]]]) -> float | None:

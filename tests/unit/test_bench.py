@@ -225,7 +225,8 @@ def test_paper_figure_adds_forward_and_backward_at_its_shape_only():
     from bench.plots import paper
 
     record = synthetic_h100()
-    record["rows"] += [timed("B-dense-16k", "scfa-cupy", 1.0, 0.5, m) for m in ("forward",)]
+    for case in ("B-dense-16k", "A-hash2-16k"):  # another shape, and one length alone
+        record["rows"] += [timed(case, "scfa-cupy", 1.0, mode=m) for m in ("forward", "backward")]
     series = paper(record, "forward")
     assert set(series) == {"scfa-cupy, hash16", "sdpa-cudnn, dense"}
     assert [(x, row["ms"]) for x, row in series["scfa-cupy, hash16"]] == [
