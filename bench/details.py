@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bench.cases import every_case
+from bench.floor import BYTES
 
 Row = dict[str, Any]
 Column = tuple[str, Any]
@@ -74,9 +75,17 @@ def growth(record: dict[str, Any]) -> str:
     return "\n".join(["| method | mode | from | to | time |", "|---|---|---|---|---|", *lines])
 
 
-def mebibytes(row: Row) -> float:
-    """Memory at the peak beyond what was there before the call, in MiB."""
-    return float(row["extra_bytes"]) / 2**20
+def beyond_results(row: Row) -> int:
+    """Bytes at the peak of a call beyond its inputs and its results (out, or dq, dk and dv)."""
+    case = every_case()[row["case"]]
+    width = BYTES[case.dtype] * case.head_dim
+    keys = case.batch * case.heads_kv * case.seqlen
+    rows = {"forward": case.rows, "planned": case.rows, "backward": case.rows + 2 * keys}
+    return int(row["extra_bytes"]) - rows.get(row["mode"], 0) * width
+
+
+def _per_row(row: Row) -> str:
+    return f"{beyond_results(row) / every_case()[row['case']].rows:.1f}"
 
 
 TABLES: tuple[tuple[str, str, Any, list[Column]], ...] = (
@@ -98,9 +107,13 @@ TABLES: tuple[tuple[str, str, Any, list[Column]], ...] = (
     ),
     (
         "Memory",
-        "MiB held at the peak of a call beyond what was there before it; its results included.",
-        lambda row: row.get("extra_bytes") is not None,
-        [("MiB", lambda row: f"{mebibytes(row):.1f}")],
+        "Held at the peak of a call beyond its inputs and its results (out; dq, dk and dv). A plan "
+        "that the call makes, lse and work space are in it.",
+        lambda row: row.get("extra_bytes") is not None and row["case"] in every_case(),
+        [
+            ("MiB", lambda row: f"{beyond_results(row) / 2**20:.1f}"),
+            ("bytes per query row", _per_row),
+        ],
     ),
     (
         "Host time of one call",

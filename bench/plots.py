@@ -286,7 +286,7 @@ PLOTS = {
         _field("floor_share", "floor over time, %", 100.0),
     ),
     "memory": (
-        "Memory beyond inputs, results included",
+        "Memory at the peak beyond inputs, results included",
         lambda record, mode: by_length_of(record, mode, "extra_bytes"),
         _field("extra_bytes", "MiB", 1 / 2**20),
     ),

@@ -210,7 +210,7 @@ def synthetic_h100():
                     timed(case, method, rate * factor * seqlen, 0.1, mode)
                     | {"tflops": 100.0, "floor_ms": 0.5, "floor_by": "bytes", "floor_share": 0.5}
                     | {"floor_bytes_share": 0.5, "floor_flops_share": 0.25}
-                    | {"extra_bytes": seqlen * 2**20, "host_us": None, "pairs": 100}
+                    | {"extra_bytes": 2**31, "host_us": None, "pairs": 100}
                     | {"tile_pairs": 150 if method == "scfa-cupy" else None}
                 )
     rows += [timed("growth-64k", "scfa-cupy", 10.0), timed("growth-128k", "scfa-cupy", 21.0)]
@@ -252,7 +252,9 @@ def test_page_of_a_card_has_every_plot_and_table(tmp_path):
     assert "| A-hash16-32k | scfa-cupy | forward | 100 | 150 | 0.5 | bytes | 50 | 25 |" in text
     assert "| A-dense-32k | sdpa-cudnn | forward | 100 | - | 0.5 | bytes | 50 | 25 |" in text
     assert "| scfa-cupy | forward | 64k | 128k | 2.10x |" in text
-    assert "| A-hash16-32k | scfa-cupy | backward | 32.0 |" in text
+    # 4 * 48 * 32768 rows of 128 bytes are 768 MiB: 2048 MiB less one result forward
+    assert "| A-hash16-32k | scfa-cupy | forward | 1280.0 | 213.3 |" in text
+    assert "| A-hash16-8k | scfa-cupy | backward | 1472.0 | 981.3 |" in text
     assert "| A-hash16-1k | scfa-cupy | planned | 31 |" in text
     assert "| A-hash16-16k | scfa-cupy | jit-cold | 9.00 |" in text
     assert "- original: no file (A-hash16-16k)" in text
