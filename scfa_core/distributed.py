@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.experimental import register_sharding
 
 from scfa_core.api import attention
@@ -25,6 +26,7 @@ from scfa_core.patterns import (
     Causal,
     Documents,
     HashSparse,
+    Intersection,
     KeyRanges,
     Pattern,
     QKSparse,
@@ -33,7 +35,14 @@ from scfa_core.patterns import (
 from scfa_core.problem import check_layout
 from scfa_core.torch_ops import BACKWARD, FORWARD, MAKE_PLAN
 
-__all__ = ["gathered_attention", "heads_of", "queries_of", "ulysses_attention", "zigzag_rows"]
+__all__ = [
+    "distribute_pattern",
+    "gathered_attention",
+    "heads_of",
+    "queries_of",
+    "ulysses_attention",
+    "zigzag_rows",
+]
 
 MakePattern = Callable[[Tensor, Tensor], Pattern]
 
@@ -173,6 +182,34 @@ def zigzag_rows(
         raise ShapeError(f"seqlen must be a multiple of {2 * ranks}, got {seqlen}")
     chunks = torch.arange(seqlen, device=device).view(2 * ranks, -1)
     return torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]])
+
+
+def distribute_pattern(pattern: Pattern, mesh: DeviceMesh, placement: Any) -> Pattern:
+    """Put the arrays of a pattern on a mesh, as q, k and v are put there.
+
+    Parameters
+    ----------
+    pattern : Pattern
+        Of all batches and heads, the same on every rank.
+    mesh : DeviceMesh
+        Of one dimension.
+    placement : Shard or Replicate
+        Of q, k and v in layout "bhtd": ``Shard(0)`` is batch, ``Shard(1)`` heads.
+
+    Returns
+    -------
+    pattern : Pattern
+        Its arrays are DTensors. Axes of length 1, which broadcast, and axes that an array does not
+        have (documents have no heads) stay whole.
+    """
+
+    def place(x: Tensor) -> Tensor:
+        spread = isinstance(placement, Shard) and (placement.dim == 0 or x.ndim == 3)
+        spread = spread and x.shape[placement.dim] > 1
+        placed: Tensor = distribute_tensor(x, mesh, [placement if spread else Replicate()])
+        return placed
+
+    return Intersection(*(_rebuilt_part(part, place, place) for part in pattern.parts))
 
 
 def heads_of(pattern: Pattern, rank: int, ranks: int) -> Pattern:

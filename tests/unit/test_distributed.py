@@ -63,26 +63,9 @@ def whole(pattern, heads_kv=2):
     return gradients(lambda q, k, v: scfa.attention(q, k, v, pattern), tensors, dout)
 
 
-def placed(pattern, mesh, placement):
-    """The pattern with DTensors in place of tensors; axes of length 1 stay whole."""
-
-    def place(x):
-        here = isinstance(placement, Shard) and placement.dim < x.ndim
-        here = here and x.shape[placement.dim] > 1
-        return distribute_tensor(x, mesh, [placement if here else Replicate()])
-
-    parts = [
-        distributed._rebuilt_part(part, place, place)
-        if not isinstance(part, scfa.Documents) or placement == Shard(0)
-        else scfa.Documents(*(distribute_tensor(x, mesh) for x in (part.q_ids, part.k_ids)))
-        for part in pattern.parts
-    ]
-    return scfa.Intersection(*parts)
-
-
 def through_dtensor(pattern, mesh, placement):
     *tensors, dout = (distribute_tensor(x, mesh, [placement]) for x in draw())
-    pattern = placed(pattern, mesh, placement)
+    pattern = distributed.distribute_pattern(pattern, mesh, placement)
     results = gradients(lambda q, k, v: scfa.attention(q, k, v, pattern), tensors, dout)
     assert all(x.placements == (placement,) for x in results)
     return [x.full_tensor() for x in results]

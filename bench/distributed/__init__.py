@@ -1,0 +1,1 @@
+"""Correctness and scaling on several processes or cards, under torchrun."""

@@ -1,0 +1,155 @@
+"""The two models of these runs: a small one whose hashes are given, and the paper's, sharded.
+
+The small model hashes tokens, not activations, so that rounding cannot move a row to another bucket
+and float64 is the truth of every precision. The paper's hashes its queries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+import scfa_core as scfa
+from bench.lm.config import Config
+from bench.lm.model import Attend, LanguageModel
+from scfa_core import distributed
+from scfa_core.hashing import angular_hash
+
+VOCABULARY = 64
+LOSS_ROWS = 8192  # logits of so many rows are in memory at once
+WAYS = ("all-to-all", "all-gather")
+
+
+class Layer(nn.Module):
+    """Hashed attention and a feed-forward, each added to the stream."""
+
+    def __init__(self, heads: int, head_dim: int, low: torch.dtype | None, backend: Any) -> None:
+        super().__init__()
+        width = heads * head_dim
+        self.heads, self.low, self.backend = heads, low, backend
+        self.norm, self.mix = nn.LayerNorm(width), nn.Linear(width, 3 * width)
+        self.output, self.feed = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, bucket: Tensor) -> Tensor:
+        """(batch, seqlen, width) and (batch, heads, seqlen) to the former's shape."""
+        mixed = self.mix(self.norm(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = mixed.to(self.low or x.dtype).permute(2, 0, 3, 1, 4)
+        out = scfa.attention(q, k, v, scfa.HashSparse(bucket, bucket), backend=self.backend)
+        x = x + self.output(out.transpose(1, 2).flatten(2).to(x.dtype))
+        return x + functional.gelu(self.feed(x))
+
+
+class Small(nn.Module):
+    """Two layers; attention in `low` precision where one is given. Text to the mean loss."""
+
+    def __init__(
+        self, heads: int, head_dim: int, low: torch.dtype | None = None, backend: Any = None
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.heads = heads
+        self.embed = nn.Embedding(VOCABULARY, heads * head_dim)
+        self.layers = nn.ModuleList(Layer(heads, head_dim, low, backend) for _ in range(2))
+        self.head = nn.Linear(heads * head_dim, VOCABULARY)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """(batch, seqlen + 1) tokens to a scalar, in nats."""
+        before, after = text[:, :-1], text[:, 1:]
+        steps = torch.arange(1, self.heads + 1, device=text.device).view(1, -1, 1)
+        bucket = before[:, None] * steps % 5
+        x = self.embed(before)
+        for layer in self.layers:
+            x = layer(x, bucket)
+        return functional.cross_entropy(self.head(x).flatten(0, 1), after.flatten())
+
+
+def ways_for(heads: int, ranks: int) -> list[str]:
+    """Ways of sharding a sequence that serve so many heads."""
+    return [way for way in WAYS if way == "all-gather" or heads % ranks == 0]
+
+
+def rows_of(way: str, seqlen: int, device: str) -> Tensor:
+    """Global rows of this rank."""
+    if way == "all-gather":
+        return distributed.zigzag_rows(seqlen, device=device)
+    each = seqlen // dist.get_world_size()
+    return torch.arange(each, device=device) + dist.get_rank() * each
+
+
+def _pattern(config: Config, bucket: Tensor | None) -> scfa.Pattern:
+    if bucket is not None:
+        return scfa.HashSparse(bucket, bucket, include_self=False)
+    window = config.attention.removeprefix("window")
+    return scfa.Causal() if config.attention == "dense" else scfa.SlidingWindow(int(window))
+
+
+def sharded_attend(config: Config, way: str, rows: Tensor) -> Attend:
+    """Attention of the paper's model where each rank holds `rows` of the sequence."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    options = {"softmax_scale": config.softmax_scale, "backend": config.backend}
+
+    def exchanged(q: Tensor, k: Tensor, v: Tensor, directions: Tensor | None, *_: Any) -> Tensor:
+        own = None if directions is None else directions.chunk(ranks, dim=1)[rank]
+
+        def pattern(q: Tensor, _k: Tensor) -> scfa.Pattern:
+            return _pattern(config, None if own is None else angular_hash(q, own, None)[0])
+
+        return distributed.ulysses_attention(q, k, v, pattern, **options)
+
+    order = torch.argsort(distributed._gather(rows, 0, None))
+
+    def gathered(q: Tensor, k: Tensor, v: Tensor, directions: Tensor | None, *_: Any) -> Tensor:
+        bucket = None
+        if directions is not None:
+            bucket = distributed._gather(angular_hash(q, directions, None)[0], 2, None)
+            bucket = bucket.index_select(2, order)
+        pattern = _pattern(config, bucket)
+        return distributed.gathered_attention(q, k, v, pattern, rows=rows, **options)
+
+    return exchanged if way == "all-to-all" else gathered
+
+
+class Paper(nn.Module):
+    """The paper's language model on one rank's rows; activations of blocks are recomputed.
+
+    Positions are embedded by a table of this rank's rows alone, which DDP leaves out: no other rank
+    has a gradient of them. Its gradient is that of the mean over all ranks, like DDP's.
+    """
+
+    def __init__(self, config: Config, rows: Tensor | None, way: str | None) -> None:
+        super().__init__()
+        local = config if rows is None else dataclasses.replace(config, seqlen=len(rows))
+        self.inner = LanguageModel(local)
+        if rows is None or way is None:
+            return
+        for block in self.inner.blocks:
+            block.mix.attend = sharded_attend(config, way, rows)
+        ranks = dist.get_world_size()
+        position = self.inner.embed.position.weight
+        position.register_hook(lambda gradient: gradient / ranks)
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            self, ["inner.embed.position.weight"]
+        )
+
+    def forward(self, text: Tensor, target: Tensor) -> Tensor:
+        """(batch, rows) tokens and their successors to the mean loss of these rows, in nats."""
+        inner = self.inner
+        directions = inner.directions()
+        x = inner.embed(text)
+        for layer, block in enumerate(inner.blocks):
+            own = None if directions is None else directions[layer]
+            x = checkpoint(block, x, own, None, None, use_reentrant=False)
+        losses = [
+            checkpoint(inner.head, part, inner.embed.token.weight, right, use_reentrant=False)
+            * right.numel()
+            for part, right in zip(
+                x.split(LOSS_ROWS, dim=1), target.split(LOSS_ROWS, dim=1), strict=True
+            )
+        ]
+        return torch.stack(losses).sum() / target.numel()

@@ -1,0 +1,96 @@
+"""The runs on many processes, in small: all checks hold, and a broken exchange does not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="distributed attention needs torch")
+if not torch.distributed.is_available():
+    pytest.skip("this torch has no distributed package", allow_module_level=True)
+
+ROOT = Path(__file__).resolve().parents[2]
+if not (ROOT / "bench" / "distributed").exists():
+    pytest.skip("the tests run outside a source tree", allow_module_level=True)
+
+pytestmark = pytest.mark.slow
+LIMIT = 120  # seconds until all processes of a run are killed
+
+BROKEN = """
+import sys
+from bench.distributed import __main__
+from scfa_core import distributed
+
+right = distributed._exchange
+
+def wrong(x, split, join, group):  # rows of this rank go astray on the way back
+    y = right(x, split, join, group)
+    return y.flip(join) if join == 1 else y
+
+distributed._exchange = wrong
+sys.argv[1:] = ["check", "--device", "cpu", "--only", "all-to-all: causal", *sys.argv[1:]]
+__main__.main()
+"""
+
+ONE_FAILS = """
+import sys
+from bench.distributed import group
+
+with group.join("cpu") as where:
+    if where.rank == 1:
+        raise RuntimeError("rank 1 fell over")
+    group.anywhere(True, where)
+"""
+
+
+def launch(*arguments, ranks=2):
+    """Run under torchrun; (exit code, output). All its processes end with it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(ranks), *map(str, arguments)]
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"not done in {LIMIT} s:\n{output}")
+    return process.returncode, output
+
+
+def test_all_checks_hold_on_two_processes(tmp_path):
+    kept = tmp_path / "check.json"
+    code, output = launch("-m", "bench.distributed", "check", "--device", "cpu", "--json", kept)
+    assert code == 0, output
+    record = json.loads(kept.read_text())
+    assert record["ranks"] == 2
+    assert record["failed"] == []
+    assert "running" not in record
+    names = " ".join(row["check"] for row in record["rows"])
+    for word in ("DDP", "FSDP2", "batch, DTensor", "heads, DTensor", "all-to-all", "zigzag"):
+        assert word in names
+    assert all(row["repeats"] and row["error"] < 1e-12 for row in record["rows"])
+
+
+def test_a_wrong_exchange_is_named_and_fails_the_run(tmp_path):
+    script, kept = tmp_path / "broken.py", tmp_path / "check.json"
+    script.write_text(BROKEN)
+    code, output = launch(script, "--json", kept)
+    assert code != 0
+    assert "failed: sequence, all-to-all: causal" in output
+    assert json.loads(kept.read_text())["failed"] == ["sequence, all-to-all: causal"]
+
+
+def test_a_rank_that_fails_alone_ends_the_run(tmp_path):
+    script = tmp_path / "alone.py"
+    script.write_text(ONE_FAILS)
+    code, output = launch(script)
+    assert code != 0
+    assert "rank 1 fell over" in output
