@@ -82,7 +82,8 @@ def caption(record: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     later = dict.fromkeys(x["commit"] for x in facts.get("resumed", ()))
     if later:
         origin += f", resumed at {', '.join(later)}"
-    text = f"{', '.join(words)}. {origin}, {facts['date'][:10]}."
+    told = f"{', '.join(words)}. " if words else ""
+    text = f"{told}{origin}, {facts['date'][:10]}."
     loads = [row["load"] for row in rows if "load" in row]
     if loads and "threads" in facts:
         text += f" Load of the machine during the run: {min(loads):.1f} to {max(loads):.1f}."

@@ -74,13 +74,13 @@ def speed_section(record: dict[str, Any]) -> str:
         f"`{BOUND}` that is reached. {_machine(record)}."
     )
     costs = [
-        f"{row['variant']} {row['bucket_cost']:.2f} (T={row['seqlen']}, {row['steps']} steps)"
+        f"{row['variant']} {row['bucket_cost']:.2f} (T={row['seqlen']})"
         for row in rows
         if "bucket_cost" in row
     ]
     if costs:
         text += (
-            " Same-bucket pairs over those of even buckets, after so many steps of training: "
+            " Same-bucket pairs over those of even buckets, after the steps of the measurement: "
             f"{', '.join(costs)}."
         )
     failed = [
