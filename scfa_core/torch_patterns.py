@@ -32,8 +32,12 @@ def encode(pattern: Pattern) -> tuple[str, list[torch.Tensor], list[int]]:
         for field in names:
             value = getattr(part, field)
             if isinstance(value, torch.Tensor):
-                fields.append(f"{field}=@{len(tensors)}")
-                tensors.append(value)
+                # One tensor in two places is passed once: a compiler would copy it for each.
+                known = [at for at, tensor in enumerate(tensors) if tensor is value]
+                if not known:
+                    known = [len(tensors)]
+                    tensors.append(value)
+                fields.append(f"{field}=@{known[0]}")
             elif isinstance(value, (bool, str)):
                 fields.append(f"{field}={value}")
             elif isinstance(value, int):

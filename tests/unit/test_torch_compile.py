@@ -241,3 +241,23 @@ def attention_over_halves(x):
         for half in halves
     ]
     return merge_attention(*zip(*parts, strict=True))[0]
+
+
+def test_one_hash_for_queries_and_keys_is_passed_once():
+    """Also traced: q_hash and k_hash that are one tensor reach the planner as one."""
+    from scfa_core.torch_patterns import decode, encode
+
+    hashes = torch.randint(0, 3, (1, 2, 30))
+    pattern = scfa.HashSparse(hashes, hashes) & scfa.HashSparse(hashes, hashes.clone())
+    text, tensors, ints = encode(pattern)
+    assert len(tensors) == 2
+    again = decode(text, tensors, ints)
+    assert [part.q_hash is part.k_hash for part in again.parts] == [True, False]
+
+    q = torch.randn(1, 2, 30, 16)
+
+    def run(q, hashes):
+        return scfa.attention(q, q, q, scfa.HashSparse(hashes, hashes, include_self=False))
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, hashes), run(q, hashes))
