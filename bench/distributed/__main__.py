@@ -1,11 +1,12 @@
 """`python -m torch.distributed.run --nproc-per-node N -m bench.distributed check | scale`.
 
-`... report FILES` makes the page's tables and plots from stored JSON, on one process.
+`... report FILES` prints the tables of stored JSON and draws its plots, on one process.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -30,6 +31,34 @@ def _check(args: argparse.Namespace) -> int:
     return code
 
 
+def _scale(args: argparse.Namespace) -> int:
+    """Scaling of attention and of the paper's model; the longest sequence that fits."""
+    from bench.distributed import scale
+    from bench.lm.config import PRESETS
+
+    config = dataclasses.replace(PRESETS[args.preset], backend=args.backend, compile="none")
+    with group.join(args.device) as where:
+        return scale.run(
+            where,
+            config,
+            lengths=args.lengths,
+            buckets=args.buckets,
+            parts=args.parts,
+            most=args.longest,
+            budget=args.budget,
+            json_path=args.json,
+            commit=args.commit,
+        )
+
+
+def _report(args: argparse.Namespace) -> int:
+    """Tables of stored records as Markdown; plots of those of scaling."""
+    from bench.distributed import report
+
+    report.main(args.records, args.plots)
+    return 0
+
+
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.distributed", description=__doc__)
@@ -45,6 +74,23 @@ def main() -> None:
     one.add_argument("--head-dim", type=int)
     one.add_argument("--only", default="", help="checks whose name holds this")
     one.set_defaults(run=_check)
+
+    two = commands.add_parser("scale", parents=[shared], help=_scale.__doc__)
+    two.add_argument("--preset", choices=["paper", "small", "tiny"], default="paper")
+    two.add_argument("--lengths", nargs="+", type=int, default=[2**n for n in range(14, 19)])
+    two.add_argument(
+        "--buckets", nargs="+", type=int, default=[0, 16], help="0: T / 1024 (on a CPU T / 16)"
+    )
+    parts = ["attention", "model", "longest"]
+    two.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    two.add_argument("--longest", type=int, default=2**22, help="where the search ends")
+    two.add_argument("--budget", type=float, default=float("inf"), help="seconds")
+    two.set_defaults(run=_scale)
+
+    three = commands.add_parser("report", help=_report.__doc__)
+    three.add_argument("records", nargs="+", type=Path)
+    three.add_argument("--plots", type=Path)
+    three.set_defaults(run=_report)
 
     args = parser.parse_args()
     torch.set_num_threads(max(torch.get_num_threads() // 2, 1))

@@ -43,7 +43,7 @@ def join(device: str | None = None) -> Iterator[World]:
     try:
         yield where
         where.synchronize()
-        dist.barrier()  # a rank that leaves first makes gloo abort the others
+        dist.barrier()  # all ranks are done with each other
     except BaseException as error:
         traceback.print_exception(error)
         leave(1)

@@ -79,6 +79,39 @@ def test_all_checks_hold_on_two_processes(tmp_path):
     assert all(row["repeats"] and row["error"] < 1e-12 for row in record["rows"])
 
 
+def test_scaling_on_two_processes_is_recorded_and_drawn(tmp_path):
+    kept = tmp_path / "scale.json"
+    sizes = ["--preset", "tiny", "--lengths", "128", "--buckets", "0", "--longest", "256"]
+    code, output = launch(
+        "-m", "bench.distributed", "scale", "--device", "cpu", *sizes, "--json", kept
+    )
+    assert code == 0, output
+    rows = json.loads(kept.read_text())["rows"]
+    times = {(r["what"], r["way"], r["seqlen"]): r for r in rows if "ms" in r}
+    for what in ("attention", "model"):
+        alone, half = times[what, "alone", 128], times[what, "alone", 64]
+        for way in ("all-to-all", "all-gather"):
+            row = times[what, way, 128]
+            assert row["strong"] == pytest.approx(alone["ms"] / (2 * row["ms"]))
+            assert row["weak"] == pytest.approx(half["ms"] / row["ms"])
+            assert row["comm_share"] == pytest.approx(row["comm_ms"] / row["ms"])
+            assert row["tokens_per_s"] == pytest.approx(1e3 * 128 / row["ms"])
+        assert row["low"] <= row["ms"] <= row["high"]
+    longest = [row for row in rows if row["what"] == "longest"]
+    assert [(row["seqlen"], row["stopped_by"]) for row in longest] == [(256, "limit")] * 2
+
+    pytest.importorskip("matplotlib", reason="plots need the extra plot")
+    page = subprocess.run(
+        [sys.executable, "-m", "bench.distributed", "report", kept, "--plots", tmp_path],
+        cwd=ROOT, text=True, capture_output=True, timeout=LIMIT,
+    )  # fmt: skip
+    assert page.returncode == 0, page.stderr
+    assert f"{times['model', 'all-to-all', 128]['ms']:.2f}" in page.stdout
+    assert "256" in page.stdout
+    for theme in ("light", "dark"):
+        assert (tmp_path / f"scale-2-{theme}.png").stat().st_size > 1000
+
+
 def test_a_wrong_exchange_is_named_and_fails_the_run(tmp_path):
     script, kept = tmp_path / "broken.py", tmp_path / "check.json"
     script.write_text(BROKEN)
@@ -94,3 +127,17 @@ def test_a_rank_that_fails_alone_ends_the_run(tmp_path):
     code, output = launch(script)
     assert code != 0
     assert "rank 1 fell over" in output
+
+
+def test_example_learns_the_same_however_sharded():
+    """Batches are divided, not changed: losses are those of any number of processes."""
+    found = []
+    for sharding, ranks in (("ddp", 2), ("fsdp2", 4)):
+        script = ROOT / "examples" / "train_many.py"
+        code, output = launch(script, "--sharding", sharding, ranks=ranks)
+        assert code == 0, output
+        found.append([float(x.split()[-1]) for x in output.splitlines() if "loss" in x])
+    first, last = found[0]
+    assert last < first / 2
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], abs=2e-3)
