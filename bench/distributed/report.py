@@ -65,15 +65,21 @@ def scaling(record: dict[str, Any]) -> str:
 
 
 def _series(record: dict[str, Any], field: str) -> dict[str, list[tuple[int, float]]]:
-    """Percent against T of each way; a number of buckets kept for all lengths has its own line."""
-    rows = [row for row in record["rows"] if field in row]
-    size = min((row["seqlen"] // row["buckets"] for row in rows), default=0)
+    """Percent against T of each way: buckets of one size, and one number of buckets for all T.
+
+    A row may be a point of both.
+    """
     series: dict[str, list[tuple[int, float]]] = {}
+    rows = [row for row in record["rows"] if field in row]
+    size = record["bucket_size"]
+    kept = {row["buckets"] for row in rows if row["buckets"] * size != row["seqlen"]}
     for row in rows:
-        grown = row["seqlen"] // row["buckets"] == size
-        words = "buckets of one size" if grown else f"{row['buckets']} buckets"
-        name = f"{row['what']}, {row['way']}, {words}"
-        series.setdefault(name, []).append((row["seqlen"], 100 * row[field]))
+        point = row["seqlen"], 100 * row[field]
+        name = f"{row['what']}, {row['way']}"
+        if row["buckets"] * size == row["seqlen"]:
+            series.setdefault(f"{name}, T/{size} buckets", []).append(point)
+        if row["buckets"] in kept:
+            series.setdefault(f"{name}, {row['buckets']} buckets", []).append(point)
     return series
 
 

@@ -34,7 +34,7 @@ from bench.lm.train import World
 from scfa_core import distributed
 from scfa_core.terminal import Terminal
 
-BUCKET = 1024  # tokens in a bucket where the number of buckets grows with the sequence
+BUCKET = {"cuda": 1024, "cpu": 16}  # tokens in one, where buckets grow in number with the sequence
 SECONDS = {"cuda": 1.5, "cpu": 0.1}  # of repeats of one case, about
 HEADROOM = 0.97  # of the memory free on the fullest card, for tensors
 PASSES = 3  # exchanges forward, again when recomputed, and backward
@@ -319,8 +319,7 @@ class Bench:
 
     def buckets_of(self, seqlen: int, asked: int) -> int:
         """Return `asked`, or for 0 an even number that keeps buckets at the same size."""
-        size = BUCKET if self.cuda else 16
-        return asked or max(2, seqlen // size // 2 * 2)
+        return asked or max(2, seqlen // self.record["bucket_size"] // 2 * 2)
 
 
 def describe(row: Row) -> str:
@@ -352,6 +351,7 @@ def run(
     """Time every case in order of weight, until the budget is spent; return 0 if any was timed."""
     record = group.head("distributed-scale", where, commit)
     record["config"] = dataclasses.asdict(config)
+    record["bucket_size"] = BUCKET[where.device.partition(":")[0]]
     bench = Bench(where, config, budget, json_path, record)
     record["memory_gib"] = equal_memory(where)
     ways = ways_for(config.heads, where.size)
