@@ -191,10 +191,15 @@ class Trainer:
         return float(torch.stack(losses).mean())
 
     def bucket_cost(self) -> float:
-        """How uneven the buckets of a hash variant are, over layers; 1.0 is even."""
+        """How uneven the buckets of a hash variant are, over layers; 1.0 is even.
+
+        On validation text, or on training text where that is shorter than a sequence.
+        """
         config = self.config
         torch.manual_seed(0)
-        text, _ = self.validation_split.batch(config.seqlen, 1, VALIDATION_SEED, 0)
+        longer = len(self.validation_split.data) >= config.seqlen + 2
+        split = self.validation_split if longer else self.train_split
+        text, _ = split.batch(config.seqlen, 1, VALIDATION_SEED, 0)
         with self.precision():
             costs = self.model.bucket_cost(text)
         return sum(costs) / len(costs) if costs else 0.0

@@ -36,6 +36,8 @@ for name in ("hash4", "hash4c", "hash4w"):
         trainer.train_step()
     costs[name] = trainer.bucket_cost()
 assert max(costs["hash4w"], costs["hash4c"]) < 0.9 * costs["hash4"], costs
+short = corpus._replace(validation=corpus.validation[:40])  # less than one sequence
+assert Trainer(dataclasses.replace(tiny, attention="hash4"), short, here).bucket_cost() >= 1.0
 packed = dataclasses.replace(tiny, attention="hash4", packed=True)
 assert Trainer(packed, corpus, here).train_step() < 6.0
 
