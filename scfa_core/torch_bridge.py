@@ -25,13 +25,13 @@ from scfa_core.torch_calls import (
     checked_plan_arrays,
     find_call,
     native_plan,
-    new_plan,
     run_backward,
     run_forward,
 )
 from scfa_core.torch_framework import TORCH_FRAMEWORK, device_name, dtype_name
 from scfa_core.torch_ops import BACKWARD, FORWARD, MAKE_PLAN, refuse_forward_mode
 from scfa_core.torch_patterns import encode, is_monotone
+from scfa_core.torch_plans import new_plan
 from scfa_core.torch_transforms import forward_in_functorch, functorch_is_active
 
 __all__ = ["TORCH_FRAMEWORK", "attention", "attention_backward", "make_plan"]

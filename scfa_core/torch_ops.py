@@ -22,12 +22,12 @@ from scfa_core.torch_calls import (
     find_call,
     heads_first,
     like_order,
-    new_plan,
     run_backward,
     run_forward,
 )
 from scfa_core.torch_framework import TORCH_FRAMEWORK
 from scfa_core.torch_patterns import decode
+from scfa_core.torch_plans import new_plan
 
 Tensors = tuple[torch.Tensor, ...]
 
