@@ -18,7 +18,7 @@ import numpy as np
 from scfa_core import patterns as pt
 from scfa_core import testing
 from scfa_core.api import attention, attention_backward, make_plan
-from scfa_core.campaign_judge import sampled_verdicts
+from scfa_core.campaign_judge import sampled_verdicts, visible
 from scfa_core.dispatch import load_backend
 from scfa_core.reference.backend import narrow
 from scfa_core.reference.masks import dense_mask
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 DEEP_ROWS = 4096
 DENSE_PAIRS = 2**19  # (query, key) pairs of all heads up to which the whole truth is computed
+DRAWS = 20  # attempts to draw clauses that show something together
 VIEWS = ("plain", "columns", "rows", "offset", "other-layout", "expanded", "backwards")
 VIEWS_OF_DOUT = (*VIEWS, "last-axis")
 FAMILIES = ("lengths", "huge", "orders", "empty", "steps-back", "drops", "packed")
@@ -168,8 +169,35 @@ class DeepProblem:
 
 
 def draw(seed: int, *, most_rows: int = DEEP_ROWS, dtypes: tuple[str, ...]) -> DeepProblem:
-    """Draw a problem; the same seed and options give the same one on every machine."""
-    rng = np.random.default_rng([seed, 16020603])
+    """Draw a problem; the same seed and options give the same one on every machine.
+
+    Clauses that show nothing together are drawn anew, but where the family is "empty".
+    """
+    for attempt in range(DRAWS):
+        again = [attempt] if attempt else []  # the first draw of a seed is what it always was
+        rng = np.random.default_rng([seed, 16020603, *again])
+        problem = _draw(rng, seed, most_rows, dtypes)
+        if problem.case.spec.parts[0].kind == "empty" or _shows_something(problem):
+            break
+    return problem
+
+
+def _shows_something(problem: DeepProblem) -> bool:
+    """Whether any query sees a key; of problems without a mask, any of some queries."""
+    if problem.dense:
+        return bool(problem.case.mask.any())
+    spec = problem.case.spec
+    rows = np.unique(np.linspace(0, spec.seqlen_q - 1, 64).astype(int))
+    return any(
+        visible(problem.case.pattern, spec, b, h, rows).any()
+        for b, h in np.ndindex(spec.batch, spec.heads)
+    )
+
+
+def _draw(
+    rng: np.random.Generator, seed: int, most_rows: int, dtypes: tuple[str, ...]
+) -> DeepProblem:
+    """One attempt of `draw`."""
     family = FAMILIES[seed % len(FAMILIES)]
     heads_kv, batch = int(rng.choice([1, 1, 2, 3])), int(rng.choice([1, 1, 2]))
     heads = heads_kv * int(rng.choice([1, 1, 2, 3, 4]))

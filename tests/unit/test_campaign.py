@@ -21,6 +21,13 @@ def test_every_family_and_view_is_drawn():
     assert {len(p.case.spec.parts) for p in problems} == {1, 2, 3, 4}
 
 
+def test_nothing_is_visible_only_where_that_is_meant():
+    """Four clauses at once easily hide everything from everyone."""
+    for seed in range(140):
+        case = small(seed).case
+        assert case.mask.any() or case.spec.parts[0].kind == "empty", seed
+
+
 @pytest.mark.parametrize("seed", range(28))
 def test_rows_of_a_mask_are_rows_of_the_dense_mask(seed):
     case = small(seed).case
