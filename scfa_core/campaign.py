@@ -314,7 +314,7 @@ def run_in(
         return to_device(x, spec.dtype)
 
     tensors = [
-        _view(testing._as_numpy_kind(x, spec.dtype) if numpy else x, view, typed, numpy)
+        _view(testing.as_numpy_kind(x, spec.dtype) if numpy else x, view, typed, numpy)
         for x, view in zip((case.q, case.k, case.v, case.dout), problem.views, strict=True)
     ]
     swap = (lambda x: x.swapaxes(1, 2)) if spec.layout == "bthd" else (lambda x: x)

@@ -141,8 +141,8 @@ def _of_keys(case: Case, got: Results, b: int, g: int, keys: np.ndarray) -> list
             size_dv += (size_p**2).T @ dout**2
         plain_dk += step(step(head_dk) * acc(scale))
         plain_dv += step(head_dv)
-    judge_one = testing._judge_one
+    judge = testing.judge_tensor
     return [
-        judge_one("dk", got.dk[b, g, keys], dk, step(plain_dk), np.sqrt(size_dk), case),
-        judge_one("dv", got.dv[b, g, keys], dv, step(plain_dv), np.sqrt(size_dv), case),
+        judge("dk", got.dk[b, g, keys], dk, step(plain_dk), np.sqrt(size_dk), case),
+        judge("dv", got.dv[b, g, keys], dv, step(plain_dv), np.sqrt(size_dv), case),
     ]
