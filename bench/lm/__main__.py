@@ -1,4 +1,4 @@
-"""`python -m bench.lm train | quality | speed | report`: the language model of the paper."""
+"""`python -m bench.lm train | quality | speed | images | coverage | report`: the paper's model."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.lm import quality, report, speed
+from bench.lm import bpe, coverage, images, quality, report, speed
 from bench.lm.config import PRESETS, Config
-from bench.lm.data import as_words, load_corpus
+from bench.lm.data import Corpus, as_words, load_corpus
 from bench.lm.train import Trainer, World, log_line, world
 from scfa_core.terminal import Terminal
 
@@ -77,14 +77,38 @@ def _train(args: argparse.Namespace, where: World) -> None:
         print(f"{folder}: step {trainer.step}, validation {validation:.4f} nats")
 
 
+def _tokens(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what a token is."""
+    parser.add_argument("--tokens", choices=["byte", "bpe"], default="byte")
+    parser.add_argument(
+        "--bpe-folder", type=Path, help="keeps the tokeniser and the tokens of --tokens bpe"
+    )
+
+
+def _by_tokens(args: argparse.Namespace, corpus: Corpus) -> tuple[Config, Corpus]:
+    """Configuration and corpus by bytes or by the tokens asked for."""
+    config = _config(args)
+    if args.tokens == "byte":
+        return config, corpus
+    if args.bpe_folder is None:
+        raise SystemExit("--tokens bpe needs --bpe-folder, where the tokeniser is kept")
+    vocabulary = args.vocabulary or bpe.VOCABULARY
+    corpus = bpe.as_bpe(corpus, vocabulary, args.bpe_folder)
+    return dataclasses.replace(config, vocabulary=vocabulary), corpus
+
+
 def _quality(args: argparse.Namespace, where: World) -> None:
-    """Train several variants for equal seconds each, with validation losses on the way."""
+    """Train several variants for equal seconds or steps, with validation losses on the way."""
     begin = time.perf_counter()
     corpus = load_corpus(args.text, limit=args.corpus_bytes)
     size = (len(corpus.train) + len(corpus.validation)) / 1e6
     print(f"corpus: {size:.0f} MB of {corpus.files} files, {time.perf_counter() - begin:.1f} s")
+    config, corpus = _by_tokens(args, corpus)
+    if args.tokens != "byte":
+        took = time.perf_counter() - begin
+        print(f"tokens: {corpus.bytes_per_token:.2f} bytes each, after {took:.1f} s")
     quality.run(
-        _config(args),
+        config,
         corpus,
         where,
         variants=args.variants,
@@ -92,6 +116,41 @@ def _quality(args: argparse.Namespace, where: World) -> None:
         points=args.points,
         json_path=args.json,
         budget=args.budget,
+        checkpoints=args.checkpoints,
+    )
+
+
+def _images(args: argparse.Namespace, where: World) -> None:
+    """Train variants on images as sequences of pixels; keep images that each draws."""
+    found = images.load_images(args.data)
+    config = _config(args)
+    sequences = args.micro_batch or max(config.tokens_per_step // config.seqlen, 1)
+    config = dataclasses.replace(config, vocabulary=found.levels + 1, micro_batch=sequences)
+    quality.run(
+        config,
+        found.corpus,
+        where,
+        variants=args.variants,
+        seeds=args.seeds,
+        points=args.points,
+        json_path=args.json,
+        budget=args.budget,
+        checkpoints=args.checkpoints,
+        finish=lambda trainer: images.facts(found, trainer),
+    )
+
+
+def _coverage(args: argparse.Namespace, where: World) -> None:
+    """Count which pairs of a bucket the Reformer's chunks keep, for random and real queries."""
+    coverage.run(
+        _config(args),
+        load_corpus(args.text, limit=args.corpus_bytes),
+        where,
+        lengths=args.lengths,
+        buckets=args.buckets,
+        chunks=args.chunks,
+        draws=args.draws,
+        json_path=args.json,
     )
 
 
@@ -119,6 +178,18 @@ def _report(args: argparse.Namespace, where: World) -> None:
     report.write(records, args.page, args.plots)
 
 
+def _runs(parser: argparse.ArgumentParser, json_path: Path) -> None:
+    """Add the options of a command that trains variants and seeds into one file."""
+    parser.add_argument("--variants", nargs="+", default=["dense", "hash16", "drop50"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--points", type=int, default=12, help="validations of a run")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds of this sitting")
+    parser.add_argument("--json", type=Path, default=json_path, help="results; runs are added")
+    parser.add_argument(
+        "--checkpoints", type=Path, help="folder from which runs go on where a sitting stopped"
+    )
+
+
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.lm", description=__doc__)
@@ -133,12 +204,9 @@ def main() -> None:
 
     two = commands.add_parser("quality", help=_quality.__doc__)
     _options(two, "small", "attention", "seed")
-    two.add_argument("--variants", nargs="+", default=["dense", "hash16", "drop50"])
-    two.add_argument("--seeds", nargs="+", type=int, default=[0])
-    two.add_argument("--points", type=int, default=12, help="validations of a run")
+    _tokens(two)
+    _runs(two, Path("lm-quality.json"))
     two.add_argument("--corpus-bytes", type=int, default=200_000_000)
-    two.add_argument("--budget", type=float, default=math.inf, help="seconds of this sitting")
-    two.add_argument("--json", type=Path, default=Path("lm-quality.json"))
     two.set_defaults(run=_quality)
 
     three = commands.add_parser("speed", help=_speed.__doc__)
@@ -154,11 +222,33 @@ def main() -> None:
     three.add_argument("--json", type=Path)
     three.set_defaults(run=_speed)
 
-    four = commands.add_parser("report", help=_report.__doc__)
-    four.add_argument("records", nargs="+", type=Path)
-    four.add_argument("--page", type=Path, required=True)
-    four.add_argument("--plots", type=Path, required=True)
-    four.set_defaults(run=_report)
+    four = commands.add_parser("images", help=_images.__doc__)
+    _options(four, "digits", "attention", "seed", "vocabulary", "packed")
+    _runs(four, Path("lm-images.json"))
+    four.add_argument("--data", type=Path, help="an .npz with 'images', not scikit-learn's digits")
+    four.set_defaults(run=_images)
+
+    five = commands.add_parser("coverage", help=_coverage.__doc__)
+    _options(five, "small", "seqlen")
+    five.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096, 8192, 16384])
+    five.add_argument("--buckets", nargs="+", type=int, default=[8, 16, 32])
+    five.add_argument(
+        "--chunks",
+        nargs="+",
+        type=int,
+        default=[coverage.TWICE, 64],
+        help="rows of a chunk; 0: twice the mean bucket",
+    )
+    five.add_argument("--draws", type=int, default=4, help="of directions, averaged")
+    five.add_argument("--corpus-bytes", type=int, default=20_000_000)
+    five.add_argument("--json", type=Path)
+    five.set_defaults(run=_coverage)
+
+    six = commands.add_parser("report", help=_report.__doc__)
+    six.add_argument("records", nargs="+", type=Path)
+    six.add_argument("--page", type=Path, required=True)
+    six.add_argument("--plots", type=Path, required=True)
+    six.set_defaults(run=_report)
 
     args = parser.parse_args()
     with world() as where:

@@ -94,4 +94,8 @@ PRESETS = {
         layers=2, heads=2, head_dim=32, vocabulary=256, seqlen=512, tokens_per_step=1024, steps=40,
         micro_batch=2, warmup=5, compile="none",
     ),
+    "digits": Config(
+        layers=6, heads=4, vocabulary=18, seqlen=1024, tokens_per_step=16384,
+        schedule="trapezoid", warmup=50, steps=10**6,
+    ),
 }  # fmt: skip

@@ -27,6 +27,32 @@ READERS = 16  # threads; reading many small files is waiting
 FILES_AT_ONCE = 512
 
 
+class Split:
+    """Tokens of one split on the training device, and any batch of them."""
+
+    def __init__(self, data: np.ndarray, device: str) -> None:
+        self.data = torch.from_numpy(data.copy()).to(device)
+
+    def holds(self, seqlen: int) -> bool:
+        """Whether there is text for a sequence of this length."""
+        return len(self.data) >= seqlen + 2
+
+    def batch(
+        self, seqlen: int, sequences: int, seed: int, draw: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets (sequences, seqlen), a function of (seed, draw) alone."""
+        size = len(self.data)
+        if not self.holds(seqlen):
+            raise SystemExit(f"the text has {size} tokens; seqlen={seqlen} needs {seqlen + 2}")
+        starts = np.random.default_rng([seed, draw]).integers(0, size - seqlen - 1, sequences)
+        device = self.data.device
+        rows = torch.from_numpy(starts).to(device)[:, None] + torch.arange(
+            seqlen + 1, device=device
+        )
+        text = self.data[rows].long()
+        return text[:, :-1].contiguous(), text[:, 1:].contiguous()
+
+
 class Corpus(NamedTuple):
     """Tokens of both splits and the hash by which a result names its data."""
 
@@ -34,6 +60,9 @@ class Corpus(NamedTuple):
     validation: np.ndarray
     sha256: str
     files: int
+    unit: str = "byte"  # what one token is: byte, token (of a tokeniser) or pixel
+    bytes_per_token: float = 1.0
+    reader: type[Split] = Split  # makes sequences of a split
 
 
 def _paths(folders: list[Path]) -> Iterator[Path]:
@@ -110,28 +139,6 @@ def as_words(corpus: Corpus, vocabulary: int) -> Corpus:
         return np.array([zlib.crc32(word) % vocabulary for word in words], np.int32)
 
     return corpus._replace(train=ids(corpus.train), validation=ids(corpus.validation))
-
-
-class Split:
-    """Tokens of one split on the training device, and any batch of them."""
-
-    def __init__(self, data: np.ndarray, device: str) -> None:
-        self.data = torch.from_numpy(data.copy()).to(device)
-
-    def batch(
-        self, seqlen: int, sequences: int, seed: int, draw: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets (sequences, seqlen), a function of (seed, draw) alone."""
-        size = len(self.data)
-        if size < seqlen + 2:
-            raise SystemExit(f"the text has {size} tokens; seqlen={seqlen} needs {seqlen + 2}")
-        starts = np.random.default_rng([seed, draw]).integers(0, size - seqlen - 1, sequences)
-        device = self.data.device
-        rows = torch.from_numpy(starts).to(device)[:, None] + torch.arange(
-            seqlen + 1, device=device
-        )
-        text = self.data[rows].long()
-        return text[:, :-1].contiguous(), text[:, 1:].contiguous()
 
 
 def document_ids(text: torch.Tensor) -> torch.Tensor:

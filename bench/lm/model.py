@@ -8,7 +8,7 @@ the same projections, so that speed and quality differ by attention alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -317,6 +317,18 @@ class LanguageModel(nn.Module):
         self.turn.copy_(inverse.transpose(-1, -2))
 
     @torch.no_grad()
+    def queries(self, text: Tensor, directions: Tensor | None) -> Iterator[Tensor]:
+        """Queries (batch, heads, seqlen, head_dim) of one layer after the other, not compiled."""
+        x = self.embed.forward(text)
+        for layer, block in enumerate(self.blocks):
+            mixed = block.norm_attention(x)
+            if isinstance(block.mix, Mix):
+                yield block.mix.project(mixed)[0]
+            else:
+                yield block.mix.query(mixed).unflatten(-1, (self.config.heads, -1)).transpose(1, 2)
+            x = block.forward(x, *self._hash_of(layer, directions), None)
+
+    @torch.no_grad()
     def bucket_cost(self, text: Tensor) -> list[float]:
         """Same-bucket pairs of each layer over those of even buckets, for a hash variant.
 
@@ -325,13 +337,22 @@ class LanguageModel(nn.Module):
         directions = self.directions()
         if directions is None:
             return []
-        x, costs = self.embed.forward(text), []
-        for layer, block in enumerate(self.blocks):
-            q, _ = block.mix.project(block.norm_attention(x))
-            own, center = self._hash_of(layer, directions)
-            bucket = angular_hash(q, own, center)[0].long()
+        costs = []
+        for layer, q in enumerate(self.queries(text, directions)):
+            bucket = angular_hash(q, *self._hash_of(layer, directions))[0].long()
             count = functional.one_hot(bucket, self.config.buckets).sum(2).double()
             share = count / bucket.shape[-1]
             costs.append(float((share**2).sum(-1).mean()) * self.config.buckets)
-            x = block.forward(x, own, center, None)
         return costs
+
+    @torch.no_grad()
+    def next_logits(self, text: Tensor) -> Tensor:
+        """(batch, seqlen) tokens to logits (batch, vocabulary) of the one that follows.
+
+        Not compiled: each call of a sampler is one token longer.
+        """
+        directions = self.directions()
+        x = self.embed.forward(text)
+        for layer, block in enumerate(self.blocks):
+            x = block.forward(x, *self._hash_of(layer, directions), None)
+        return functional.linear(self.head.norm(x[:, -1]), self.embed.token.weight).float()

@@ -1,7 +1,9 @@
-"""Variants trained for equal seconds, validation loss on the way; one sitting adds runs to a file.
+"""Variants trained for equal seconds or steps, validation loss on the way; sittings add to a file.
 
-A run is whole within one sitting: nothing but the JSON file need survive the machine. Runs that the
-file holds to their end are not repeated, so that seeds and variants can be spread over sittings.
+Runs that the file holds to their end are not repeated, so that seeds and variants can be spread
+over sittings; what failed, or stopped because the sitting was over, is recorded and taken up again.
+With a folder for checkpoints a run goes on where it stopped, else nothing but the file need survive
+and it begins anew.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import gc
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,60 +34,87 @@ def identity(config: Config, corpus: Corpus) -> dict[str, Any]:
     return {"config": dataclasses.asdict(config), "corpus": corpus.sha256}
 
 
-def train_one(
-    config: Config, corpus: Corpus, where: World, points: int, store: Any
-) -> dict[str, Any]:
-    """Train one variant to the end of its seconds or steps.
+def _told(trainer: Trainer, point: dict[str, Any]) -> str:
+    """One point of a curve in words."""
+    config, validation = trainer.config, point["validation"]
+    rate = point["tokens"] / max(point["seconds"], 1e-9)
+    return (
+        f"{config.attention:14s} seed {config.seed}  step {point['step']:6d}  "
+        f"{point['seconds']:6.1f} s  train {point['train']:.4f}  validation {validation:.4f} nats "
+        f"({validation / math.log(2):.4f} bits)  {rate:,.0f} tokens/s"
+    )
 
-    `store` is called with the run so far after each of about `points` validations.
+
+def train_one(
+    trainer: Trainer,
+    run: dict[str, Any],
+    *,
+    points: int,
+    store: Callable[[], None],
+    deadline: float = math.inf,
+    checkpoint: Path | None = None,
+) -> bool:
+    """Train to the end of the seconds or steps, or to the deadline; return whether it is the end.
+
+    Parameters
+    ----------
+    trainer : Trainer
+        Compiled; possibly resumed.
+    run : dict
+        Its ``curve`` grows by about `points` validations in all.
+    store : function
+        Called after each validation.
+    deadline : float
+        Of `time.monotonic`.
+    checkpoint : Path, optional
+        Written after each validation.
+
+    Raises
+    ------
+    FloatingPointError
+        A loss that is no number.
     """
-    begin = time.perf_counter()
-    trainer = Trainer(config, corpus, where)
-    trainer.warm_up()
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    run: dict[str, Any] = {
-        **identity(config, corpus),
-        "parameters": parameters,
-        "compile_seconds": time.perf_counter() - begin,
-        "curve": [],
-        "done": False,
-    }
+    config = trainer.config
     limit = config.seconds or math.inf
+    recent: list[torch.Tensor] = []
+
+    def share() -> float:
+        return max(trainer.step / config.steps, trainer.seconds / limit)
+
+    def recent_loss() -> float:
+        loss = float(torch.stack(recent[-SAMPLED_EVERY:]).mean())
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the training loss is {loss} at step {trainer.step}")
+        return loss
 
     def note(loss: float) -> None:
-        validation = trainer.validate(VALIDATION_BATCHES)
         run["curve"].append({
             "step": trainer.step,
             "tokens": trainer.step * config.tokens_per_step,
+            "validation": trainer.validate(VALIDATION_BATCHES),
             "seconds": round(trainer.seconds, 3),
             "train": loss,
-            "validation": validation,
         })  # fmt: skip
-        store(run)
-        speed = trainer.step * config.tokens_per_step / max(trainer.seconds, 1e-9)
-        print(
-            f"{config.attention:14s} seed {config.seed}  step {trainer.step:6d}  "
-            f"{trainer.seconds:6.1f} s  train {loss:.4f}  validation {validation:.4f} nats "
-            f"({validation / math.log(2):.4f} bits)  {speed:,.0f} tokens/s",
-            flush=True,
-        )
+        store()
+        if checkpoint is not None and trainer.where.leads:
+            trainer.save(checkpoint)
+        print(_told(trainer, run["curve"][-1]), flush=True)
 
-    passed = 0
-    recent: list[torch.Tensor] = []
+    passed = int(share() * points)
     while trainer.step < config.steps and trainer.seconds < limit:
         recent.append(trainer.train_step())
         if trainer.step % SAMPLED_EVERY:
             continue
-        loss = float(torch.stack(recent[-SAMPLED_EVERY:]).mean())
-        share = max(trainer.step / config.steps, trainer.seconds / limit)
-        if share < 1 and int(share * points) > passed:
-            passed = int(share * points)
+        loss = recent_loss()
+        late = time.monotonic() > deadline
+        if late or (share() < 1 and int(share() * points) > passed):
+            passed = int(share() * points)
             note(loss)
-    note(float(torch.stack(recent[-SAMPLED_EVERY:]).mean()))
-    run["bucket_cost"] = trainer.bucket_cost()
-    run["done"] = True
-    store(run)
-    return run
+        if late and share() < 1:
+            return False
+    if recent and (not run["curve"] or run["curve"][-1]["step"] < trainer.step):
+        note(recent_loss())
+    return True
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -93,6 +123,118 @@ def load(path: Path) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(path.read_text())
         return record
     return {"runs": []}
+
+
+class Sitting:
+    """One call of `run`: what it knows of all its runs."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        where: World,
+        json_path: Path,
+        *,
+        points: int,
+        budget: float,
+        checkpoints: Path | None,
+        finish: Callable[[Trainer], dict[str, Any]] | None,
+    ) -> None:
+        self.corpus, self.where, self.json_path = corpus, where, json_path
+        self.points, self.checkpoints, self.finish = points, checkpoints, finish
+        self.deadline = time.monotonic() + budget
+        self.record = load(json_path)
+        self.facts = machine("cuda" if where.device.startswith("cuda") else "cpu")
+        self.overhead = 0.0  # seconds of a run beyond its training, the most so far
+        self.longest = 0.0  # seconds of a run, the most so far
+
+    def write(self) -> None:
+        """Replace the file by one that holds everything so far."""
+        if self.where.leads:
+            partial = self.json_path.with_suffix(".partial")
+            partial.write_text(json.dumps(self.record, indent=1) + "\n")
+            partial.replace(self.json_path)
+
+    def fits(self, config: Config) -> bool:
+        """Whether a run of this kind can be expected to end in time, or to be taken up later."""
+        needed = config.seconds + self.overhead if config.seconds else self.longest
+        if self.checkpoints is not None:
+            needed = self.overhead
+        return time.monotonic() + needed <= self.deadline
+
+    def _same(self, config: Config) -> list[dict[str, Any]]:
+        """Entries of this very run."""
+        same = identity(config, self.corpus)
+        return [x for x in self.record["runs"] if all(x[key] == same[key] for key in same)]
+
+    def _entry(self, config: Config) -> dict[str, Any]:
+        """A new entry in place of what came of the run before; its curve is kept to go on with."""
+        old = self._same(config)
+        run = {
+            **identity(config, self.corpus),
+            "unit": self.corpus.unit,
+            "bytes_per_token": self.corpus.bytes_per_token,
+            "machine": self.facts,
+            "curve": old[-1]["curve"] if old else [],
+            "done": False,
+        }
+        self.record["runs"] = [x for x in self.record["runs"] if x not in old] + [run]
+        return run
+
+    def _train(self, config: Config, run: dict[str, Any]) -> None:
+        """Fill the entry of one run."""
+        begin = time.perf_counter()
+        trainer = Trainer(config, self.corpus, self.where)
+        checkpoint = None
+        if self.checkpoints is not None:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            name = f"{config.attention}-{config.fingerprint()}-{self.corpus.sha256[:8]}.pt"
+            checkpoint = self.checkpoints / name
+            if checkpoint.exists():
+                trainer.resume(checkpoint)
+        run["curve"] = [point for point in run["curve"] if point["step"] <= trainer.step]
+        trainer.warm_up()
+        run["parameters"] = sum(p.numel() for p in trainer.model.parameters())
+        run["compile_seconds"] = time.perf_counter() - begin
+        ended = train_one(
+            trainer,
+            run,
+            points=self.points,
+            store=self.write,
+            deadline=self.deadline,
+            checkpoint=checkpoint,
+        )
+        if ended:
+            run["bucket_cost"] = trainer.bucket_cost()
+            run |= self.finish(trainer) if self.finish is not None else {}
+            run["done"] = True
+            if checkpoint is not None and self.where.leads:
+                checkpoint.unlink(missing_ok=True)
+        else:
+            run["stopped"] = "the budget was spent"
+            print(f"{config.attention} seed {config.seed}: stopped, the budget is spent")
+        wall = time.perf_counter() - begin
+        self.longest = max(self.longest, wall)
+        self.overhead = max(self.overhead, wall - trainer.seconds)
+
+    def do(self, config: Config, kernels_ready: Callable[[], None]) -> None:
+        """Train one variant and seed, unless it is done or will not fit; record what came of it."""
+        name = f"{config.attention} seed {config.seed}"
+        if any(run["done"] for run in self._same(config)):
+            return
+        if not self.fits(config):
+            print(f"{name}: not begun, the budget is spent", flush=True)
+            return
+        run = self._entry(config)
+        kernels_ready()
+        try:
+            self._train(config, run)
+        except (Exception, SystemExit) as error:  # SystemExit: a configuration that cannot be
+            run["error"] = f"{error!r:.300}"
+            print(f"{name}: failed: {run['error']}", flush=True)
+        self.write()
+        gc.collect()
+        if self.where.device.startswith("cuda"):
+            torch.cuda.empty_cache()
 
 
 def run(
@@ -105,37 +247,32 @@ def run(
     points: int,
     json_path: Path,
     budget: float = math.inf,
+    checkpoints: Path | None = None,
+    finish: Callable[[Trainer], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Train every variant and seed that the file lacks; begin none that `budget` cannot hold."""
-    begin = time.monotonic()
-    record = load(json_path)
-    facts = machine("cuda" if where.device.startswith("cuda") else "cpu")
+    """Train every variant and seed that the file lacks.
+
+    Parameters
+    ----------
+    budget : float
+        Seconds of this sitting: no run begins that is not expected to end in them (with
+        checkpoints: to be compiled in them), and one that lasts longer stops.
+    checkpoints : Path, optional
+        A folder from which a stopped run goes on, in this sitting or a later one.
+    finish : function, optional
+        Of the trainer of a run at its end; what it returns is kept with the run.
+    """
+    sitting = Sitting(
+        corpus,
+        where,
+        json_path,
+        points=points,
+        budget=budget,
+        checkpoints=checkpoints,
+        finish=finish,
+    )
     kernels_ready = compile_kernels_meanwhile(base, where)
     for seed in seeds:
         for variant in variants:
-            config = dataclasses.replace(base, attention=variant, seed=seed)
-            same = identity(config, corpus)
-            old = [x for x in record["runs"] if all(x[key] == same[key] for key in same)]
-            if any(x["done"] for x in old):
-                continue
-            if time.monotonic() - begin + config.seconds > budget:
-                print(f"{variant} seed {seed}: not begun, the budget is spent", flush=True)
-                continue
-            others = [x for x in record["runs"] if x not in old]
-
-            def store(run: dict[str, Any], others: list[dict[str, Any]] = others) -> None:
-                record["runs"] = [*others, run | {"machine": facts}]
-                if where.leads:
-                    partial = json_path.with_suffix(".partial")
-                    partial.write_text(json.dumps(record, indent=1) + "\n")
-                    partial.replace(json_path)
-
-            kernels_ready()
-            try:
-                train_one(config, corpus, where, points, store)
-            except Exception as error:
-                print(f"{variant} seed {seed}: failed: {error!r:.300}", flush=True)
-            gc.collect()
-            if where.device.startswith("cuda"):
-                torch.cuda.empty_cache()
-    return record
+            sitting.do(dataclasses.replace(base, attention=variant, seed=seed), kernels_ready)
+    return sitting.record

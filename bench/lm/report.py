@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import os
-import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.lm import curves, pictures
 from bench.lm.speed import BOUND, table
-from bench.plots import COLORS, THEMES
+from bench.plots import COLORS
 
 HEAD = """\
 # The paper's language model
@@ -32,190 +32,255 @@ dense attention).
 Text is the standard library of Python and the installed packages of the machine, by bytes,
 deduplicated, split by file; a run records the hash of its corpus. Packages copy from each other, so
 validation files are not strangers to training: read losses against each other, not against those of
-other corpora. Steps are timed on the same text by words hashed to the model's vocabulary, so that
-their frequencies, and with them the buckets, are like a tokeniser's.
+other corpora. `--tokens bpe` takes a byte-pair tokeniser trained on the training split instead.
+Steps are timed on the same text by words hashed to the model's vocabulary, so that their
+frequencies, and with them the buckets, are like a tokeniser's.
 
 This page is made by `python -m bench.lm report` from stored JSON. In order: the paper's 12 layers
 at T=8192 to 32768; the kernels of their steps; 8 layers of 512 at T=8192, ten minutes each for
-dense, hash16 and drop50; the paper's model with checkpoints, resumed where it stopped; this page.
+dense, hash16 and drop50, to be called again until a file holds all seeds; the same by tokens; the
+paper's model with checkpoints, resumed where it stopped; images; pairs that the Reformer keeps;
+this page.
 
 ```text
 python -m bench.lm speed --json speed.json
 python -m bench.lm speed --profile --lengths 16384
-python -m bench.lm quality --seconds 600 --json quality.json
+python -m bench.lm quality --seconds 600 --seeds 0 1 --budget 1800 --json quality.json
+python -m bench.lm quality --seconds 600 --tokens bpe --bpe-folder tokens --json bpe.json
 python -m bench.lm train --attention hash16 --out runs
-python -m bench.lm report speed.json quality.json --page page.md --plots img
+python -m bench.lm images --seconds 60 --json images.json
+python -m bench.lm coverage --json coverage.json
+python -m bench.lm report speed.json quality.json ... --page page.md --plots img
 ```"""
 NO_GPU = (
-    "**No GPU run is recorded yet.** What follows ran on a CPU that other work shared, a small "
-    "model for a short time: it shows that the trainer works and how buckets crowd. It says "
-    "nothing about the paper's claim, and its seconds and tokens/s are no measure of speed."
+    "**Not from a GPU.** This ran on a CPU that other work shared, a small model for a short time: "
+    "it shows that the trainer works and how buckets crowd. It says nothing about the paper's "
+    "claim, and its seconds are no measure of speed."
 )
+IMAGES = """\
+Pixels in reading order, each one of the grey levels, predicted from those before; a sequence is
+many images at random, one after the other, so that length can grow with the images as they are. The
+paper did this with MNIST, one image a sequence. One image in twenty is kept for validation. The
+data are small: a long run learns them by heart, so the lowest validation loss on the way stands
+beside the last. Pictures are the model's own, drawn pixel by pixel from an empty sequence."""
+COVERAGE = """\
+Exact hash attention computes all earlier keys of a query's bucket. The Reformer (arXiv 2001.04451)
+sorts rows by bucket, cuts them into chunks of equal size and looks at a row's own chunk and the one
+before, so that what a bucket holds beyond is lost. Counted here: pairs kept over pairs that share a
+bucket, for one round of hashing with fresh directions, with chunks of twice the mean bucket (2T/n
+for n buckets, the paper's rule) and of 64 rows, whatever T. `normal` are random normal queries,
+whose buckets are nearly even; the others those of a model on validation text, over all layers,
+before and after training."""
 
 
-def _machine(record: dict[str, Any]) -> str:
-    """Where, with what and when."""
-    facts = record["machine"]
+def _machine(facts: dict[str, Any]) -> str:
+    """Where and with what."""
     threads = f" ({facts['threads']} threads)" if "threads" in facts else ""
     cuda = f", CUDA {facts['cuda']}" if "cuda" in facts else ""
-    changed = " with uncommitted changes" if facts.get("changed") else ""
-    commit = f", commit {facts['commit']}{changed}" if facts.get("commit") else ""
-    return f"{facts['card']}{threads}, torch {facts['torch']}{cuda}{commit}, {facts['date'][:10]}"
+    return f"{facts['card']}{threads}, torch {facts['torch']}{cuda}"
 
 
-def speed_section(record: dict[str, Any]) -> str:
-    """Table of milliseconds, and how the steps were made."""
-    rows = [row for row in record["rows"] if "ms" in row]
-    scopes = ", ".join(dict.fromkeys(row["compile"] for row in rows))
-    tokens = ", ".join(dict.fromkeys(str(row["tokens_per_step"]) for row in rows))
-    text = (
-        f"Whole steps (forward, backward, clipping, AdamW), median, {tokens} tokens a step, "
-        f"compiled: {scopes}. In brackets the speed-up over dense and the share of the bound "
-        f"`{BOUND}` that is reached. {_machine(record)}."
+def _sittings(machines: Sequence[dict[str, Any]]) -> str:
+    """Commits and days of what was run."""
+    commits = dict.fromkeys(
+        facts["commit"] + (" with uncommitted changes" if facts.get("changed") else "")
+        for facts in machines
+        if facts.get("commit")
     )
-    costs = [
-        f"{row['variant']} {row['bucket_cost']:.2f} (T={row['seqlen']})"
-        for row in rows
-        if "bucket_cost" in row
-    ]
-    if costs:
-        text += (
-            " Same-bucket pairs over those of even buckets, after the steps of the measurement: "
-            f"{', '.join(costs)}."
+    days = " and ".join(sorted({facts["date"][:10] for facts in machines}))
+    return f"commit {', '.join(commits)}, {days}" if commits else days
+
+
+def _unless_gpu(machines: Sequence[dict[str, Any]]) -> list[str]:
+    """A warning where nothing ran on a GPU."""
+    return [] if any("cuda" in facts for facts in machines) else [NO_GPU]
+
+
+def _speed_key(record: dict[str, Any], row: dict[str, Any]) -> tuple[Any, ...]:
+    """What rows of one table share."""
+    facts, config = record["machine"], record.get("config", {})
+    model = tuple(config.get(name) for name in ("layers", "heads", "head_dim"))
+    scope = row["compile"], row["tokens_per_step"], row.get("steps")
+    return (facts["card"], facts["torch"], model, *scope)
+
+
+def speed_sections(records: Sequence[dict[str, Any]]) -> list[str]:
+    """A table of milliseconds for each setting, sittings merged."""
+    groups: dict[tuple[Any, ...], dict[int, list[dict[str, Any]]]] = {}
+    for nth, record in enumerate(records):
+        for row in record["rows"]:
+            if "ms" in row:
+                group = groups.setdefault(_speed_key(record, row), {})
+                group.setdefault(nth, []).append(row)
+    parts = []
+    for (_, _, model, scope, tokens, steps), sittings in groups.items():
+        machines = [records[nth]["machine"] for nth in sittings]
+        text = (
+            f"Whole steps (forward, backward, clipping, AdamW), median, {tokens} tokens a step, "
+            f"compiled: {scope}. In brackets the speed-up over dense and the share of the bound "
+            f"`{BOUND}` that is reached, within a sitting. {_machine(machines[0])}, "
+            f"{_sittings(machines)}."
         )
+        text += " {} layers of {} heads of {}.".format(*model) if all(model) else ""
+        text += f" Timed in the last of {steps} steps of training." if steps else ""
+        if len(sittings) > 1:
+            text += f" {len(sittings)} sittings, medians where several timed the same."
+        costs = [
+            f"{row['variant']} {row['bucket_cost']:.2f} (T={row['seqlen']})"
+            for rows in sittings.values()
+            for row in rows
+            if "bucket_cost" in row
+        ]
+        if costs:
+            text += (
+                " Same-bucket pairs over those of even buckets, after the steps of the "
+                f"measurement: {', '.join(costs)}."
+            )
+        parts += [*_unless_gpu(machines), "\n".join(table(list(sittings.values()))), text]
     failed = [
-        f"{r['variant']} at T={r['seqlen']} ({r['error']})" for r in record["rows"] if "error" in r
+        f"{row['variant']} at T={row['seqlen']} ({row['error']})"
+        for record in records
+        for row in record["rows"]
+        if "error" in row
     ]
-    if failed:
-        text += " Failed: " + "; ".join(failed) + "."
-    return "\n".join([*table(rows), "", text])
+    return [*parts, *(["Failed: " + "; ".join(failed) + "."] if failed else [])]
 
 
-def by_variant(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Finished runs of each variant."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for run in runs:
-        if run["done"]:
-            found.setdefault(run["config"]["attention"], []).append(run)
-    return found
-
-
-def settings(run: dict[str, Any]) -> tuple[Any, ...]:
-    """What runs of one table share."""
-    config = {k: v for k, v in run["config"].items() if k not in ("attention", "seed")}
-    return (run["corpus"], run["machine"]["card"], *sorted(config.items(), key=lambda x: x[0]))
-
-
-def quality_section(runs: list[dict[str, Any]]) -> str:
-    """Final validation losses of runs with the same settings."""
-    lines = [
-        "| variant | seeds | steps | tokens/s | validation, nats | bits a token | bucket cost |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for variant, same in by_variant(runs).items():
-        last = [run["curve"][-1] for run in same]
-        losses = [point["validation"] for point in last]
-        spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
-        mean = statistics.fmean(losses)
-        steps = round(statistics.fmean(point["step"] for point in last))
-        rate = statistics.fmean(point["tokens"] / point["seconds"] for point in last)
-        cost = f"{same[0]['bucket_cost']:.2f}" if same[0].get("bucket_cost") else "-"
-        lines.append(
-            f"| {variant} | {len(same)} | {steps} | {rate:,.0f} | {mean:.4f}{spread} | "
-            f"{mean / math.log(2):.4f} | {cost} |"
-        )
-    config = runs[0]["config"]
-    equal = (
-        f"{config['seconds']:g} seconds of training each" if config["seconds"] else "equal steps"
-    )
+def _setting_words(runs: Sequence[dict[str, Any]]) -> str:
+    """What the runs of one table share, and where they were made."""
+    done = [run for run in runs if run["done"]]
+    first, config = done[0], done[0]["config"]
+    equal = f"{config['seconds']:g} seconds of training each"
+    data = f"Corpus {first['corpus'][:12]}"
+    if "images" in first:
+        height, width = first["shape"]
+        data = f"{first['images']}, {height}x{width} pixels, {first['levels']} grey levels"
+    elif first.get("unit") == "token":
+        data += f", by {config['vocabulary']} tokens of {first['bytes_per_token']:.2f} bytes"
     text = (
-        f"{runs[0]['parameters'] / 1e6:.1f} million parameters, {config['layers']} layers of "
+        f"{first['parameters'] / 1e6:.1f} million parameters, {config['layers']} layers of "
         f"{config['heads']} heads of {config['head_dim']}, T={config['seqlen']}, "
-        f"{config['tokens_per_step']} tokens a step, {equal} (compilation and validation not "
-        f"counted). Bucket cost: same-bucket pairs over those of even buckets, at the end. Corpus "
-        f"{runs[0]['corpus'][:12]}. {_machine(runs[0])}."
+        f"{config['tokens_per_step']} tokens a step, "
+        f"{equal if config['seconds'] else 'equal steps'}, {config['schedule']} schedule "
+        f"(compilation and validation not counted). ±: standard deviation over seeds. Bucket cost: "
+        f"same-bucket pairs over those of even buckets, at the end. {data}. "
+        f"{_machine(first['machine'])}, {_sittings([run['machine'] for run in done])}."
     )
-    return "\n".join([*lines, "", text])
+    missing = curves.unfinished(runs)
+    return text + (f" Not finished: {'; '.join(missing)}." if missing else "")
 
 
-def _style(theme: str) -> dict[str, Any]:
-    """Colours of a page's theme, and no frame."""
-    look = THEMES[theme]
-    ink = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
-    page = ("axes.facecolor", "figure.facecolor", "savefig.facecolor")
-    return {
-        **dict.fromkeys(ink, look["ink"]),
-        **dict.fromkeys(page, look["page"]),
-        **dict.fromkeys(("axes.edgecolor", "grid.color"), look["grid"]),
-        "font.size": 9,
-        "legend.frameon": False,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
+def curve_sections(
+    groups: Sequence[list[dict[str, Any]]], word: str, plots: Path, home: str
+) -> list[str]:
+    """Table at the end, table at equal steps and plot of every setting; pictures of images."""
+    parts = []
+    for nth, runs in enumerate(groups):
+        stem = f"lm-{word}-{nth}"
+        pictures.save(curves.painter(runs), plots, stem, 2, (9.6, 4.0))
+        parts += _unless_gpu([run["machine"] for run in runs])
+        parts += ["\n".join(curves.end_table(runs)), _setting_words(runs)]
+        equal_steps = curves.steps_table(runs)
+        if equal_steps:
+            parts += [
+                "The same runs at equal steps, before the learning rate falls (it does in the last "
+                "fifth of a run); between two validations on the line through them:",
+                "\n".join(equal_steps),
+            ]
+        parts.append(pictures.link(home, stem, "Validation loss against seconds and steps"))
+        first = next((run for run in runs if run["done"] and "samples" in run), None)
+        if first is not None:
+            rows = {"validation": first["real"]}
+            rows |= {
+                variant: same[0]["samples"]
+                for variant, same in curves.by_variant(runs).items()
+                if "samples" in same[0]
+            }
+            paint = pictures.mosaic(rows, first["shape"], first["levels"])
+            pictures.save(paint, plots, f"{stem}-samples", 1, (9.6, 0.55 * len(rows) + 0.3))
+            parts.append(pictures.link(home, f"{stem}-samples", "Images drawn by each variant"))
+    return parts
 
 
-def draw(runs: list[dict[str, Any]], folder: Path, stem: str) -> None:
-    """Validation loss against seconds and against steps, light and dark."""
-    import matplotlib
+def coverage_section(record: dict[str, Any], plots: Path, home: str, stem: str) -> list[str]:
+    """Share of pairs kept, by queries, buckets and chunks against length."""
+    rows, config = record["coverage"], record["config"]
+    lengths = sorted({row["seqlen"] for row in rows})
+    lines: dict[tuple[str, int, str], dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        key = row["queries"], row["buckets"], row["rule"]
+        lines.setdefault(key, {})[row["seqlen"]] = row
+    out = ["| queries | buckets | chunk | " + " | ".join(f"T={x}" for x in lengths) + " | cost |"]
+    out.append("|" + "---|" * (len(lengths) + 4))
+    for (source, buckets, rule), found in lines.items():
+        cells = [f"{100 * found[x]['coverage']:.1f} %" if x in found else "-" for x in lengths]
+        cost = found[max(found)]["bucket_cost"]
+        out.append(f"| {source} | {buckets} | {rule} | {' | '.join(cells)} | {cost:.2f} |")
+    sources = list(dict.fromkeys(row["queries"] for row in rows))
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    def paint(axes: Any) -> None:
+        for axis, source in zip(axes, sources, strict=True):
+            colors = dict(zip(sorted({row["buckets"] for row in rows}), COLORS, strict=False))
+            for (queries, buckets, rule), found in lines.items():
+                if queries != source:
+                    continue
+                axis.plot(
+                    list(found),
+                    [100 * row["coverage"] for row in found.values()],
+                    "o-" if rule.startswith("2T") else "o--",
+                    markersize=3,
+                    linewidth=1.3,
+                    color=colors[buckets],
+                    label=f"{buckets} buckets, chunk {rule}",
+                )
+            axis.set_xscale("log")
+            axis.set_xticks(lengths, [f"{x / 1024:g}k" for x in lengths])
+            axis.minorticks_off()
+            axis.set_ylim(0, 103)
+            axis.grid(True, linewidth=0.6)
+            axis.set_title(f"{source} queries")
+            axis.set_xlabel("sequence length T")
+        axes[0].set_ylabel("same-bucket pairs kept, %")
+        axes[0].legend(fontsize=7)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for theme in THEMES:
-        with plt.rc_context(_style(theme)):
-            figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.0), sharey=True)
-            for axis, key, word in zip(
-                axes, ("seconds", "step"), ("seconds of training", "steps"), strict=True
-            ):
-                for (variant, same), color in zip(
-                    by_variant(runs).items(), COLORS * 4, strict=False
-                ):
-                    for nth, run in enumerate(same):
-                        axis.plot(
-                            [point[key] for point in run["curve"]],
-                            [point["validation"] for point in run["curve"]],
-                            marker="o",
-                            markersize=3,
-                            linewidth=1.4,
-                            color=color,
-                            label=variant if nth == 0 else None,
-                        )
-                axis.set_xlabel(word)
-                axis.grid(True, linewidth=0.6)
-            axes[0].set_ylabel("validation loss, nats a token")
-            axes[0].legend(fontsize=7.5)
-            figure.tight_layout()
-            figure.savefig(folder / f"{stem}-{theme}.png", dpi=110, metadata={"Software": None})
-            plt.close(figure)
+    pictures.save(paint, plots, stem, len(sources), (3.6 * len(sources), 3.8))
+    text = (
+        f"Pairs kept, of those that exact hash attention computes. {config['heads']} heads of "
+        f"{config['head_dim']}, {record['draws']} draws of directions; cost: same-bucket pairs "
+        "over those of even buckets, at the longest T."
+    )
+    if "loss" in record:
+        text += (
+            f" Model: {record['parameters'] / 1e6:.1f} million parameters, {config['layers']} "
+            f"layers, `{config['attention']}`, trained at T={config['seqlen']} for "
+            f"{config['steps']} steps of {config['tokens_per_step']} tokens, last training loss "
+            f"{record['loss']:.3f} nats. Corpus {record['corpus'][:12]}."
+        )
+    facts = record["machine"]
+    text += f" {_machine(facts)}, {_sittings([facts])}."
+    return ["\n".join(out), text, pictures.link(home, stem, "Share of pairs kept against length")]
 
 
-def write(records: list[dict[str, Any]], page: Path, plots: Path) -> None:
+def write(records: Sequence[dict[str, Any]], page: Path, plots: Path) -> None:
     """Write the page; pictures are linked relative to it."""
+    home = Path(os.path.relpath(plots, page.parent)).as_posix()
     parts = [HEAD]
-    machines = [r["machine"] for r in records if "rows" in r]
-    machines += [run["machine"] for r in records for run in r.get("runs", ())]
-    if not any("cuda" in facts for facts in machines):
-        parts.append(NO_GPU)
     timed = [record for record in records if "rows" in record]
     if timed:
-        parts += ["## Speed", *(speed_section(record) for record in timed)]
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for record in records:
-        for run in record.get("runs", ()):
-            if run["done"]:
-                groups.setdefault(settings(run), []).append(run)
-    if groups:
-        parts.append("## Quality")
-    home = Path(os.path.relpath(plots, page.parent)).as_posix()
-    for nth, runs in enumerate(groups.values()):
-        stem = f"lm-quality-{nth}"
-        draw(runs, plots, stem)
-        parts += [
-            quality_section(runs),
-            f"""<picture>
-<source media="(prefers-color-scheme: dark)" srcset="{home}/{stem}-dark.png">
-<img src="{home}/{stem}-light.png" alt="Validation loss against seconds and steps">
-</picture>""",
-        ]
+        parts += ["## Speed", *speed_sections(timed)]
+    groups = curves.merge([run for record in records for run in record.get("runs", ())])
+    text, pixels = (
+        [runs for runs in groups if (runs[0].get("unit") == "pixel") == wanted]
+        for wanted in (False, True)
+    )
+    if text:
+        parts += ["## Quality", *curve_sections(text, "quality", plots, home)]
+    if pixels:
+        parts += ["## Images, pixel by pixel", IMAGES]
+        parts += curve_sections(pixels, "images", plots, home)
+    counted = [record for record in records if "coverage" in record]
+    if counted:
+        parts += ["## Pairs that the Reformer keeps", COVERAGE]
+    for nth, record in enumerate(counted):
+        parts += coverage_section(record, plots, home, f"lm-coverage-{nth}")
     page.write_text("\n\n".join(parts) + "\n")

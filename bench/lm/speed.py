@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -139,25 +140,41 @@ def describe(row: dict[str, Any]) -> list[str]:
     return [text, *(kernels.lines(row["profile"]) if "profile" in row else [])]
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Speed-up over dense and share of the bound, by length, as a Markdown table."""
-    found = {(row["seqlen"], row["variant"]): row["ms"] for row in rows if "ms" in row}
+def table(sittings: list[list[dict[str, Any]]]) -> list[str]:
+    """Milliseconds, speed-up over dense and share of the bound, by length, as a Markdown table.
+
+    Rows are compared within their sitting; the table holds medians over sittings.
+    """
+    found: dict[tuple[int, str], list[tuple[float, float, float]]] = {}  # ms, speed-up, share
+    for rows in sittings:
+        times = {(row["seqlen"], row["variant"]): row["ms"] for row in rows if "ms" in row}
+        for (seqlen, variant), ms in times.items():
+            dense, bound = times.get((seqlen, "dense")), times.get((seqlen, BOUND))
+            ratios = (math.nan if other is None else other / ms for other in (dense, bound))
+            found.setdefault((seqlen, variant), []).append((ms, *ratios))
     lengths = sorted({seqlen for seqlen, _ in found})
     variants = list(dict.fromkeys(variant for _, variant in found))
     lines = ["| ms per step | " + " | ".join(f"T={x}" for x in lengths) + " |"]
     lines.append("|" + "---|" * (len(lengths) + 1))
     for variant in variants:
-        cells = []
-        for seqlen in lengths:
-            ms = found.get((seqlen, variant))
-            dense, bound = found.get((seqlen, "dense")), found.get((seqlen, BOUND))
-            cell = "-" if ms is None else f"{ms:.1f}"
-            if ms is not None and dense is not None and variant != "dense":
-                cell += f" ({dense / ms:.2f}x"
-                cell += f", {100 * bound / ms:.0f} %)" if bound and variant != BOUND else ")"
-            cells.append(cell)
+        cells = [_cell(variant, found.get((seqlen, variant), [])) for seqlen in lengths]
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _cell(variant: str, found: list[tuple[float, float, float]]) -> str:
+    """One variant at one length."""
+    if not found:
+        return "-"
+    times, speedups, shares = (
+        [x for x in column if not math.isnan(x)] for column in zip(*found, strict=True)
+    )
+    facts = []
+    if speedups and variant != "dense":
+        facts.append(f"{statistics.median(speedups):.2f}x")
+        if shares and variant != BOUND:
+            facts.append(f"{100 * statistics.median(shares):.0f} %")
+    return f"{statistics.median(times):.1f}" + (f" ({', '.join(facts)})" if facts else "")
 
 
 def run(
@@ -179,7 +196,12 @@ def run(
     """
     begin = time.monotonic()
     head = machine("cuda" if where.device.startswith("cuda") else "cpu")
-    record: dict[str, Any] = {"machine": head, "corpus": corpus.sha256, "rows": []}
+    record: dict[str, Any] = {
+        "machine": head,
+        "corpus": corpus.sha256,
+        "config": dataclasses.asdict(base),
+        "rows": [],
+    }
     rows: list[dict[str, Any]] = record["rows"]
     kernels_ready = compile_kernels_meanwhile(base, where)
     for seqlen in lengths:
@@ -207,5 +229,5 @@ def run(
             gc.collect()
             if where.device.startswith("cuda"):
                 torch.cuda.empty_cache()
-    print("\n".join(table(rows)), flush=True)
+    print("\n".join(table([rows])), flush=True)
     return rows

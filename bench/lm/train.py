@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from bench.lm.config import Config
-from bench.lm.data import Corpus, Split
+from bench.lm.data import Corpus
 from bench.lm.model import LanguageModel
 
 VALIDATION_SEED = 10**6
@@ -96,8 +96,8 @@ class Trainer:
         with torch.device(where.device):
             self.model = LanguageModel(config).to(where.device)
         self.model.compile_parts()
-        self.train_split = Split(corpus.train, where.device)
-        self.validation_split = Split(corpus.validation, where.device)
+        self.train_split = corpus.reader(corpus.train, where.device)
+        self.validation_split = corpus.reader(corpus.validation, where.device)
         decayed = [p for p in self.model.parameters() if p.dim() >= 2]
         others = [p for p in self.model.parameters() if p.dim() < 2]
         self.optimizer = torch.optim.AdamW(
@@ -190,16 +190,20 @@ class Trainer:
                 losses.append(self.model(*batch).detach())
         return float(torch.stack(losses).mean())
 
-    def bucket_cost(self) -> float:
-        """How uneven the buckets of a hash variant are, over layers; 1.0 is even.
+    def probe_text(self, seqlen: int, draw: int = 0) -> torch.Tensor:
+        """One sequence (1, seqlen) to look at queries with.
 
-        On validation text, or on training text where that is shorter than a sequence.
+        Of validation text, or of training text where that is shorter than a sequence.
         """
-        config = self.config
+        held = self.validation_split.holds(seqlen)
+        split = self.validation_split if held else self.train_split
+        text, _ = split.batch(seqlen, 1, VALIDATION_SEED, draw)
+        return text
+
+    def bucket_cost(self) -> float:
+        """How uneven the buckets of a hash variant are, over layers; 1.0 is even."""
         torch.manual_seed(0)
-        longer = len(self.validation_split.data) >= config.seqlen + 2
-        split = self.validation_split if longer else self.train_split
-        text, _ = split.batch(config.seqlen, 1, VALIDATION_SEED, 0)
+        text = self.probe_text(self.config.seqlen)
         with self.precision():
             costs = self.model.bucket_cost(text)
         return sum(costs) / len(costs) if costs else 0.0
