@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from scfa_core.environment import Variable
 from scfa_core.errors import BackendUnavailable, UnknownBackend
 
 if TYPE_CHECKING:
-    from scfa_core.arrays import CallContext
+    from scfa_core.arrays import CallContext, DeviceArray
     from scfa_core.lowering import Clauses
-    from scfa_core.plan import Plan, PlanArrays
+    from scfa_core.plan import Plan, PlanAddresses, PlanArrays
     from scfa_core.problem import Problem
 
 logger = logging.getLogger("scfa_core")
@@ -81,6 +81,31 @@ class Backend(Protocol):
         """Write every element of `dq`, `dk` and `dv`."""
 
 
+class Bound(Protocol):
+    """A verb of which all but addresses is settled."""
+
+    def __call__(self, plan: PlanAddresses, arrays: tuple[int, ...], ctx: CallContext, /) -> None:
+        """Run it on a plan and on arrays at these addresses, with their device current."""
+
+
+class BindingBackend(Backend, Protocol):
+    """A backend on GPUs that settles a call's facts once; optional, it saves host time only.
+
+    Arrays are described as for the verb of the same name, and their addresses do not count; the
+    bound verb takes addresses in the same order (those of clauses in that of `Clauses.arrays`).
+    """
+
+    def bind_make_plan(self, problem: Problem, clauses: Clauses, device: int) -> Bound:
+        """Settle `make_plan` on a CUDA device."""
+
+    def bind_forward(self, problem: Problem, *arrays: DeviceArray) -> Bound:
+        """Settle `forward` for q, k, v, out, lse."""
+
+    def bind_backward(self, problem: Problem, *arrays: DeviceArray) -> Bound:
+        """Settle `backward` for dout, q, k, v, out, lse, dq, dk, dv."""
+
+
+_variable = Variable(ENVIRONMENT_VARIABLE)
 _requested: ContextVar[str | None] = ContextVar("scfa_backend", default=None)
 _loaded: dict[str, Backend | str] = {}
 
@@ -123,7 +148,7 @@ def requested_backend(argument: str | None = None) -> str:
     from_context = _requested.get()
     if from_context is not None:
         return from_context
-    from_environment = os.environ.get(ENVIRONMENT_VARIABLE)
+    from_environment = _variable.get()
     if not from_environment:
         return AUTO
     if from_environment != AUTO and from_environment not in _HOMES:

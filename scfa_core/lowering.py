@@ -7,6 +7,7 @@ reads a value.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from scfa_core.arrays import INT_DTYPES, Framework
@@ -23,6 +24,7 @@ from scfa_core.patterns import (
 from scfa_core.problem import Problem
 
 MAX_GROUP_CLAUSES = 8
+ARRAY_FIELDS = ("q_groups", "k_groups", "q_keeps", "k_keeps", "starts", "ends")
 
 
 class Clauses(NamedTuple):
@@ -42,6 +44,19 @@ class Clauses(NamedTuple):
     ends: tuple[Any, ...] = ()
 
     @property
+    def arrays(self) -> tuple[Any, ...]:
+        """Every array, in the order of `ARRAY_FIELDS`."""
+        return tuple(x for name in ARRAY_FIELDS for x in getattr(self, name))
+
+    def with_arrays(self, arrays: Iterable[Any]) -> Clauses:
+        """Put others in their places, in the order of `ARRAY_FIELDS`."""
+        rest = iter(arrays)
+        fields: dict[str, Any] = {
+            name: tuple(next(rest) for _ in getattr(self, name)) for name in ARRAY_FIELDS
+        }
+        return self._replace(**fields)
+
+    @property
     def monotone(self) -> bool:
         """Whether ranges are nondecreasing along sorted queries: all patterns but KeyRanges."""
         return not self.starts
@@ -55,9 +70,7 @@ class _Lowering:
         self.framework = framework
         self.q_shape = (problem.batch, problem.heads, problem.seqlen_q)
         self.k_shape = (problem.batch, problem.heads_kv, problem.seqlen_k)
-        self.arrays: dict[str, list[Any]] = {
-            name: [] for name in ("q_groups", "k_groups", "q_keeps", "k_keeps", "starts", "ends")
-        }
+        self.arrays: dict[str, list[Any]] = {name: [] for name in ARRAY_FIELDS}
         self.seen_groups: set[tuple[int, int]] = set()
         self.lo: int | None = None
         self.hi: int | None = None

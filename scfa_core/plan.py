@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
@@ -32,6 +33,31 @@ class PlanArrays(NamedTuple):
     key_end: Any
     work: Any  # (work_size,) int32: the backend's own; empty on the host
     monotone: bool
+
+    @classmethod
+    def of(cls, arrays: Iterable[Any], monotone: bool) -> PlanArrays:
+        """Of seven arrays."""
+        q_index, q_count, k_index, k_count, start, end, work = arrays
+        return cls(q_index, q_count, k_index, k_count, start, end, work, monotone)
+
+
+class PlanAddresses(NamedTuple):
+    """`PlanArrays` in GPU memory as bare addresses; shapes follow from the problem."""
+
+    q_index: int
+    q_count: int
+    k_index: int
+    k_count: int
+    key_start: int
+    key_end: int
+    work: int
+    monotone: bool
+
+    @classmethod
+    def of(cls, addresses: Iterable[int], monotone: bool) -> PlanAddresses:
+        """Of seven addresses."""
+        q_index, q_count, k_index, k_count, start, end, work = addresses
+        return cls(q_index, q_count, k_index, k_count, start, end, work, monotone)
 
 
 def work_size(problem: Problem, memory: str) -> int:
@@ -111,12 +137,7 @@ class Plan:
 
     def native(self, framework: Framework, memory: str) -> PlanArrays:
         """Hand the arrays to a backend."""
-        q_index, q_count, k_index, k_count, start, end, work = (
-            framework.native(x, memory) for x in self.arrays
-        )
-        return PlanArrays(
-            q_index, q_count, k_index, k_count, start, end, work, monotone=self.monotone
-        )
+        return PlanArrays.of((framework.native(x, memory) for x in self.arrays), self.monotone)
 
     def check_fits(self, problem: Problem, framework: Framework) -> None:
         """Raise unless the plan was made for these sizes, on this device, by this library."""

@@ -28,11 +28,7 @@ def run_make_plan(
     native_plan = Plan.of(arrays, clauses.monotone, backend.name, problem.device).native(
         framework, memory
     )
-    native_arrays: dict[str, Any] = {
-        name: tuple(framework.native(x, memory) for x in getattr(clauses, name))
-        for name in ("q_groups", "k_groups", "q_keeps", "k_keeps", "starts", "ends")
-    }
-    native_clauses = clauses._replace(**native_arrays)
+    native_clauses = clauses.with_arrays(framework.native(x, memory) for x in clauses.arrays)
     backend.make_plan(problem, native_clauses, native_plan, framework.context(problem.device))
     return arrays
 

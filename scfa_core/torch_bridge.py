@@ -16,13 +16,13 @@ from torch.autograd import forward_ad
 from scfa_core.dispatch import AUTO, choose_backend, choose_for_plan, requested_backend
 from scfa_core.errors import PatternError
 from scfa_core.patterns import Pattern
-from scfa_core.plan import Plan, PlanArrays
-from scfa_core.problem import Problem, build_problem, one_framework
+from scfa_core.plan import Plan
+from scfa_core.problem import Problem, one_framework
 from scfa_core.torch_calls import (
     Call,
+    NativePlan,
     Seven,
     check_backward,
-    checked_plan_arrays,
     find_call,
     native_plan,
     run_backward,
@@ -31,13 +31,18 @@ from scfa_core.torch_calls import (
 from scfa_core.torch_framework import TORCH_FRAMEWORK, device_name, dtype_name
 from scfa_core.torch_ops import BACKWARD, FORWARD, MAKE_PLAN, refuse_forward_mode
 from scfa_core.torch_patterns import encode, is_monotone
-from scfa_core.torch_plans import new_plan
+from scfa_core.torch_plans import native_own_plan, new_plan, own_plan, own_plan_tensors
 from scfa_core.torch_transforms import forward_in_functorch, functorch_is_active
 
 __all__ = ["TORCH_FRAMEWORK", "attention", "attention_backward", "make_plan"]
 
 _AUTOCAST_KINDS = ("cpu", "cuda")
 _AUTOCAST_TAKES = (torch.float16, torch.bfloat16, torch.float32)
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_profiler_is_on = torch._C._autograd._profiler_enabled
+_tracing_state = torch._C._get_tracing_state
+_any_requires_grad = torch._C._any_requires_grad
 
 
 def attention(
@@ -56,7 +61,7 @@ def attention(
     eager = _is_plain(q, k, v)
     if not eager:
         one_framework(q, k=k, v=v)
-    kind = q.device.type
+    kind = "cuda" if q.is_cuda else q.device.type
     if kind in _AUTOCAST_KINDS and torch.is_autocast_enabled(kind):
         q, k, v = _autocast(q, k, v)
     if eager:
@@ -97,8 +102,12 @@ def attention_backward(
     requested = requested_backend(backend)
     call = find_call(q, k, v, softmax_scale, layout, deterministic, requested, given)
     check_backward(call, dout=dout, out=out, lse=lse)
-    plan = _plan_for(pattern, call)  # held here: addresses alone do not keep its memory
-    return run_backward(call, native_plan(plan, call), dout, None, q, k, v, out, lse)
+    if isinstance(pattern, Plan):
+        return run_backward(call, native_plan(pattern, call), dout, None, q, k, v, out, lse)
+    own, arrays = own_plan(pattern, call)  # held here: addresses alone do not keep its memory
+    grads = run_backward(call, arrays, dout, None, q, k, v, out, lse)
+    del own
+    return grads
 
 
 def make_plan(
@@ -109,9 +118,8 @@ def make_plan(
     if not _is_plain(q, k, k):
         one_framework(q, k=k)
         return _traced_plan(q, k, k, pattern, layout, backend)[1]
-    info = TORCH_FRAMEWORK.info
-    problem = build_problem(info(q), info(k), None, layout=layout)
-    return new_plan(pattern, problem, choose_backend(problem, requested_backend(backend)))
+    call = find_call(q, k, k, None, layout, True, requested_backend(backend))
+    return new_plan(pattern, call.problem, call.backend)
 
 
 def _is_plain(q: Any, k: Any, v: Any) -> bool:
@@ -124,10 +132,10 @@ def _is_plain(q: Any, k: Any, v: Any) -> bool:
         type(q) is torch.Tensor
         and type(k) is torch.Tensor
         and type(v) is torch.Tensor
-        and not torch._C._len_torch_dispatch_stack()
+        and not _dispatch_modes()
         and not functorch_is_active()
-        and not torch._C._autograd._profiler_enabled()
-        and torch._C._get_tracing_state() is None
+        and not _profiler_is_on()
+        and _tracing_state() is None
         and not q.is_meta
         and not (q.is_neg() or k.is_neg() or v.is_neg())  # a lazy minus sign is not in memory
     )
@@ -155,13 +163,7 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _wants_gradient(*tensors: torch.Tensor) -> bool:
-    return bool(torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))
-
-
-def _plan_for(pattern: Pattern | Plan, call: Call) -> Plan:
-    if isinstance(pattern, Plan):
-        return pattern
-    return new_plan(pattern, call.problem, call.backend)
+    return bool(torch.is_grad_enabled() and _any_requires_grad(*tensors))
 
 
 def _eager(
@@ -182,8 +184,7 @@ def _eager(
     if isinstance(pattern, Plan):
         arrays = native_plan(pattern, call)
     else:
-        own = new_plan(pattern, call.problem, call.backend).arrays
-        arrays = checked_plan_arrays(own, is_monotone(pattern), call)
+        own, arrays = own_plan(pattern, call)
     if not _wants_gradient(q, k, v):
         return run_forward(call, arrays, q, k, v)
     out, lse = ScfaAttention.apply(q, k, v, call, arrays, given, *own)
@@ -204,7 +205,7 @@ class ScfaAttention(torch.autograd.Function):
         k: torch.Tensor,
         v: torch.Tensor,
         call: Call,
-        arrays: PlanArrays,
+        arrays: NativePlan,
         given: Plan | None,
         *own: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -225,13 +226,13 @@ class ScfaAttention(torch.autograd.Function):
         dout = torch.zeros_like(out) if dout is None else dout
         call, given = ctx.call, ctx.given
         if torch.is_grad_enabled() or not (_is_plain(dout, q, out) and _is_plain(k, v, lse)):
-            plan = own if given is None else given.arrays
+            plan = own_plan_tensors(own, call) if given is None else given.arrays
             scale, deterministic = call.problem.softmax_scale, call.problem.deterministic
             layout = "bthd" if call.swap else "bhtd"
             options = (ctx.monotone, scale, deterministic, layout, call.backend.name)
             return (*BACKWARD(dout, dlse, q, k, v, out, lse, *plan, *options), *nothing)
         if given is None:
-            arrays = checked_plan_arrays(own, ctx.monotone, call)
+            arrays = native_own_plan(own, ctx.monotone, call)
         else:
             arrays = native_plan(given, call)
         return (*run_backward(call, arrays, dout, dlse, q, k, v, out, lse), *nothing)

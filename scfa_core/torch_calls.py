@@ -13,27 +13,32 @@ from weakref import WeakKeyDictionary
 import torch
 
 from scfa_core import dispatch
-from scfa_core.arrays import DeviceArray, HostContext, cuda_ordinal, stride_order, strides_in_order
-from scfa_core.dispatch import Backend, choose_backend, choose_for_plan
+from scfa_core.arrays import HostContext, cuda_ordinal, stride_order, strides_in_order
+from scfa_core.dispatch import Backend, Bound, choose_backend, choose_for_plan
 from scfa_core.errors import DeviceError, DTypeError, LayoutError, ShapeError
-from scfa_core.plan import Plan, PlanArrays, plan_shapes
+from scfa_core.plan import Plan, PlanAddresses, PlanArrays
 from scfa_core.problem import Problem, build_problem, check_layout, check_like, check_scale
+from scfa_core.torch_bound import Facts, Shape, bind_attention
 from scfa_core.torch_framework import (
     TORCH_FRAMEWORK,
     TorchContext,
+    current_device,
     device_name,
     dtype_name,
+    empty_cuda,
     host_view,
     raw_stream,
 )
+from scfa_core.torch_storage import PlanStorage, plan_storage
 
 MAX_REMEMBERED_CALLS = 1024
+MAX_BOUND_VERBS = 64  # of one call; dout comes in few stride orders
 _HOST_CONTEXT = HostContext()
 _NEGATIVE_INFINITY = float("-inf")
+_FORWARD = ()  # its key among a call's bound verbs; that of a backward has strides
 
-Shape = tuple[int, ...]
 Seven = tuple[Any, Any, Any, Any, Any, Any, Any]  # the arrays of a plan
-Facts = tuple[Shape, Shape, str, int]  # a `DeviceArray` but for its pointer, heads first
+NativePlan = PlanArrays | PlanAddresses  # on the host, on a GPU
 
 
 def heads_first(facts: Shape, swap: bool) -> Shape:
@@ -60,51 +65,56 @@ class Call(NamedTuple):
     device: torch.device
     ordinal: int
     dtype: torch.dtype
-    sizes: tuple[int, int, int, int, int]
+    nothing: bool  # no query row, or no key
+    plan_use: tuple[Any, ...]  # what a plan has to fit: sizes, device, kind of memory
     inputs: tuple[Facts, ...]  # of q, k, v
     out: tuple[Shape, Shape]  # shape and strides to allocate
     out_facts: Facts
-    lse: Shape
+    lse: tuple[Shape, Shape]
     grads: tuple[tuple[Shape, Shape], ...]
     grad_facts: tuple[Facts, ...]
-    plan: tuple[tuple[Shape, Shape], ...]  # shape and strides of each array of a plan
+    storage: PlanStorage
+    bound: dict[Any, Bound]  # verbs of a GPU backend, bound when first called
 
     def facts(self, x: torch.Tensor) -> Facts:
         """Facts of a 4-axis tensor of q's dtype whose strides are the caller's."""
         return _facts(x.shape, x.stride(), self.swap, self.problem.dtype, self.ordinal)
 
-    def native(self, x: torch.Tensor, facts: Facts) -> Any:
-        """Hand one 4-axis tensor to the backend."""
-        if self.host:
-            view = host_view(x)
-            return view.swapaxes(1, 2) if self.swap else view
-        return DeviceArray(x.data_ptr(), *facts)
+    def host_views(self, *tensors: torch.Tensor) -> list[Any]:
+        """Hand tensors to a backend on the host; those of 4 axes heads first."""
+        views = [host_view(x) for x in tensors]
+        return [x.swapaxes(1, 2) if self.swap and x.ndim == 4 else x for x in views]
 
-    def native_lse(self, x: torch.Tensor) -> Any:
-        """Hand lse to the backend."""
+    def empty(
+        self, shape_and_strides: tuple[Shape, Shape], dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """Allocate a result, on the current device if that is a GPU; of q's dtype by default."""
         if self.host:
-            return host_view(x)
-        return DeviceArray(x.data_ptr(), self.lse, x.stride(), "float32", self.ordinal)
+            return torch.empty_strided(
+                *shape_and_strides, dtype=dtype or self.dtype, device=self.device
+            )
+        return empty_cuda(*shape_and_strides, dtype or self.dtype)
 
-    def empty(self, shape_and_strides: tuple[Shape, Shape]) -> torch.Tensor:
-        """Allocate a result of q's dtype."""
-        return torch.empty_strided(*shape_and_strides, dtype=self.dtype, device=self.device)
+    def bind(self, key: Any, verb: str, *arrays: Facts) -> Bound:
+        """Bind a verb of the backend to these arrays, and remember it under `key`."""
+        if len(self.bound) >= MAX_BOUND_VERBS:
+            self.bound.clear()
+        bound = bind_attention(verb, self.backend, self.problem, self.storage.facts, arrays)
+        self.bound[key] = bound
+        return bound
 
-    def run(self, verb: Any, *arguments: Any) -> None:
-        """Call `verb` of the backend on the caller's stream, with the arrays' device current."""
-        if self.host:
-            verb(self.problem, *arguments, _HOST_CONTEXT)
-        elif self.ordinal == torch.cuda.current_device():
-            context = TorchContext(self.device, self.ordinal, raw_stream(self.ordinal))
-            verb(self.problem, *arguments, context)
-        else:
-            with torch.cuda.device(self.ordinal):
-                context = TorchContext(self.device, self.ordinal, raw_stream(self.ordinal))
-                verb(self.problem, *arguments, context)
+    def context(self) -> TorchContext:
+        """Current stream and workspace of the call's GPU, which is current."""
+        return TorchContext(self.ordinal, raw_stream(self.ordinal))
+
+    @property
+    def away(self) -> bool:
+        """Whether the call's GPU is not the current one."""
+        return not self.host and self.ordinal != current_device()
 
 
 _calls: dict[tuple[Any, ...], Call] = {}
-_plans: WeakKeyDictionary[Plan, tuple[Any, PlanArrays]] = WeakKeyDictionary()
+_plans: WeakKeyDictionary[Plan, tuple[Any, NativePlan]] = WeakKeyDictionary()
 
 
 def find_call(
@@ -167,40 +177,39 @@ def _new_call(
     def facts(shape: Shape, strides: Shape) -> Facts:
         return _facts(shape, strides, swap, problem.dtype, ordinal)
 
+    host = backend.memory == "host"
+    sizes = (
+        *(problem.batch, problem.heads, problem.heads_kv),
+        *(problem.seqlen_q, problem.seqlen_k),
+    )
+    lse_shape = (problem.batch, problem.heads, problem.seqlen_q)
     out_shape = (*q.shape[:3], problem.head_dim_v)
     out = (out_shape, like_order(q, out_shape))
     grads = tuple((tuple(x.shape), like_order(x, x.shape)) for x in (q, k, v))
     return Call(
         problem=problem,
         backend=backend,
-        host=backend.memory == "host",
+        host=host,
         swap=swap,
         device=q.device,
         ordinal=ordinal,
         dtype=q.dtype,
-        sizes=(
-            problem.batch,
-            problem.heads,
-            problem.heads_kv,
-            problem.seqlen_q,
-            problem.seqlen_k,
-        ),
+        nothing=problem.is_empty or problem.seqlen_k == 0,
+        plan_use=(sizes, q.device, host),
         inputs=tuple(facts(x.shape, x.stride()) for x in (q, k, v)),
         out=out,
         out_facts=facts(*out),
-        lse=(problem.batch, problem.heads, problem.seqlen_q),
+        lse=(lse_shape, strides_in_order(lse_shape, (0, 1, 2))),
         grads=grads,
         grad_facts=tuple(facts(*x) for x in grads),
-        plan=tuple(
-            (shape, strides_in_order(shape, tuple(range(len(shape)))))
-            for shape in plan_shapes(problem, backend.memory)
-        ),
+        storage=plan_storage(problem, backend.memory),
+        bound={},
     )
 
 
-def native_plan(plan: Plan, call: Call) -> PlanArrays:
+def native_plan(plan: Plan, call: Call) -> NativePlan:
     """Hand a plan to the call's backend; remembered as long as the plan lives."""
-    use = (call.sizes, call.device, call.host)
+    use = call.plan_use
     known = _plans.get(plan)
     if known is not None and known[0] == use:
         return known[1]
@@ -210,9 +219,9 @@ def native_plan(plan: Plan, call: Call) -> PlanArrays:
     return arrays
 
 
-def checked_plan_arrays(tensors: Sequence[torch.Tensor], monotone: bool, call: Call) -> PlanArrays:
+def checked_plan_arrays(tensors: Sequence[torch.Tensor], monotone: bool, call: Call) -> NativePlan:
     """Hand plan tensors to the call's backend after checking that no index can miss its array."""
-    for x, (shape, _) in zip(tensors, call.plan, strict=True):
+    for x, (shape, _) in zip(tensors, call.storage.facts, strict=True):
         if (
             x.shape != shape
             or x.dtype is not torch.int32
@@ -220,20 +229,14 @@ def checked_plan_arrays(tensors: Sequence[torch.Tensor], monotone: bool, call: C
             or not x.is_contiguous()
         ):
             _refuse_plan(tensors, call)
-    native: list[Any]
     if call.host:
-        native = [host_view(x) for x in tensors]
-    else:
-        native = [
-            DeviceArray(x.data_ptr(), *facts, "int32", call.ordinal)
-            for x, facts in zip(tensors, call.plan, strict=True)
-        ]
-    return PlanArrays(*cast(Seven, tuple(native)), monotone)
+        return PlanArrays.of([host_view(x) for x in tensors], monotone)
+    return PlanAddresses.of([x.data_ptr() for x in tensors], monotone)
 
 
 def _refuse_plan(tensors: Sequence[torch.Tensor], call: Call) -> None:
     """Say what is wrong with a plan's tensors."""
-    for name, x, (shape, _) in zip(PlanArrays._fields, tensors, call.plan, strict=False):
+    for name, x, (shape, _) in zip(PlanArrays._fields, tensors, call.storage.facts, strict=False):
         if x.shape != shape:
             raise ShapeError(
                 f"the plan does not fit: {name} must have shape {shape}, got {tuple(x.shape)}; "
@@ -251,25 +254,27 @@ def _refuse_plan(tensors: Sequence[torch.Tensor], call: Call) -> None:
 
 
 def run_forward(
-    call: Call, plan: PlanArrays, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    call: Call, plan: NativePlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return out, in q's layout and stride order, and lse."""
-    out = call.empty(call.out)
-    lse = torch.empty(call.lse, dtype=torch.float32, device=call.device)
-    if call.problem.is_empty:
-        return out, lse
-    if call.problem.seqlen_k == 0:
+    if call.away:
+        with torch.cuda.device(call.ordinal):
+            return run_forward(call, plan, q, k, v)
+    out, lse = call.empty(call.out), call.empty(call.lse, torch.float32)
+    if call.nothing:
         return out.zero_(), lse.fill_(_NEGATIVE_INFINITY)
-    native = call.native
-    facts_q, facts_k, facts_v = call.inputs
-    call.run(
-        call.backend.forward,
-        plan,
-        native(q, facts_q),
-        native(k, facts_k),
-        native(v, facts_v),
-        native(out, call.out_facts),
-        call.native_lse(lse),
+    if call.host:
+        run: Any = call.backend.forward
+        run(call.problem, plan, *call.host_views(q, k, v, out, lse), _HOST_CONTEXT)
+        return out, lse
+    bound = call.bound.get(_FORWARD)
+    if bound is None:
+        lse_facts = (*call.lse, "float32", call.ordinal)
+        bound = call.bind(_FORWARD, "forward", *call.inputs, call.out_facts, lse_facts)
+    bound(
+        cast(PlanAddresses, plan),
+        (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr()),
+        call.context(),
     )
     return out, lse
 
@@ -278,15 +283,18 @@ def check_backward(call: Call, **tensors: torch.Tensor) -> None:
     """Refuse out, dout or lse that do not fit the call."""
     for name, x in tensors.items():
         if name.endswith("lse"):
-            shape, dtype = call.lse, "float32"
+            shape, dtype = call.lse[0], torch.float32
         else:
-            shape, dtype = call.out[0], call.problem.dtype
-        check_like(name, TORCH_FRAMEWORK.info(x), shape, dtype, call.problem.device)
+            shape, dtype = call.out[0], call.dtype
+        fits = x.shape == shape and x.dtype is dtype and x.device == call.device
+        if not fits or x.layout is not torch.strided:
+            info = TORCH_FRAMEWORK.info(x)
+            check_like(name, info, shape, dtype_name(dtype), call.problem.device)
 
 
 def run_backward(
     call: Call,
-    plan: PlanArrays,
+    plan: NativePlan,
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
     q: torch.Tensor,
@@ -296,30 +304,37 @@ def run_backward(
     lse: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return dq, dk, dv in the stride orders of q, k, v."""
-    dq, dk, dv = (call.empty(x) for x in call.grads)
-    if call.problem.is_empty or call.problem.seqlen_k == 0:
+    if call.away:
+        with torch.cuda.device(call.ordinal):
+            return run_backward(call, plan, dout, dlse, q, k, v, out, lse)
+    dq, dk, dv = [call.empty(x) for x in call.grads]
+    if call.nothing:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    native = call.native
     dout, out = dense_rows(dout), dense_rows(out)
-    facts_q, facts_k, facts_v = call.inputs
-    call.run(
-        call.backend.backward,
-        plan,
-        native(dout, call.facts(dout)),
-        native(q, facts_q),
-        native(k, facts_k),
-        native(v, facts_v),
-        native(out, call.facts(out)),
-        call.native_lse(lse),
-        native(dq, call.grad_facts[0]),
-        native(dk, call.grad_facts[1]),
-        native(dv, call.grad_facts[2]),
-    )
+    arrays = (dout, q, k, v, out, lse, dq, dk, dv)
+    if call.host:
+        run: Any = call.backend.backward
+        run(call.problem, plan, *call.host_views(*arrays), _HOST_CONTEXT)
+    else:
+        bound = _bound_backward(call, dout, out, lse)
+        addresses = tuple([x.data_ptr() for x in arrays])
+        bound(cast(PlanAddresses, plan), addresses, call.context())
     if dlse is not None:
         dq_lse, dk_lse = _backward_of_lse(call, plan, dlse, q, k, lse)
         dq += dq_lse
         dk += dk_lse
     return dq, dk, dv
+
+
+def _bound_backward(call: Call, dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> Bound:
+    """Bind the backward to the strides of what the call did not allocate, or remember it."""
+    key = (dout.stride(), out.stride(), lse.stride())
+    bound = call.bound.get(key)
+    if bound is not None:
+        return bound
+    lse_facts = (call.lse[0], lse.stride(), "float32", call.ordinal)
+    given = (call.facts(dout), *call.inputs, call.facts(out), lse_facts)
+    return call.bind(key, "backward", *given, *call.grad_facts)
 
 
 def dense_rows(x: torch.Tensor) -> torch.Tensor:
@@ -330,7 +345,7 @@ def dense_rows(x: torch.Tensor) -> torch.Tensor:
 
 def _backward_of_lse(
     call: Call,
-    plan: PlanArrays,
+    plan: NativePlan,
     dlse: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,

@@ -2,73 +2,161 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-from scfa_core.arrays import DeviceArray, cuda_ordinal, strides_in_order
-from scfa_core.dispatch import Backend
+from scfa_core.arrays import cuda_ordinal
+from scfa_core.dispatch import Backend, Bound
 from scfa_core.lowering import Clauses, lower
 from scfa_core.patterns import Pattern
-from scfa_core.plan import Plan, PlanArrays, plan_shapes
+from scfa_core.plan import Plan, PlanAddresses, PlanArrays
 from scfa_core.problem import Problem
 from scfa_core.runner import run_make_plan
-from scfa_core.torch_calls import MAX_REMEMBERED_CALLS, Seven, Shape
-from scfa_core.torch_framework import TORCH_FRAMEWORK, TorchContext, dtype_name, raw_stream
+from scfa_core.torch_bound import bind_make_plan
+from scfa_core.torch_calls import MAX_REMEMBERED_CALLS, Call, checked_plan_arrays
+from scfa_core.torch_framework import (
+    TORCH_FRAMEWORK,
+    TorchContext,
+    current_device,
+    empty_cuda,
+    raw_stream,
+)
+from scfa_core.torch_patterns import is_monotone
+from scfa_core.torch_recipes import describe_clauses, find_recipe, read_pattern
+from scfa_core.torch_storage import plan_storage
 
 
 def new_plan(pattern: Pattern, problem: Problem, backend: Backend) -> Plan:
-    """Lower and sort `pattern` with `backend`."""
-    clauses = lower(pattern, problem, TORCH_FRAMEWORK)
-    ordinal = cuda_ordinal(problem.device)
-    if ordinal < 0 or backend.memory == "host":
+    """Lower and sort `pattern` with `backend`; its arrays are tensors of their own."""
+    if backend.memory == "host":
+        clauses = lower(pattern, problem, TORCH_FRAMEWORK)
         arrays = run_make_plan(backend, problem, clauses, TORCH_FRAMEWORK)
-    elif ordinal == torch.cuda.current_device():
-        arrays = _plan_on_device(problem, clauses, backend, ordinal)
-    else:
-        with torch.cuda.device(ordinal):
-            arrays = _plan_on_device(problem, clauses, backend, ordinal)
-    return Plan(*cast(Seven, arrays), clauses.monotone, backend.name, problem.device)
+        return Plan.of(arrays, clauses.monotone, backend.name, problem.device)
+    ordinal = cuda_ordinal(problem.device)
+    if ordinal == current_device():
+        return _plan_on_device(pattern, problem, backend, ordinal)
+    with torch.cuda.device(ordinal):
+        return _plan_on_device(pattern, problem, backend, ordinal)
 
 
-@lru_cache(MAX_REMEMBERED_CALLS)
-def _plan_facts(problem: Problem) -> tuple[tuple[Shape, Shape], ...]:
-    """Shape and strides of each array of a plan on a GPU."""
-    shapes = plan_shapes(problem, "cuda")
-    return tuple((shape, strides_in_order(shape, tuple(range(len(shape))))) for shape in shapes)
+def own_plan(
+    pattern: Pattern, call: Call
+) -> tuple[tuple[torch.Tensor, ...], PlanArrays | PlanAddresses]:
+    """Plan for one call: its memory, to be kept until kernels are enqueued, and its native form."""
+    if call.host:
+        own = new_plan(pattern, call.problem, call.backend).arrays
+        return own, checked_plan_arrays(own, is_monotone(pattern), call)
+    if call.ordinal == current_device():
+        return _own_plan_on_device(pattern, call)
+    with torch.cuda.device(call.ordinal):
+        return _own_plan_on_device(pattern, call)
 
 
-def _plan_on_device(
-    problem: Problem, clauses: Clauses, backend: Backend, ordinal: int
-) -> tuple[torch.Tensor, ...]:
-    """As `run_make_plan`, without asking torch what is known of the plan's arrays."""
-    device = torch.device("cuda", ordinal)
-    facts = _plan_facts(problem)
-    arrays = tuple(torch.empty(shape, dtype=torch.int32, device=device) for shape, _ in facts)
-    if problem.batch * problem.heads == 0:
-        return arrays
-    addressed = (
-        DeviceArray(x.data_ptr(), *known, "int32", ordinal)
-        for x, known in zip(arrays, facts, strict=True)
-    )
-    native = PlanArrays(*cast(Seven, tuple(addressed)), clauses.monotone)
+def native_own_plan(
+    own: Sequence[torch.Tensor], monotone: bool, call: Call
+) -> PlanArrays | PlanAddresses:
+    """The native form of what `own_plan` made, as saved tensors give it back."""
+    if call.host:
+        return checked_plan_arrays(own, monotone, call)
+    call.storage.check(own[0], call.device)
+    return call.storage.addresses(own[0], monotone)
 
-    def addresses(tensors: tuple[torch.Tensor, ...]) -> tuple[DeviceArray, ...]:
-        return tuple(
-            DeviceArray(x.data_ptr(), tuple(x.shape), x.stride(), dtype_name(x.dtype), ordinal)
-            for x in tensors
-        )
 
-    given = Clauses(
-        addresses(clauses.q_groups),
-        addresses(clauses.k_groups),
-        addresses(clauses.q_keeps),
-        addresses(clauses.k_keeps),
-        clauses.lo_offset,
-        clauses.hi_offset,
-        addresses(clauses.starts),
-        addresses(clauses.ends),
-    )
-    backend.make_plan(problem, given, native, TorchContext(device, ordinal, raw_stream(ordinal)))
-    return arrays
+def own_plan_tensors(own: Sequence[torch.Tensor], call: Call) -> Sequence[torch.Tensor]:
+    """The seven tensors of what `own_plan` made."""
+    return own if call.host else call.storage.tensors(own[0])
+
+
+def _plan_on_device(pattern: Pattern, problem: Problem, backend: Backend, ordinal: int) -> Plan:
+    work = _prepare(pattern, problem, backend, ordinal)
+    arrays = [
+        empty_cuda(shape, strides, torch.int32)
+        for shape, strides in plan_storage(problem, "cuda").facts
+    ]
+    plan = PlanAddresses.of([x.data_ptr() for x in arrays], work.monotone)
+    work.run(plan, problem, ordinal)
+    return Plan.of(tuple(arrays), work.monotone, backend.name, problem.device)
+
+
+def _own_plan_on_device(
+    pattern: Pattern, call: Call
+) -> tuple[tuple[torch.Tensor, ...], PlanAddresses]:
+    work = _prepare(pattern, call.problem, call.backend, call.ordinal)
+    storage = call.storage.allocate()
+    plan = call.storage.addresses(storage, work.monotone)
+    work.run(plan, call.problem, call.ordinal)
+    return (storage,), plan
+
+
+class _Planning(NamedTuple):
+    """One plan to be made: what reads the tensors, and the tensors, alive."""
+
+    bound: Bound
+    tensors: Sequence[torch.Tensor]
+    monotone: bool
+
+    def run(self, plan: PlanAddresses, problem: Problem, ordinal: int) -> None:
+        """Fill the plan at these addresses."""
+        if problem.batch * problem.heads:
+            addresses = tuple([x.data_ptr() for x in self.tensors])
+            self.bound(plan, addresses, TorchContext(ordinal, raw_stream(ordinal)))
+
+
+class _Known(NamedTuple):
+    """What a structure of patterns comes to."""
+
+    bound: Bound | None  # None: tensors are converted at every call
+    sources: tuple[int, ...]
+    monotone: bool
+
+
+_NO_RECIPE = _Known(None, (), monotone=True)
+_recipes: dict[tuple[Any, ...], _Known] = {}
+_bound: dict[tuple[Any, ...], Bound] = {}
+
+
+def _prepare(pattern: Pattern, problem: Problem, backend: Backend, ordinal: int) -> _Planning:
+    """Check `pattern` and bind its planning, or remember having done so."""
+    read = read_pattern(pattern)
+    if read is None:
+        return _lower(pattern, problem, backend, ordinal)
+    structure, tensors = read
+    key = (backend, problem, structure)
+    known = _recipes.get(key)
+    if known is not None and known.bound is not None:
+        return _Planning(known.bound, [tensors[at] for at in known.sources], known.monotone)
+    work = _lower(pattern, problem, backend, ordinal)  # every check, with words for mistakes
+    if known is None:
+        recipe = find_recipe(pattern, tensors, problem, ordinal)
+        known = _NO_RECIPE
+        if recipe is not None:
+            bound = _bind(recipe.clauses, problem, backend, ordinal)
+            known = _Known(bound, recipe.sources, work.monotone)
+        _make_room(_recipes)
+        _recipes[key] = known
+    return work
+
+
+def _lower(pattern: Pattern, problem: Problem, backend: Backend, ordinal: int) -> _Planning:
+    """Check and convert the pattern's tensors."""
+    clauses = lower(pattern, problem, TORCH_FRAMEWORK)
+    clauses = clauses.with_arrays([x.resolve_neg() for x in clauses.arrays])
+    bound = _bind(describe_clauses(clauses, ordinal), problem, backend, ordinal)
+    return _Planning(bound, clauses.arrays, clauses.monotone)
+
+
+def _bind(clauses: Clauses, problem: Problem, backend: Backend, ordinal: int) -> Bound:
+    key = (backend, problem, clauses)
+    bound = _bound.get(key)
+    if bound is None:
+        facts = plan_storage(problem, "cuda").facts
+        _make_room(_bound)
+        bound = _bound[key] = bind_make_plan(backend, problem, facts, clauses, ordinal)
+    return bound
+
+
+def _make_room(known: dict[Any, Any]) -> None:
+    if len(known) >= MAX_REMEMBERED_CALLS:
+        known.clear()

@@ -14,6 +14,7 @@ from scfa_core.arrays import cuda_ordinal
 
 if TYPE_CHECKING:
     from scfa_core.arrays import CallContext, DeviceArray
+    from scfa_core.dispatch import Bound
     from scfa_core.lowering import Clauses
     from scfa_core.plan import PlanArrays
     from scfa_core.problem import Problem
@@ -157,6 +158,24 @@ class CupyBackend:
         from scfa_core.backends.cupy_raw.launch import run_backward
 
         run_backward(problem, plan, dout, q, k, v, out, lse, dq, dk, dv, ctx)
+
+    def bind_make_plan(self, problem: Problem, clauses: Clauses, device: int) -> Bound:
+        """Settle all of `make_plan` but addresses."""
+        from scfa_core.backends.cupy_raw.planner import bind_make_plan
+
+        return bind_make_plan(problem, clauses, device)
+
+    def bind_forward(self, problem: Problem, *arrays: DeviceArray) -> Bound:
+        """Settle all of `forward` but addresses."""
+        from scfa_core.backends.cupy_raw.launch import bind_forward
+
+        return bind_forward(problem, *arrays)
+
+    def bind_backward(self, problem: Problem, *arrays: DeviceArray) -> Bound:
+        """Settle all of `backward` but addresses."""
+        from scfa_core.backends.cupy_raw.launch import bind_backward
+
+        return bind_backward(problem, *arrays)
 
 
 BACKEND = CupyBackend()

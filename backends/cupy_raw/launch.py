@@ -6,27 +6,31 @@ pointers and launches. Hopper cards have kernels of their own in `launch_sm90`, 
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from scfa_core.backends.cupy_raw import launch_sm90
 from scfa_core.backends.cupy_raw.loader import Kernel, compute_capability, get_kernel, shared_limit
 from scfa_core.backends.cupy_raw.params import POINTERS, pack_sizes, pack_strides
 from scfa_core.backends.cupy_raw.variants import Variant, choose
 
-from scfa_core.arrays import ITEMSIZE
+from scfa_core.arrays import ITEMSIZE, DeviceArray
+from scfa_core.environment import Variable
 from scfa_core.errors import BackendUnavailable
+from scfa_core.plan import PlanAddresses, PlanArrays
 
 if TYPE_CHECKING:
-    from scfa_core.arrays import CallContext, DeviceArray
-    from scfa_core.plan import PlanArrays
+    from scfa_core.arrays import CallContext
+    from scfa_core.dispatch import Bound
     from scfa_core.problem import Problem
 
-__all__ = ["run_backward", "run_forward"]
+__all__ = ["bind_backward", "bind_forward", "run_backward", "run_forward"]
 
 _ALIGNMENT = 16  # bytes one copy moves
 _ROW_REACH = 1 << 32  # bytes from row to row that one 32-bit multiply can span
-_MOST_PREPARED = 4096  # launches remembered; dropped all at once, as shapes rarely vary more
+_MOST_REMEMBERED = 4096  # calls; dropped all at once, as shapes rarely vary more
+_asked = Variable("SCFA_CUPY_KERNELS")
+_remembered: dict[tuple[object, ...], Bound] = {}
 _KERNELS = {  # $SCFA_CUPY_KERNELS -> whether the Hopper kernels are asked
     "auto": True,
     "sm90": True,
@@ -47,12 +51,10 @@ class _Launch(NamedTuple):
         self.kernel.launch(self.grid, self.threads, self.shared_bytes, stream, pointers + self.tail)
 
 
-_prepared: dict[tuple[object, ...], tuple[_Launch, ...]] = {}
-
-
 def _hopper(device: int) -> bool:
     """Whether the Hopper kernels are to be asked, by $SCFA_CUPY_KERNELS and the card."""
-    name = os.environ.get("SCFA_CUPY_KERNELS", "auto")
+    name = _asked.get()
+    name = "auto" if name is None else name
     if name not in _KERNELS:
         raise ValueError(f"$SCFA_CUPY_KERNELS must be one of {list(_KERNELS)}, got {name!r}")
     found = compute_capability(device)
@@ -105,96 +107,144 @@ def _prepare(
     )
 
 
-def _remember(key: tuple[object, ...], launches: tuple[_Launch, ...]) -> tuple[_Launch, ...]:
-    if len(_prepared) >= _MOST_PREPARED:
-        _prepared.clear()
-    _prepared[key] = launches
-    return launches
+class _BoundForward:
+    """The forward of one problem at one set of strides; which kernel, addresses decide too."""
+
+    def __init__(self, problem: Problem, *arrays: DeviceArray) -> None:
+        self._problem, self._arrays = problem, arrays
+        self._chosen: dict[object, Bound] = {}
+
+    def __call__(self, plan: PlanAddresses, arrays: tuple[int, ...], ctx: CallContext) -> None:
+        q, k, v, out, _ = arrays
+        key = (_asked.get(), plan.monotone, (q | k | v | out) % _ALIGNMENT == 0)
+        run = self._chosen.get(key)
+        if run is None:
+            run = self._chosen[key] = self._choose(plan, arrays)
+        run(plan, arrays, ctx)
+
+    def _choose(self, plan: PlanAddresses, addresses: tuple[int, ...]) -> Bound:
+        """Take the Hopper kernel where it serves, else a portable one."""
+        problem = self._problem
+        arrays = _at(self._arrays, addresses)
+        q, k, v, out, _ = arrays
+        device = q.device
+        if _hopper(device) and launch_sm90.supports_forward(problem, q, k, v, _lists(plan, device)):
+            return _hopper_bound(launch_sm90.run_forward, problem, self._arrays)
+        aligned = _aligned((q, k, v, out))
+        strides = pack_strides((*(x.strides for x in arrays), None, None, None, None))
+        launch = _prepare("fwd", problem, device, aligned, True, strides)
+
+        def run(plan: PlanAddresses, arrays: tuple[int, ...], ctx: CallContext) -> None:
+            launch(ctx.stream, POINTERS.pack(*arrays, 0, 0, 0, 0, 0, 0, *_read_lists(plan)))
+
+        return run
 
 
-def run_forward(
-    problem: Problem,
-    plan: PlanArrays,
-    q: DeviceArray,
-    k: DeviceArray,
-    v: DeviceArray,
-    out: DeviceArray,
-    lse: DeviceArray,
-    ctx: CallContext,
-) -> None:
-    """Enqueue the forward kernel: every element of `out` and `lse` is written."""
-    if _hopper(q.device) and launch_sm90.supports_forward(problem, q, k, v, plan):
-        launch_sm90.run_forward(problem, plan, q, k, v, out, lse, ctx)
-        return
-    aligned = _aligned((q, k, v, out))
-    strides = (q.strides, k.strides, v.strides, out.strides, lse.strides)
-    key = (problem, q.device, aligned, strides)
-    launches = _prepared.get(key)
-    if launches is None:
-        packed = pack_strides((*strides, None, None, None, None))
-        launches = _remember(key, (_prepare("fwd", problem, q.device, aligned, True, packed),))
-    pointers = POINTERS.pack(
-        *(q.pointer, k.pointer, v.pointer, out.pointer, lse.pointer),
-        *(0, 0, 0, 0, 0, 0),
-        *_plan_pointers(plan),
-    )
-    launches[0](ctx.stream, pointers)
+class _BoundBackward:
+    """The backward of one problem at one set of strides, likewise."""
+
+    def __init__(self, problem: Problem, *arrays: DeviceArray) -> None:
+        self._problem, self._arrays = problem, arrays
+        self._chosen: dict[object, Bound] = {}
+
+    def __call__(self, plan: PlanAddresses, arrays: tuple[int, ...], ctx: CallContext) -> None:
+        dout, q, k, v, out, _, dq, dk, dv = arrays
+        read = (q | k | v | out | dout) % _ALIGNMENT == 0
+        written = (dq | dk | dv) % _ALIGNMENT == 0
+        key = (_asked.get(), plan.monotone, read, written)
+        run = self._chosen.get(key)
+        if run is None:
+            run = self._chosen[key] = self._choose(plan, arrays)
+        run(plan, arrays, ctx)
+
+    def _choose(self, plan: PlanAddresses, addresses: tuple[int, ...]) -> Bound:
+        """Take the Hopper kernels where they serve, else portable ones."""
+        problem = self._problem
+        dout, q, k, v, out, lse, dq, dk, dv = _at(self._arrays, addresses)
+        device, lists = q.device, _lists(plan, q.device)
+        if _hopper(device) and launch_sm90.supports_backward(problem, dout, q, k, v, out, lists):
+            return _hopper_bound(launch_sm90.run_backward, problem, self._arrays)
+        aligned = _aligned((q, k, v, out, dout, dq, dk, dv))
+        strides = pack_strides([x.strides for x in (q, k, v, out, lse, dout, dq, dk, dv)])
+        launches = [
+            _prepare(kernel, problem, device, aligned, plan.monotone, strides)
+            for kernel in ("bwd_dq", "bwd_dkdv")
+        ]
+        rows = problem.batch * problem.heads * problem.seqlen_q
+
+        def run(plan: PlanAddresses, arrays: tuple[int, ...], ctx: CallContext) -> None:
+            dout, q, k, v, out, lse, *grads = arrays
+            statistics = ctx.empty((2 * rows,), "float32").pointer
+            pointers = POINTERS.pack(
+                *(q, k, v, out, lse, dout, *grads),
+                *(statistics, statistics + 4 * rows),
+                *_read_lists(plan),
+            )
+            for launch in launches:
+                launch(ctx.stream, pointers)
+
+        return run
 
 
-def run_backward(
-    problem: Problem,
-    plan: PlanArrays,
-    dout: DeviceArray,
-    q: DeviceArray,
-    k: DeviceArray,
-    v: DeviceArray,
-    out: DeviceArray,
-    lse: DeviceArray,
-    dq: DeviceArray,
-    dk: DeviceArray,
-    dv: DeviceArray,
-    ctx: CallContext,
-) -> None:
+bind_forward, bind_backward = _BoundForward, _BoundBackward
+
+
+def run_forward(problem: Problem, plan: PlanArrays, *arrays_and_ctx: Any) -> None:
+    """Enqueue the forward kernel: every element of `out` and `lse` is written.
+
+    Arguments are those of the backend's verb.
+    """
+    _run(bind_forward, problem, plan, *arrays_and_ctx)
+
+
+def run_backward(problem: Problem, plan: PlanArrays, *arrays_and_ctx: Any) -> None:
     """Enqueue the dq, then the dk/dv kernel: every element is written, deterministic bit for bit.
 
     Notes
     -----
-    Workspace: 8 bytes a query row (lse in base 2 and delta, in sorted order).
+    Arguments are those of the backend's verb. Workspace: 8 bytes a query row (lse in base 2 and
+    delta, in sorted order).
     """
-    if _hopper(q.device) and launch_sm90.supports_backward(problem, dout, q, k, v, out, plan):
-        launch_sm90.run_backward(problem, plan, dout, q, k, v, out, lse, dq, dk, dv, ctx)
-        return
-    aligned = _aligned((q, k, v, out, dout, dq, dk, dv))
-    arrays = (q, k, v, out, lse, dout, dq, dk, dv)
-    strides = tuple(array.strides for array in arrays)
-    key = (problem, q.device, aligned, plan.monotone, strides)
-    launches = _prepared.get(key)
-    if launches is None:
-        packed = pack_strides(strides)
-        launches = _remember(
-            key,
-            tuple(
-                _prepare(kernel, problem, q.device, aligned, plan.monotone, packed)
-                for kernel in ("bwd_dq", "bwd_dkdv")
-            ),
-        )
-    rows = problem.batch * problem.heads * problem.seqlen_q
-    statistics = ctx.empty((2, rows), "float32").pointer
-    pointers = POINTERS.pack(
-        *(array.pointer for array in arrays),
-        *(statistics, statistics + 4 * rows),
-        *_plan_pointers(plan),
-    )
-    for launch in launches:
-        launch(ctx.stream, pointers)
+    _run(bind_backward, problem, plan, *arrays_and_ctx)
 
 
-def _plan_pointers(plan: PlanArrays) -> tuple[int, int, int, int, int]:
+def _run(
+    bind: Callable[..., Bound], problem: Problem, plan: PlanArrays, *arrays_and_ctx: Any
+) -> None:
+    """Bind to described arrays, or remember having done so, and run."""
+    *arrays, ctx = arrays_and_ctx
+    key = (bind, problem, *(x.strides for x in arrays), arrays[0].device)
+    bound = _remembered.get(key)
+    if bound is None:
+        if len(_remembered) >= _MOST_REMEMBERED:
+            _remembered.clear()
+        bound = _remembered[key] = bind(problem, *arrays)
+    addresses = PlanAddresses.of((x.pointer for x in plan[:-1]), plan.monotone)
+    bound(addresses, tuple(x.pointer for x in arrays), ctx)
+
+
+def _at(arrays: tuple[DeviceArray, ...], addresses: tuple[int, ...]) -> tuple[DeviceArray, ...]:
+    return tuple(x._replace(pointer=at) for x, at in zip(arrays, addresses, strict=True))
+
+
+def _lists(plan: PlanAddresses, device: int) -> PlanArrays:
+    """The plan for those who look at pointers only."""
+    arrays = (DeviceArray(at, (), (), "int32", device) for at in plan[:-1])
+    return PlanArrays.of(arrays, plan.monotone)
+
+
+def _read_lists(plan: PlanAddresses) -> tuple[int, int, int, int, int]:
     """Addresses in the order of Params."""
-    return (
-        plan.q_index.pointer,
-        plan.k_index.pointer,
-        plan.k_count.pointer,
-        plan.key_start.pointer,
-        plan.key_end.pointer,
-    )
+    return plan.q_index, plan.k_index, plan.k_count, plan.key_start, plan.key_end
+
+
+def _hopper_bound(
+    verb: Callable[..., None], problem: Problem, described: tuple[DeviceArray, ...]
+) -> Bound:
+    """Call a verb of `launch_sm90` with arrays described anew."""
+    device = described[0].device
+
+    def run(plan: PlanAddresses, arrays: tuple[int, ...], ctx: CallContext) -> None:
+        verb(problem, _lists(plan, device), *_at(described, arrays), ctx)
+
+    return run

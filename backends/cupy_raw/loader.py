@@ -138,8 +138,7 @@ class Kernel:
         driver = self._driver
         if type(params) is not bytes:
             params = params.tobytes()
-        value = (ctypes.c_char * len(params)).from_buffer_copy(params)
-        pointer = ctypes.c_void_p(ctypes.addressof(value))
+        pointer = ctypes.c_char_p(params)  # to the bytes themselves, which outlive the launch
         try:
             if shared_bytes > self._shared_limit:
                 self._allow_shared(shared_bytes)

@@ -13,11 +13,13 @@ from functools import cache
 from typing import NamedTuple
 
 from scfa_core.backends.cupy_raw.loader import Kernel, get_kernel, multiprocessors, shared_limit
+from scfa_core.backends.cupy_raw.prepared import Launch, Template, marks
 
 from scfa_core.arrays import CallContext, DeviceArray
+from scfa_core.dispatch import Bound
 from scfa_core.errors import PatternError
 from scfa_core.lowering import Clauses
-from scfa_core.plan import PlanArrays
+from scfa_core.plan import PlanAddresses, PlanArrays
 from scfa_core.problem import Problem
 
 KERNEL_NAMES = ("plan_causal", "plan_sort", "plan_ranges", "plan_identity")
@@ -37,6 +39,7 @@ _LIST_TAIL = struct.Struct("<QQQiiii")
 _SORT_TAIL = struct.Struct("<qQQQiiiiii")
 _RANGE_TAIL = struct.Struct("<qqQQQQQQQiiiiiiiiiiii")
 _NO_COLUMN = bytes(_COLUMN.size)
+_PLAN_SLOTS = 6  # arrays of a plan that are filled here: all but `work`
 
 
 def _columns(arrays: tuple[DeviceArray, ...], what: str) -> bytes:
@@ -217,57 +220,110 @@ def list_tiles(problem: Problem, tile: int) -> tuple[int, int]:
     return max(-(-problem.seqlen_q // tile), 1), max(-(-problem.seqlen_k // tile), 1)
 
 
+class _Step(NamedTuple):
+    """One launch with its packed arguments."""
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    threads: int
+    shared_bytes: int
+    params: bytes
+
+
+def _needs_sort(clauses: Clauses) -> bool:
+    return bool(clauses.q_groups or clauses.q_keeps or clauses.k_keeps)
+
+
+def _workspace(problem: Problem, clauses: Clauses) -> tuple[int, int]:
+    """Words for scratch of the key lists, and for the flags after them; 0, 0: none is needed."""
+    if not _needs_sort(clauses):
+        return 0, 0
+    query_rows = problem.batch * problem.heads * problem.seqlen_q
+    key_rows = problem.batch * problem.heads_kv * problem.seqlen_k
+    if fits_one_pass(problem, clauses):
+        return key_rows, problem.batch * problem.heads
+    return (key_rows, 0) if key_rows > query_rows else (0, 0)  # else key_end, filled later, serves
+
+
+def _steps(
+    problem: Problem, clauses: Clauses, plan: PlanArrays, device: int, k_scratch: int, done: int
+) -> list[_Step]:
+    """What to launch, in order; `k_scratch` and `done` are where `_workspace` is, or 0."""
+    n_query_lists = problem.batch * problem.heads
+    n_key_lists = problem.batch * problem.heads_kv
+    if not _needs_sort(clauses):
+        tiles_q, tiles_k = tiles = list_tiles(problem, IDENTITY_TILE)
+        blocks = n_query_lists * tiles_q + n_key_lists * tiles_k
+        params = range_params(problem, clauses, plan, 0, tiles)
+        return [_Step(_kernel("plan_identity", device), (blocks, 1, 1), RANGE_THREADS, 0, params)]
+    steps = []
+    lengths = (problem.seqlen_q, problem.seqlen_k)
+    threads = sort_threads(max(lengths))
+    capacity = sort_capacity(threads, lengths, shared_limit(device))
+    one_pass = None
+    if fits_one_pass(problem, clauses):
+        one_pass = choose_one_pass(
+            n_query_lists, problem.seqlen_q, multiprocessors(device), shared_limit(device)
+        )
+    params = sort_params(
+        problem, clauses, plan, k_scratch or plan.key_end.pointer, done, capacity, one_pass
+    )
+    if one_pass:
+        causal = _kernel("plan_causal", device)
+        grid = (n_query_lists, 1, 1)
+        steps.append(_Step(causal, grid, one_pass.threads, one_pass.shared_bytes, params))
+    grid = (n_query_lists + n_key_lists, 1, 1)
+    shared_bytes = sort_shared_bytes(threads, capacity)
+    steps.append(_Step(_kernel("plan_sort", device), grid, threads, shared_bytes, params))
+    tiles = list_tiles(problem, RANGE_TILE)
+    grid = (n_query_lists * tiles[0], 1, 1)
+    params = range_params(problem, clauses, plan, done, tiles)
+    steps.append(_Step(_kernel("plan_ranges", device), grid, RANGE_THREADS, 0, params))
+    return steps
+
+
+def _allocate(workspace: tuple[int, int], ctx: CallContext) -> tuple[int, int]:
+    """Addresses of the key lists' scratch and of the flags; 0 where there is none."""
+    scratch_words, flags = workspace
+    if not scratch_words:
+        return 0, 0
+    scratch: int = ctx.empty((scratch_words + flags,), "int32").pointer
+    return scratch, scratch + 4 * scratch_words if flags else 0
+
+
 def run_make_plan(problem: Problem, clauses: Clauses, plan: PlanArrays, ctx: CallContext) -> None:
     """Fill `plan` on the stream of `ctx`.
 
     Workspace: 4 bytes per key row where plan_causal goes first or the keys outnumber the query
     rows, and 4 bytes per list.
     """
-    n_query_lists = problem.batch * problem.heads
-    n_key_lists = problem.batch * problem.heads_kv
-    if not (clauses.q_groups or clauses.q_keeps or clauses.k_keeps):
-        tiles_q, tiles_k = tiles = list_tiles(problem, IDENTITY_TILE)
-        blocks = n_query_lists * tiles_q + n_key_lists * tiles_k
-        _kernel("plan_identity", ctx.device).launch(
-            (blocks, 1, 1),
-            RANGE_THREADS,
-            0,
-            ctx.stream,
-            range_params(problem, clauses, plan, 0, tiles),
-        )
-        return
-    lengths = (problem.seqlen_q, problem.seqlen_k)
-    threads = sort_threads(max(lengths))
-    capacity = sort_capacity(threads, lengths, shared_limit(ctx.device))
-    one_pass, done = None, 0
-    if fits_one_pass(problem, clauses):
-        one_pass = choose_one_pass(
-            n_query_lists, problem.seqlen_q, multiprocessors(ctx.device), shared_limit(ctx.device)
-        )
-    scratch_rows = n_key_lists * problem.seqlen_k
-    if not one_pass and scratch_rows <= n_query_lists * problem.seqlen_q:
-        k_scratch = plan.key_end.pointer  # plan_ranges fills it later
-    else:
-        done_flags = n_query_lists if one_pass else 0
-        k_scratch = ctx.empty((scratch_rows + done_flags,), "int32").pointer
-        done = k_scratch + 4 * scratch_rows if one_pass else 0
-    params = sort_params(problem, clauses, plan, k_scratch, done, capacity, one_pass)
-    if one_pass:
-        _kernel("plan_causal", ctx.device).launch(
-            (n_query_lists, 1, 1), one_pass.threads, one_pass.shared_bytes, ctx.stream, params
-        )
-    _kernel("plan_sort", ctx.device).launch(
-        (n_query_lists + n_key_lists, 1, 1),
-        threads,
-        sort_shared_bytes(threads, capacity),
-        ctx.stream,
-        params,
+    k_scratch, done = _allocate(_workspace(problem, clauses), ctx)
+    for kernel, grid, threads, shared_bytes, params in _steps(
+        problem, clauses, plan, ctx.device, k_scratch, done
+    ):
+        kernel.launch(grid, threads, shared_bytes, ctx.stream, params)
+
+
+def bind_make_plan(problem: Problem, clauses: Clauses, device: int) -> Bound:
+    """Settle all of `run_make_plan` but addresses; those in `clauses` do not matter."""
+    workspace = _workspace(problem, clauses)
+    slots = marks(_PLAN_SLOTS + 2 + len(clauses.arrays))
+    clauses = clauses.with_arrays(
+        x._replace(pointer=mark)
+        for x, mark in zip(clauses.arrays, slots[_PLAN_SLOTS + 2 :], strict=True)
     )
-    tiles = list_tiles(problem, RANGE_TILE)
-    _kernel("plan_ranges", ctx.device).launch(
-        (n_query_lists * tiles[0], 1, 1),
-        RANGE_THREADS,
-        0,
-        ctx.stream,
-        range_params(problem, clauses, plan, done, tiles),
-    )
+    lists = [DeviceArray(at, (), (), "int32", device) for at in slots[:_PLAN_SLOTS]]
+    plan = PlanArrays.of([*lists, None], clauses.monotone)
+    k_scratch = slots[_PLAN_SLOTS] if workspace[0] else 0
+    done = slots[_PLAN_SLOTS + 1] if workspace[1] else 0
+    launches = [
+        Launch(*step[:-1], Template(step.params, len(slots)))
+        for step in _steps(problem, clauses, plan, device, k_scratch, done)
+    ]
+
+    def bound(plan: PlanAddresses, arrays: tuple[int, ...], ctx: CallContext) -> None:
+        addresses = (*plan[:_PLAN_SLOTS], *_allocate(workspace, ctx), *arrays)
+        for launch in launches:
+            launch(ctx.stream, addresses)
+
+    return bound

@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch bridge needs torch (extra 'torch')")
 
 import scfa_core as scfa  # noqa: E402
-from scfa_core import dispatch, torch_bridge, torch_calls  # noqa: E402
+from scfa_core import dispatch, torch_bridge, torch_calls, torch_framework  # noqa: E402
 from scfa_core.arrays import DeviceArray  # noqa: E402
 from scfa_core.torch_framework import TORCH_FRAMEWORK, TorchContext  # noqa: E402
 
@@ -138,9 +138,14 @@ def test_keep_flags_of_any_kind(dtype):
     np.testing.assert_array_equal(plan.to_dense(), pattern.mask(8, 8))
 
 
+def empty(shape, strides, dtype):
+    """Host memory where a call wants a GPU's."""
+    return torch.empty_strided(shape, strides, dtype=dtype)
+
+
 def test_cuda_backends_get_raw_facts(recorder, monkeypatch):
     """Pointers, strides, stream: what a CUDA backend receives, with host memory in its role."""
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch_calls, "current_device", lambda: 0)
     monkeypatch.setattr(torch_calls, "raw_stream", lambda ordinal: 77)
     q, k, v = (x.transpose(1, 2) for x in tensors(torch.bfloat16))  # (batch, seqlen, heads, dim)
     plan = scfa.make_plan(scfa.Causal(), q, k, layout="bthd")
@@ -152,18 +157,19 @@ def test_cuda_backends_get_raw_facts(recorder, monkeypatch):
         out_facts=(*call.out_facts[:3], 0),
         grad_facts=tuple((*facts[:3], 0) for facts in call.grad_facts),
     )
-    facts = torch_calls.checked_plan_arrays(plan.arrays, plan.monotone, call)
-    assert facts.k_index == DeviceArray(plan.k_index.data_ptr(), (2, 2, 8), (16, 8, 1), "int32", 0)
-    assert facts.work.pointer == 0
-    out, lse = torch_calls.run_forward(call, plan, q.detach(), k.detach(), v.detach())
-    _, _, *arrays, ctx = recorder.seen["forward"]
+    monkeypatch.setattr(torch_calls, "empty_cuda", empty)
+    addresses = torch_calls.checked_plan_arrays(plan.arrays, plan.monotone, call)
+    assert addresses == (*(x.data_ptr() for x in plan.arrays), True)
+    out, lse = torch_calls.run_forward(call, addresses, q.detach(), k.detach(), v.detach())
+    _, lists, *arrays, ctx = recorder.seen["forward"]
+    assert lists.k_index == DeviceArray(plan.k_index.data_ptr(), (2, 2, 8), (16, 8, 1), "int32", 0)
     for array, x in zip(arrays[:4], (q, k, v, out), strict=True):
         x = x.transpose(1, 2)
         assert array == DeviceArray(x.data_ptr(), tuple(x.shape), x.stride(), "bfloat16", 0)
     assert arrays[4] == DeviceArray(lse.data_ptr(), (2, 4, 8), (32, 8, 1), "float32", 0)
     assert (ctx.device, ctx.stream) == (0, 77)
     dout = torch.zeros((), dtype=torch.bfloat16).expand(out.shape)
-    grads = torch_calls.run_backward(call, plan, dout, None, q, k, v, out, lse)
+    grads = torch_calls.run_backward(call, addresses, dout, None, q, k, v, out, lse)
     _, _, dense_dout, *arrays, ctx = recorder.seen["backward"]
     assert dense_dout.strides == (8 * 4 * 24, 24, 4 * 24, 1)
     for array, x in zip(arrays[-3:], grads, strict=True):
@@ -171,8 +177,9 @@ def test_cuda_backends_get_raw_facts(recorder, monkeypatch):
         assert array.strides == x.transpose(1, 2).stride()
 
 
-def test_workspace_lives_as_long_as_its_context():
-    context = TorchContext(torch.device("cpu"), 0, 5)
+def test_workspace_lives_as_long_as_its_context(monkeypatch):
+    monkeypatch.setattr(torch_framework, "empty_cuda", empty)
+    context = TorchContext(0, 5)
     first = context.empty((3, 5), "bfloat16")
     assert first[1:] == ((3, 5), (5, 1), "bfloat16", 0)
     ctypes.memset(first.pointer, 1, 30)

@@ -1,0 +1,211 @@
+"""Launches that were prepared once equal those packed anew, whatever the addresses."""
+
+import struct
+from types import SimpleNamespace
+
+import pytest
+from scfa_core.backends.cupy_raw import launch, launch_sm90, planner
+from scfa_core.backends.cupy_raw.params import POINTERS
+from scfa_core.backends.cupy_raw.prepared import Template, marks
+
+from scfa_core.arrays import DeviceArray
+from scfa_core.lowering import Clauses
+from scfa_core.plan import PlanAddresses, PlanArrays
+from scfa_core.problem import Problem
+
+PLAN = PlanAddresses(*(0x7F00_0000_0000 + (i << 20) for i in range(7)), monotone=True)
+WORKSPACE = 0x7E00_0000_1000
+STREAM = 77
+
+
+class Context:
+    """Workspace at one address; counts what was asked for."""
+
+    device, stream = 0, STREAM
+
+    def __init__(self):
+        self.asked = []
+
+    def empty(self, shape, dtype):
+        self.asked.append((shape, dtype))
+        return DeviceArray(WORKSPACE, shape, (1,), dtype, 0)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Every launch of any kernel: name, constants, grid, block, shared memory, stream, params."""
+    found = []
+
+    def get_kernel(name, source, constants, device, *, arch_suffix=""):
+        def enqueue(*arguments):
+            found.append((name, dict(constants), *arguments))
+
+        return SimpleNamespace(name=name, launch=enqueue)
+
+    for module in (launch, launch_sm90, planner):
+        monkeypatch.setattr(module, "get_kernel", get_kernel)
+    monkeypatch.setattr(planner, "_kernel", lambda name, device: get_kernel(name, "", (), device))
+    monkeypatch.setattr(launch_sm90, "_kernel", launch_sm90._kernel.__wrapped__)
+    monkeypatch.setattr(launch_sm90, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launch_sm90, "_zero", lambda *arguments: found.append(("zero", *arguments)))
+    monkeypatch.setattr(planner, "multiprocessors", lambda device: 132)
+    for module in (launch, planner):
+        monkeypatch.setattr(module, "shared_limit", lambda device: 232_448)
+    for module in (launch, launch_sm90):
+        monkeypatch.setattr(module, "compute_capability", lambda device: (8, 0))
+    launch._remembered.clear()
+    yield found
+    launch._remembered.clear()
+
+
+def test_addresses_fill_their_holes():
+    a, b, c = marks(3)
+    packing = struct.Struct("<QqiiQQQ")
+    template = Template(packing.pack(b, -5, 1, 2, a, b, 0), 3)
+    assert template.fill((7, 8, 9)) == packing.pack(8, -5, 1, 2, 7, 8, 0)
+    assert template.fill((2**64 - 1, 0, 9)) == packing.pack(0, -5, 1, 2, 2**64 - 1, 0, 0)
+    with pytest.raises(ValueError, match="two addresses or more"):
+        Template(struct.pack("<Q", c), 3)
+
+
+def problem(**changes):
+    sizes = dict.fromkeys(("batch", "heads_kv"), 2) | {"heads": 4, "seqlen_q": 90, "seqlen_k": 90}
+    sizes |= {"head_dim": 64, "head_dim_v": 64, "dtype": "bfloat16", "device": "cuda:0"}
+    return Problem(**{**sizes, "softmax_scale": 0.125, **changes})
+
+
+def column(at, dtype="int32", rows=90):
+    return DeviceArray(at, (2, 4, rows), (4 * rows, rows, 1), dtype, 0)
+
+
+def grouped(q_type="int32", k_type="int32", **rest):
+    return Clauses(q_groups=(column(0x1000, q_type),), k_groups=(column(0x2000, k_type),), **rest)
+
+
+KEEPS = {"q_keeps": (column(0x3001, "uint8"),), "k_keeps": (column(0x4003, "uint8"),)}
+PATTERNS = {
+    "causal": Clauses(hi_offset=1),
+    "ranges": Clauses(starts=(column(0x5000),), ends=(column(0x6000, "int64"),)),
+    "hash, one pass": grouped(hi_offset=1),
+    "hash, not causal": grouped(),
+    "hash of two types": grouped(q_type="int64", hi_offset=0),
+    "hash and keep": grouped(hi_offset=1, **KEEPS),
+    "keep": Clauses(hi_offset=0, **KEEPS),
+    "window of groups": grouped(hi_offset=1, lo_offset=-8),
+}
+
+
+@pytest.mark.parametrize("seqlen_k", [90, 700])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_bound_planning_launches_the_same(launched, name, seqlen_k):
+    clauses, sizes = PATTERNS[name], problem(seqlen_k=seqlen_k)
+    lists = (DeviceArray(at, (), (), "int32", 0) for at in PLAN[:7])
+    context = Context()
+    planner.run_make_plan(sizes, clauses, PlanArrays(*lists, monotone=clauses.monotone), context)
+    anew = launched.copy()
+    launched.clear()
+    without = clauses.with_arrays(x._replace(pointer=0) for x in clauses.arrays)
+    bound = planner.bind_make_plan(sizes, without, 0)
+    bound_context = Context()
+    assert not launched
+    bound(PLAN, tuple(x.pointer for x in clauses.arrays), bound_context)
+    assert launched == anew
+    assert len(anew) in (1, 2, 3)
+    assert bound_context.asked == context.asked
+
+
+def rows(at, heads=4, dtype="bfloat16", dim=64):
+    return DeviceArray(at, (2, heads, 90, dim), (heads * 90 * dim, 90 * dim, dim, 1), dtype, 0)
+
+
+def forward_arrays(shift=0):
+    at = [0x10_0000 * i + shift for i in range(1, 5)]
+    lse = DeviceArray(0x90_0004, (2, 4, 90), (360, 90, 1), "float32", 0)
+    return (rows(at[0]), rows(at[1], 2), rows(at[2], 2), rows(at[3]), lse)
+
+
+def backward_arrays():
+    q, k, v, out, lse = forward_arrays()
+    grads = [rows(0xA0_0000), rows(0xB0_0000, 2), rows(0xC0_0000, 2)]
+    return (rows(0xD0_0000), q, k, v, out, lse, *grads)
+
+
+def pointers(params):
+    return POINTERS.unpack(params[: POINTERS.size])
+
+
+def test_portable_forward(launched):
+    arrays = forward_arrays()
+    bound = launch.bind_forward(problem(), *(x._replace(pointer=0) for x in arrays))
+    lists = (PLAN.q_index, PLAN.k_index, PLAN.k_count, PLAN.key_start, PLAN.key_end)
+    for shift in (0, 64):
+        at = tuple(x.pointer for x in forward_arrays(shift))
+        bound(PLAN, at, Context())
+        name, constants, grid, _, _, stream, params = launched[-1]
+        assert (name, stream, constants["ALIGNED"]) == ("scfa_fwd", STREAM, 1)
+        assert grid[0] > 0
+        assert pointers(params) == (*at, *[0] * 6, *lists)
+    native = PlanArrays(*(DeviceArray(x, (), (), "int32", 0) for x in PLAN[:7]), monotone=True)
+    launch.run_forward(problem(), native, *forward_arrays(64), Context())
+    assert launched[-1] == launched[-2]
+
+
+def test_rows_out_of_line_take_another_kernel(launched):
+    bound = launch.bind_forward(problem(), *forward_arrays())
+    for shift, aligned in ((0, 1), (2, 0), (16, 1), (6, 0)):
+        bound(PLAN, tuple(x.pointer for x in forward_arrays(shift)), Context())
+        assert launched[-1][1]["ALIGNED"] == aligned
+
+
+def test_portable_backward(launched):
+    arrays = backward_arrays()
+    context = Context()
+    bound = launch.bind_backward(problem(), *(x._replace(pointer=0) for x in arrays))
+    bound(PLAN, tuple(x.pointer for x in arrays), context)
+    dout, q, k, v, out, lse, dq, dk, dv = (x.pointer for x in arrays)
+    n_rows = 2 * 4 * 90
+    assert context.asked == [((2 * n_rows,), "float32")]
+    assert [x[0] for x in launched] == ["scfa_bwd_dq", "scfa_bwd_dkdv"]
+    for _, _, _, _, _, _, params in launched:
+        assert pointers(params) == (
+            *(q, k, v, out, lse, dout, dq, dk, dv),
+            *(WORKSPACE, WORKSPACE + 4 * n_rows),
+            *(PLAN.q_index, PLAN.k_index, PLAN.k_count, PLAN.key_start, PLAN.key_end),
+        )
+    any_order = PLAN._replace(monotone=False)
+    bound(any_order, tuple(x.pointer for x in arrays), context)
+    assert [x[1].get("MONOTONE") for x in launched] == [None, 1, None, 0]
+
+
+def test_the_choice_of_kernels_is_read_at_every_call(launched, monkeypatch):
+    for module in (launch, launch_sm90):
+        monkeypatch.setattr(module, "compute_capability", lambda device: (9, 0))
+    arrays = forward_arrays()
+    bound = launch.bind_forward(problem(), *arrays)
+    at = tuple(x.pointer for x in arrays)
+    for name, kernel in (
+        ("auto", "scfa_fwd_sm90"),
+        ("sm80", "scfa_fwd"),
+        ("sm90", "scfa_fwd_sm90"),
+    ):
+        monkeypatch.setenv("SCFA_CUPY_KERNELS", name)
+        bound(PLAN, at, Context())
+        assert launched[-1][0] == kernel
+    monkeypatch.setenv("SCFA_CUPY_KERNELS", "fast")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="SCFA_CUPY_KERNELS must be one of"):
+            bound(PLAN, at, Context())
+
+
+def test_hopper_kernels_read_these_addresses(launched, monkeypatch):
+    for module in (launch, launch_sm90):
+        monkeypatch.setattr(module, "compute_capability", lambda device: (9, 0))
+    arrays = backward_arrays()
+    at = tuple(x.pointer for x in arrays)
+    launch.bind_backward(problem(), *(x._replace(pointer=0) for x in arrays))(PLAN, at, Context())
+    names = [x[0] for x in launched if x[0] != "zero"]
+    assert names == ["scfa_bwd_dq_sm90", "scfa_bwd_dkdv_sm90"]
+    for call in launched:
+        if call[0] != "zero":
+            words = struct.unpack(f"<{len(call[-1]) // 8}Q", call[-1])
+            assert {*at, *PLAN[:6]} <= set(words)
