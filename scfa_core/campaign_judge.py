@@ -6,6 +6,7 @@ Masks come from the definitions of the patterns, never from a plan; the rule is 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -19,18 +20,17 @@ SAMPLES = 24  # queries, and keys, of one head
 STRETCH = 512  # queries whose scores are in memory at once
 
 
-def visible(pattern: pt.Pattern, spec: Spec, b: int, h: int, rows: np.ndarray) -> np.ndarray:
-    """Mask of some queries of one head, (rows, seqlen_k), from the definitions."""
+def visible(
+    pattern: pt.Pattern, spec: Spec, b: int, h: int, rows: Any, keys: Any = None
+) -> np.ndarray | Any:
+    """Mask of some queries and keys (all by default) of one head, from the definitions.
+
+    NumPy, or torch where `rows`, `keys` and the arrays of the pattern are torch's.
+    """
     g = h // (spec.heads // spec.heads_kv)
-    i, j = rows[:, None], np.arange(spec.seqlen_k)[None, :]
-    mask = np.ones((rows.size, spec.seqlen_k), bool)
-
-    def of_query(x: np.ndarray) -> np.ndarray:
-        return np.broadcast_to(x, (spec.batch, spec.heads, spec.seqlen_q))[b, h, rows][:, None]
-
-    def of_key(x: np.ndarray) -> np.ndarray:
-        return np.broadcast_to(x, (spec.batch, spec.heads_kv, spec.seqlen_k))[b, g][None, :]
-
+    keys = np.arange(spec.seqlen_k) if keys is None else keys
+    i, j = rows[:, None], keys[None, :]
+    mask = (i >= 0) & (j >= 0)
     for part in pattern.parts:
         if isinstance(part, pt.Causal):
             shift = spec.seqlen_k - spec.seqlen_q if part.align == "bottom-right" else 0
@@ -38,19 +38,31 @@ def visible(pattern: pt.Pattern, spec: Spec, b: int, h: int, rows: np.ndarray) -
         elif isinstance(part, pt.SlidingWindow):
             mask &= (i - part.window < j) & (j < i + (1 if part.causal else part.window))
         elif isinstance(part, pt.KeyRanges):
-            mask &= (of_query(part.start) <= j) & (j < of_query(part.end))
+            start, end = (entries(x, b, h, rows)[:, None] for x in (part.start, part.end))
+            mask &= (start <= j) & (j < end)
         elif isinstance(part, pt.HashSparse):
-            mask &= of_query(part.q_hash) == of_key(part.k_hash)
+            q_hash, k_hash = entries(part.q_hash, b, h, rows), entries(part.k_hash, b, g, keys)
+            mask &= q_hash[:, None] == k_hash[None, :]
             mask &= (j < i + part.include_self) | (not part.causal)
         elif isinstance(part, pt.Documents):
-            mask &= of_query(part.q_ids[:, None]) == of_key(part.k_ids[:, None])
+            q_ids, k_ids = entries(part.q_ids, b, 0, rows), entries(part.k_ids, b, 0, keys)
+            mask &= q_ids[:, None] == k_ids[None, :]
             mask &= (j <= i) | (not part.causal)
         elif isinstance(part, pt.QKSparse):
-            mask &= (of_query(part.q_keep) != 0) & (of_key(part.k_keep) != 0)
+            q_keep, k_keep = entries(part.q_keep, b, h, rows), entries(part.k_keep, b, g, keys)
+            mask &= (q_keep != 0)[:, None] & (k_keep != 0)[None, :]
             mask &= (j <= i) | (not part.causal)
         else:
             raise TypeError(f"no definition for {part!r}")
     return mask
+
+
+def entries(x: Any, b: int, h: int, index: Any) -> Any:
+    """Some rows of one head of a pattern's array; axes of length 1 broadcast."""
+    line = x[b if x.shape[0] > 1 else 0]
+    if line.ndim == 2:
+        line = line[h if line.shape[0] > 1 else 0]
+    return line[index if line.shape[0] > 1 else index * 0]
 
 
 def sampled_verdicts(case: Case, got: Results, plan: dict[str, np.ndarray]) -> list[Verdict]:

@@ -95,6 +95,13 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--deep", action="store_true", help="problems built to break tiles, groups and lists"
     )
+    verify.add_argument(
+        "--long",
+        type=_whole(1),
+        metavar="N",
+        default=0,
+        help="with --deep: every N-th seed is a problem of up to 131072 rows",
+    )
     verify.add_argument("--rows", type=_whole(1), help="longest seqlen (200; with --deep 4096)")
     verify.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"))
     verify.add_argument(
@@ -213,6 +220,7 @@ def run_verify(options: argparse.Namespace, terminal: Terminal) -> int:
         dtype=options.dtype,
         time_budget=options.time_budget,
         deep=options.deep,
+        long=options.long,
         workers=options.workers,
     )
     seen = Summary()
@@ -263,6 +271,7 @@ def reproduction(options: argparse.Namespace, seed: int | None) -> str:
     first, count = (options.seed, options.count) if seed is None else (seed, 1)
     line = f"scfa verify --backend {options.backend} --seed {first} --count {count}"
     line += " --deep" if options.deep else ""
+    line += f" --long {options.long}" if options.long else ""
     line += f" --rows {options.rows}" if options.rows else ""
     return line + (f" --dtype {options.dtype}" if options.dtype else "")
 

@@ -19,7 +19,7 @@ import numpy as np
 from scfa_core import testing
 from scfa_core.api import attention, attention_backward, make_plan
 from scfa_core.dispatch import check_name, load_backend, unavailable_reason
-from scfa_core.errors import BackendUnavailable, UnknownBackend
+from scfa_core.errors import BackendUnavailable, ScfaError, UnknownBackend
 
 HOST_DTYPES = ("float32", "float64", "float16", "bfloat16")
 CUDA_DTYPES = ("float16", "bfloat16", "float32")
@@ -105,6 +105,7 @@ def verify(
     dtype: str | None = None,
     time_budget: float | None = None,
     deep: bool = False,
+    long: int = 0,
     workers: int = 1,
 ) -> Iterator[Finding]:
     """Yield the finding of each seed from `seed` on, until `count` or the seconds are used up.
@@ -118,13 +119,15 @@ def verify(
     seed, count : int
         Seeds ``seed .. seed + count - 1``.
     rows : int, optional
-        Longest seqlen drawn; by default 200, and 4096 if `deep`.
+        Longest seqlen drawn; by default 200, 4096 if `deep`, and 131072 if long.
     dtype : str, optional
         Draw only this element type.
     time_budget : float, optional
         Seconds after which no new problem is begun.
     deep : bool
         Draw the structured problems of `campaign` instead.
+    long : int
+        Of the structured ones, every seed that this divides is one of `campaign_long`; 0 is none.
     workers : int
         Processes that share the seeds; with 1 all is done in this one.
 
@@ -133,14 +136,16 @@ def verify(
     UnknownBackend, BackendUnavailable
         No such backend, or it cannot run here.
     ScfaError
-        A worker died.
+        A worker died; or long problems without deep ones.
     """
+    if long and not deep:
+        raise ScfaError("long problems are structured ones: ask for deep problems too (--deep)")
     dtypes = drawn_dtypes(backend) if dtype is None else (dtype,)
     reason = unavailable_reason(backend)
     if reason is not None:
         raise BackendUnavailable(f"backend {backend!r} cannot run here: {reason}")
     deadline = None if time_budget is None else time.monotonic() + time_budget
-    task = partial(verify_seed, backend=backend, rows=rows, dtypes=dtypes, deep=deep)
+    task = partial(verify_seed, backend=backend, rows=rows, dtypes=dtypes, deep=deep, long=long)
     seeds = range(seed, seed + count)
     if workers > 1:
         from scfa_core.verify_workers import in_processes
@@ -164,9 +169,19 @@ def _in_turn(
 
 
 def verify_seed(
-    seed: int, *, backend: str, rows: int | None, dtypes: tuple[str, ...], deep: bool
+    seed: int,
+    *,
+    backend: str,
+    rows: int | None,
+    dtypes: tuple[str, ...],
+    deep: bool,
+    long: int = 0,
 ) -> Finding:
     """Draw the problem of one seed, and run it."""
+    if deep and long and seed % long == 0:
+        from scfa_core.campaign_long import LONG_ROWS, verify_long
+
+        return verify_long(backend, seed, most_rows=rows or LONG_ROWS, dtypes=dtypes)
     if deep:
         from scfa_core.campaign import DEEP_ROWS, verify_deep
 
