@@ -6,6 +6,7 @@ knows how many bytes a token stands for, and results are told in bits a byte.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def as_bpe(corpus: Corpus, vocabulary: int, folder: Path) -> Corpus:
         model = _train(corpus.train, vocabulary)
         model.save(str(folder / f"{name}.json"))
         train, validation = (_encode(model, x) for x in (corpus.train, corpus.validation))
-        partial = folder / f"{name}.partial.npz"
+        partial = folder / f"{name}.{os.getpid()}.npz"  # other processes may make the same
         np.savez(partial, train=train, validation=validation)
         partial.replace(kept)
     return corpus._replace(

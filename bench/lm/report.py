@@ -57,6 +57,10 @@ NO_GPU = (
     "it shows that the trainer works and how buckets crowd. It says nothing about the paper's "
     "claim, and its seconds are no measure of speed."
 )
+SMALL_MODEL = (
+    "**The model is small and was trained on a CPU for a short time.** Counts do not depend on the "
+    "device, but on how far training has crowded the buckets."
+)
 IMAGES = """\
 Pixels in reading order, each one of the grey levels, predicted from those before; a sequence is
 many images at random, one after the other, so that length can grow with the images as they are. The
@@ -258,7 +262,9 @@ def coverage_section(record: dict[str, Any], plots: Path, home: str, stem: str) 
         )
     facts = record["machine"]
     text += f" {_machine(facts)}, {_sittings([facts])}."
-    return ["\n".join(out), text, pictures.link(home, stem, "Share of pairs kept against length")]
+    warning = [] if "cuda" in facts else [SMALL_MODEL]
+    plot = pictures.link(home, stem, "Share of pairs kept against length")
+    return [*warning, "\n".join(out), text, plot]
 
 
 def write(records: Sequence[dict[str, Any]], page: Path, plots: Path) -> None:
