@@ -25,6 +25,7 @@ from scfa_core.torch_framework import (
     current_device,
     device_name,
     dtype_name,
+    empty_cpu,
     empty_cuda,
     host_view,
     raw_stream,
@@ -38,6 +39,7 @@ _NEGATIVE_INFINITY = float("-inf")
 _FORWARD = ()  # its key among a call's bound verbs; that of a backward has strides
 
 Seven = tuple[Any, Any, Any, Any, Any, Any, Any]  # the arrays of a plan
+Empty = tuple[Shape, Shape, torch.dtype]  # shape and strides of what is to be allocated
 NativePlan = PlanArrays | PlanAddresses  # on the host, on a GPU
 
 
@@ -68,10 +70,10 @@ class Call(NamedTuple):
     nothing: bool  # no query row, or no key
     plan_use: tuple[Any, ...]  # what a plan has to fit: sizes, device, kind of memory
     inputs: tuple[Facts, ...]  # of q, k, v
-    out: tuple[Shape, Shape]  # shape and strides to allocate
+    out: Empty  # in the stride order of q
     out_facts: Facts
-    lse: tuple[Shape, Shape]
-    grads: tuple[tuple[Shape, Shape], ...]
+    lse: Empty
+    grads: tuple[Empty, ...]
     grad_facts: tuple[Facts, ...]
     storage: PlanStorage
     bound: dict[Any, Bound]  # verbs of a GPU backend, bound when first called
@@ -85,16 +87,6 @@ class Call(NamedTuple):
         views = [host_view(x) for x in tensors]
         return [x.swapaxes(1, 2) if self.swap and x.ndim == 4 else x for x in views]
 
-    def empty(
-        self, shape_and_strides: tuple[Shape, Shape], dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
-        """Allocate a result, on the current device if that is a GPU; of q's dtype by default."""
-        if self.host:
-            return torch.empty_strided(
-                *shape_and_strides, dtype=dtype or self.dtype, device=self.device
-            )
-        return empty_cuda(*shape_and_strides, dtype or self.dtype)
-
     def bind(self, key: Any, verb: str, *arrays: Facts) -> Bound:
         """Bind a verb of the backend to these arrays, and remember it under `key`."""
         if len(self.bound) >= MAX_BOUND_VERBS:
@@ -102,15 +94,6 @@ class Call(NamedTuple):
         bound = bind_attention(verb, self.backend, self.problem, self.storage.facts, arrays)
         self.bound[key] = bound
         return bound
-
-    def context(self) -> TorchContext:
-        """Current stream and workspace of the call's GPU, which is current."""
-        return TorchContext(self.ordinal, raw_stream(self.ordinal))
-
-    @property
-    def away(self) -> bool:
-        """Whether the call's GPU is not the current one."""
-        return not self.host and self.ordinal != current_device()
 
 
 _calls: dict[tuple[Any, ...], Call] = {}
@@ -197,10 +180,10 @@ def _new_call(
         nothing=problem.is_empty or problem.seqlen_k == 0,
         plan_use=(sizes, q.device, host),
         inputs=tuple(facts(x.shape, x.stride()) for x in (q, k, v)),
-        out=out,
+        out=(*out, q.dtype),
         out_facts=facts(*out),
-        lse=(lse_shape, strides_in_order(lse_shape, (0, 1, 2))),
-        grads=grads,
+        lse=(lse_shape, strides_in_order(lse_shape, (0, 1, 2)), torch.float32),
+        grads=tuple((*x, q.dtype) for x in grads),
         grad_facts=tuple(facts(*x) for x in grads),
         storage=plan_storage(problem, backend.memory),
         bound={},
@@ -257,10 +240,13 @@ def run_forward(
     call: Call, plan: NativePlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return out, in q's layout and stride order, and lse."""
-    if call.away:
+    if call.host:
+        out, lse = empty_cpu(*call.out), empty_cpu(*call.lse)
+    elif call.ordinal != current_device():
         with torch.cuda.device(call.ordinal):
             return run_forward(call, plan, q, k, v)
-    out, lse = call.empty(call.out), call.empty(call.lse, torch.float32)
+    else:
+        out, lse = empty_cuda(*call.out), empty_cuda(*call.lse)
     if call.nothing:
         return out.zero_(), lse.fill_(_NEGATIVE_INFINITY)
     if call.host:
@@ -269,12 +255,12 @@ def run_forward(
         return out, lse
     bound = call.bound.get(_FORWARD)
     if bound is None:
-        lse_facts = (*call.lse, "float32", call.ordinal)
+        lse_facts = (*call.lse[:2], "float32", call.ordinal)
         bound = call.bind(_FORWARD, "forward", *call.inputs, call.out_facts, lse_facts)
     bound(
         cast(PlanAddresses, plan),
         (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr()),
-        call.context(),
+        TorchContext(call.ordinal, raw_stream(call.ordinal)),
     )
     return out, lse
 
@@ -304,10 +290,13 @@ def run_backward(
     lse: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return dq, dk, dv in the stride orders of q, k, v."""
-    if call.away:
+    if call.host:
+        dq, dk, dv = [empty_cpu(*x) for x in call.grads]
+    elif call.ordinal != current_device():
         with torch.cuda.device(call.ordinal):
             return run_backward(call, plan, dout, dlse, q, k, v, out, lse)
-    dq, dk, dv = [call.empty(x) for x in call.grads]
+    else:
+        dq, dk, dv = [empty_cuda(*x) for x in call.grads]
     if call.nothing:
         return dq.zero_(), dk.zero_(), dv.zero_()
     dout, out = dense_rows(dout), dense_rows(out)
@@ -318,7 +307,8 @@ def run_backward(
     else:
         bound = _bound_backward(call, dout, out, lse)
         addresses = tuple([x.data_ptr() for x in arrays])
-        bound(cast(PlanAddresses, plan), addresses, call.context())
+        context = TorchContext(call.ordinal, raw_stream(call.ordinal))
+        bound(cast(PlanAddresses, plan), addresses, context)
     if dlse is not None:
         dq_lse, dk_lse = _backward_of_lse(call, plan, dlse, q, k, lse)
         dq += dq_lse

@@ -71,12 +71,17 @@ raw_stream: Callable[[int], int] = getattr(
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
+def empty_cpu(shape: Shape, strides: Shape, dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialised tensor on the host."""
+    return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
+
+
 def _public_empty_cuda(shape: Shape, strides: Shape, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
 
 
 # Uninitialised tensor on the current GPU; again the one that compiled torch code calls, which
-# passes by the dispatcher and takes a third of the time.
+# passes by the dispatcher and takes half the time.
 empty_cuda: Callable[[Shape, Shape, torch.dtype], torch.Tensor] = getattr(
     getattr(getattr(torch._C, "_dynamo", None), "guards", None),
     "_empty_strided_cuda",

@@ -7,10 +7,10 @@ pointers and launches. Hopper cards have kernels of their own in `launch_sm90`, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from scfa_core.backends.cupy_raw import launch_sm90
-from scfa_core.backends.cupy_raw.loader import Kernel, compute_capability, get_kernel, shared_limit
+from scfa_core.backends.cupy_raw.loader import compute_capability, get_kernel, shared_limit
 from scfa_core.backends.cupy_raw.params import POINTERS, pack_sizes, pack_strides
 from scfa_core.backends.cupy_raw.variants import Variant, choose
 
@@ -36,19 +36,6 @@ _KERNELS = {  # $SCFA_CUPY_KERNELS -> whether the Hopper kernels are asked
     "sm90": True,
     "sm80": False,
 }
-
-
-class _Launch(NamedTuple):
-    """One kernel, ready but for its pointers."""
-
-    kernel: Kernel
-    grid: tuple[int, int, int]
-    threads: int
-    shared_bytes: int
-    tail: bytes  # Params after the pointers
-
-    def __call__(self, stream: int, pointers: bytes) -> None:
-        self.kernel.launch(self.grid, self.threads, self.shared_bytes, stream, pointers + self.tail)
 
 
 def _hopper(device: int) -> bool:
@@ -82,8 +69,8 @@ def _aligned(arrays: tuple[DeviceArray, ...]) -> bool:
 
 def _prepare(
     kernel: str, problem: Problem, device: int, aligned: bool, monotone: bool, strides: bytes
-) -> _Launch:
-    """Choose and load the variant of one kernel."""
+) -> Callable[[int, bytes], None]:
+    """Choose and load the variant of one kernel; what comes back wants a stream and pointers."""
     variant: Variant = choose(
         kernel,
         problem.dtype,
@@ -98,13 +85,11 @@ def _prepare(
         tiles = problem.batch * problem.heads_kv * -(-problem.seqlen_k // variant.shape.block_n)
     else:
         tiles = problem.batch * problem.heads * -(-problem.seqlen_q // variant.shape.block_m)
-    return _Launch(
-        get_kernel(variant.name, variant.source, variant.constants, device),
-        (tiles, 1 + variant.shape.split, 1),
-        variant.threads,
-        variant.shared(problem.group_size),
-        strides + pack_sizes(problem),
-    )
+    kernel = get_kernel(variant.name, variant.source, variant.constants, device)
+    shared_bytes = variant.shared(problem.group_size)
+    enqueue = kernel.bind((tiles, 1 + variant.shape.split, 1), variant.threads, shared_bytes)
+    tail = strides + pack_sizes(problem)
+    return lambda stream, pointers: enqueue(stream, pointers + tail)
 
 
 class _BoundForward:

@@ -6,13 +6,13 @@ knows what a kernel computes.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from ctypes import addressof, c_char_p
 from functools import cache
 from importlib import metadata
 from typing import Any
@@ -118,44 +118,39 @@ class Kernel:
         RuntimeError
             The driver refused the launch, or an earlier kernel of the process had failed.
         """
-        driver = self._driver
-        current = driver.ctxGetCurrent()
-        if current == self._context:
-            self._enqueue(grid, block, shared_bytes, stream, params)
-            return
-        # The caller's thread is on another device, or on none yet. Nothing but the context changes:
-        # runtime calls could wait, create contexts, or break a capture under way.
-        driver.ctxSetCurrent(self._context)
-        try:
-            self._enqueue(grid, block, shared_bytes, stream, params)
-        finally:
-            driver.ctxSetCurrent(current)
+        params = params if type(params) is bytes else params.tobytes()
+        self.bind(grid, block, shared_bytes)(stream, params)
 
-    def _enqueue(
-        self, grid: tuple[int, int, int], block: int, shared_bytes: int, stream: int, params: Any
-    ) -> None:
-        """Launch in the current context, which is this kernel's."""
-        driver = self._driver
-        if type(params) is not bytes:
-            params = params.tobytes()
-        pointer = ctypes.c_char_p(params)  # to the bytes themselves, which outlive the launch
-        try:
-            if shared_bytes > self._shared_limit:
-                self._allow_shared(shared_bytes)
-            driver.launchKernel(
-                self._function,
-                *grid,
-                block,
-                1,
-                1,
-                shared_bytes,
-                stream,
-                ctypes.addressof(pointer),
-                0,
-            )
-        except driver.CUDADriverError as error:
-            what = f"while launching {self.name} with {grid=}, {block=}, {shared_bytes=}"
-            raise _cuda_error(what, error) from error
+    def bind(
+        self, grid: tuple[int, int, int], block: int, shared_bytes: int
+    ) -> Callable[[int, bytes], None]:
+        """Return `launch` with all but the stream and the argument settled.
+
+        A caller's thread may be on another device, or on none yet: nothing but the context changes
+        meanwhile. Runtime calls could wait, create contexts, or break a capture under way.
+        """
+        driver, context, function = self._driver, self._context, self._function
+        get_current, launch_kernel = driver.ctxGetCurrent, driver.launchKernel
+        x, y, z = grid
+
+        def enqueue(stream: int, params: bytes) -> None:
+            pointer = c_char_p(params)  # to the bytes themselves, which outlive the launch
+            current = get_current()
+            if current != context:
+                driver.ctxSetCurrent(context)
+            try:
+                if shared_bytes > self._shared_limit:
+                    self._allow_shared(shared_bytes)
+                at = addressof(pointer)
+                launch_kernel(function, x, y, z, block, 1, 1, shared_bytes, stream, at, 0)
+            except driver.CUDADriverError as error:
+                what = f"while launching {self.name} with {grid=}, {block=}, {shared_bytes=}"
+                raise _cuda_error(what, error) from error
+            finally:
+                if current != context:
+                    driver.ctxSetCurrent(current)
+
+        return enqueue
 
 
 @cache

@@ -13,7 +13,7 @@ from functools import cache
 from typing import NamedTuple
 
 from scfa_core.backends.cupy_raw.loader import Kernel, get_kernel, multiprocessors, shared_limit
-from scfa_core.backends.cupy_raw.prepared import Launch, Template, marks
+from scfa_core.backends.cupy_raw.prepared import Template, marks
 
 from scfa_core.arrays import CallContext, DeviceArray
 from scfa_core.dispatch import Bound
@@ -317,13 +317,16 @@ def bind_make_plan(problem: Problem, clauses: Clauses, device: int) -> Bound:
     k_scratch = slots[_PLAN_SLOTS] if workspace[0] else 0
     done = slots[_PLAN_SLOTS + 1] if workspace[1] else 0
     launches = [
-        Launch(*step[:-1], Template(step.params, len(slots)))
+        Template(step.params, len(slots)).bind(
+            step.kernel.bind(step.grid, step.threads, step.shared_bytes)
+        )
         for step in _steps(problem, clauses, plan, device, k_scratch, done)
     ]
 
     def bound(plan: PlanAddresses, arrays: tuple[int, ...], ctx: CallContext) -> None:
         addresses = (*plan[:_PLAN_SLOTS], *_allocate(workspace, ctx), *arrays)
+        stream = ctx.stream
         for launch in launches:
-            launch(ctx.stream, addresses)
+            launch(stream, addresses)
 
     return bound

@@ -6,13 +6,11 @@ layout of an argument is told in one place, where it is packed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from struct import Struct
-from typing import TYPE_CHECKING, NamedTuple
 
-if TYPE_CHECKING:
-    from scfa_core.backends.cupy_raw.loader import Kernel
+Launch = Callable[[int, Sequence[int]], None]  # on a stream, with these addresses
 
 _FIRST_MARK = 0xA5C3_96E1_0000_0001  # no address, and as a stride or a size beyond any memory
 _ADDRESS = Struct("<Q")
@@ -71,18 +69,13 @@ class Template:
         fields[1::2] = self._pick(addresses)
         return self._pack(*fields)
 
+    def bind(self, enqueue: Callable[[int, bytes], None]) -> Launch:
+        """Return `enqueue`, a kernel's bound launch, that takes addresses in place of arguments."""
+        pack, pick, rest = self._pack, self._pick, self._rest
 
-class Launch(NamedTuple):
-    """One kernel with its grid and its arguments but for their addresses."""
+        def launch(stream: int, addresses: Sequence[int]) -> None:
+            fields = rest.copy()  # `fill`, without a call of it
+            fields[1::2] = pick(addresses)
+            enqueue(stream, pack(*fields))
 
-    kernel: Kernel
-    grid: tuple[int, int, int]
-    threads: int
-    shared_bytes: int
-    params: Template
-
-    def __call__(self, stream: int, addresses: Sequence[int]) -> None:
-        """Enqueue it."""
-        self.kernel.launch(
-            self.grid, self.threads, self.shared_bytes, stream, self.params.fill(addresses)
-        )
+        return launch

@@ -40,7 +40,10 @@ def launched(monkeypatch):
         def enqueue(*arguments):
             found.append((name, dict(constants), *arguments))
 
-        return SimpleNamespace(name=name, launch=enqueue)
+        def bind(*settled):
+            return lambda stream, params: enqueue(*settled, stream, params)
+
+        return SimpleNamespace(name=name, launch=enqueue, bind=bind)
 
     for module in (launch, launch_sm90, planner):
         monkeypatch.setattr(module, "get_kernel", get_kernel)
