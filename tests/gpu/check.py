@@ -12,7 +12,6 @@ import datetime
 import importlib.metadata
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -23,9 +22,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import precompile
 import record
+import run_sanitizer
 
-SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-SANITIZER_TARGET = Path(__file__).parent / "sanitize.py"
+SANITIZER_SECONDS = 300.0  # of one tool over one family of calls
 PACKAGES = ("torch", "cupy-cuda12x", "cupy-cuda13x", "numba", "numba-cuda", "numpy")
 
 
@@ -134,34 +133,12 @@ def measure(torch: Any, backend: str) -> dict[str, float]:
     return times
 
 
-def sanitize() -> dict[str, str]:
-    """Run a small subset under each tool of compute-sanitizer."""
-    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(program).exists():
-        return dict.fromkeys(SANITIZER_TOOLS, "compute-sanitizer is not installed")
-    findings = {}
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    for tool in SANITIZER_TOOLS:
-        command = [program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "5"]
-        if tool == "initcheck":
-            command.append("--track-unused-memory=no")
-        start = time.time()
-        done = subprocess.run(
-            [*command, sys.executable, str(SANITIZER_TARGET)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment,
-        )
-        lines = [line for line in done.stdout.splitlines() if line.startswith("=========")]
-        state = (
-            "clean" if done.returncode == 0 else f"exit {done.returncode}: {' | '.join(lines[-6:])}"
-        )
-        findings[tool] = state
-        print(f"sanitizer {tool}: {state[:600]} ({time.time() - start:.0f} s)", flush=True)
-        if done.returncode not in (0, 9):
-            print(done.stderr[-600:])
-    return findings
+def sanitize(backends: list[str]) -> dict[str, str]:
+    """Run small calls of every kernel under each tool of compute-sanitizer; name -> state."""
+    tools, families = list(run_sanitizer.TOOLS), list(run_sanitizer.FAMILIES)
+    jobs = os.cpu_count() or 4
+    found = run_sanitizer.check(backends, tools, families, SANITIZER_SECONDS, jobs)
+    return {name: state["state"] for name, state in sorted(found.items())}
 
 
 def versions() -> dict[str, str]:
@@ -218,9 +195,7 @@ def add_findings(findings: dict[str, str], backends: list[str]) -> int:
     if not entry or any(record.stale_files(name, entry) for name in backends):
         print("record.json is not of these sources: the findings are not recorded")
         return 1
-    entry["sanitizer"] = entry.get("sanitizer", {}) | {
-        f"{name}, {tool}": state for name in backends for tool, state in findings.items()
-    }
+    entry["sanitizer"] = entry.get("sanitizer", {}) | findings
     record.RECORD.write_text(json.dumps(entry, indent=1) + "\n")
     return int(any(state != "clean" for state in findings.values()))
 
@@ -242,7 +217,7 @@ def main() -> int:
     backends = os.environ.setdefault("SCFA_GPU_BACKENDS", "cupy").split(",")
     os.environ["SCFA_REQUIRE"] = "gpu"
     if options.sanitize_only:
-        return add_findings(sanitize(), backends)
+        return add_findings(sanitize(backends), backends)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of NumPy in each of the workers of -n
     seen = Recorder()
     if not options.times_only:
@@ -268,12 +243,10 @@ def main() -> int:
     for name, value in found["times"].items():
         print(f"  {name}: {value}")
     if options.sanitize:
-        findings = sanitize()
+        findings = sanitize(backends)
         if any(state != "clean" for state in findings.values()):
             return 1
-        found["sanitizer"] = {
-            f"{name}, {tool}": state for name in backends for tool, state in findings.items()
-        }
+        found["sanitizer"] = findings
     if options.times_only:
         return 0
     write_record(torch, seen, backends, found)

@@ -9,7 +9,7 @@ RANDOM_HEAD_DIMS = (16, 64, 128)
 
 def compile_side_by_side():
     """Compile most of what the suite uses on all cores; the rest compiles when it is called."""
-    from scfa_core.backends.cupy_raw import launch_sm90, loader, planner, variants
+    from scfa_core.backends.cupy_raw import loader
 
     widths = {
         "bfloat16": (16, 32, 40, 64, 80, 96, 128, 192, 256),
@@ -29,6 +29,15 @@ def compile_side_by_side():
         for pair in ((24, 256), (192, 128))
         for monotone in (True, False)
     ]
+    compile_portable({(*case, group_size) for case in cases for group_size in (1, 2, 3, 8)})
+    if loader.compute_capability(0) == (9, 0):
+        compile_hopper()
+
+
+def compile_portable(problems):
+    """Compile the planner, and for each (dtype, head_dim, head_dim_v, aligned, monotone, group)."""
+    from scfa_core.backends.cupy_raw import loader, planner, variants
+
     chosen = {
         variants.choose(
             kernel,
@@ -40,26 +49,30 @@ def compile_side_by_side():
             group_size=group_size,
             shared_limit=227 * 1024,
         )
-        for dtype, head_dim, head_dim_v, aligned, monotone in cases
+        for dtype, head_dim, head_dim_v, aligned, monotone, group_size in problems
         for kernel in ("fwd", "bwd_dq", "bwd_dkdv")
-        for group_size in (1, 2, 3, 8)
     }
     requests = {(v.name, v.source, v.constants, "") for v in chosen}
     requests |= {(f"scfa_{name}", f"{name}.cu", (), "") for name in planner.KERNEL_NAMES}
     loader.preload(sorted(requests), 0, threads=os.cpu_count() or 4)
-    if loader.compute_capability(0) == (9, 0):
-        tables = {
-            "fwd_sm90": launch_sm90._FORWARD,
-            "bwd_dq_sm90": launch_sm90._DQ,
-            "bwd_dkdv_sm90": launch_sm90._DKDV,
-            "bwd_prepare_sm90": launch_sm90._PREPARE,
-            "bwd_fused_sm90": launch_sm90._FUSED,
-        }
-        jobs = [
-            (name, 0, dtype, head_dim, shape)
-            for name, table in tables.items()
-            for head_dim, shape in table.items()
-            for dtype in ("bfloat16", "float16")
-        ]
-        with ThreadPoolExecutor(len(jobs)) as pool:
-            list(pool.map(lambda job: launch_sm90._kernel(*job), jobs))
+
+
+def compile_hopper():
+    """Compile every kernel of Hopper's own, in both 16-bit types."""
+    from scfa_core.backends.cupy_raw import launch_sm90
+
+    tables = {
+        "fwd_sm90": launch_sm90._FORWARD,
+        "bwd_dq_sm90": launch_sm90._DQ,
+        "bwd_dkdv_sm90": launch_sm90._DKDV,
+        "bwd_prepare_sm90": launch_sm90._PREPARE,
+        "bwd_fused_sm90": launch_sm90._FUSED,
+    }
+    jobs = [
+        (name, 0, dtype, head_dim, shape)
+        for name, table in tables.items()
+        for head_dim, shape in table.items()
+        for dtype in ("bfloat16", "float16")
+    ]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        list(pool.map(lambda job: launch_sm90._kernel(*job), jobs))

@@ -1,14 +1,17 @@
-"""A few small calls of every kernel, for compute-sanitizer: `check.py --sanitize` runs it.
+"""A few small calls of every kernel, for compute-sanitizer: `run_sanitizer.py` runs it.
 
-    python tests/gpu/sanitize.py [planner | portable | hopper | fused]...
+    python tests/gpu/sanitize.py [--compile] [family ...]
 
-Without a name, everything that $SCFA_GPU_BACKENDS can run. Results are read, so that initcheck sees
-an element that nobody wrote. tests/unit/test_sanitize.py holds the list against the variants.
+Without a name, every family that $SCFA_GPU_BACKENDS can run. The tools make an access to shared
+memory a hundred times slower and more: sizes are the smallest that pass through every kernel and
+path. Inputs are made on the host, and results are read, so that initcheck sees an element that
+nobody wrote. tests/unit/test_sanitize.py holds the list against the variants.
 """
 
 import os
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -39,16 +42,18 @@ PORTABLE = (
     Call("bfloat16", 256),
     Call("bfloat16", 72, 40),
     Call("float16", 64, pattern="keep"),
-    Call("float32", 64),
-    Call("float32", 256),
     Call("bfloat16", 64, aligned=False),
-    Call("float32", 64, pattern="ranges", aligned=False),
     Call("bfloat16", 64, pattern="ranges"),
     Call("bfloat16", 128, pattern="ranges"),
     Call("bfloat16", 256, pattern="ranges"),
-    Call("float32", 256, pattern="ranges"),
     Call("float16", 64, poison=True),
     Call("bfloat16", 64, pattern="window", heads=17, heads_kv=1, rows=40),
+)
+FLOAT32 = (
+    Call("float32", 64),
+    Call("float32", 64, pattern="ranges", aligned=False),
+    Call("float32", 256, rows=70),
+    Call("float32", 256, pattern="ranges", rows=70),
 )
 HOPPER = (
     Call("bfloat16", 64),
@@ -58,9 +63,12 @@ HOPPER = (
     Call("bfloat16", 64, pattern="window", heads=16, heads_kv=1),
     Call("bfloat16", 128, pattern="nothing"),
     Call("bfloat16", 64, poison=True),
+    # more steps than a tile has buffers: the first ones are filled again
+    Call("bfloat16", 64, pattern="causal", heads=1, rows=770),
+    Call("bfloat16", 128, pattern="causal", heads=1, rows=390),
     # more tiles than the card has multiprocessors: blocks take a second one
-    Call("bfloat16", 64, heads=90, heads_kv=90, rows=200),
-    Call("bfloat16", 128, heads=90, heads_kv=90, rows=200),
+    Call("bfloat16", 64, heads=134, heads_kv=134, rows=33),
+    Call("bfloat16", 128, heads=134, heads_kv=134, rows=33),
 )
 
 
@@ -77,32 +85,36 @@ class Lists(NamedTuple):
 
 PLANNER = (
     Lists(ROWS, ROWS),
-    Lists(5000, 70, causal=False),
+    Lists(4100, 70, causal=False),
     Lists(ROWS, 90, ranges="int32"),
     Lists(ROWS, ROWS, keeps=1),
-    Lists(1500, 1500, keeps=2),
-    Lists(1500, 900, keeps=1, causal=False),
-    *(Lists(rows, rows, ("few",)) for rows in (ROWS, 1500, 3000, 5000, 70_000)),
-    *(Lists(rows, rows - 9, ("few",)) for rows in (ROWS, 1500, 5000, 70_000)),
+    Lists(1030, 1030, keeps=2),
+    Lists(1030, 900, keeps=1, causal=False),
+    *(Lists(rows, rows, ("few",)) for rows in (ROWS, 1030, 2050)),
+    *(Lists(rows, rows - 9, ("few",)) for rows in (ROWS, 1040, 2060)),
     Lists(ROWS, ROWS, ("wide",)),  # more bits than one pass has
-    Lists(5000, 5000, ("bytes",), keeps=1),
-    Lists(1500, 1400, ("wide",), keeps=1),
+    Lists(1030, 1020, ("wide",), keeps=1),
     Lists(ROWS, ROWS, ("far",)),  # all 64 bits
-    Lists(1500, 1400, ("far", "few")),
-    Lists(1500, 1500, ("few", "bytes"), keeps=1),
-    Lists(1500, 1500, ("few",), ranges="int64"),
-    Lists(900, 1500, ("far",), keeps=1, ranges="int32", causal=False),
+    Lists(1030, 1020, ("far", "few")),
+    Lists(1030, 1030, ("few", "bytes"), keeps=1),
+    Lists(1030, 1030, ("few",), ranges="int64"),
+    Lists(900, 1030, ("far",), keeps=1, ranges="int32", causal=False),
+)
+LONG_LISTS = (  # blocks of 1024 threads; orders that 16 bits cannot hold
+    Lists(4100, 4100, ("bytes",), keeps=1),
+    Lists(65_537, 65_537, ("few",)),
+    Lists(65_540, 65_538, ("few",)),
 )
 
 
-def ids(kind, shape, device):
+def ids(kind, shape):
     """Group ids: "few" and "bytes" take 4 and 8 bits of an int32, "wide" 20, "far" 64."""
     if kind == "far":
         extremes = torch.iinfo(torch.int64)
-        choice = torch.tensor([extremes.min, -1, 0, 2**40, extremes.max], device=device)
-        return choice[torch.randint(0, 5, shape, device=device)]
+        choice = torch.tensor([extremes.min, -1, 0, 2**40, extremes.max])
+        return choice[torch.randint(0, 5, shape)]
     most = {"few": 16, "bytes": 256, "wide": 1 << 20}[kind]
-    return torch.randint(0, most, shape, device=device, dtype=torch.int32)
+    return torch.randint(0, most, shape, dtype=torch.int32)
 
 
 def read(*tensors):
@@ -116,17 +128,16 @@ def pattern_of(call, device):
     q_shape, k_shape = (1, call.heads, call.rows), (1, call.heads_kv, call.rows)
     if call.pattern == "hash":
         q_hash, k_hash = (
-            torch.randint(0, 3, shape, device=device, dtype=torch.int32)
-            for shape in (q_shape, k_shape)
+            torch.randint(0, 3, shape, dtype=torch.int32) for shape in (q_shape, k_shape)
         )
         if call.poison:
             k_hash[..., 5] = 9
-        return scfa.HashSparse(q_hash, k_hash)
+        return scfa.HashSparse(q_hash.to(device), k_hash.to(device))
     if call.pattern == "keep":
-        return scfa.QKSparse(*(torch.rand(s, device=device) < 0.6 for s in (q_shape, k_shape)))
+        return scfa.QKSparse(*((torch.rand(s) < 0.6).to(device) for s in (q_shape, k_shape)))
     if call.pattern == "ranges":
-        start = torch.randint(0, call.rows, q_shape, device=device)
-        return scfa.KeyRanges(start, start + call.rows // 3)
+        start = torch.randint(0, call.rows, q_shape)
+        return scfa.KeyRanges(start.to(device), (start + call.rows // 3).to(device))
     return {"causal": scfa.Causal(), "window": scfa.SlidingWindow(20)}.get(
         call.pattern, scfa.SlidingWindow(0)
     )
@@ -136,15 +147,15 @@ def run_call(backend, device, call):
     """Plan, forward and backward once."""
     head_dim_v = call.head_dim_v or call.head_dim
 
-    def tensor(heads, width):
-        wide = torch.randn((1, heads, call.rows, width + 16), device=device)
+    def tensor(heads, width, poison=False):
+        wide = torch.randn((1, heads, call.rows, width + 16)).to(getattr(torch, call.dtype))
+        if poison:
+            wide[..., 5, :] = float("nan")
         first = 0 if call.aligned else 1
-        return wide.to(getattr(torch, call.dtype))[..., first : first + width]
+        return wide.to(device)[..., first : first + width]
 
-    q, k = tensor(call.heads, call.head_dim), tensor(call.heads_kv, call.head_dim)
-    v, dout = tensor(call.heads_kv, head_dim_v), tensor(call.heads, head_dim_v)
-    if call.poison:
-        k[..., 5, :] = v[..., 5, :] = float("nan")
+    q, k = tensor(call.heads, call.head_dim), tensor(call.heads_kv, call.head_dim, call.poison)
+    v, dout = tensor(call.heads_kv, head_dim_v, call.poison), tensor(call.heads, head_dim_v)
     pattern = pattern_of(call, device)
     plan = scfa.make_plan(pattern, q, k, backend=backend)
     out, lse = scfa.attention(q, k, v, plan, return_lse=True, backend=backend)
@@ -154,20 +165,20 @@ def run_call(backend, device, call):
 
 def run_lists(backend, device, lists):
     """Plan once."""
-    heads, heads_kv = 2, 1
+    heads, heads_kv = (1, 1) if max(lists.seqlen_q, lists.seqlen_k) > 4096 else (2, 1)
     q_shape, k_shape = (1, heads, lists.seqlen_q), (1, heads_kv, lists.seqlen_k)
     pattern = scfa.Causal() if lists.causal else scfa.SlidingWindow(10**6, causal=False)
     for kind in lists.groups:
-        groups = (ids(kind, shape, device) for shape in (q_shape, k_shape))
+        groups = (ids(kind, shape).to(device) for shape in (q_shape, k_shape))
         pattern = pattern & scfa.HashSparse(*groups, causal=False)
     for _ in range(lists.keeps):
-        keeps = (torch.rand(shape, device=device) < 0.7 for shape in (q_shape, k_shape))
+        keeps = ((torch.rand(shape) < 0.7).to(device) for shape in (q_shape, k_shape))
         pattern = pattern & scfa.QKSparse(*keeps, causal=False)
     if lists.ranges:
         dtype = getattr(torch, lists.ranges)
-        start = torch.randint(-5, lists.seqlen_k, q_shape, device=device, dtype=dtype)
-        pattern = pattern & scfa.KeyRanges(start, start + 100)
-    q, k = (torch.zeros((*shape, 16), device=device) for shape in (q_shape, k_shape))
+        start = torch.randint(-5, lists.seqlen_k, q_shape, dtype=dtype)
+        pattern = pattern & scfa.KeyRanges(start.to(device), (start + 100).to(device))
+    q, k = (torch.zeros((*shape, 16)).to(device) for shape in (q_shape, k_shape))
     plan = scfa.make_plan(pattern, q, k, backend=backend)
     read(plan.q_index, plan.q_count, plan.k_index, plan.k_count, plan.key_start, plan.key_end)
 
@@ -180,7 +191,9 @@ def families_of(backend, device):
     """Name -> $SCFA_CUPY_KERNELS, $SCFA_CUPY_BACKWARD, function and cases of each family."""
     families = {
         "planner": ("auto", "auto", run_lists, PLANNER),
+        "long-lists": ("auto", "auto", run_lists, LONG_LISTS),
         "portable": ("sm80", "auto", run_call, PORTABLE),
+        "float32": ("sm80", "auto", run_call, FLOAT32),
     }
     if backend == "cupy" and is_hopper(device):
         families["hopper"] = ("auto", "split", run_call, HOPPER)
@@ -188,24 +201,57 @@ def families_of(backend, device):
     return families
 
 
-def main(names):
-    """Run the named families, or all; print what each took."""
+def compile_kernels(families):
+    """Compile what cupy's families use on all cores, into the cache on disk; run nothing."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    import precompile
+
+    calls = [call for *_, run, cases in families.values() if run is run_call for call in cases]
+    precompile.compile_portable(
+        {
+            (
+                *(call.dtype, call.head_dim, call.head_dim_v or call.head_dim),
+                *(call.aligned, call.pattern != "ranges", call.heads // call.heads_kv),
+            )
+            for call in calls
+        }
+    )
+    if "hopper" in families or "fused" in families:
+        precompile.compile_hopper()
+
+
+def run_family(backend, device, name, family):
+    """Run the calls of a family in turn, telling which one has begun."""
+    kernels, backward, run, cases = family
+    os.environ["SCFA_CUPY_KERNELS"] = kernels
+    os.environ["SCFA_CUPY_BACKWARD"] = backward
+    begin = time.perf_counter()
+    for number, case in enumerate(cases, 1):
+        print(f"call {number} of {len(cases)}: {case}", flush=True)
+        run(backend, device, case)
+        if device == "cuda":
+            torch.cuda.synchronize()
+    seconds = time.perf_counter() - begin
+    print(f"{backend} {name}: {len(cases)} calls in {seconds:.1f} s", flush=True)
+
+
+def main(arguments):
+    """Run the named families, or all."""
     torch.manual_seed(0)
+    names = [name for name in arguments if name != "--compile"]
     for backend in os.environ.get("SCFA_GPU_BACKENDS", "cupy").split(","):
         device = "cpu" if load_backend(backend).memory == "host" else "cuda"
-        families = families_of(backend, device)
-        for name, (kernels, backward, run, cases) in families.items():
-            if names and name not in names:
-                continue
-            os.environ["SCFA_CUPY_KERNELS"] = kernels
-            os.environ["SCFA_CUPY_BACKWARD"] = backward
-            start = time.perf_counter()
-            for case in cases:
-                run(backend, device, case)
-                if device == "cuda":
-                    torch.cuda.synchronize()
-            seconds = time.perf_counter() - start
-            print(f"{backend} {name}: {len(cases)} calls in {seconds:.1f} s", flush=True)
+        families = {
+            name: family
+            for name, family in families_of(backend, device).items()
+            if not names or name in names
+        }
+        if "--compile" in arguments and backend == "cupy":
+            compile_kernels(families)
+            continue
+        for name, family in families.items():
+            run_family(backend, device, name, family)
+    print("all calls done", flush=True)
 
 
 if __name__ == "__main__":

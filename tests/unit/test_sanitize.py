@@ -46,7 +46,7 @@ def test_every_shape_of_the_portable_kernels(sanitize):
     """Those that an H100 gets at some head_dim, in float32 and in a 16-bit type."""
     mine, every = set(), set()
     for kernel in ("fwd", "bwd_dq", "bwd_dkdv"):
-        found = [chosen(call, kernel) for call in sanitize.PORTABLE]
+        found = [chosen(call, kernel) for call in (*sanitize.PORTABLE, *sanitize.FLOAT32)]
         mine |= {(x.source, x.shape) for x in found}
         for dtype in ("float32", "bfloat16"):
             for head_dim in range(16, 257, 8):
@@ -62,7 +62,8 @@ def test_every_shape_of_the_portable_kernels(sanitize):
             names = ("ALIGNED",) if kernel != "bwd_dkdv" else ("ALIGNED", "MONOTONE")
             assert {(source, name, value) for name in names for value in (0, 1)} <= switches
     assert every <= mine
-    assert {call.dtype for call in sanitize.PORTABLE} == set(variants.ELEMENTS)
+    assert {call.dtype for call in sanitize.PORTABLE} == set(variants.ELEMENTS) - {"float32"}
+    assert {call.dtype for call in sanitize.FLOAT32} == {"float32"}
 
 
 def test_every_hopper_kernel(sanitize):
@@ -74,6 +75,8 @@ def test_every_hopper_kernel(sanitize):
             assert {call.dtype for call in mine} == {"bfloat16", "float16"}
             tiles = [call.heads_kv * -(-call.rows // (64 * shape.warpgroups)) for call in mine]
             assert max(tiles) > 132, "no block of an H100 takes a second tile"
+            rows = max(call.rows for call in mine if call.pattern == "causal")
+            assert rows > shape.stages * shape.block_n, "no buffer is filled a second time"
     assert all(call.pattern != "ranges" and call.aligned for call in calls)
     assert max(call.heads // call.heads_kv for call in calls) == launch_sm90._MAX_GROUP
 
@@ -106,7 +109,7 @@ def test_every_planner_kernel_and_block(sanitize, monkeypatch):
     monkeypatch.setattr(planner, "shared_limit", lambda device: H100)
     monkeypatch.setattr(planner, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(scfa, "make_plan", make_plan_on_paper)
-    for lists in sanitize.PLANNER:
+    for lists in (*sanitize.PLANNER, *sanitize.LONG_LISTS):
         sanitize.run_lists("cupy", "cpu", lists)
     names = {name for name, _ in seen}
     assert names == set(planner.KERNEL_NAMES)
@@ -117,7 +120,7 @@ def test_every_planner_kernel_and_block(sanitize, monkeypatch):
 
 def make_plan_on_paper(pattern, q, k, backend):
     """Let the door make the clauses on the host, and show them to cupy's planner."""
-    problem = Problem(1, 2, 1, q.shape[2], k.shape[2], 16, 16, "float32", "cpu", 1.0)
+    problem = Problem(1, q.shape[1], 1, q.shape[2], k.shape[2], 16, 16, "float32", "cpu", 1.0)
     clauses = lower(pattern, problem, framework_of("q", q))
 
     def native(x):
@@ -137,10 +140,10 @@ def make_plan_on_paper(pattern, q, k, backend):
 
 def test_ids_differ_in_the_bits_they_say(sanitize):
     for kind, bits in (("few", 4), ("bytes", 8), ("wide", 20)):
-        found = sanitize.ids(kind, (1, 1, 60_000), "cpu")
+        found = sanitize.ids(kind, (1, 1, 60_000))
         assert found.dtype == torch.int32
         assert 2 ** (bits - 1) <= int(found.max()) < 2**bits
-    far = sanitize.ids("far", (1, 1, 100), "cpu")
+    far = sanitize.ids("far", (1, 1, 100))
     assert far.dtype == torch.int64
     assert int(far.max()) - int(far.min()) == 2**64 - 1
 
@@ -150,7 +153,9 @@ def test_both_backwards_of_hopper(sanitize, monkeypatch):
     found = sanitize.families_of("cupy", "cuda")
     assert {backward for _, backward, *_ in found.values()} == set(launch_sm90._BACKWARDS)
     assert {kernels for kernels, *_ in found.values()} == {"auto", "sm80"}
-    assert set(sanitize.families_of("numba-cuda", "cuda")) == {"planner", "portable"}
+    portable = {"planner", "long-lists", "portable", "float32"}
+    assert set(sanitize.families_of("numba-cuda", "cuda")) == portable
+    assert set(found) == portable | {"hopper", "fused"}
 
 
 def test_the_calls_run_on_the_host(sanitize, monkeypatch, capsys):
@@ -159,9 +164,12 @@ def test_the_calls_run_on_the_host(sanitize, monkeypatch, capsys):
     monkeypatch.setenv("SCFA_CUPY_BACKWARD", "auto")
     monkeypatch.setattr(sanitize, "PLANNER", sanitize.PLANNER[::3])
     monkeypatch.setattr(sanitize, "is_hopper", lambda device: True)
-    sanitize.main([])
+    sanitize.main(["planner", "portable", "float32"])
     printed = capsys.readouterr().out
-    assert "numba-cpu portable: 15 calls" in printed
-    assert "numba-cpu planner: 8 calls" in printed
-    for call in sanitize.HOPPER[:7]:
+    assert "numba-cpu portable: 11 calls" in printed
+    assert "numba-cpu float32: 4 calls" in printed
+    assert "numba-cpu planner: 7 calls" in printed
+    assert "long-lists" not in printed
+    assert printed.endswith("all calls done\n")
+    for call in sanitize.HOPPER[:9]:
         sanitize.run_call("numba-cpu", "cpu", call)
