@@ -85,9 +85,9 @@ def _prepare(
         tiles = problem.batch * problem.heads_kv * -(-problem.seqlen_k // variant.shape.block_n)
     else:
         tiles = problem.batch * problem.heads * -(-problem.seqlen_q // variant.shape.block_m)
-    kernel = get_kernel(variant.name, variant.source, variant.constants, device)
+    loaded = get_kernel(variant.name, variant.source, variant.constants, device)
     shared_bytes = variant.shared(problem.group_size)
-    enqueue = kernel.bind((tiles, 1 + variant.shape.split, 1), variant.threads, shared_bytes)
+    enqueue = loaded.bind((tiles, 1 + variant.shape.split, 1), variant.threads, shared_bytes)
     tail = strides + pack_sizes(problem)
     return lambda stream, pointers: enqueue(stream, pointers + tail)
 
