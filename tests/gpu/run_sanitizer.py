@@ -1,11 +1,11 @@
 """Run sanitize.py under the tools of compute-sanitizer, each family of calls by itself.
 
     python tests/gpu/run_sanitizer.py [--tool racecheck ...] [--family hopper ...] [--seconds 90]
-                                      [--jobs 16] [--json findings.json]
+                                      [--total 600] [--jobs 16] [--json findings.json]
 
 All tools and all families by default, side by side on one GPU, kernels compiled beforehand. What
-has not ended after `--seconds` is stopped, and said to be not finished: nothing is called clean
-that did not run to its end. Exits with 0 only if everything is clean.
+has not ended after `--seconds`, or when `--total` seconds are over, is stopped and said to be not
+finished: nothing is called clean that did not run to its end. Exits with 0 only if all is clean.
 """
 
 import argparse
@@ -116,12 +116,12 @@ def state_of(output: str, code: int | None, seconds: float) -> str:
     return f"failed with exit code {code} ({reached}): {last[0][:300]}"
 
 
-def finish(run: Run, limit: float) -> str | None:
+def finish(run: Run, limit: float, deadline: float) -> str | None:
     """The state of a run that has ended or used up its time; None while it may go on."""
     code = run.process.poll()
     seconds = time.monotonic() - run.begin
     if code is None:
-        if seconds < limit:
+        if seconds < limit and time.monotonic() < deadline:
             return None
         os.killpg(run.process.pid, signal.SIGKILL)
         run.process.wait()
@@ -133,6 +133,7 @@ def run_all(
     seconds: float,
     most: int,
     program: str,
+    deadline: float = float("inf"),
 ) -> dict[str, dict[str, Any]]:
     """Run (backend, tool, family) jobs, `most` at once; name -> state and seconds."""
     only = filter_options(program)
@@ -141,11 +142,16 @@ def run_all(
     states: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="scfa-sanitizer-") as temporary:
         while waiting or running:
+            if time.monotonic() >= deadline:
+                states |= {
+                    ", ".join(job): {"state": "not begun", "seconds": 0.0} for _, job in waiting
+                }
+                waiting.clear()
             while waiting and len(running) < most:
                 number, job = waiting.pop(0)
                 running.append(start(program, job, number, only, Path(temporary)))
             for run in list(running):
-                state = finish(run, seconds)
+                state = finish(run, seconds, deadline)
                 if state is None:
                     continue
                 running.remove(run)
@@ -184,16 +190,22 @@ def jobs_of(
 
 
 def check(
-    backends: list[str], tools: list[str], families: list[str], seconds: float, most: int
+    backends: list[str],
+    tools: list[str],
+    families: list[str],
+    seconds: float,
+    most: int,
+    total: float = float("inf"),
 ) -> dict[str, dict[str, Any]]:
     """Compile, run everything, and return the states."""
+    deadline = time.monotonic() + total
     program = find_program()
     jobs = jobs_of(backends, tools, families)
     if program is None:
         missing = {"state": "compute-sanitizer is not installed", "seconds": 0.0}
         return {", ".join(job): missing for job in jobs}
     compile_beforehand(backends, families)
-    return run_all(jobs, seconds, most, program)
+    return run_all(jobs, seconds, most, program, deadline)
 
 
 def main() -> int:
@@ -202,11 +214,13 @@ def main() -> int:
     parser.add_argument("--tool", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--seconds", type=float, default=90.0, help="of each run (%(default)s)")
+    parser.add_argument("--total", type=float, default=600.0, help="seconds of all (%(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 4, help="runs at once")
     parser.add_argument("--json", type=Path, help="write the states there")
     options = parser.parse_args()
     backends = os.environ.get("SCFA_GPU_BACKENDS", "cupy").split(",")
-    states = check(backends, options.tool, options.family, options.seconds, options.jobs)
+    limits = (options.seconds, options.jobs, options.total)
+    states = check(backends, options.tool, options.family, *limits)
     if options.json:
         options.json.write_text(json.dumps(states, indent=1) + "\n")
     wrong = [name for name, found in states.items() if found["state"] != "clean"]

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import stat
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,13 @@ def test_runs_side_by_side_end_or_are_stopped(runner, program):
     assert told["initcheck, float32"].startswith("found")
     for family in ("planner", "float32"):
         assert told[f"racecheck, {family}"].startswith("not finished after 2 s (in call 1 of 1")
+
+
+def test_when_the_time_of_all_is_over_the_rest_is_not_begun(runner, program):
+    jobs = runner.jobs_of(["cupy"], ["racecheck"], ["planner", "float32"])
+    states = runner.run_all(jobs, 60.0, 1, program, time.monotonic() + 1.5)
+    assert states["cupy, racecheck, planner"]["state"].startswith("not finished after ")
+    assert states["cupy, racecheck, float32"]["state"] == "not begun"
 
 
 def test_command_line_writes_the_states(runner, program, tmp_path, monkeypatch, capsys):
