@@ -10,7 +10,7 @@ communicates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.experimental import register_sharding
 
+import scfa_core.distributed_rules  # noqa: F401  (registers them)
 from scfa_core.api import attention
 from scfa_core.errors import PatternError, ShapeError
 from scfa_core.patterns import (
@@ -32,8 +32,6 @@ from scfa_core.patterns import (
     QKSparse,
     SlidingWindow,
 )
-from scfa_core.problem import check_layout
-from scfa_core.torch_ops import BACKWARD, FORWARD, MAKE_PLAN
 
 __all__ = [
     "distribute_pattern",
@@ -350,68 +348,3 @@ class _AllGather(torch.autograd.Function):
         mine = torch.empty_like(pieces[0])
         dist.reduce_scatter(mine, pieces, group=ctx.group)
         return mine, None, None
-
-
-# DTensor rules, for one mesh dimension: [outputs], [inputs]; None where an input is no tensor.
-Placements = list[Any]
-Rule = tuple[Placements, Placements]
-
-
-def _axes(q: Any, k: Any, layout: str) -> list[tuple[int, int]]:
-    """Return pairs of (axis of q, k, v; axis of lse and plan) that may be sharded: batch and heads.
-
-    Grouped heads need shares that hold whole groups.
-    """
-    heads_axis = 2 if check_layout(layout) else 1
-    heads, heads_kv = q.shape[heads_axis], k.shape[heads_axis]
-    even = heads == heads_kv or heads_kv % q.mesh.size() == 0
-    return [(0, 0), (heads_axis, 1)] if even else [(0, 0)]
-
-
-def _plan_placements(placement: Any) -> Placements:
-    """Placements of a plan's tensors; `work`, each rank's own scratch, is never moved."""
-    return [placement] * 6 + [Replicate()]
-
-
-@register_sharding(FORWARD)
-def _shard_forward(q: Any, k: Any, v: Any, *rest: Any) -> Sequence[Rule]:
-    """Shardings of ``scfa::forward``."""
-    tail: Placements = [None] * 5  # monotone, scale, deterministic, layout, backend
-    rules = [([Replicate()] * 2, [Replicate()] * 10 + tail)]
-    for axis, plan_axis in _axes(q, k, rest[-2]):
-        x, p = Shard(axis), Shard(plan_axis)
-        rules.append(([x, p], [x, x, x, *_plan_placements(p), *tail]))
-    return rules
-
-
-@register_sharding(BACKWARD)
-def _shard_backward(dout: Any, dlse: Any, q: Any, k: Any, v: Any, *rest: Any) -> Sequence[Rule]:
-    """Shardings of ``scfa::backward``."""
-    tail: Placements = [None] * 5
-    has_dlse = dlse is not None
-    first: Placements = [Replicate(), Replicate() if has_dlse else None]
-    rules = [([Replicate()] * 3, [*first, *[Replicate()] * 12, *tail])]
-    for axis, plan_axis in _axes(q, k, rest[-2]):
-        x, p = Shard(axis), Shard(plan_axis)
-        inputs = [x, p if has_dlse else None, x, x, x, x, p, *_plan_placements(p), *tail]
-        rules.append(([x] * 3, inputs))
-    return rules
-
-
-@register_sharding(MAKE_PLAN)
-def _shard_make_plan(
-    q: Any, k: Any, pattern: str, arrays: Sequence[Any], ints: Any, layout: str, backend: str
-) -> Sequence[Rule]:
-    """Shardings of ``scfa::make_plan``; axes of length 1 broadcast and stay whole."""
-    tail: Placements = [None] * 3  # ints, layout, backend
-    whole: Placements = [Replicate()] * (2 + len(arrays))
-    rules = [([Replicate()] * 7, [*whole[:2], None, *whole[2:], *tail])]
-    for axis, plan_axis in _axes(q, k, layout):
-        held: Placements = []
-        for x in arrays:
-            has_axis = len(x.shape) == 3 or plan_axis == 0
-            spread = has_axis and x.shape[plan_axis] > 1
-            held.append(Shard(plan_axis) if spread else Replicate())
-        outputs = _plan_placements(Shard(plan_axis))
-        rules.append((outputs, [Shard(axis), Shard(axis), None, *held, *tail]))
-    return rules

@@ -19,7 +19,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from faults import FAULTS, SUITES, Fault
+from fault import SUITES, Fault
+from faults import FAULTS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

@@ -1,15 +1,17 @@
 """The list of planted faults cannot rot: each old text is there once, each result is recorded."""
 
 import json
-import runpy
+import sys
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-LIST = runpy.run_path(str(HERE / "faults.py"))
-FAULTS, SUITES = LIST["FAULTS"], LIST["SUITES"]
+sys.path.insert(0, str(HERE))
+
+from fault import SUITES  # noqa: E402
+from faults import FAULTS  # noqa: E402
 
 if not (ROOT / "backends").exists():
     pytest.skip("the tests run outside a source tree", allow_module_level=True)

@@ -1,0 +1,47 @@
+"""What a planted fault is, and the tests that look at each layer."""
+
+from typing import NamedTuple
+
+ATTENTION = "tests/property/test_numba_cpu_attention.py"
+
+# Tests that look at a layer, in stages: the next one runs only if nothing failed so far.
+SUITES = {
+    "lowering": (
+        ("tests/unit/test_patterns.py", "tests/unit/test_errors.py", "tests/unit/test_faults.py"),
+        ("tests/property/test_algebra.py",),
+    ),
+    "cpu-plan": (("tests/property/test_numba_cpu_plan.py", "tests/unit/test_faults.py"),),
+    "cpu": (
+        tuple(f"{ATTENTION}::{name}" for name in ("test_lengths", "test_ranges_in_any_order")),
+        (f"{ATTENTION}::test_head_dims", "tests/unit/test_faults.py"),
+        (ATTENTION, "tests/property/test_exact.py"),
+    ),
+    "cpu-convert": (
+        ("tests/unit/test_numba_cpu_convert.py",),
+        ("tests/unit/test_faults.py", ATTENTION),
+    ),
+    "cpu-runtime": (
+        ("tests/unit/test_faults_machine.py",),
+        ("tests/unit/test_numba_cpu_runtime.py",),
+    ),
+    "torch": (
+        ("tests/unit/test_torch_autograd.py", "tests/unit/test_torch_bridge.py"),
+        ("tests/unit/test_faults.py", "tests/property/test_torch_exact.py"),
+    ),
+    "cuda-plan": (
+        ("tests/unit/test_cuda_host_heads.py",),
+        ("tests/unit/test_cuda_host_logic.py",),
+    ),
+    "cuda": (("tests/unit/test_kernels_on_host.py",),),
+}
+
+
+class Fault(NamedTuple):
+    """One edit of one file and the tests that should notice."""
+
+    name: str
+    file: str  # from the root of the repository
+    old: str
+    new: str
+    breaks: str
+    suite: str
