@@ -62,19 +62,20 @@ SMALL_MODEL = (
     "device, but on how far training has crowded the buckets."
 )
 IMAGES = """\
-Pixels in reading order, each one of the grey levels, predicted from those before; a sequence is
-many images at random, one after the other, so that length can grow with the images as they are. The
-paper did this with MNIST, one image a sequence. One image in twenty is kept for validation. The
-data are small: a long run learns them by heart, so the lowest validation loss on the way stands
-beside the last. Pictures are the model's own, drawn pixel by pixel from an empty sequence."""
+Pixels in reading order, each one of the grey levels, predicted from those before; the paper did
+this with MNIST. A sequence is many images at random, one after the other, so that length can grow
+with the images as they are. One image in twenty is kept for validation. The data are small: a long
+run learns them by heart, so the lowest validation loss on the way stands beside the last. Pictures
+are the model's own, drawn pixel by pixel from an empty sequence, below some of validation."""
 COVERAGE = """\
 Exact hash attention computes all earlier keys of a query's bucket. The Reformer (arXiv 2001.04451)
 sorts rows by bucket, cuts them into chunks of equal size and looks at a row's own chunk and the one
-before, so that what a bucket holds beyond is lost. Counted here: pairs kept over pairs that share a
-bucket, for one round of hashing with fresh directions, with chunks of twice the mean bucket (2T/n
-for n buckets, the paper's rule) and of 64 rows, whatever T. `normal` are random normal queries,
-whose buckets are nearly even; the others those of a model on validation text, over all layers,
-before and after training."""
+before, so that what a bucket holds beyond is lost. (Where its chunks end depends on later rows of
+the sequence too; what a row of a hash variant sees does not.) Counted here: pairs kept over pairs
+that share a bucket, for one round of hashing with fresh directions, with chunks of twice the mean
+bucket (2T/n for n buckets, its paper's rule) and of 64 rows, whatever T. `normal` are random normal
+queries, whose buckets are nearly even; the others those of a model on validation text, over all
+layers, before and after training."""
 
 
 def _machine(facts: dict[str, Any]) -> str:
