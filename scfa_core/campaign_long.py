@@ -36,6 +36,7 @@ ENTRIES = 2**23  # of q: what long problems may have in heads they lack in rows
 HOST_PAIRS, CUDA_PAIRS = 2**24, 2**32  # visible (query, key) pairs of all heads, about
 LOOKED_AT = 64  # queries of each head from which the pairs are estimated
 DRAWS = 30
+SINK_EVERY, SINK_LEAD = 4096, 17.0  # keys, and nats by which their scores lead all others
 STRETCH, STRETCH_OF_LSE = 512, 4096  # rows judged together: never fewer than SMALL entries
 
 
@@ -96,14 +97,29 @@ def draw(seed: int, *, most_rows: int, most_pairs: int, dtypes: tuple[str, ...])
         (*k_rows, spec.head_dim_v),
         (*q_rows, spec.head_dim_v),
     )
-    tensors = []
+    tensors: list[np.ndarray] = []
     for shape, view in zip(shapes, views, strict=True):
         x = rng.standard_normal(shape, np.float32)
-        x = np.broadcast_to(x[:, :1], shape) if view == "expanded" else x
-        tensors.append(narrow(x, spec.dtype))
-    q, k, v, dout = tensors
+        x = np.broadcast_to(x[:, :1], shape).copy() if view == "expanded" else x
+        tensors.append(x)
+    if rng.random() < 0.3 and spec.softmax_scale != 0.0:
+        _add_sinks(spec, tensors[0], tensors[1])
+        spec = replace(spec, parts=(*spec.parts, Part("sinks", "long")))
+    q, k, v, dout = (narrow(x, spec.dtype) for x in tensors)
     case = Case(spec, q, k, v, dout, pattern, np.zeros((0,), bool))
     return DeepProblem(case, tuple(views))
+
+
+def _add_sinks(spec: Spec, q: np.ndarray, k: np.ndarray) -> None:
+    """Let every 4096th key outweigh all others: one of these is too small for the sum of a row.
+
+    Together they are not: sums that take them one by one lose them.
+    """
+    scale = spec.head_dim**-0.5 if spec.softmax_scale is None else spec.softmax_scale
+    size = (SINK_LEAD / abs(scale)) ** 0.5
+    q[..., 0] = size
+    k[..., 0] = 0.0
+    k[:, :, ::SINK_EVERY, 0] = size * np.sign(scale)
 
 
 def _draw(

@@ -167,6 +167,13 @@ def test_draws_are_long_various_and_bounded():
         pairs = long._estimated_pairs(spec, problem.case.pattern)
         assert pairs <= 2**22
         assert pairs > 0 or spec.parts[0].kind == "empty"
+    sinks = [p.case for p in problems if p.case.spec.parts[-1].kind == "sinks"]
+    assert 2 < len(sinks) < 12
+    for case in sinks:
+        q, k, *_ = case.wide()
+        scores = case.softmax_scale * q[0, 0, 5] @ k[0, 0].T
+        assert scores[:: long.SINK_EVERY].min() > 5
+        assert np.median(scores) < 1
     again = long.draw(5, **options).case
     np.testing.assert_array_equal(again.q, problems[5].case.q)
     assert str(again.spec) == str(specs[5])
