@@ -24,6 +24,7 @@ from scfa_core.arrays import (
     strides_in_order,
 )
 from scfa_core.errors import DeviceError, LayoutError
+from scfa_core.torch_counters import WORDS, take_counters
 
 Shape = tuple[int, ...]
 
@@ -108,6 +109,16 @@ class TorchContext:
         x = empty_cuda(shape, strides, DTYPES[dtype])
         self._kept.append(x)
         return DeviceArray(x.data_ptr(), shape, strides, dtype, self.device)
+
+    def counters(self) -> int:
+        """Address of two int32 that are 0 and nobody else's, for one launch or two."""
+        if self.stream == 0:
+            address, memory = take_counters(self.device)
+        else:
+            memory = empty_cuda((WORDS,), _ONE, torch.int32).zero_()
+            address = memory.data_ptr()
+        self._kept.append(memory)
+        return address
 
 
 class TorchFramework:

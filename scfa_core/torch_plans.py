@@ -70,38 +70,38 @@ def own_plan_tensors(own: Sequence[torch.Tensor], call: Call) -> Sequence[torch.
 
 
 def _plan_on_device(pattern: Pattern, problem: Problem, backend: Backend, ordinal: int) -> Plan:
-    work = _prepare(pattern, problem, backend, ordinal)
+    bound, tensors, monotone = _prepare(pattern, problem, backend, ordinal)
     arrays = [
         empty_cuda(shape, strides, torch.int32)
         for shape, strides in plan_storage(problem, "cuda").facts
     ]
-    plan = PlanAddresses.of([x.data_ptr() for x in arrays], work.monotone)
-    work.run(plan, problem, ordinal)
-    return Plan.of(tuple(arrays), work.monotone, backend.name, problem.device)
+    plan = PlanAddresses.of([x.data_ptr() for x in arrays], monotone)
+    _fill(plan, bound, tensors, problem, ordinal)
+    return Plan.of(tuple(arrays), monotone, backend.name, problem.device)
 
 
 def _own_plan_on_device(
     pattern: Pattern, call: Call
 ) -> tuple[tuple[torch.Tensor, ...], PlanAddresses]:
-    work = _prepare(pattern, call.problem, call.backend, call.ordinal)
+    problem, ordinal = call.problem, call.ordinal
+    bound, tensors, monotone = _prepare(pattern, problem, call.backend, ordinal)
     storage = call.storage.allocate()
-    plan = call.storage.addresses(storage, work.monotone)
-    work.run(plan, call.problem, call.ordinal)
+    plan = call.storage.addresses(storage, monotone)
+    _fill(plan, bound, tensors, problem, ordinal)
     return (storage,), plan
 
 
-class _Planning(NamedTuple):
-    """One plan to be made: what reads the tensors, and the tensors, alive."""
-
-    bound: Bound
-    tensors: Sequence[torch.Tensor]
-    monotone: bool
-
-    def run(self, plan: PlanAddresses, problem: Problem, ordinal: int) -> None:
-        """Fill the plan at these addresses."""
-        if problem.batch * problem.heads:
-            addresses = tuple([x.data_ptr() for x in self.tensors])
-            self.bound(plan, addresses, TorchContext(ordinal, raw_stream(ordinal)))
+def _fill(
+    plan: PlanAddresses,
+    bound: Bound,
+    tensors: Sequence[torch.Tensor],
+    problem: Problem,
+    ordinal: int,
+) -> None:
+    """Run bound planning on tensors that the caller keeps alive."""
+    if problem.batch * problem.heads:
+        addresses = tuple([x.data_ptr() for x in tensors])
+        bound(plan, addresses, TorchContext(ordinal, raw_stream(ordinal)))
 
 
 class _Known(NamedTuple):
@@ -112,6 +112,7 @@ class _Known(NamedTuple):
     monotone: bool
 
 
+_Planning = tuple[Bound, Sequence[torch.Tensor], bool]  # what runs, its tensors, monotone
 _NO_RECIPE = _Known(None, (), monotone=True)
 _recipes: dict[tuple[Any, ...], _Known] = {}
 _bound: dict[tuple[Any, ...], Bound] = {}
@@ -125,15 +126,17 @@ def _prepare(pattern: Pattern, problem: Problem, backend: Backend, ordinal: int)
     structure, tensors = read
     key = (backend, problem, structure)
     known = _recipes.get(key)
-    if known is not None and known.bound is not None:
-        return _Planning(known.bound, [tensors[at] for at in known.sources], known.monotone)
+    if known is not None:
+        bound, sources, monotone = known
+        if bound is not None:
+            return bound, [tensors[at] for at in sources], monotone
     work = _lower(pattern, problem, backend, ordinal)  # every check, with words for mistakes
     if known is None:
         recipe = find_recipe(pattern, tensors, problem, ordinal)
         known = _NO_RECIPE
         if recipe is not None:
             bound = _bind(recipe.clauses, problem, backend, ordinal)
-            known = _Known(bound, recipe.sources, work.monotone)
+            known = _Known(bound, recipe.sources, work[2])
         _make_room(_recipes)
         _recipes[key] = known
     return work
@@ -144,7 +147,7 @@ def _lower(pattern: Pattern, problem: Problem, backend: Backend, ordinal: int) -
     clauses = lower(pattern, problem, TORCH_FRAMEWORK)
     clauses = clauses.with_arrays([x.resolve_neg() for x in clauses.arrays])
     bound = _bind(describe_clauses(clauses, ordinal), problem, backend, ordinal)
-    return _Planning(bound, clauses.arrays, clauses.monotone)
+    return bound, clauses.arrays, clauses.monotone
 
 
 def _bind(clauses: Clauses, problem: Problem, backend: Backend, ordinal: int) -> Bound:

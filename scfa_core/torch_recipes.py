@@ -37,6 +37,7 @@ _FIELDS: dict[type[Pattern], tuple[tuple[str, ...], tuple[str, ...]]] = {
     SlidingWindow: ((), ("window", "causal")),
 }
 _KINDS = (bool, int, str)
+_TENSOR, _STRIDED = torch.Tensor, torch.strided
 
 
 def read_pattern(pattern: Any) -> tuple[tuple[Any, ...], list[torch.Tensor]] | None:
@@ -52,7 +53,7 @@ def read_pattern(pattern: Any) -> tuple[tuple[Any, ...], list[torch.Tensor]] | N
         structure.append(type(part))
         for name in fields[0]:
             x = getattr(part, name)
-            if type(x) is not torch.Tensor or x.layout is not torch.strided or x.is_neg():
+            if type(x) is not _TENSOR or x.layout is not _STRIDED or x.is_neg():
                 return None
             tensors.append(x)
             structure += (x.shape, x.stride(), x.dtype, x.device)

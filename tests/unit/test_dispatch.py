@@ -1,5 +1,6 @@
 """Who serves a call: argument over context over environment over auto, never silently another."""
 
+import os
 import threading
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 import scfa_core as scfa
 from scfa_core import dispatch
+from scfa_core.environment import Variable
 
 X = np.random.default_rng(0).standard_normal((1, 1, 4, 16))
 
@@ -67,3 +69,14 @@ def test_broken_backend_does_not_break_another(monkeypatch):
     assert "cannot be imported" in scfa.backends()["cupy"]
     assert scfa.attention(X, X, X, backend="reference").shape == X.shape
     monkeypatch.delitem(dispatch._loaded, "cupy", raising=False)
+
+
+def test_environment_variables_are_read_at_every_call(monkeypatch):
+    variable = Variable("SCFA_TEST_VARIABLE")
+    assert variable.get() is None
+    monkeypatch.setenv("SCFA_TEST_VARIABLE", "é")
+    assert variable.get() == "é"
+    monkeypatch.setenv("SCFA_TEST_VARIABLE", "")
+    assert variable.get() == ""
+    monkeypatch.setattr(os, "environ", {"SCFA_TEST_VARIABLE": "other"})
+    assert variable.get() == "other"

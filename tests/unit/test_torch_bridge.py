@@ -12,7 +12,13 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch bridge needs torch (extra 'torch')")
 
 import scfa_core as scfa  # noqa: E402
-from scfa_core import dispatch, torch_bridge, torch_calls, torch_framework  # noqa: E402
+from scfa_core import (  # noqa: E402
+    dispatch,
+    torch_bridge,
+    torch_calls,
+    torch_counters,
+    torch_framework,
+)
 from scfa_core.arrays import DeviceArray  # noqa: E402
 from scfa_core.torch_framework import TORCH_FRAMEWORK, TorchContext  # noqa: E402
 
@@ -187,6 +193,24 @@ def test_workspace_lives_as_long_as_its_context(monkeypatch):
     ctypes.memset(second.pointer, 2, 16)
     assert ctypes.string_at(first.pointer, 30) == b"\1" * 30
     assert context.empty((0,), "float32").pointer == 0
+
+
+def test_counters_are_zero_and_taken_once(monkeypatch):
+    """On the default stream from blocks, which live as long as a launch may need them."""
+    monkeypatch.setattr(torch_framework, "empty_cuda", empty)
+    plain_zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda size, dtype, device: plain_zeros(size, dtype=dtype))
+    monkeypatch.setattr(torch_counters, "TICKETS", 3)
+    monkeypatch.setattr(torch_counters, "_blocks", {})
+    contexts = [TorchContext(ordinal, 0) for ordinal in (0, 1, 0, 0, 0, 1, 0, 0)]
+    contexts += [TorchContext(0, 5), TorchContext(0, 5)]
+    addresses = [context.counters() for context in contexts]
+    for at in addresses:
+        assert ctypes.string_at(at, 8) == b"\0" * 8
+        ctypes.memset(at, 1, 8)
+    assert len(set(addresses)) == len(addresses)
+    assert addresses[2] == addresses[0] + 8
+    assert len(torch_counters._blocks) == 2
 
 
 def test_argument_beats_context_beats_environment_beats_auto(recorder, monkeypatch):
