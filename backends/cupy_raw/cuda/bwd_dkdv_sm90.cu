@@ -78,20 +78,26 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       wgmma_commit();
     };
 
-    // P^T and dS^T of the slot whose scores were issued last, as A operands; waits for the scores
-    // itself.
-    const auto weigh = [&](unsigned slot) {
+    // What weighing needs of the queries in a slot: lse (delta takes its place) by column, and
+    // whether any range ends or starts inside this warpgroup's keys.
+    int2 column[kBlockM / 8];
+    int first_end, last_start;
+    const auto load_columns = [&](unsigned slot) {
       // Ranges are nondecreasing: the first query ends first, the last one starts last.
-      const int first_end = uniform(shared_load(shared.ends(slot)));
-      const int last_start = uniform(shared_load(shared.starts(slot) + 4 * (kBlockM - 1)));
-      // P^T = exp2(S^T * scale - lse): lse and delta belong to columns here.
-      int2 column[kBlockM / 8];
+      first_end = shared_load(shared.ends(slot));
+      last_start = shared_load(shared.starts(slot) + 4 * (kBlockM - 1));
 #pragma unroll
       for (int block = 0; block < kBlockM / 8; ++block) {
         column[block] = shared_load_pair(shared.lse(slot) + 32 * block + 8 * q);
       }
-      wgmma_wait<1>();
-      pin(scores);
+    };
+
+    // P^T and dS^T of the slot whose scores were issued last, as A operands, once `load_columns`
+    // and the scores have come; waits for the slopes itself.
+    const auto weigh = [&](unsigned slot) {
+      const bool ends_inside = __any_sync(0xFFFFFFFFu, first_end < key0 + 64);
+      const bool starts_inside = __any_sync(0xFFFFFFFFu, last_start > key0);
+      // P^T = exp2(S^T * scale - lse): lse and delta belong to columns here.
 #pragma unroll
       for (int i = 0; i < kBlockM / 2; ++i) {
         const int lse = i & 1 ? column[i / 4].y : column[i / 4].x;
@@ -109,7 +115,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
         slopes[i] = scores[i] * (slopes[i] - __int_as_float(delta));
       }
       // Zero by selection, not by product: an unseen row may hold anything.
-      if (first_end < key0 + 64) {
+      if (ends_inside) {
 #pragma unroll
         for (int i = 0; i < kBlockM / 2; ++i) {
           if (i % 4 == 0) column[i / 4] = shared_load_pair(shared.ends(slot) + 8 * i + 8 * q);
@@ -118,7 +124,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
           slopes[i] = seen ? slopes[i] : 0.0f;
         }
       }
-      if (last_start > key0) {
+      if (starts_inside) {
 #pragma unroll
         for (int i = 0; i < kBlockM / 2; ++i) {
           if (i % 4 == 0) column[i / 4] = shared_load_pair(shared.starts(slot) + 8 * i + 8 * q);
@@ -158,37 +164,39 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       for (int block = 0; block < low; ++block) skip_block();
       if constexpr (kOverlap) {
         if (low < high) {
-          barrier_wait(shared.query_full(query.slot), query.parity);
+          unsigned slot = query.slot, before = 0;
+          barrier_wait(shared.query_full(slot), query.parity);
           async_proxy_fence();
+          load_columns(slot);
           wgmma_fence();
-          issue_scores(query.slot);
-          int block = low;
-          while (true) {
-            const unsigned slot = query.slot;
-            weigh(slot);
+          issue_scores(slot);
+          for (int block = low;;) {
             query.advance();
-            if (++block == high) {
-              pin_operands();
-              wgmma_fence();
-              accumulate(slot);
-              wgmma_wait<0>();
-              pin_operands();
-              barrier_release(shared.query_empty(slot), lane);
-              break;
-            }
+            wgmma_wait<1>();  // dV and dK of the block before, and S of this one
+            pin_operands();
+            pin(scores);
+            if (block > low) barrier_release(shared.query_empty(before), lane);
+            weigh(slot);
+            before = slot;
+            if (++block == high) break;
             // The next scores run behind these products.
-            barrier_wait(shared.query_full(query.slot), query.parity);
+            slot = query.slot;
+            barrier_wait(shared.query_full(slot), query.parity);
             async_proxy_fence();
+            load_columns(slot);
             pin_operands();
             pin(scores);
             pin(slopes);
             wgmma_fence();
-            accumulate(slot);
-            issue_scores(query.slot);
-            wgmma_wait<2>();
-            pin_operands();
-            barrier_release(shared.query_empty(slot), lane);
+            accumulate(before);
+            issue_scores(slot);
           }
+          pin_operands();
+          wgmma_fence();
+          accumulate(before);
+          wgmma_wait<0>();
+          pin_operands();
+          barrier_release(shared.query_empty(before), lane);
         }
       } else {
         for (int block = low; block < high; ++block) {
@@ -198,6 +206,9 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
           pin(slopes);
           wgmma_fence();
           issue_scores(query.slot);
+          load_columns(query.slot);
+          wgmma_wait<1>();
+          pin(scores);
           weigh(query.slot);
           pin_operands();
           wgmma_fence();

@@ -5,14 +5,13 @@
 
 constexpr int kGatherThreads = 128;
 constexpr int kLanesPerRow = 8;
-constexpr int kRowsPerPass = kGatherThreads / kLanesPerRow;
-constexpr int kRowsPerRegister =
-    kRowsPerPass * kLanesPerRow;  // rows whose indices one register per thread can hold
 
 // Row of a tile whose index this thread keeps in register `slot`: the lanes of a row group share
 // the work.
+template <int kThreads = kGatherThreads>
 __device__ __forceinline__ int gather_owned_row(int thread, int slot) {
-  return thread / kLanesPerRow + kRowsPerPass * (thread % kLanesPerRow) + kRowsPerRegister * slot;
+  return thread / kLanesPerRow + kThreads / kLanesPerRow * (thread % kLanesPerRow) +
+         kThreads * slot;
 }
 
 // Start copying 16 bytes, or writing 16 zero bytes where `row` is negative, and bring the rest of
@@ -36,9 +35,11 @@ __device__ __forceinline__ void copy_chunk(unsigned target, const char* source, 
 
 // Copy kRows rows of kPanels * 128 bytes; index -1 fills the row with zeros (and reads nothing).
 // `source` is the head's first row plus this thread's chunk (16 bytes times its lane).
-template <int kRows, int kPanels>
+template <int kRows, int kPanels, int kThreads = kGatherThreads>
 __device__ __forceinline__ void gather_rows(unsigned tile, const char* source, int row_bytes,
-                                            const int (&index)[(kRows + 127) / 128], int thread) {
+                                            const int (&index)[(kRows + kThreads - 1) / kThreads],
+                                            int thread) {
+  constexpr int kRowsPerPass = kThreads / kLanesPerRow;
   constexpr int kBatch = 4;  // index shuffles in flight together: their latency is what a pass
                              // would otherwise wait for
   const int lane = thread % kLanesPerRow, first = thread / kLanesPerRow;
