@@ -9,6 +9,7 @@ take in one pass, which the device alone knows.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -316,17 +317,18 @@ def bind_make_plan(problem: Problem, clauses: Clauses, device: int) -> Bound:
     plan = PlanArrays.of([*lists, None], clauses.monotone)
     k_scratch = slots[_PLAN_SLOTS] if workspace[0] else 0
     done = slots[_PLAN_SLOTS + 1] if workspace[1] else 0
-    launches = [
-        Template(step.params, len(slots)).bind(
-            step.kernel.bind(step.grid, step.threads, step.shared_bytes)
-        )
-        for step in _steps(problem, clauses, plan, device, k_scratch, done)
-    ]
+    launches: dict[bytes, list[Callable[[int, bytes], None]]] = {}  # by their common argument
+    for step in _steps(problem, clauses, plan, device, k_scratch, done):
+        enqueue = step.kernel.bind(step.grid, step.threads, step.shared_bytes)
+        launches.setdefault(step.params, []).append(enqueue)
+    groups = [(Template(params, len(slots)).fill, group) for params, group in launches.items()]
 
     def bound(plan: PlanAddresses, arrays: tuple[int, ...], ctx: CallContext) -> None:
         addresses = (*plan[:_PLAN_SLOTS], *_allocate(workspace, ctx), *arrays)
         stream = ctx.stream
-        for launch in launches:
-            launch(stream, addresses)
+        for fill, enqueues in groups:
+            params = fill(addresses)
+            for enqueue in enqueues:
+                enqueue(stream, params)
 
     return bound
