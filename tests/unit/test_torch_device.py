@@ -1,198 +1,34 @@
-"""The way of GPU tensors, walked with host memory: a backend gets addresses, and nothing is stale.
+"""The way of GPU tensors, walked with host memory: right answers, and none that are stale."""
 
-CPU tensors play cuda:0, and the reference computes on the arrays that addresses lead to.
-"""
-
-import contextlib
-import ctypes
-import weakref
-from concurrent.futures import ThreadPoolExecutor
+import importlib.util
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="the torch bridge needs torch (extra 'torch')")
 
-from scfa_core.reference.backend import BACKEND as REFERENCE  # noqa: E402
-
 import scfa_core as scfa  # noqa: E402
-from scfa_core import (  # noqa: E402
-    dispatch,
-    torch_bridge,
-    torch_calls,
-    torch_framework,
-    torch_plans,
-    torch_storage,
+
+_SPEC = importlib.util.spec_from_file_location(
+    "pretended_gpu", Path(__file__).with_name("pretended_gpu.py")
 )
-from scfa_core.arrays import DeviceArray  # noqa: E402
+GPU = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(GPU)
 
-MODULES = (torch_bridge, torch_calls, torch_framework, torch_plans, torch_storage)
-STREAM = 77
-
-
-def at_address(x):
-    """NumPy view of a `DeviceArray`."""
-    name = {"bfloat16": "uint16"}.get(x.dtype, x.dtype)
-    dtype = np.dtype(name)
-    last = sum((n - 1) * step for n, step in zip(x.shape, x.strides, strict=True))
-    if 0 in x.shape:
-        return np.empty(x.shape, dtype)
-    memory = (ctypes.c_char * ((last + 1) * dtype.itemsize)).from_address(x.pointer)
-    strides = [step * dtype.itemsize for step in x.strides]
-    return np.ndarray(x.shape, dtype, memory, 0, strides)
-
-
-class Describing:
-    """A CUDA backend of the five verbs; the reference computes."""
-
-    name = "cupy"
-    memory = "cuda"
-
-    def __init__(self):
-        self.seen = []
-        self.before_forward = lambda plan: None
-
-    def availability(self):
-        return None
-
-    def can_run(self, problem):
-        return None
-
-    def note(self, verb, ctx):
-        assert (ctx.device, ctx.stream) == (0, STREAM)
-        ctx.empty((3,), "float32")
-        self.seen.append(verb)
-
-    def make_plan(self, problem, clauses, plan, ctx):
-        self.note("make_plan", ctx)
-        host = clauses.with_arrays(map(at_address, clauses.arrays))
-        REFERENCE.make_plan(problem, host, self.host_plan(plan), ctx)
-
-    def forward(self, problem, plan, *arrays_and_ctx):
-        *arrays, ctx = arrays_and_ctx
-        self.note("forward", ctx)
-        self.before_forward(plan)
-        REFERENCE.forward(problem, self.host_plan(plan), *map(at_address, arrays), ctx)
-
-    def backward(self, problem, plan, *arrays_and_ctx):
-        *arrays, ctx = arrays_and_ctx
-        self.note("backward", ctx)
-        REFERENCE.backward(problem, self.host_plan(plan), *map(at_address, arrays), ctx)
-
-    @staticmethod
-    def host_plan(plan):
-        return type(plan)(*map(at_address, plan[:-1]), monotone=plan.monotone)
-
-
-class Binding(Describing):
-    """The same, told facts once and addresses afterwards."""
-
-    def __init__(self):
-        super().__init__()
-        self.bound = []
-
-    def bind_make_plan(self, problem, clauses, device):
-        assert device == 0
-        return self.bind("make_plan", problem, clauses.arrays, clauses)
-
-    def bind_forward(self, problem, *arrays):
-        return self.bind("forward", problem, arrays)
-
-    def bind_backward(self, problem, *arrays):
-        return self.bind("backward", problem, arrays)
-
-    def bind(self, verb, problem, facts, clauses=None):
-        self.bound.append(verb)
-        shapes = torch_storage.plan_storage(problem, "cuda").facts
-
-        def bound(plan, addresses, ctx):
-            arrays = [x._replace(pointer=at) for x, at in zip(facts, addresses, strict=True)]
-            lists = [DeviceArray(at, *f, "int32", 0) for at, f in zip(plan, shapes, strict=False)]
-            native = torch_calls.PlanArrays(*lists, monotone=plan.monotone)
-            if clauses is not None:
-                self.make_plan(problem, clauses.with_arrays(arrays), native, ctx)
-            else:
-                getattr(self, verb)(problem, native, *arrays, ctx)
-
-        return bound
-
-
-@pytest.fixture
-def allocated():
-    """Weak references to everything allocated on the pretended GPU."""
-    return []
-
-
-@pytest.fixture(params=[Describing, Binding])
-def device(request, monkeypatch, allocated):
-    backend = request.param()
-
-    def empty(shape, strides, dtype):
-        x = torch.empty_strided(shape, strides, dtype=dtype)
-        x.view(torch.uint8).fill_(0xA5) if x.is_contiguous() else x.fill_(-7)
-        allocated.append(weakref.ref(x))
-        return x
-
-    pretended = {
-        "device_name": lambda place: "cuda:0" if place.type == "cpu" else str(place),
-        "current_device": lambda: 0,
-        "raw_stream": lambda ordinal: STREAM,
-        "empty_cuda": empty,
-    }
-    for module in MODULES:
-        for name, pretence in pretended.items():
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, pretence)
-    monkeypatch.setitem(dispatch._loaded, "cupy", backend)
-    return backend
-
-
-BATCH, HEADS, HEADS_KV, ROWS, KEYS = 2, 4, 2, 9, 9
-
-
-def tensors(layout="bhtd", keys=KEYS, seed=0, dtype=torch.float32, **options):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((HEADS, ROWS, 16), (HEADS_KV, keys, 16), (HEADS_KV, keys, 24))
-    found = [torch.randn(BATCH, *shape, generator=generator).to(dtype) for shape in shapes]
-    if layout == "bthd":
-        found = [x.transpose(1, 2) for x in found]
-    return [x.requires_grad_(**options) for x in found]
-
-
-def ids(heads, rows, top=3, dtype=torch.int32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, top, (BATCH, heads, rows), generator=generator).to(dtype)
-
-
-def hashes(dtype=torch.int32, seed=0, keys=KEYS):
-    return ids(HEADS, ROWS, dtype=dtype, seed=seed), ids(HEADS_KV, keys, dtype=dtype, seed=seed + 1)
-
-
-def truth(q, k, v, pattern, layout="bhtd"):
-    """Out and gradients by the reference, from NumPy."""
-    dense = torch.from_numpy(
-        pattern.mask(ROWS, k.shape[2 if layout == "bhtd" else 1], batch=BATCH, heads=HEADS,
-                     heads_kv=HEADS_KV)
-    )  # fmt: skip
-    leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    rows = [x.transpose(1, 2) if layout == "bthd" else x for x in leaves]
-    keys, values = (x.repeat_interleave(HEADS // HEADS_KV, 1) for x in rows[1:])
-    scores = (rows[0] @ keys.mT / 4).masked_fill(~dense, float("-inf"))
-    out = torch.nan_to_num(scores.softmax(-1)) @ values
-    out = out.transpose(1, 2) if layout == "bthd" else out
-    out.sum().backward()
-    return out.detach(), [torch.nan_to_num(x.grad) for x in leaves]
-
-
-def assert_right(q, k, v, pattern, layout="bhtd", same=None):
-    """Hold the answers to `pattern` against the truth of it, or of another spelled out."""
-    want, grads = truth(q, k, v, same or pattern, layout)
-    out = scfa.attention(q, k, v, pattern, layout=layout)
-    torch.testing.assert_close(out.double(), want, rtol=1e-4, atol=1e-5)
-    if q.requires_grad:
-        got = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
-        for mine, true in zip(got, grads, strict=True):
-            torch.testing.assert_close(mine.double(), true, rtol=1e-3, atol=1e-4)
+allocated = GPU.allocated
+device = GPU.device
+Binding = GPU.Binding
+BATCH = GPU.BATCH
+HEADS = GPU.HEADS
+HEADS_KV = GPU.HEADS_KV
+ROWS = GPU.ROWS
+KEYS = GPU.KEYS
+tensors = GPU.tensors
+ids = GPU.ids
+hashes = GPU.hashes
+truth = GPU.truth
+assert_right = GPU.assert_right
 
 
 def patterns():
@@ -296,61 +132,6 @@ def test_which_tensors_are_one_counts(device):
         assert_right(q, k, v, first & scfa.HashSparse(*other))
 
 
-@pytest.mark.parametrize("tracked", [False, True])
-def test_a_plan_lives_until_kernels_are_enqueued(device, allocated, tracked):
-    """Bare addresses keep nothing alive; the allocator must not have given the memory away."""
-    checked = []
-
-    def before_forward(plan):
-        living = [x for x in (reference() for reference in allocated) if x is not None]
-        for array in plan[:-1]:
-            homes = [
-                x
-                for x in living
-                if x.data_ptr() <= array.pointer < x.data_ptr() + x.untyped_storage().nbytes()
-            ]
-            assert homes, "the plan's memory is gone"
-        checked.append(True)
-
-    device.before_forward = before_forward
-    q, k, v = tensors(requires_grad=tracked)
-    pattern = scfa.HashSparse(*hashes())
-    out, lse = scfa.attention(q, k, v, pattern, return_lse=True)
-    assert checked
-    if tracked:
-        return
-    grads = scfa.attention_backward(torch.ones_like(out), q, k, v, out, lse, pattern)
-    for mine, true in zip(grads, truth(q, k, v, pattern)[1], strict=True):
-        torch.testing.assert_close(mine.double(), true, rtol=1e-3, atol=1e-4)
-
-
-def test_workspace_and_plan_are_freed(device, allocated):
-    """Nothing but what the caller holds outlives a call."""
-    q, k, v = tensors(requires_grad=False)
-    out = scfa.attention(q, k, v, scfa.HashSparse(*hashes()))
-    assert [x() for x in allocated if x() is not None] == [out]
-    assert len(allocated) == 5  # plan, out, lse and workspace of two verbs
-
-
-def test_saved_plans_may_travel(device):
-    """Hooks that offload saved tensors give back other memory; one that spoils a plan is told."""
-    q, k, v = tensors()
-    pattern = scfa.HashSparse(*hashes())
-    right = torch.autograd.grad(scfa.attention(q, k, v, pattern).sum(), (q, k, v))
-    with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
-        out = scfa.attention(q, k, v, pattern)
-    for mine, true in zip(torch.autograd.grad(out.sum(), (q, k, v)), right, strict=True):
-        assert torch.equal(mine, true)
-
-    def spoil(x):
-        return x.long() if x.dtype is torch.int32 else x
-
-    with torch.autograd.graph.saved_tensors_hooks(torch.clone, spoil):
-        out = scfa.attention(q, k, v, pattern)
-    with pytest.raises(scfa.ShapeError, match="must give a plan back as it was"):
-        out.sum().backward()
-
-
 def test_second_derivatives_are_refused(device):
     """The operator that says so gets a plan's seven tensors."""
     q, k, v = tensors()
@@ -428,68 +209,6 @@ def test_mistakes_say_what_to_do(device, mistake):
     for _ in range(2):  # nothing wrong is remembered
         with pytest.raises(error, match=text):
             scfa.attention(q, k, v, make(*hashes()))
-
-
-def test_a_call_on_another_card_makes_it_current(device, monkeypatch):
-    entered = []
-
-    @contextlib.contextmanager
-    def current(ordinal):
-        entered.append(ordinal)
-        pretend(ordinal)
-        yield
-        pretend(1)
-
-    def pretend(ordinal):
-        for module in (torch_calls, torch_plans):
-            monkeypatch.setattr(module, "current_device", lambda: ordinal)
-
-    monkeypatch.setattr(torch.cuda, "device", current)
-    pretend(1)
-    q, k, v = tensors()
-    pattern = scfa.HashSparse(*hashes())
-    assert_right(q, k, v, pattern)
-    assert entered == [0, 0, 0]  # plan, forward, backward
-    scfa.make_plan(pattern, q, k)
-    assert entered == [0] * 4
-
-
-def test_threads_at_once(device):
-    """Threads that find out and remember the same things at once get their own answers."""
-    q, k, v = tensors(requires_grad=False)
-    cases = [scfa.HashSparse(*hashes(seed=seed)) for seed in range(6)]
-    right = [truth(q, k, v, pattern)[0] for pattern in cases]
-
-    def work(first):
-        for at in range(first, first + 12):
-            pattern, want = cases[at % 6], right[at % 6]
-            out = scfa.attention(q, k, v, pattern)
-            torch.testing.assert_close(out.double(), want, rtol=1e-4, atol=1e-5)
-        return True
-
-    with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(work, range(4)))
-
-
-def test_memory_of_structures_is_bounded(device, monkeypatch):
-    for module in (torch_calls, torch_plans):
-        monkeypatch.setattr(module, "MAX_REMEMBERED_CALLS", 4)
-    q, k, v = tensors(requires_grad=False)
-    for window in range(12):
-        assert_right(q, k, v, scfa.SlidingWindow(window))
-        assert len(torch_plans._recipes) <= 4
-        assert len(torch_plans._bound) <= 4
-
-
-def test_bound_verbs_of_a_call_are_bounded(device, monkeypatch):
-    monkeypatch.setattr(torch_calls, "MAX_BOUND_VERBS", 2)
-    q, k, v = tensors(seed=3)
-    out = scfa.attention(q, k, v)
-    for step in range(24, 30):
-        dout = torch.ones(BATCH, HEADS, ROWS, step)[..., :24]
-        torch.autograd.grad(out, q, dout, retain_graph=True)
-    call = torch_calls.find_call(q, k, v, None, "bhtd", True, "auto")
-    assert 1 <= len(call.bound) <= 2
 
 
 def test_no_rows_no_kernels(device):
