@@ -19,7 +19,7 @@ from scfa_core.reference.backend import narrow, widen
 from scfa_core.testing import Case, Results, Spec
 
 ROWS = 1024  # queries whose keys are looked for together
-HOST_PAIRS, CUDA_PAIRS = 2**20, 2**24  # (query, key) pairs of one block
+HOST_PAIRS, CUDA_PAIRS = 2**20, 2**23  # (query, key) pairs of one block: 1 GB on a GPU
 
 
 class Numbers:
