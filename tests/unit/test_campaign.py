@@ -46,12 +46,12 @@ def test_problems_are_computed_right(seed):
     assert not finding.complaints
 
 
-@pytest.mark.parametrize("seed", [56308, 64044])
-def test_one_row_of_two_keys_among_rows_of_one(seed):
-    """All of dq hangs on one row: a matter of luck, though thousands of zeros stand beside."""
+@pytest.mark.parametrize("seed", [56308, 64044, 101872])
+def test_gradients_that_hang_on_one_query(seed):
+    """Its delta decides all of dq or dk: a matter of luck, however many entries these have."""
     finding = campaign.verify_deep("numba-cpu", seed, most_rows=4096, dtypes=verify.HOST_DTYPES)
     assert not finding.complaints
-    assert finding.spec.seqlen_q in (297, 636)
+    assert finding.spec.seqlen_q in (297, 636, 257)
 
 
 def test_the_longest_are_judged_by_samples(monkeypatch):
