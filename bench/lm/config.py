@@ -34,7 +34,8 @@ class Config:
     heads: int = 12
     head_dim: int = 64
     vocabulary: int = 50304
-    softmax_scale: float | None = None
+    softmax_scale: float | None = None  # 1 / sqrt(head_dim) by default, though keys have length 1
+    positions: str = "learned"  # or "rotary": queries and keys turned by their place, once hashed
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
     schedule: str = "cosine"
@@ -88,7 +89,8 @@ class Config:
 PRESETS = {
     "paper": Config(),
     "small": Config(
-        layers=8, heads=8, vocabulary=256, micro_batch=4, schedule="trapezoid", steps=10**6
+        layers=8, heads=8, vocabulary=256, micro_batch=4, schedule="trapezoid", steps=10**6,
+        softmax_scale=1.0, positions="rotary",
     ),
     "tiny": Config(
         layers=2, heads=2, head_dim=32, vocabulary=256, seqlen=512, tokens_per_step=1024, steps=40,

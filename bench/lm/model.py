@@ -19,10 +19,11 @@ from bench.lm.config import Config
 from bench.lm.data import document_ids
 from scfa_core.hashing import angular_hash
 
-# q, k, v, the hash's directions and center, documents
+# q, k, v, what is hashed, the hash's directions and center, documents
 Attend = Callable[
-    [Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", "Tensor | None"], Tensor
+    [Tensor, Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", "Tensor | None"], Tensor
 ]
+ROTARY_BASE = 10000.0
 SAMPLED = 2048  # about so many queries of a batch count for mean and covariance
 RIDGE = 0.01  # of the mean variance, added to all before dividing by the covariance
 
@@ -56,13 +57,14 @@ def sparse(config: Config) -> Attend:
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        hashed: Tensor,
         directions: Tensor | None,
         center: Tensor | None,
         documents: Tensor | None,
     ) -> Tensor:
-        pattern = _part(*parts[0], q, directions, center)
+        pattern = _part(*parts[0], hashed, directions, center)
         for part in parts[1:]:
-            pattern = pattern & _part(*part, q, directions, center)
+            pattern = pattern & _part(*part, hashed, directions, center)
         if documents is not None:
             pattern = pattern & scfa.Documents(documents)
         out: Tensor = scfa.attention(
@@ -98,6 +100,19 @@ def attend_for(config: Config) -> Attend:
     return sparse(config)
 
 
+def rotate(x: Tensor) -> Tensor:
+    """Turn pairs of channels (batch, heads, seqlen, head_dim) by angles that grow with the row.
+
+    Rotary embedding (Su et al. 2021, arXiv 2104.09864): scores then depend on distances.
+    """
+    seqlen, half = x.shape[-2], x.shape[-1] // 2
+    rates = ROTARY_BASE ** -(torch.arange(half, device=x.device) / half)
+    angles = torch.arange(seqlen, device=x.device)[:, None] * rates
+    cos, sin = angles.cos(), angles.sin()
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+
+
 class Mix(nn.Module):
     """Queries and values projected, keys the normalised queries, attention, output projected."""
 
@@ -105,6 +120,7 @@ class Mix(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.attend = attend_for(config)
+        self.rotary = config.positions == "rotary"
         self.query_value = nn.Linear(config.width, 2 * config.width, bias=False)
         self.output = nn.Linear(config.width, config.width, bias=False)
         self.mean: Tensor | None
@@ -132,7 +148,8 @@ class Mix(nn.Module):
         """(batch, seqlen, width) to the same."""
         q, v = self.project(x)
         k = functional.normalize(q, dim=-1).to(q.dtype)
-        out = self.attend(q, k, v, directions, center, documents)
+        turned = (rotate(q), rotate(k)) if self.rotary else (q, k)
+        out = self.attend(*turned, v, q, directions, center, documents)
         self._note(q.detach())
         out = out.transpose(1, 2).flatten(2)
         mixed_back: Tensor = self.output(out)
@@ -158,7 +175,14 @@ def _reformer(config: Config) -> nn.Module:
     buckets = int(config.attention.removeprefix("reformer") or 16)
     chunk = max(2 * config.seqlen // buckets, 1)
     return ReformerAttention(
-        config.width, config.heads, buckets=buckets, chunk=chunk, rounds=1, redraw=True
+        config.width,
+        config.heads,
+        buckets=buckets,
+        chunk=chunk,
+        rounds=1,
+        redraw=True,
+        softmax_scale=config.softmax_scale,
+        rotary=rotate if config.positions == "rotary" else None,
     )
 
 
@@ -197,11 +221,15 @@ class Embed(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.token = nn.Embedding(config.vocabulary, config.width)
-        self.position = nn.Embedding(config.seqlen, config.width)
+        if config.positions not in ("learned", "rotary"):
+            raise SystemExit(f"positions must be 'learned' or 'rotary', got {config.positions!r}")
+        learned = config.positions == "learned"
+        self.position = nn.Embedding(config.seqlen, config.width) if learned else None
 
     def forward(self, text: Tensor) -> Tensor:
         """(batch, seqlen) to (batch, seqlen, width)."""
-        return self.token(text) + self.position.weight[: text.shape[1]]
+        x: Tensor = self.token(text)
+        return x if self.position is None else x + self.position.weight[: text.shape[1]]
 
 
 class Head(nn.Module):

@@ -9,7 +9,7 @@ from typing import Any
 from bench.plots import THEMES
 
 
-def _style(theme: str) -> dict[str, Any]:
+def page_style(theme: str) -> dict[str, Any]:
     """Colours of a page's theme, and no frame."""
     look = THEMES[theme]
     ink = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
@@ -36,7 +36,7 @@ def save(
 
     folder.mkdir(parents=True, exist_ok=True)
     for theme in THEMES:
-        with plt.rc_context(_style(theme)):
+        with plt.rc_context(page_style(theme)):
             figure, axes = plt.subplots(1, panels, figsize=size, sharey=True, squeeze=False)
             paint(list(axes[0]))
             figure.tight_layout()

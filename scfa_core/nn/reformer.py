@@ -7,6 +7,7 @@ own chunk and the one before. What a bucket holds beyond that is lost, and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,10 @@ class ReformerAttention(nn.Module):
         ``width // heads`` by default.
     seed, redraw
         As for `AngularHash`.
+    softmax_scale : float, optional
+        1 / sqrt(head_dim) by default; keys have length 1.
+    rotary : callable, optional
+        Turns queries and keys (batch, heads, seqlen, head_dim) by their place, once hashed.
 
     Notes
     -----
@@ -76,6 +81,8 @@ class ReformerAttention(nn.Module):
         head_dim: int | None = None,
         seed: int | None = None,
         redraw: bool = False,
+        softmax_scale: float | None = None,
+        rotary: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         if chunk < 1 or (head_dim is None and width % heads):
@@ -86,6 +93,8 @@ class ReformerAttention(nn.Module):
         self.heads = heads
         self.head_dim = width // heads if head_dim is None else head_dim
         self.chunk = chunk
+        self.softmax_scale = self.head_dim**-0.5 if softmax_scale is None else softmax_scale
+        self.rotary = rotary
         self.query = nn.Linear(width, heads * self.head_dim, bias=False)
         self.value = nn.Linear(width, heads * self.head_dim, bias=False)
         self.output = nn.Linear(heads * self.head_dim, width, bias=False)
@@ -97,7 +106,10 @@ class ReformerAttention(nn.Module):
         """(batch, seqlen, width) to the same."""
         q, v = (self._split(projection(x)) for projection in (self.query, self.value))
         k = normalize(q, dim=-1)
-        parts = [self._attend(q, k, v, one) for one in self._rounds(self.hash(q)[0])]
+        rounds = self._rounds(self.hash(q)[0])
+        if self.rotary is not None:
+            q, k = self.rotary(q), self.rotary(k)
+        parts = [self._attend(q, k, v, one) for one in rounds]
         out, _ = merge_attention([p[0] for p in parts], [p[1] for p in parts])
         return self.output(out.transpose(1, 2).flatten(2))
 
@@ -132,7 +144,7 @@ class ReformerAttention(nn.Module):
         seqlen = q.shape[2]
         q_row, k_row = one.q_row, one.k_row.clamp(max=seqlen - 1)
         scores = _rows(q, q_row.clamp(max=seqlen - 1)) @ _rows(k, k_row).transpose(-1, -2)
-        scores = scores.float() * self.head_dim**-0.5 - one.times.log()
+        scores = scores.float() * self.softmax_scale - one.times.log()
         scores = scores.masked_fill(~one.visible, -torch.inf)
         lse = torch.logsumexp(scores, dim=-1)
         weights = (scores - lse.masked_fill(lse.isneginf(), 0.0).unsqueeze(-1)).exp()
