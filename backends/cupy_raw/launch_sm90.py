@@ -55,9 +55,35 @@ class Shape(NamedTuple):
     query_buffers: int  # buffers of the operands a tile keeps
 
 
-_FORWARD = {64: Shape(3, 128, 4, 2), 128: Shape(2, 128, 2, 2)}
-_DQ = {64: Shape(2, 64, 6, 2), 128: Shape(2, 64, 3, 1)}
-_DKDV = {64: Shape(2, 64, 11, 1), 128: Shape(2, 64, 3, 1)}
+_PANEL = 64  # columns of one panel of a shared tile
+_CHUNK = 8  # columns one cp.async moves
+
+
+def _width(head_dim: int) -> int:
+    """Columns of the shared tiles that hold rows of `head_dim`: whole panels."""
+    return -(-head_dim // _PANEL) * _PANEL
+
+
+class _Shapes(dict[int, Shape]):
+    """Shapes by width of the shared tiles; any other head_dim has that of its tiles."""
+
+    def __missing__(self, head_dim: int) -> Shape:
+        width = _width(head_dim)
+        if width == head_dim:
+            raise KeyError(head_dim)
+        return self[width]
+
+
+_FORWARD = _Shapes(
+    {
+        64: Shape(3, 128, 4, 2),
+        128: Shape(2, 128, 2, 2),
+        192: Shape(2, 96, 2, 1),
+        256: Shape(2, 80, 2, 1),
+    }
+)
+_DQ = _Shapes({64: Shape(2, 64, 6, 2), 128: Shape(2, 64, 3, 1)})
+_DKDV = _Shapes({64: Shape(2, 64, 11, 1), 128: Shape(2, 64, 3, 1)})
 _FUSED = {64: Shape(2, 64, 5, 2), 128: Shape(2, 64, 2, 1)}  # query_buffers: of one dq tile
 _PREPARE = {head_dim: Shape(0, 64, 0, 0) for head_dim in _FUSED}
 
@@ -65,7 +91,7 @@ _PREPARE = {head_dim: Shape(0, 64, 0, 0) for head_dim in _FUSED}
 def _forward_shared(head_dim: int, shape: Shape) -> int:
     """Bytes of dynamic shared memory of fwd_sm90.cu."""
     rows = 64 * shape.warpgroups
-    tiles = 2 * head_dim * (shape.query_buffers * rows + 2 * shape.stages * shape.block_n)
+    tiles = 2 * _width(head_dim) * (shape.query_buffers * rows + 2 * shape.stages * shape.block_n)
     data = shape.query_buffers * (12 * rows + 16)
     barriers = 8 * (2 * shape.query_buffers + 4 * shape.stages)
     return tiles + data + 64 + barriers + _SHARED_SLACK
@@ -74,7 +100,8 @@ def _forward_shared(head_dim: int, shape: Shape) -> int:
 def _dq_shared(head_dim: int, shape: Shape) -> int:
     """Bytes of dynamic shared memory of bwd_dq_sm90.cu."""
     rows = 64 * shape.warpgroups
-    tiles = 2 * head_dim * (3 * shape.query_buffers * rows + 2 * shape.stages * shape.block_n)
+    streamed = 2 * shape.stages * shape.block_n
+    tiles = 2 * _width(head_dim) * (3 * shape.query_buffers * rows + streamed)
     data = shape.query_buffers * (20 * rows + 16)
     barriers = 8 * (2 * shape.query_buffers + 2 * shape.stages)
     return tiles + data + 64 + barriers + _SHARED_SLACK
@@ -82,7 +109,7 @@ def _dq_shared(head_dim: int, shape: Shape) -> int:
 
 def _dkdv_shared(head_dim: int, shape: Shape) -> int:
     """Bytes of dynamic shared memory of bwd_dkdv_sm90.cu."""
-    tiles = 4 * head_dim * (64 * shape.warpgroups + shape.stages * shape.block_n)
+    tiles = 4 * _width(head_dim) * (64 * shape.warpgroups + shape.stages * shape.block_n)
     data = 16 * shape.stages * shape.block_n + 16 * _MAX_GROUP * shape.warpgroups
     barriers = 8 * (2 + 2 * shape.stages)
     return tiles + data + 16 + barriers + _SHARED_SLACK
@@ -108,13 +135,14 @@ _SHARED = {
 }  # each kernel compares it with its own layout when compiled
 
 
-def _unserved(problem: Problem, *arrays: DeviceArray) -> str | None:
-    """Why these kernels do not serve the call, or None."""
+def _unserved(shapes: _Shapes, problem: Problem, *arrays: DeviceArray) -> str | None:
+    """Why the kernels with these shapes do not serve the call, or None."""
     if compute_capability(arrays[0].device) != (9, 0):
         return "not a Hopper card"
     if problem.dtype not in ("float16", "bfloat16"):
         return f"dtype {problem.dtype}"
-    if problem.head_dim not in _FORWARD or problem.head_dim_v != problem.head_dim:
+    served = _width(problem.head_dim) in shapes and problem.head_dim % _CHUNK == 0
+    if not served or problem.head_dim_v != problem.head_dim:
         return f"head_dim {problem.head_dim}, head_dim_v {problem.head_dim_v}"
     if not problem.softmax_scale >= SMALLEST_EXPONENT_SCALE:
         return "softmax_scale not positive, or too small for -inf times it"
@@ -127,8 +155,8 @@ def _unserved(problem: Problem, *arrays: DeviceArray) -> str | None:
     return None
 
 
-def _serves(what: str, problem: Problem, *arrays: DeviceArray) -> bool:
-    reason = _unserved(problem, *arrays)
+def _serves(what: str, shapes: _Shapes, problem: Problem, *arrays: DeviceArray) -> bool:
+    reason = _unserved(shapes, problem, *arrays)
     if reason is not None:
         _LOG.debug("%s: portable kernels (%s)", what, reason)
     return reason is None
@@ -142,7 +170,7 @@ def supports_forward(
     >>> if supports_forward(problem, q, k, v, plan):
     ...     run_forward(problem, plan, q, k, v, out, lse, ctx)
     """
-    return _serves("forward", problem, q, k, v)
+    return _serves("forward", _FORWARD, problem, q, k, v)
 
 
 def supports_backward(
@@ -158,7 +186,7 @@ def supports_backward(
     if not plan.monotone or problem.group_size > _MAX_GROUP:
         _LOG.debug("backward: portable kernels (ranges in any order, or a large head group)")
         return False
-    return _serves("backward", problem, dout, q, k, v, out)
+    return _serves("backward", _DQ, problem, dout, q, k, v, out)
 
 
 def _array(array: DeviceArray | None, itemsize: int) -> tuple[int, int, int, int, int]:
@@ -232,7 +260,8 @@ def _kernel(name: str, device: int, dtype: str, head_dim: int, shape: Shape) -> 
     """The compiled variant of one kernel."""
     constants = (
         ("BFLOAT16", int(dtype == "bfloat16")),
-        ("HEAD_DIM", head_dim),
+        ("HEAD_DIM", _width(head_dim)),
+        ("COLUMNS", head_dim),
         ("BLOCK_N", shape.block_n),
         ("WARPGROUPS", shape.warpgroups),
         ("STAGES", shape.stages),

@@ -5,6 +5,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 RANDOM_HEAD_DIMS = (16, 64, 128)
+PARTIAL = (16, 32, 40, 80, 96, 112)  # head_dims that fill Hopper's tiles in part
 
 
 def compile_side_by_side():
@@ -12,8 +13,8 @@ def compile_side_by_side():
     from scfa_core.backends.cupy_raw import loader
 
     widths = {
-        "bfloat16": (16, 32, 40, 64, 80, 96, 128, 192, 256),
-        "float16": (16, 64, 128, 256),
+        "bfloat16": (16, 32, 40, 64, 80, 96, 112, 128, 136, 192, 256),
+        "float16": (16, 40, 64, 96, 128, 192, 256),
         "float32": (16, 64, 128, 256),
     }
     cases = [(dtype, dim, dim, True, True) for dtype, dims in widths.items() for dim in dims]
@@ -73,6 +74,12 @@ def compile_hopper():
         for name, table in tables.items()
         for head_dim, shape in table.items()
         for dtype in ("bfloat16", "float16")
+    ]
+    jobs += [
+        (name, 0, "bfloat16", head_dim, table[head_dim])
+        for name, table in tables.items()
+        if isinstance(table, launch_sm90._Shapes)
+        for head_dim in PARTIAL
     ]
     with ThreadPoolExecutor(len(jobs)) as pool:
         list(pool.map(lambda job: launch_sm90._kernel(*job), jobs))

@@ -46,12 +46,21 @@ def test_patterns(kernels, call, hold, name, dtype):
 
 @pytest.mark.parametrize(
     ("dtype", "head_dim"),
-    [("bfloat16", dim) for dim in (16, 32, 40, 64, 80, 96, 128, 192, 256)]
-    + [(dtype, dim) for dtype in ("float16", "float32") for dim in (16, 64, 128, 256)],
+    [("bfloat16", dim) for dim in (16, 32, 40, 64, 80, 96, 112, 128, 136, 192, 256)]
+    + [("float16", dim) for dim in (16, 40, 64, 96, 128, 192, 256)]
+    + [("float32", dim) for dim in (16, 64, 128, 256)],
 )
 def test_head_dims(kernels, call, hold, head_dim, dtype):
     parts = (Part("hash", "uniform", 3),)
     check(call, hold, Spec(1, 2, 2, 270, 270, head_dim, head_dim, dtype, parts=parts, seed=2))
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "keep half", "ranges"])
+@pytest.mark.parametrize("head_dim", [16, 32, 40, 80, 96, 112, 192, 256])
+def test_rows_narrower_than_their_tiles(call, hold, head_dim, name):
+    """Hopper's tiles have 64, 128, 192 or 256 columns; several tiles and grouped heads."""
+    sizes = (1, 4, 2, 300, 330, head_dim, head_dim, "bfloat16")
+    check(call, hold, Spec(*sizes, parts=PATTERNS[name], poison=True, seed=12))
 
 
 @pytest.mark.parametrize(("head_dim", "head_dim_v"), [(64, 128), (128, 64), (24, 256), (192, 128)])

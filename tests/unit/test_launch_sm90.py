@@ -1,5 +1,7 @@
 """The Hopper launches' arithmetic: division by multiplication, shared memory, argument size."""
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ TABLES = {
     "bwd_dkdv_sm90": launch_sm90._DKDV,
     "bwd_fused_sm90": launch_sm90._FUSED,
 }
+PARTIAL = [dim for dim in range(16, 257, 8) if dim % 64]
 SHAPES = [(name, dim, shape) for name, table in TABLES.items() for dim, shape in table.items()]
 
 
@@ -37,6 +40,49 @@ def test_divisor_at_multiples(number, times):
     for n in (number * times - 1, number * times):
         if n <= LARGEST:
             assert n * multiplier >> shift == n // number
+
+
+@pytest.mark.parametrize("table", [launch_sm90._FORWARD, launch_sm90._DQ, launch_sm90._DKDV])
+def test_every_head_dim_has_the_shape_of_the_tiles_that_hold_it(table):
+    for head_dim in PARTIAL:
+        width = min(x for x in (64, 128, 192, 256) if x > head_dim)
+        if width in table:
+            assert table[head_dim] == table[width]
+        else:
+            with pytest.raises(KeyError):
+                table[head_dim]
+    with pytest.raises(KeyError):
+        table[320]
+
+
+def test_dq_and_dkdv_serve_the_same():
+    assert launch_sm90._DQ.keys() == launch_sm90._DKDV.keys()
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "forward", "backward"),
+    [
+        (16, 16, True, True),
+        (40, 40, True, True),
+        (64, 64, True, True),
+        (96, 96, True, True),
+        (120, 120, True, True),
+        (136, 136, True, False),
+        (256, 256, True, False),
+        (264, 264, False, False),
+        (100, 100, False, False),
+        (64, 128, False, False),
+    ],
+)
+def test_head_dims_served(monkeypatch, head_dim, head_dim_v, forward, backward):
+    monkeypatch.setattr(launch_sm90, "compute_capability", lambda device: (9, 0))
+    problem = Problem(1, 1, 1, 8, 8, head_dim, head_dim_v, "bfloat16", "cuda:0", 0.1)
+    row = -(-head_dim // 8) * 8
+    rows = DeviceArray(1 << 20, (1, 1, 8, head_dim), (8 * row, 8 * row, row, 1), "bfloat16", 0)
+    arrays = (rows,) * 3
+    plan = SimpleNamespace(monotone=True)
+    assert launch_sm90.supports_forward(problem, *arrays, plan) is forward
+    assert launch_sm90.supports_backward(problem, rows, *arrays, rows, plan) is backward
 
 
 @pytest.mark.parametrize(("name", "head_dim", "shape"), SHAPES)

@@ -1,5 +1,5 @@
-// Gradients of the keys and values over sorted key ranges on Hopper (wgmma), in transposed form:
-// rows are keys, columns queries.
+// Gradients of the keys and values over sorted key ranges on Hopper (wgmma), head_dim up to 128, in
+// transposed form: rows are keys, columns queries.
 //
 // computes: with p[i][j], delta[i] as in bwd_dq_sm90.cu: dv[j] = sum_i p[i][j] dout[i],
 //   dk[j] = scale * sum_i p[i][j] * (dout[i] . v[j] - delta[i]) q[i], over the queries i whose
@@ -44,14 +44,14 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
     };
     if constexpr (kOverlap) load_index();
 
-    float scores[kBlockM / 2], slopes[kBlockM / 2], grad_k[kHeadDim / 2], grad_v[kHeadDim / 2];
+    float scores[kBlockM / 2], slopes[kBlockM / 2], grad_k[kWidth / 2], grad_v[kWidth / 2];
     unsigned weights[kBlockM / 4], changes[kBlockM / 4];
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) grad_k[i] = grad_v[i] = 0.0f;
-    unsigned keys[kHeadDim / 4], values[kHeadDim / 4];
+    for (int i = 0; i < kWidth / 2; ++i) grad_k[i] = grad_v[i] = 0.0f;
+    unsigned keys[kDepth / 4], values[kDepth / 4];
     if constexpr (kKeysInRegisters) {
-      load_fragments<kBlockN, kHeadDim>(keys, key_tile, warp, lane);
-      load_fragments<kBlockN, kHeadDim>(values, value_tile, warp, lane);
+      load_fragments<kBlockN, kDepth>(keys, key_tile, warp, lane);
+      load_fragments<kBlockN, kDepth>(values, value_tile, warp, lane);
       pin(keys);
       pin(values);
       barrier_release(shared.key_empty(), lane);
@@ -67,13 +67,13 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
     // Issue S^T = K Q^T and dP^T = V dO^T of a slot, as two groups.
     const auto issue_scores = [&](unsigned slot) {
       if constexpr (kKeysInRegisters) {
-        product_of_rows<kBlockM, kHeadDim>(scores, keys, shared.query(slot));
+        product_of_rows<kBlockM, kDepth>(scores, keys, shared.query(slot));
         wgmma_commit();
-        product_of_rows<kBlockM, kHeadDim>(slopes, values, shared.dout(slot));
+        product_of_rows<kBlockM, kDepth>(slopes, values, shared.dout(slot));
       } else {
-        product_of_rows<kBlockN, kBlockM, kHeadDim>(scores, key_tile, shared.query(slot));
+        product_of_rows<kBlockN, kBlockM, kDepth>(scores, key_tile, shared.query(slot));
         wgmma_commit();
-        product_of_rows<kBlockN, kBlockM, kHeadDim>(slopes, value_tile, shared.dout(slot));
+        product_of_rows<kBlockN, kBlockM, kDepth>(slopes, value_tile, shared.dout(slot));
       }
       wgmma_commit();
     };
@@ -227,8 +227,8 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
     if constexpr (!kOverlap) load_index();
     const int b = p.by_heads.quotient(z), h_kv = z - b * p.heads_kv;
     const float scale_k[2] = {p.scale, p.scale}, scale_v[2] = {1.0f, 1.0f};
-    scatter_rows(grad_k, scale_k, p.dk.of_head(b, h_kv), p.dk.row, index, lane);
-    scatter_rows(grad_v, scale_v, p.dv.of_head(b, h_kv), p.dv.row, index, lane);
+    scatter_columns<kColumns>(grad_k, scale_k, p.dk.of_head(b, h_kv), p.dk.row, index, lane);
+    scatter_columns<kColumns>(grad_v, scale_v, p.dv.of_head(b, h_kv), p.dv.row, index, lane);
   }
 }
 

@@ -7,19 +7,19 @@
 #endif
 #include "mbarrier.cuh"
 #include "wgmma.cuh"
+#include "width_sm90.cuh"
 #include "params_sm90.cuh"
 #include "gather_sm90.cuh"
 #include "softmax_sm90.cuh"
 
-constexpr int kHeadDim = SCFA_HEAD_DIM;
 constexpr int kWarpgroups = SCFA_WARPGROUPS;
 constexpr int kStages = SCFA_STAGES;       // buffers of one q and one dout block each
 constexpr int kBlockN = 64 * kWarpgroups;  // keys of a tile
 constexpr int kBlockM = SCFA_BLOCK_N;      // queries of a step
-constexpr int kPanels = kHeadDim / kPanelColumns;
 constexpr int kThreads = 128 * (kWarpgroups + 1);
-constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 40;
-constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 232;
+// Where rows end inside the only panel, gathering takes more registers, and products fewer.
+constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kColumns < 64 ? 56 : 40;
+constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : kColumns < 64 ? 224 : 232;
 // Two uses of registers that are free only at head_dim 64, 64 queries a step and two warpgroups:
 // keys and values as A operands, and scores of the next queries running behind the products of
 // these.
@@ -101,9 +101,9 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
       const int sorted = key0 + gather_owned_row(thread, i);
       rows[i] = sorted < key1 ? k_index[sorted] : -1;
     }
-    gather_rows<kBlockN, kPanels>(shared.key(), p.k.of_head(b, h_kv) + lane_bytes, p.k.row, rows,
+    gather_rows<kBlockN, kPanels, kGatherThreads, kColumns>(shared.key(), p.k.of_head(b, h_kv) + lane_bytes, p.k.row, rows,
                                   thread);
-    gather_rows<kBlockN, kPanels>(shared.value(), p.v.of_head(b, h_kv) + lane_bytes, p.v.row, rows,
+    gather_rows<kBlockN, kPanels, kGatherThreads, kColumns>(shared.value(), p.v.of_head(b, h_kv) + lane_bytes, p.v.row, rows,
                                   thread);
     barrier_arrive_after_copies(shared.key_full());
 
@@ -149,8 +149,8 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
         const int current[1] = {sees ? own.row
                                      : -1};  // a query that sees no key of the tile becomes zeros
         barrier_wait(shared.query_empty(query.slot), query.parity ^ 1);
-        gather_rows<kBlockM, kPanels>(shared.query(query.slot), q, p.q.row, current, thread);
-        gather_rows<kBlockM, kPanels>(shared.dout(query.slot), dout, p.dout.row, current, thread);
+        gather_rows<kBlockM, kPanels, kGatherThreads, kColumns>(shared.query(query.slot), q, p.q.row, current, thread);
+        gather_rows<kBlockM, kPanels, kGatherThreads, kColumns>(shared.dout(query.slot), dout, p.dout.row, current, thread);
         // Rows past the end repeat the last row's range, with lse +inf (before row_lse's first
         // element): their weights are 0.
         const int column = thread % kBlockM, sorted = min(first + column, p.seqlen_q - 1);

@@ -1,5 +1,5 @@
-// Gradient of the queries over sorted key ranges on Hopper (wgmma), and the row statistics that the
-// dk/dv kernel needs.
+// Gradient of the queries over sorted key ranges on Hopper (wgmma), head_dim up to 128, and the row
+// statistics that the dk/dv kernel needs.
 //
 // computes: p[i][j] = exp(scale * q[i] . k[j] - lse[i]), delta[i] = dout[i] . out[i],
 //   dq[i] = scale * sum_j p[i][j] * (dout[i] . v[j] - delta[i]) k[j],
@@ -18,7 +18,7 @@
 
 // delta = dout . out of one row, by two neighbouring lanes; both get the sum.
 __device__ __forceinline__ float row_product(unsigned dout, unsigned out, int row, int half) {
-  constexpr int kChunks = kHeadDim / 16;  // of this lane
+  constexpr int kChunks = kDepth / 16;  // of this lane
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
@@ -99,16 +99,16 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
     const float delta[2] = {shared_load_float(shared.delta(query.slot) + 4 * row),
                             shared_load_float(shared.delta(query.slot) + 4 * row + 32)};
 
-    float scores[kBlockN / 2], slopes[kBlockN / 2], gradient[kHeadDim / 2];
+    float scores[kBlockN / 2], slopes[kBlockN / 2], gradient[kWidth / 2];
     unsigned weights[kBlockN / 4];
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) gradient[i] = 0.0f;
+    for (int i = 0; i < kWidth / 2; ++i) gradient[i] = 0.0f;
 
     // Issue S = Q K^T and dP = dO V^T of the block in this slot, as two groups.
     const auto issue_scores = [&](unsigned slot) {
-      product_of_rows<kBlockM, kBlockN, kHeadDim>(scores, query_tile, shared.key(slot));
+      product_of_rows<kBlockM, kBlockN, kDepth>(scores, query_tile, shared.key(slot));
       wgmma_commit();
-      product_of_rows<kBlockM, kBlockN, kHeadDim>(slopes, dout_tile, shared.value(slot));
+      product_of_rows<kBlockM, kBlockN, kDepth>(slopes, dout_tile, shared.value(slot));
       wgmma_commit();
     };
 
@@ -174,7 +174,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
     }
     const float scale[2] = {lse[0] == SCFA_INFINITY ? 0.0f : p.scale,
                             lse[1] == SCFA_INFINITY ? 0.0f : p.scale};
-    scatter_rows(gradient, scale, p.dq.of_head(at.b, at.h), p.dq.row, index, lane);
+    scatter_columns<kColumns>(gradient, scale, p.dq.of_head(at.b, at.h), p.dq.row, index, lane);
     for (; block >= 0; --block) skip_block();
   }
 }

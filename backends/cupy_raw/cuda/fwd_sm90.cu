@@ -1,4 +1,4 @@
-// Forward attention over sorted key ranges on Hopper (wgmma), head_dim 64 or 128, 16-bit inputs.
+// Forward attention over sorted key ranges on Hopper (wgmma), head_dim up to 256, 16-bit inputs.
 //
 // computes: out[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j] and
 //   lse[i] = log sum_j exp(scale * q[i] . k[j]), j over k_index[key_start[r] : key_end[r]] where
@@ -55,11 +55,11 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
     const int high_block = any ? (rows.outer_end - first_key + kBlockN - 1) / kBlockN : 0;
     const unsigned query_tile = shared.query(query.slot) + group * 64 * kRowBytes;
 
-    float scores[kBlockN / 2], output[kHeadDim / 2];
+    float scores[kBlockN / 2], output[kWidth / 2];
     unsigned weights[kBlockN / 4];
     OnlineSoftmax softmax;
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) output[i] = 0.0f;
+    for (int i = 0; i < kWidth / 2; ++i) output[i] = 0.0f;
 
     const unsigned own_start = data.starts() + 4 * row, own_end = data.ends() + 4 * row;
     float decay[2];
@@ -80,7 +80,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       async_proxy_fence();
       take_turn();
       wgmma_fence();
-      product_of_rows<kBlockM, kBlockN, kHeadDim>(scores, query_tile, shared.key(key.slot));
+      product_of_rows<kBlockM, kBlockN, kDepth>(scores, query_tile, shared.key(key.slot));
       wgmma_commit();
       pass_turn();
       wgmma_wait<0>();
@@ -99,7 +99,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
         pin(output);
         pin(weights);
         wgmma_fence();
-        product_of_rows<kBlockM, kBlockN, kHeadDim>(scores, query_tile, shared.key(key.slot));
+        product_of_rows<kBlockM, kBlockN, kDepth>(scores, query_tile, shared.key(key.slot));
         wgmma_commit();
         barrier_wait(shared.value_full(value.slot), value.parity);
         async_proxy_fence();
@@ -145,7 +145,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
     }
 
     const QueryTile at = locate_query_tile<kBlockM>(p, tile);
-    scatter_rows(output, inverse, p.out.of_head(at.b, at.h), p.out.row, index, lane);
+    scatter_columns<kColumns>(output, inverse, p.out.of_head(at.b, at.h), p.out.row, index, lane);
     if (lane % 4 == 0) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {

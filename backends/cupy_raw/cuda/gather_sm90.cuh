@@ -33,35 +33,47 @@ __device__ __forceinline__ void copy_chunk(unsigned target, const char* source, 
   }
 }
 
-// Copy kRows rows of kPanels * 128 bytes; index -1 fills the row with zeros (and reads nothing).
-// `source` is the head's first row plus this thread's chunk (16 bytes times its lane).
-template <int kRows, int kPanels, int kThreads = kGatherThreads>
+// Copy kRows rows of kColumns columns to a tile of kPanels panels; index -1 fills the row with zeros
+// (and reads nothing), as columns that rows do not have are. `source` is the head's first row plus
+// this thread's chunk (16 bytes times its lane).
+template <int kRows, int kPanels, int kThreads = kGatherThreads,
+          int kColumns = kPanels * kPanelColumns>
 __device__ __forceinline__ void gather_rows(unsigned tile, const char* source, int row_bytes,
                                             const int (&index)[(kRows + kThreads - 1) / kThreads],
                                             int thread) {
-  constexpr int kRowsPerPass = kThreads / kLanesPerRow;
+  constexpr int kRowsPerPass = kThreads / kLanesPerRow, kPasses = kRows / kRowsPerPass;
+  static_assert(kRows % kRowsPerPass == 0, "whole passes");
   constexpr int kBatch = 4;  // index shuffles in flight together: their latency is what a pass
                              // would otherwise wait for
   const int lane = thread % kLanesPerRow, first = thread / kLanesPerRow;
   const unsigned target = tile + first * kRowBytes + ((lane ^ (first & 7)) << 4);
+  // -1 in lanes whose chunk of the last panel rows do not have.
+  constexpr int kChunks = kColumns / 8 - (kPanels - 1) * kLanesPerRow;
+  constexpr bool kPartial = kChunks < kLanesPerRow;
+  const int beyond = (kChunks - 1 - lane) >> 31;
   asm volatile("" : "+l"(source));  // one base register pair, not one sum of strides per row
 #pragma unroll
-  for (int pass0 = 0; pass0 < kRows / kRowsPerPass; pass0 += kBatch) {
+  for (int pass0 = 0; pass0 < kPasses; pass0 += kBatch) {
     int row[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
+      if (pass0 + i >= kPasses) continue;
       row[i] = __shfl_sync(0xFFFFFFFFu, index[(pass0 + i) / kLanesPerRow],
                            (pass0 + i) % kLanesPerRow, kLanesPerRow);
+      if (kPanels == 1 && kPartial) row[i] |= beyond;
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
+      if (pass0 + i >= kPasses) continue;
       const char* address =
           source + static_cast<unsigned long long>(static_cast<unsigned>(row[i])) *
                        static_cast<unsigned>(row_bytes);
 #pragma unroll
       for (int panel = 0; panel < kPanels; ++panel) {
+        // What a row does not have is beyond it: zeros, as where there is no row.
+        const int wanted = kPartial && panel == kPanels - 1 ? row[i] | beyond : row[i];
         copy_chunk<kPanels>(target + (panel * kRows + (pass0 + i) * kRowsPerPass) * kRowBytes,
-                            address + panel * kRowBytes, row[i]);
+                            address + panel * kRowBytes, wanted);
       }
     }
   }
@@ -118,18 +130,20 @@ __device__ __forceinline__ void transpose_quad(unsigned (&r)[4], int lane) {
     r[3] = other;
 }
 
-// Write one warp's 16 rows of 2 * kCount columns, scaled, in 16 bits, to the rows given by this
-// lane's two indices (rows g and g + 8; -1 writes nothing). Scale 0 writes exact zeros whatever the
+// Write the first kColumns of one warp's 16 rows of 2 * kCount columns, scaled, in 16 bits, to the
+// rows given by this lane's two indices (rows g and g + 8; -1 writes nothing). Scale 0 writes exact zeros whatever the
 // accumulator holds.
-template <int kCount>
-__device__ __forceinline__ void scatter_rows(const float (&values)[kCount], const float (&scale)[2],
-                                             char* head, int row_bytes, const int (&index)[2],
-                                             int lane) {
+template <int kColumns, int kCount>
+__device__ __forceinline__ void scatter_columns(const float (&values)[kCount],
+                                                const float (&scale)[2], char* head, int row_bytes,
+                                                const int (&index)[2], int lane) {
+  static_assert(kColumns % 8 == 0 && kColumns <= 2 * kCount, "whole chunks of what there is");
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     char* row = head + static_cast<long long>(index[half]) * row_bytes + (lane & 3) * 16;
 #pragma unroll
-    for (int block = 0; block < kCount / 16; ++block) {
+    for (int block = 0; block < (kColumns + 31) / 32; ++block) {
+      const int chunks = kColumns / 8 - 4 * block;  // of 16 bytes, one a lane, that rows have here
       unsigned pairs[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -138,10 +152,18 @@ __device__ __forceinline__ void scatter_rows(const float (&values)[kCount], cons
         if (scale[half] == 0.0f) pairs[i] = 0;
       }
       transpose_quad(pairs, lane);
-      if (index[half] >= 0) {
+      if (index[half] >= 0 && (chunks >= 4 || (lane & 3) < chunks)) {
         *reinterpret_cast<uint4*>(row + block * 64) =
             make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
       }
     }
   }
+}
+
+// All columns.
+template <int kCount>
+__device__ __forceinline__ void scatter_rows(const float (&values)[kCount], const float (&scale)[2],
+                                             char* head, int row_bytes, const int (&index)[2],
+                                             int lane) {
+  scatter_columns<2 * kCount>(values, scale, head, row_bytes, index, lane);
 }

@@ -23,11 +23,35 @@ constexpr int kStepColumns = 16;   // reduction depth of one instruction
 #define SCFA_ACC32                                                          \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define SCFA_ACC40                                                                   \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39}"
+#define SCFA_ACC48                                                                   \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}"
 #define SCFA_ACC64                                                                   \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
+#define SCFA_ACC96                                                                   \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}"
+#define SCFA_ACC128                                                                              \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                      \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "             \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "             \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "             \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}"
 #define SCFA_OUT8(d, i)                                                                       \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
@@ -35,6 +59,12 @@ constexpr int kStepColumns = 16;   // reduction depth of one instruction
 #define SCFA_OUT32(d) SCFA_OUT8(d, 0), SCFA_OUT8(d, 8), SCFA_OUT8(d, 16), SCFA_OUT8(d, 24)
 #define SCFA_OUT64(d) \
   SCFA_OUT32(d), SCFA_OUT8(d, 32), SCFA_OUT8(d, 40), SCFA_OUT8(d, 48), SCFA_OUT8(d, 56)
+#define SCFA_OUT40(d) SCFA_OUT32(d), SCFA_OUT8(d, 32)
+#define SCFA_OUT48(d) SCFA_OUT40(d), SCFA_OUT8(d, 40)
+#define SCFA_OUT96(d) \
+  SCFA_OUT64(d), SCFA_OUT8(d, 64), SCFA_OUT8(d, 72), SCFA_OUT8(d, 80), SCFA_OUT8(d, 88)
+#define SCFA_OUT128(d) \
+  SCFA_OUT96(d), SCFA_OUT8(d, 96), SCFA_OUT8(d, 104), SCFA_OUT8(d, 112), SCFA_OUT8(d, 120)
 
 // How B is read: its columns are the reduction (K-major), or its rows are (MN-major).
 enum class ReduceOver { kColumns, kRows };
@@ -86,13 +116,28 @@ __device__ __forceinline__ void pin(unsigned (&registers)[kCount]) {
 template <int kCount>
 __device__ __forceinline__ void wgmma_shared(float (&d)[kCount], unsigned long long a,
                                              unsigned long long b, int accumulate) {
-  static_assert(kCount == 32 || kCount == 64, "64 or 128 columns");
+  static_assert(kCount == 32 || kCount == 40 || kCount == 48 || kCount == 64,
+                "64, 80, 96 or 128 columns");
   if constexpr (kCount == 32) {
     asm volatile(
         "{\n.reg .pred acc;\nsetp.ne.b32 acc, %34, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n64k16." SCFA_WGMMA_TYPES " " SCFA_ACC32
         ", %32, %33, acc, 1, 1, 0, 0;\n}"
         : SCFA_OUT32(d)
+        : "l"(a), "l"(b), "r"(accumulate));
+  } else if constexpr (kCount == 40) {
+    asm volatile(
+        "{\n.reg .pred acc;\nsetp.ne.b32 acc, %42, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n80k16." SCFA_WGMMA_TYPES " " SCFA_ACC40
+        ", %40, %41, acc, 1, 1, 0, 0;\n}"
+        : SCFA_OUT40(d)
+        : "l"(a), "l"(b), "r"(accumulate));
+  } else if constexpr (kCount == 48) {
+    asm volatile(
+        "{\n.reg .pred acc;\nsetp.ne.b32 acc, %50, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n96k16." SCFA_WGMMA_TYPES " " SCFA_ACC48
+        ", %48, %49, acc, 1, 1, 0, 0;\n}"
+        : SCFA_OUT48(d)
         : "l"(a), "l"(b), "r"(accumulate));
   } else {
     asm volatile(
@@ -139,7 +184,6 @@ template <ReduceOver kReduce, int kCount>
 __device__ __forceinline__ void wgmma_registers(float (&d)[kCount], unsigned a0, unsigned a1,
                                                 unsigned a2, unsigned a3, unsigned long long b,
                                                 int accumulate) {
-  static_assert(kCount == 32 || kCount == 64, "64 or 128 columns");
   constexpr int kTransposeB = kReduce == ReduceOver::kRows;
   if constexpr (kCount == 32) {
     asm volatile(
@@ -148,7 +192,36 @@ __device__ __forceinline__ void wgmma_registers(float (&d)[kCount], unsigned a0,
         ", {%32, %33, %34, %35}, %36, acc, 1, 1, %38;\n}"
         : SCFA_OUT32(d)
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate), "n"(kTransposeB));
+  } else if constexpr (kCount == 16) {
+    asm volatile(
+        "{\n.reg .pred acc;\nsetp.ne.b32 acc, %21, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k16." SCFA_WGMMA_TYPES " " SCFA_ACC16
+        ", {%16, %17, %18, %19}, %20, acc, 1, 1, %22;\n}"
+        : SCFA_OUT16(d)
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate), "n"(kTransposeB));
+  } else if constexpr (kCount == 48) {
+    asm volatile(
+        "{\n.reg .pred acc;\nsetp.ne.b32 acc, %53, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n96k16." SCFA_WGMMA_TYPES " " SCFA_ACC48
+        ", {%48, %49, %50, %51}, %52, acc, 1, 1, %54;\n}"
+        : SCFA_OUT48(d)
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate), "n"(kTransposeB));
+  } else if constexpr (kCount == 96) {
+    asm volatile(
+        "{\n.reg .pred acc;\nsetp.ne.b32 acc, %101, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n192k16." SCFA_WGMMA_TYPES " " SCFA_ACC96
+        ", {%96, %97, %98, %99}, %100, acc, 1, 1, %102;\n}"
+        : SCFA_OUT96(d)
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate), "n"(kTransposeB));
+  } else if constexpr (kCount == 128) {
+    asm volatile(
+        "{\n.reg .pred acc;\nsetp.ne.b32 acc, %133, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n256k16." SCFA_WGMMA_TYPES " " SCFA_ACC128
+        ", {%128, %129, %130, %131}, %132, acc, 1, 1, %134;\n}"
+        : SCFA_OUT128(d)
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate), "n"(kTransposeB));
   } else {
+    static_assert(kCount == 64, "32, 64, 96, 128, 192 or 256 columns");
     asm volatile(
         "{\n.reg .pred acc;\nsetp.ne.b32 acc, %69, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16." SCFA_WGMMA_TYPES " " SCFA_ACC64
