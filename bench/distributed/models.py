@@ -90,11 +90,16 @@ def _pattern(config: Config, bucket: Tensor | None) -> scfa.Pattern:
 
 
 def sharded_attend(config: Config, way: str, rows: Tensor) -> Attend:
-    """Attention of the paper's model where each rank holds `rows` of the sequence."""
+    """Attention of the paper's model where each rank holds `rows` of the sequence.
+
+    Positions are learned, so that queries are what is hashed.
+    """
     ranks, rank = dist.get_world_size(), dist.get_rank()
     options = {"softmax_scale": config.softmax_scale, "backend": config.backend}
 
-    def exchanged(q: Tensor, k: Tensor, v: Tensor, directions: Tensor | None, *_: Any) -> Tensor:
+    def exchanged(
+        q: Tensor, k: Tensor, v: Tensor, hashed: Tensor, directions: Tensor | None, *_: Any
+    ) -> Tensor:
         own = None if directions is None else directions.chunk(ranks, dim=1)[rank]
 
         def pattern(q: Tensor, _k: Tensor) -> scfa.Pattern:
@@ -104,10 +109,12 @@ def sharded_attend(config: Config, way: str, rows: Tensor) -> Attend:
 
     order = torch.argsort(distributed._gather(rows, 0, None))
 
-    def gathered(q: Tensor, k: Tensor, v: Tensor, directions: Tensor | None, *_: Any) -> Tensor:
+    def gathered(
+        q: Tensor, k: Tensor, v: Tensor, hashed: Tensor, directions: Tensor | None, *_: Any
+    ) -> Tensor:
         bucket = None
         if directions is not None:
-            bucket = distributed._gather(angular_hash(q, directions, None)[0], 2, None)
+            bucket = distributed._gather(angular_hash(hashed, directions, None)[0], 2, None)
             bucket = bucket.index_select(2, order)
         pattern = _pattern(config, bucket)
         return distributed.gathered_attention(q, k, v, pattern, rows=rows, **options)
@@ -124,6 +131,8 @@ class Paper(nn.Module):
 
     def __init__(self, config: Config, rows: Tensor | None, way: str | None) -> None:
         super().__init__()
+        if config.positions != "learned":
+            raise SystemExit(f"rows of ranks need learned positions, not {config.positions!r}")
         local = config if rows is None else dataclasses.replace(config, seqlen=len(rows))
         self.inner = LanguageModel(local)
         if rows is None or way is None:
