@@ -1,0 +1,209 @@
+"""The Hopper kernels, compiled as host C++ and run on fibers, against the truth.
+
+wgmma_on_host.hpp plays what only the card has: barriers, copies, products from descriptors. All
+else is the shipped source: gathers, swizzle, zeros beyond the rows, masks, softmax, stores.
+"""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scfa_core.backends.cupy_raw import launch_sm90, nvrtc
+
+import scfa_core as scfa
+from scfa_core import testing
+from scfa_core.arrays import DeviceArray
+from scfa_core.plan import PlanArrays
+from scfa_core.problem import Problem
+from scfa_core.testing import Part, Results, Spec
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+PLAYED = (  # functions of the shipped headers that the host has its own of
+    *("copy_chunk", "copy_word", "exp2_fast", "log2_fast", "pack_pair", "unpack_pair"),
+    *("wgmma_fence", "wgmma_commit", "wgmma_wait", "pin", "wgmma_shared", "wgmma_issue"),
+    *("wgmma_registers", "store_fragments", "new_product_of_rows", "new_product_of_columns"),
+)
+DRIVER = """
+extern "C" void run(const Params* p, int blocks, int threads, int shared_bytes, int order) {
+  std::vector<char> shared(shared_bytes + 1024);
+  dynamic_shared = (char*)(((size_t)shared.data() + 1023) / 1024 * 1024);
+  gridDim = {(unsigned)blocks, 1, 1};
+  blockDim = {(unsigned)threads, 1, 1};
+  for (int x = 0; x < blocks; ++x) {
+    for (size_t i = 0; i < shared.size(); ++i) shared[i] = i % 2 ? 0x7f : 0xff;  // NaN
+    host::start_block(threads);
+    blockIdx = {(unsigned)x, 0, 0};
+    host::body = [&] { KERNEL(*p); };
+    host::run_block(threads, order);
+  }
+}
+"""
+TYPES = """
+typedef unsigned short u16;
+typedef unsigned int u32;
+constexpr bool kIsBf16 = SCFA_BFLOAT16;
+"""
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (g++ or clang++) here")
+
+
+def without_function(text, name):
+    """Cut every definition of a function, with its template line."""
+    head = rf"(?:template <[^{{}};]*?>\n)?__device__ __forceinline__ [\w ]+ {name}\("
+    while found := re.search(head, text):
+        end = text.index("{\n", found.end()) + 1
+        depth = 1
+        while depth:
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            end += 1
+        text = text[: found.start()] + text[end:]
+    return text
+
+
+def for_the_host(name, text):
+    """A shipped source with the instructions of the card taken out."""
+    text = text.replace("extern __shared__ char dynamic[]", "char* dynamic = dynamic_shared")
+    for function in PLAYED:
+        text = without_function(text, function)
+    text = re.sub(r'asm volatile\("(prefetch|" : "\+l")[^;]*(;"[^;]*)?;', "", text)
+    fragment = r'asm volatile\("ldmatrix.*?: "=r"\((.*?)\)\s*: "r"\(address\)\s*: "memory"\);'
+    registers = r"load_matrices_of(\1, address);"
+    text = re.sub(fragment, registers, text, flags=re.S)
+    text = re.sub(r'\), "=r"\(|\),\s+"=r"\(', ", ", text)
+    words = r'asm volatile\("ld\.shared\.v4\.u32[^:]*: "=r"\((\w+)\[0\].*?: "r"\(([^)]*)\)\);'
+    text = re.sub(words, r"load_words(\1, \2);", text, flags=re.S)
+    assert "asm volatile" not in re.sub(r"^#define.*?[^\\]$", "", text, flags=re.S | re.M), name
+    return text
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """Return (kernel, dtype, head_dim) -> its compiled host function, shape and shared bytes."""
+    folder = tmp_path_factory.mktemp("hopper")
+    for name, text in nvrtc.read_sources().items():
+        if re.search("sm90|wgmma", name) and "fused" not in name and "prepare" not in name:
+            (folder / name).write_text(for_the_host(name, text))
+    (folder / "types.cuh").write_text(TYPES)
+    (folder / "mbarrier.cuh").write_text("#pragma once\n")
+    for name in ("cuda_on_host.hpp", "ptx_on_host.hpp", "wgmma_on_host.hpp"):
+        shutil.copy(HERE / name, folder)
+    built = {}
+
+    def build(kernel, dtype, head_dim, shape):
+        constants = overheard_constants(kernel, dtype, head_dim, shape)
+        if constants not in built:
+            source = folder / f"{kernel}-{len(built)}.cpp"
+            headers = ("cuda_on_host.hpp", "ptx_on_host.hpp", "wgmma_on_host.hpp", f"{kernel}.cu")
+            lines = [f'#include "{header}"' for header in headers]
+            source.write_text("\n".join([*lines, f"#define KERNEL scfa_{kernel}", DRIVER]))
+            defines = [f"-DSCFA_{key}={value}" for key, value in constants]
+            options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-ffp-contract=off"]
+            options += ["-fsanitize=signed-integer-overflow,shift,bounds"]
+            options += ["-fsanitize-undefined-trap-on-error"]
+            library = source.with_suffix(".so")
+            command = [COMPILER, *options, *defines, "-o", str(library), str(source)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[:4000]
+            built[constants] = ctypes.CDLL(str(library)).run
+        return built[constants]
+
+    return build
+
+
+def overheard_constants(kernel, dtype, head_dim, shape):
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            launch_sm90, "get_kernel", lambda *request, arch_suffix: asked.append(request)
+        )
+        launch_sm90._kernel.__wrapped__(kernel, 0, dtype, head_dim, shape)
+    return asked[0][2]
+
+
+def aligned_copy(x):
+    """Copy whose data begin on a 16-byte boundary."""
+    room = np.empty(x.nbytes + 16, np.uint8)
+    start = -room.ctypes.data % 16
+    y = room[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+    y[...] = x
+    return y
+
+
+def described(x, dtype):
+    strides = tuple(stride // x.itemsize for stride in x.strides)
+    return DeviceArray(x.ctypes.data, x.shape, strides, dtype, 0)
+
+
+def run(build, case, order=0, blocks=1, backward=True):
+    """Results of one case; gradients are NaN without `backward`."""
+    spec = case.spec
+    problem = Problem(
+        *(spec.batch, spec.heads, spec.heads_kv, spec.seqlen_q, spec.seqlen_k),
+        *(spec.head_dim, spec.head_dim_v, spec.dtype, "cpu", case.softmax_scale),
+    )
+    like = [np.zeros(x.shape, np.float32) for x in (case.q, case.k)]
+    made = scfa.make_plan(case.pattern, *like, backend="reference")
+    lists = [made.q_index, made.q_count, made.k_index, made.k_count, made.key_start, made.key_end]
+    lists = [np.ascontiguousarray(x) for x in lists]
+    plan = PlanArrays.of([*(described(x, "int32") for x in lists), None], made.monotone)
+    q, k, v, dout = (aligned_copy(x) for x in (case.q, case.k, case.v, case.dout))
+    lse = np.full(q.shape[:3], np.nan, np.float32)
+    out, dq, dk, dv = (aligned_copy(np.full_like(x, 0x7FFF)) for x in (dout, q, k, v))
+    arrays = tuple(described(x, spec.dtype) for x in (q, k, v, out, dout, dq, dk, dv))
+    statistics = np.full(2 * lse.size + 1, np.nan, np.float32)
+    at = statistics.ctypes.data + 4
+    per_query, per_key = (spec.seqlen_q, spec.heads), (spec.seqlen_k, spec.heads_kv)
+    kernels = [("fwd_sm90", launch_sm90._FORWARD, *per_query)]
+    if backward:
+        kernels += [("bwd_dq_sm90", launch_sm90._DQ, *per_query)]
+        kernels += [("bwd_dkdv_sm90", launch_sm90._DKDV, *per_key)]
+    for kernel, shapes, rows, heads in kernels:
+        shape = shapes[spec.head_dim]
+        tiles = launch_sm90._tiles(rows, 64 * shape.warpgroups, spec.batch * heads)
+        counter = np.zeros(1, np.int32)
+        params = launch_sm90._params(
+            *(problem, plan, arrays, described(lse, "float32")),
+            *((at, at + 4 * lse.size), counter.ctypes.data, tiles, heads),
+        )
+        shared = launch_sm90._SHARED[kernel](spec.head_dim, shape)
+        threads = 128 * (shape.warpgroups + 1)
+        build(kernel, spec.dtype, spec.head_dim, shape)(params, blocks, threads, shared, order)
+    wide = (testing.widen(x, spec.dtype) for x in (out, dq, dk, dv))
+    out, dq, dk, dv = wide
+    return Results(out, lse, dq, dk, dv)
+
+
+def check(build, spec, **how):
+    case = testing.build(spec)
+    got = run(build, case, **how)
+    bad = [verdict for verdict in testing.judge(case, got) if not verdict.ok]
+    if not how.get("backward", True):
+        bad = [verdict for verdict in bad if verdict.name in ("out", "lse")]
+    assert not bad, f"{spec}: {bad}"
+
+
+HASH = (Part("hash", "uniform", 2),)
+WINDOW = (Part("window", number=70),)
+
+
+@pytest.mark.parametrize("head_dim", [16, 40, 96, 120])
+def test_forward_and_backward(build, head_dim):
+    spec = Spec(1, 2, 1, 140, 200, head_dim, head_dim, "bfloat16", parts=HASH, poison=True, seed=1)
+    check(build, spec)
+
+
+@pytest.mark.parametrize("head_dim", [136, 192, 256])
+def test_forward_of_wide_rows(build, head_dim):
+    spec = Spec(1, 2, 1, 130, 200, head_dim, head_dim, "bfloat16", parts=HASH, poison=True, seed=2)
+    check(build, spec, backward=False)
+
+
+@pytest.mark.parametrize("head_dim", [32])
+def test_a_window_in_float16(build, head_dim):
+    spec = Spec(1, 1, 1, 200, 200, head_dim, head_dim, "float16", parts=WINDOW, seed=3)
+    check(build, spec, order=2, blocks=2)
