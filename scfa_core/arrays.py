@@ -317,7 +317,10 @@ def is_torch_tensor(x: Any) -> bool:
     Not by ``sys.modules``: torch.compile would walk through every module of the process, and fails
     if one is imported meanwhile.
     """
-    return any(base.__module__ == "torch" and base.__name__ == "Tensor" for base in type(x).__mro__)
+    kind = type(x)
+    if kind.__module__ == "torch" and kind.__name__ == "Tensor":
+        return True
+    return any(base.__module__ == "torch" and base.__name__ == "Tensor" for base in kind.__mro__)
 
 
 def is_numba_device_array(x: Any) -> bool:

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from scfa_core.dispatch import AUTO, choose_backend
+from scfa_core.dispatch import AUTO
 from scfa_core.errors import GradientError
 from scfa_core.plan import WORK_COUNTERS, WORK_TILE
-from scfa_core.problem import build_problem, check_layout
+from scfa_core.problem import check_layout
 from scfa_core.torch_calls import (
     check_backward,
     checked_plan_arrays,
@@ -25,7 +25,6 @@ from scfa_core.torch_calls import (
     run_backward,
     run_forward,
 )
-from scfa_core.torch_framework import TORCH_FRAMEWORK
 from scfa_core.torch_patterns import decode
 from scfa_core.torch_plans import new_plan
 
@@ -65,10 +64,8 @@ def _make_plan(
     backend: str,
 ) -> Tensors:
     """``scfa::make_plan`` on real tensors; the pattern as `torch_patterns.encode` gives it."""
-    info = TORCH_FRAMEWORK.info
-    problem = build_problem(info(q), info(k), None, layout=layout)
-    chosen = choose_backend(problem, backend or AUTO)
-    return new_plan(decode(pattern, arrays, ints), problem, chosen).arrays
+    call = find_call(q, k, k, None, layout, True, backend or AUTO)
+    return new_plan(decode(pattern, arrays, ints), call.problem, call.backend).arrays
 
 
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Tensors:

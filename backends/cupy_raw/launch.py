@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from scfa_core.backends.cupy_raw import launch_sm90
+from scfa_core.backends.cupy_raw import bound_sm90, launch_sm90
 from scfa_core.backends.cupy_raw.loader import compute_capability, get_kernel, shared_limit
 from scfa_core.backends.cupy_raw.params import POINTERS, pack_sizes, pack_strides
 from scfa_core.backends.cupy_raw.variants import Variant, choose
@@ -114,7 +114,7 @@ class _BoundForward:
         q, k, v, out, _ = arrays
         device = q.device
         if _hopper(device) and launch_sm90.supports_forward(problem, q, k, v, _lists(plan, device)):
-            return _hopper_bound(launch_sm90.run_forward, problem, self._arrays)
+            return bound_sm90.bind_forward(problem, plan.monotone, *self._arrays)
         aligned = _aligned((q, k, v, out))
         strides = pack_strides((*(x.strides for x in arrays), None, None, None, None))
         launch = _prepare("fwd", problem, device, aligned, True, strides)
@@ -148,7 +148,7 @@ class _BoundBackward:
         dout, q, k, v, out, lse, dq, dk, dv = _at(self._arrays, addresses)
         device, lists = q.device, _lists(plan, q.device)
         if _hopper(device) and launch_sm90.supports_backward(problem, dout, q, k, v, out, lists):
-            return _hopper_bound(launch_sm90.run_backward, problem, self._arrays)
+            return bound_sm90.bind_backward(problem, plan.monotone, *self._arrays)
         aligned = _aligned((q, k, v, out, dout, dq, dk, dv))
         strides = pack_strides([x.strides for x in (q, k, v, out, lse, dout, dq, dk, dv)])
         launches = [
@@ -221,15 +221,3 @@ def _lists(plan: PlanAddresses, device: int) -> PlanArrays:
 def _read_lists(plan: PlanAddresses) -> tuple[int, int, int, int, int]:
     """Addresses in the order of Params."""
     return plan.q_index, plan.k_index, plan.k_count, plan.key_start, plan.key_end
-
-
-def _hopper_bound(
-    verb: Callable[..., None], problem: Problem, described: tuple[DeviceArray, ...]
-) -> Bound:
-    """Call a verb of `launch_sm90` with arrays described anew."""
-    device = described[0].device
-
-    def run(plan: PlanAddresses, arrays: tuple[int, ...], ctx: CallContext) -> None:
-        verb(problem, _lists(plan, device), *_at(described, arrays), ctx)
-
-    return run

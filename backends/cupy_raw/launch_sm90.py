@@ -1,37 +1,42 @@
-"""Launch the Hopper (sm_90a) kernels: what they serve, in which tile shapes, with which arguments.
+"""The Hopper (sm_90a) kernels: what they serve, in which tile shapes, with which arguments.
 
-Every other problem is answered "not served" and runs on the portable kernels of `launch.py`.
+`bound_sm90` launches them. Every other problem is answered "not served" and runs on the portable
+kernels of `launch.py`.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import struct
+from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from scfa_core.backends.cupy_raw.loader import Kernel, compute_capability, get_kernel
 from scfa_core.backends.cupy_raw.params import LOG2_E, SMALLEST_EXPONENT_SCALE
 
 if TYPE_CHECKING:
-    from scfa_core.arrays import CallContext, DeviceArray
+    from scfa_core.arrays import DeviceArray
     from scfa_core.plan import PlanArrays
     from scfa_core.problem import Problem
 
-__all__ = ["run_backward", "run_forward", "supports_backward", "supports_forward"]
+__all__ = ["supports_backward", "supports_forward"]
 
 _LOG = logging.getLogger("scfa_core")
 _ALIGNMENT = 16  # bytes one cp.async moves
 _SHARED_SLACK = 1024  # room to align the base to the swizzle period
 _MULTIPROCESSORS = 16  # cudaDevAttrMultiProcessorCount
 _INT_MAX = 2**31 - 1
-_PARAMS = struct.Struct("<" + 9 * "Qqqii" + "9Q2f8i6I" + "2Q2i6I")  # struct Params
+_PARAMS = struct.Struct("<" + 9 * "Qqqii" + "9Q2f8i6I" + "2Q2i6IQ")  # struct Params
 _MAX_GROUP = 16  # query heads of one kv head in the dk/dv kernel
 _SUM_ROWS = 64  # query rows of one dq tile in the fused kernel
 _SUM_BYTES = 32 << 20  # for sums of dq; they should stay in L2
 _SUM_BYTES_PER_ROW = 8  # and so much more for each query row
-_BACKWARDS = ("auto", "fused", "split")  # $SCFA_CUPY_BACKWARD; auto is split
+_BACKWARDS = ("auto", "fused", "split")  # $SCFA_CUPY_BACKWARD
+_LONG_KEYS = 3072  # keys of a query tile from which the fused kernel is faster; hopper.md
+_PREPARE_BLOCKS = 8  # of the preparing kernel, for each multiprocessor
+_CHOICE_WORDS = 8  # before those of the heads: choice_sm90.cuh
+_CHOICE_COUNTERS = 2  # the first of three tile counters among them
 
 
 class Sums(NamedTuple):
@@ -84,7 +89,7 @@ _FORWARD = _Shapes(
 )
 _DQ = _Shapes({64: Shape(2, 64, 6, 2), 128: Shape(2, 64, 3, 1)})
 _DKDV = _Shapes({64: Shape(2, 64, 11, 1), 128: Shape(2, 64, 3, 1)})
-_FUSED = {64: Shape(2, 64, 5, 2), 128: Shape(2, 64, 2, 1)}  # query_buffers: of one dq tile
+_FUSED = {64: Shape(2, 64, 4, 3)}  # query_buffers: of dS
 _PREPARE = {head_dim: Shape(0, 64, 0, 0) for head_dim in _FUSED}
 
 
@@ -117,12 +122,12 @@ def _dkdv_shared(head_dim: int, shape: Shape) -> int:
 
 def _fused_shared(head_dim: int, shape: Shape) -> int:
     """Bytes of dynamic shared memory of bwd_fused_sm90.cu."""
-    rows, key_buffers, change_buffers = 64 * shape.warpgroups, 2 if head_dim == 64 else 1, 2
-    tiles = 2 * head_dim * (2 * key_buffers * rows + 2 * shape.stages * shape.block_n)
-    changes = 2 * change_buffers * rows * shape.block_n
-    sums = 4 * shape.query_buffers * shape.block_n * head_dim
-    data = 16 * shape.stages * shape.block_n + 32 * _MAX_GROUP + 64 + 16
-    barriers = 2 * (key_buffers + shape.query_buffers + shape.stages) + change_buffers
+    rows, change_buffers = 64 * shape.warpgroups, shape.query_buffers
+    tiles = 2 * head_dim * (2 * 2 * rows + 2 * shape.stages * shape.block_n)
+    changes = change_buffers * (2 * rows * shape.block_n + 32)
+    sums = 2 * (4 * shape.block_n * head_dim + 8)
+    data = 16 * shape.stages * shape.block_n + 32 * _MAX_GROUP + 16
+    barriers = 2 * (2 + change_buffers + 2 + shape.stages)
     return tiles + changes + sums + data + 8 * barriers + _SHARED_SLACK
 
 
@@ -165,11 +170,7 @@ def _serves(what: str, shapes: _Shapes, problem: Problem, *arrays: DeviceArray) 
 def supports_forward(
     problem: Problem, q: DeviceArray, k: DeviceArray, v: DeviceArray, plan: PlanArrays
 ) -> bool:
-    """Tell whether `run_forward` serves this call.
-
-    >>> if supports_forward(problem, q, k, v, plan):
-    ...     run_forward(problem, plan, q, k, v, out, lse, ctx)
-    """
+    """Tell whether the kernel of `bound_sm90.bind_forward` serves this call."""
     return _serves("forward", _FORWARD, problem, q, k, v)
 
 
@@ -182,7 +183,7 @@ def supports_backward(
     out: DeviceArray,
     plan: PlanArrays,
 ) -> bool:
-    """Tell whether `run_backward` serves this call."""
+    """Tell whether the kernels of `bound_sm90.bind_backward` serve this call."""
     if not plan.monotone or problem.group_size > _MAX_GROUP:
         _LOG.debug("backward: portable kernels (ranges in any order, or a large head group)")
         return False
@@ -214,10 +215,12 @@ def _params(
     tiles: tuple[int, int],
     heads: int,
     sums: Sums = _NO_SUMS,
+    choice: int = 0,
 ) -> bytes:
     """Pack struct Params of params_sm90.cuh.
 
-    `arrays` are q, k, v, out, dout, dq, dk, dv; `heads` are those the tiles belong to.
+    `arrays` are q, k, v, out, dout, dq, dk, dv; `heads` are those the tiles belong to; `choice`
+    is the address of the words of choice_sm90.cuh, 0 where there is no choice.
     """
     lists = (plan.q_index, plan.q_count, plan.k_index, plan.k_count, plan.key_start, plan.key_end)
     scale, per_head = problem.softmax_scale, tiles[0]
@@ -233,6 +236,7 @@ def _params(
         *(*_divisor(per_head), *_divisor(heads), *_divisor(problem.group_size)),
         *sums,
         *(*_divisor(sums.query_tiles), *_divisor(problem.heads), *_divisor(sums.slots)),
+        choice,
     )
 
 
@@ -243,14 +247,21 @@ def _multiprocessors(device: int) -> int:
     return int(runtime.deviceGetAttribute(_MULTIPROCESSORS, device))
 
 
-def _zero(pointer: int, size: int, stream: int, device: int) -> None:
-    """Enqueue a memset on a stream of `device`, whichever device the caller's thread is on."""
+@cache
+def _runtime() -> Any:
     import cupy
 
-    runtime = cupy.cuda.runtime
+    return cupy.cuda.runtime
+
+
+def _zero(pointer: int, size: int, stream: int, device: int) -> None:
+    """Enqueue a memset on a stream of `device`, whichever device the caller's thread is on."""
+    runtime = _runtime()
     if runtime.getDevice() == device:
         runtime.memsetAsync(pointer, 0, size, stream)
         return
+    import cupy
+
     with cupy.cuda.Device(device):
         runtime.memsetAsync(pointer, 0, size, stream)
 
@@ -271,92 +282,28 @@ def _kernel(name: str, device: int, dtype: str, head_dim: int, shape: Shape) -> 
     return get_kernel(f"scfa_{name}", f"{name}.cu", constants, device, arch_suffix="a")
 
 
+@cache
+def _choose_kernel(device: int) -> Kernel:
+    """The kernel that chooses between the two ways of the backward."""
+    constants = (("LONG_KEYS", _LONG_KEYS),)
+    return get_kernel(
+        "scfa_bwd_choose_sm90", "bwd_choose_sm90.cu", constants, device, arch_suffix="a"
+    )
+
+
 def _tiles(rows: int, per_tile: int, heads: int) -> tuple[int, int]:
     """Tiles of one head, and of all."""
     per_head = -(-rows // per_tile)
     return per_head, per_head * heads
 
 
-def _launch(
-    kernel: Kernel, device: int, shape: Shape, shared: int, tiles: int, stream: int, params: bytes
-) -> None:
+def _persistent(
+    kernel: Kernel, device: int, shape: Shape, shared: int, tiles: int
+) -> Callable[[int, bytes], None]:
     """One persistent block per multiprocessor, or fewer if there are fewer tiles."""
     blocks = min(tiles, _multiprocessors(device))
     others = 2 if kernel.name == "scfa_bwd_fused_sm90" else 1  # warpgroups that do not multiply
-    kernel.launch((blocks, 1, 1), 128 * (shape.warpgroups + others), shared, stream, params)
-
-
-def run_forward(
-    problem: Problem,
-    plan: PlanArrays,
-    q: DeviceArray,
-    k: DeviceArray,
-    v: DeviceArray,
-    out: DeviceArray,
-    lse: DeviceArray,
-    ctx: CallContext,
-) -> None:
-    """Enqueue the forward kernel: every element of `out` and `lse` is written."""
-    head_dim, device = problem.head_dim, q.device
-    shape = _FORWARD[head_dim]
-    counter = ctx.empty((1,), "int32")
-    _zero(counter.pointer, 4, ctx.stream, device)
-    tiles = _tiles(problem.seqlen_q, 64 * shape.warpgroups, problem.batch * problem.heads)
-    arrays = (q, k, v, out, None, None, None, None)
-    params = _params(problem, plan, arrays, lse, (0, 0), counter.pointer, tiles, problem.heads)
-    kernel = _kernel("fwd_sm90", device, problem.dtype, head_dim, shape)
-    shared = _forward_shared(head_dim, shape)
-    _launch(kernel, device, shape, shared, tiles[1], ctx.stream, params)
-
-
-def run_backward(
-    problem: Problem,
-    plan: PlanArrays,
-    dout: DeviceArray,
-    q: DeviceArray,
-    k: DeviceArray,
-    v: DeviceArray,
-    out: DeviceArray,
-    lse: DeviceArray,
-    dq: DeviceArray,
-    dk: DeviceArray,
-    dv: DeviceArray,
-    ctx: CallContext,
-) -> None:
-    """Enqueue the dq kernel, then the dk/dv kernel: every element is written, in a fixed order.
-
-    Notes
-    -----
-    Bitwise deterministic. Workspace: 8 bytes a query row (lse in base 2 and delta, in sorted
-    order). Ranges must be monotone. $SCFA_CUPY_BACKWARD=fused: `_run_fused` where it serves.
-    """
-    backward = os.environ.get("SCFA_CUPY_BACKWARD", "auto")
-    if backward not in _BACKWARDS:
-        raise ValueError(f"$SCFA_CUPY_BACKWARD must be one of {_BACKWARDS}, got {backward!r}")
-    if backward == "fused" and _sum_slots(problem) >= problem.group_size:
-        _run_fused(problem, plan, (q, k, v, out, dout, dq, dk, dv), lse, ctx)
-        return
-    head_dim, device, stream = problem.head_dim, q.device, ctx.stream
-    rows = problem.batch * problem.heads * problem.seqlen_q
-    stats = ctx.empty((2 * rows + 1,), "float32")  # the first element is that of absent rows
-    row_stats = (stats.pointer + 4, stats.pointer + 4 + 4 * rows)
-    counters = ctx.empty((2,), "int32")
-    _zero(counters.pointer, 8, stream, device)
-    arrays = (q, k, v, out, dout, dq, dk, dv)
-
-    shape = _DQ[head_dim]
-    tiles = _tiles(problem.seqlen_q, 64 * shape.warpgroups, problem.batch * problem.heads)
-    params = _params(problem, plan, arrays, lse, row_stats, counters.pointer, tiles, problem.heads)
-    kernel = _kernel("bwd_dq_sm90", device, problem.dtype, head_dim, shape)
-    _launch(kernel, device, shape, _dq_shared(head_dim, shape), tiles[1], stream, params)
-
-    shape = _DKDV[head_dim]
-    tiles = _tiles(problem.seqlen_k, 64 * shape.warpgroups, problem.batch * problem.heads_kv)
-    params = _params(
-        problem, plan, arrays, lse, row_stats, counters.pointer + 4, tiles, problem.heads_kv
-    )
-    kernel = _kernel("bwd_dkdv_sm90", device, problem.dtype, head_dim, shape)
-    _launch(kernel, device, shape, _dkdv_shared(head_dim, shape), tiles[1], stream, params)
+    return kernel.bind((blocks, 1, 1), 128 * (shape.warpgroups + others), shared)
 
 
 def _sum_slots(problem: Problem) -> int:
@@ -368,36 +315,3 @@ def _sum_slots(problem: Problem) -> int:
     tiles = -(-problem.seqlen_q // _SUM_ROWS)
     room = _SUM_BYTES + _SUM_BYTES_PER_ROW * heads * problem.seqlen_q
     return min(heads, room // (4 * tiles * _SUM_ROWS * problem.head_dim))
-
-
-def _run_fused(
-    problem: Problem,
-    plan: PlanArrays,
-    arrays: tuple[DeviceArray, ...],
-    lse: DeviceArray,
-    ctx: CallContext,
-) -> None:
-    """Enqueue the preparing kernel, then the one that makes dq, dk and dv together.
-
-    Workspace: 8 bytes a query row and a word for 64 of them, and the sums of dq (`_sum_slots`).
-    """
-    head_dim, device, stream = problem.head_dim, arrays[0].device, ctx.stream
-    heads = problem.batch * problem.heads
-    rows = heads * problem.seqlen_q
-    query_tiles, jobs = _tiles(problem.seqlen_q, _SUM_ROWS, heads)
-    slots = _sum_slots(problem)
-    stats = ctx.empty((2 * rows + 1,), "float32")  # the first element is that of absent rows
-    row_stats = (stats.pointer + 4, stats.pointer + 4 + 4 * rows)
-    words = ctx.empty((1 + jobs,), "int32")
-    sums = ctx.empty((slots * query_tiles * _SUM_ROWS * head_dim,), "float32")
-    _zero(words.pointer, 4, stream, device)
-    shape = _FUSED[head_dim]
-    tiles = _tiles(problem.seqlen_k, 64 * shape.warpgroups, problem.batch * problem.heads_kv)
-    room = Sums(sums.pointer, words.pointer + 4, slots, query_tiles)
-    params = _params(
-        problem, plan, arrays, lse, row_stats, words.pointer, tiles, problem.heads_kv, room
-    )
-    prepare = _kernel("bwd_prepare_sm90", device, problem.dtype, head_dim, _PREPARE[head_dim])
-    prepare.launch((jobs, 1, 1), 256, 0, stream, params)
-    kernel = _kernel("bwd_fused_sm90", device, problem.dtype, head_dim, shape)
-    _launch(kernel, device, shape, _fused_shared(head_dim, shape), tiles[1], stream, params)

@@ -93,6 +93,7 @@ def dq_tiles(
     acc_dq = aligned(width * BLOCK, sample)
     row_max, row_sum = aligned(BLOCK, sample), aligned(BLOCK, sample)
     keep, base = aligned(BLOCK, sample), aligned(BLOCK, sample)
+    tile_sum = aligned(BLOCK, sample)
     lse_log2, delta = aligned(BLOCK, sample), aligned(BLOCK, sample)
     ones, factor = aligned(BLOCK, sample), aligned(BLOCK, sample)
     starts, ends = np.zeros(BLOCK, np.int32), np.zeros(BLOCK, np.int32)
@@ -158,7 +159,7 @@ def dq_tiles(
                     multiply(k_rows, width, count, head_dim, q_lanes, rows, scores, keep)
                     if part != FULL:
                         hide(scores, count, n0, starts, ends, seen)
-                    softmax_update(scores, count, row_max, row_sum, keep, base)
+                    softmax_update(scores, count, row_max, row_sum, keep, base, tile_sum)
         for lane in range(rows):
             row = np.int64(q_index[q_at + lane])
             if exact_lse:

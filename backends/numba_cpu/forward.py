@@ -49,11 +49,12 @@ def hide(scores, count, first, starts, ends, seen):
 
 
 @device_function
-def softmax_update(scores, count, row_max, row_sum, keep, base):
+def softmax_update(scores, count, row_max, row_sum, keep, base, tile_sum):
     """Turn scores (log2) into weights, move row_max and row_sum on; `keep` rescales old sums.
 
     `base` is the subtracted maximum, 0 in lanes that have seen nothing, so that (-inf) - (-inf)
-    never happens.
+    never happens. Weights of a tile are added up by themselves: one by one, small ones would vanish
+    beside the sum of a long row.
     """
     zero = scores.dtype.type(0)
     for lane in range(BLOCK):
@@ -68,12 +69,15 @@ def softmax_update(scores, count, row_max, row_sum, keep, base):
         base[lane] = base[lane] if base[lane] > -np.inf else zero
         keep[lane] = exp2(old - base[lane])
         row_sum[lane] *= keep[lane]
+        tile_sum[lane] = zero
     for r in range(count):
         row = scores[r * BLOCK : (r + 1) * BLOCK]
         for lane in range(BLOCK):
             weight = exp2(row[lane] - base[lane])
             row[lane] = weight
-            row_sum[lane] += weight
+            tile_sum[lane] += weight
+    for lane in range(BLOCK):
+        row_sum[lane] += tile_sum[lane]
 
 
 @kernel
@@ -101,6 +105,7 @@ def forward_tiles(
     acc_o = aligned(width_v * BLOCK, sample)
     row_max, row_sum = aligned(BLOCK, sample), aligned(BLOCK, sample)
     keep, base = aligned(BLOCK, sample), aligned(BLOCK, sample)
+    tile_sum = aligned(BLOCK, sample)
     ones = aligned(BLOCK, sample)
     starts, ends = np.zeros(BLOCK, np.int32), np.zeros(BLOCK, np.int32)
     unsafe = np.zeros(BLOCK, np.int32)
@@ -147,7 +152,7 @@ def forward_tiles(
                 hide(scores, count, n0, starts, ends, seen)
 
             # p = 2 ** (s - row_max)
-            softmax_update(scores, count, row_max, row_sum, keep, base)
+            softmax_update(scores, count, row_max, row_sum, keep, base, tile_sum)
 
             # out = keep * out + p @ v
             load_rows(

@@ -130,7 +130,7 @@ def test_threads_at_once(torch, backend):
 
 @pytest.mark.parametrize("name", ["hash", "causal", "keep"])
 def test_memory_beyond_results(kernels, torch, backend, name):
-    """Plan and workspace: at most 32 bytes per query row; the fused backward 8 and 32 MB more."""
+    """Plan and workspace: at most 32 bytes per query row; room for sums of dq 8 and 32 MB more."""
     shape = (2, 8, 8192, 64)
     (q, k, v, dout), hashes = inputs(torch, shape, buckets=16)
     keeps = [torch.rand(shape[:3], device="cuda") < 0.5 for _ in range(2)]
@@ -151,7 +151,7 @@ def test_memory_beyond_results(kernels, torch, backend, name):
     torch.cuda.synchronize()
     results = sum(x.numel() * x.element_size() for x in (out, lse, *grads))
     extra = torch.cuda.max_memory_allocated() - before - results
-    allowed = 32 * rows + 2**20 + (8 * rows + 2**25 if kernels == "fused" else 0)
+    allowed = 32 * rows + 2**20 + (8 * rows + 2**25 if kernels != "sm80" else 0)
     assert extra <= allowed, f"{extra / rows:.1f} bytes per query row"
 
 

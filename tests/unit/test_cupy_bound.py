@@ -4,7 +4,7 @@ import struct
 from types import SimpleNamespace
 
 import pytest
-from scfa_core.backends.cupy_raw import launch, launch_sm90, planner
+from scfa_core.backends.cupy_raw import bound_sm90, launch, launch_sm90, planner
 from scfa_core.backends.cupy_raw.params import POINTERS
 from scfa_core.backends.cupy_raw.prepared import Template, marks
 
@@ -49,7 +49,8 @@ def launched(monkeypatch):
     for module in (launch, launch_sm90, planner):
         monkeypatch.setattr(module, "get_kernel", get_kernel)
     monkeypatch.setattr(planner, "_kernel", lambda name, device: get_kernel(name, "", (), device))
-    monkeypatch.setattr(launch_sm90, "_kernel", launch_sm90._kernel.__wrapped__)
+    for cached in ("_kernel", "_choose_kernel"):
+        monkeypatch.setattr(launch_sm90, cached, getattr(launch_sm90, cached).__wrapped__)
     monkeypatch.setattr(launch_sm90, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(launch_sm90, "_zero", lambda *arguments: found.append(("zero", *arguments)))
     monkeypatch.setattr(planner, "multiprocessors", lambda device: 132)
@@ -213,3 +214,90 @@ def test_hopper_kernels_read_these_addresses(launched, monkeypatch):
         if call[0] != "zero":
             words = struct.unpack(f"<{len(call[-1]) // 8}Q", call[-1])
             assert {*at, *PLAN[:6]} <= set(words)
+
+
+def described(address):
+    return DeviceArray(address, (), (), "int32", 0)
+
+
+@pytest.mark.parametrize("backward", ["split", "fused"])
+@pytest.mark.parametrize("monotone", [True, False])
+def test_hopper_arguments_are_those_packed_anew(launched, monkeypatch, monotone, backward):
+    """Each field in its place, workspace too, at sizes and strides that all differ."""
+    monkeypatch.setenv("SCFA_CUPY_BACKWARD", backward)
+    plan = PLAN._replace(monotone=monotone)
+    native = PlanArrays.of([described(at) for at in PLAN[:7]], monotone)
+    sizes, arrays = problem(seqlen_k=300), backward_arrays()
+    dout, q, k, v, out, lse, dq, dk, dv = arrays
+    at = tuple(x.pointer for x in arrays)
+    without = [x._replace(pointer=0) for x in arrays]
+    n_rows, blank = 2 * 4 * 90, (None,) * 4
+
+    bound_sm90.bind_forward(sizes, monotone, *without[1:6])(plan, at[1:6], Context())
+    forward = (q, k, v, out, *blank)
+    want = launch_sm90._params(sizes, native, forward, lse, (0, 0), WORKSPACE, (1, 8), 4)
+    assert launched.pop()[-1] == want
+    assert launched.pop() == ("zero", WORKSPACE, 8, STREAM, 0)
+
+    bound_sm90.bind_backward(sizes, monotone, *without)(plan, at, Context())
+    given = (q, k, v, out, dout, dq, dk, dv)
+    stats = (WORKSPACE + 4, WORKSPACE + 4 + 4 * n_rows)
+    second, third, fourth = (WORKSPACE + (i << 20) for i in (1, 2, 3))
+    if backward == "fused":
+        assert launched.pop(0) == ("zero", second, 8, STREAM, 0)
+        sums = launch_sm90.Sums(fourth, third, launch_sm90._sum_slots(sizes), 2)
+        want = launch_sm90._params(sizes, native, given, lse, stats, second, (3, 12), 2, sums)
+        assert [x[0] for x in launched] == ["scfa_bwd_prepare_sm90", "scfa_bwd_fused_sm90"]
+        assert {x[-1] for x in launched} == {want}
+        return
+    assert launched.pop(0) == ("zero", second, 8, STREAM, 0)
+    dq_params = launch_sm90._params(sizes, native, given, lse, stats, second, (1, 8), 4)
+    dkdv_params = launch_sm90._params(sizes, native, given, lse, stats, second + 4, (3, 12), 2)
+    assert [(x[0], x[-1]) for x in launched] == [
+        ("scfa_bwd_dq_sm90", dq_params),
+        ("scfa_bwd_dkdv_sm90", dkdv_params),
+    ]
+
+
+def test_hopper_takes_zeroed_counters_where_there_are_some(launched):
+    arrays = backward_arrays()
+    at = tuple(x.pointer for x in arrays)
+    context = Context()
+    context.counters = lambda: 0x7D00_0000_0008
+    bound_sm90.bind_forward(problem(), True, *arrays[1:6])(PLAN, at[1:6], context)
+    assert context.asked == []
+    bound_sm90.bind_backward(problem(), True, *arrays)(PLAN, at, context)
+    assert len(context.asked) == 1
+    assert [x[0] for x in launched] == ["scfa_fwd_sm90", "scfa_bwd_dq_sm90", "scfa_bwd_dkdv_sm90"]
+    for call, counter in zip(launched, (0x7D00_0000_0008,) * 2 + (0x7D00_0000_000C,), strict=True):
+        assert struct.pack("<Q", counter) in call[-1]
+
+
+def test_where_ranges_can_be_long_the_gpu_chooses(launched, monkeypatch):
+    """All kernels are launched, with the words of the choice, a counter each, and room for sums."""
+    monkeypatch.delenv("SCFA_CUPY_BACKWARD", raising=False)
+    native = PlanArrays.of([described(at) for at in PLAN[:7]], True)
+    sizes, arrays = problem(seqlen_k=launch_sm90._LONG_KEYS + 1), backward_arrays()
+    dout, q, k, v, out, lse, dq, dk, dv = arrays
+    at = tuple(x.pointer for x in arrays)
+    without = [x._replace(pointer=0) for x in arrays]
+    bound_sm90.bind_backward(sizes, True, *without)(PLAN, at, Context())
+    choice, added, room = (WORKSPACE + (i << 20) for i in (1, 2, 3))
+    sums = launch_sm90.Sums(room, added, launch_sm90._sum_slots(sizes), 2)
+    stats = (WORKSPACE + 4, WORKSPACE + 4 + 4 * 2 * 4 * 90)
+    first = choice + 4 * launch_sm90._CHOICE_COUNTERS
+    key_tiles = (25, 100)
+    given = (q, k, v, out, dout, dq, dk, dv)
+
+    def want(counter, tiles, heads):
+        return launch_sm90._params(
+            sizes, native, given, lse, stats, counter, tiles, heads, sums, choice
+        )
+
+    assert [(x[0], x[-1]) for x in launched] == [
+        ("scfa_bwd_choose_sm90", want(first, key_tiles, 2)),
+        ("scfa_bwd_dq_sm90", want(first, (1, 8), 4)),
+        ("scfa_bwd_dkdv_sm90", want(first + 4, key_tiles, 2)),
+        ("scfa_bwd_prepare_sm90", want(first + 8, key_tiles, 2)),
+        ("scfa_bwd_fused_sm90", want(first + 8, key_tiles, 2)),
+    ]

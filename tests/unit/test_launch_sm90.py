@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from scfa_core.backends.cupy_raw import launch_sm90, nvrtc
+from scfa_core.backends.cupy_raw import bound_sm90, launch_sm90, nvrtc
 
 from scfa_core.arrays import DeviceArray
 from scfa_core.errors import BackendUnavailable
@@ -146,5 +146,6 @@ def test_an_unknown_backward_is_refused(monkeypatch):
     monkeypatch.setenv("SCFA_CUPY_BACKWARD", "both")
     problem = Problem(1, 1, 1, 8, 8, 64, 64, "bfloat16", "cuda:0", 0.1)
     rows = DeviceArray(1 << 20, (1, 1, 8, 64), (512, 512, 64, 1), "bfloat16", 0)
+    bound = bound_sm90.bind_backward(problem, True, *(rows,) * 9)
     with pytest.raises(ValueError, match=r"SCFA_CUPY_BACKWARD must be one of .*'both'"):
-        launch_sm90.run_backward(problem, None, *(rows,) * 9, ctx=None)
+        bound(None, (1 << 20,) * 9, None)

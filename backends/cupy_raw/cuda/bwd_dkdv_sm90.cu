@@ -234,6 +234,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     scfa_bwd_dkdv_sm90(const __grid_constant__ Params p) {
+  if (share_of(p, kSplit) == kNone) return;
   extern __shared__ char dynamic[];
   const Shared shared{(shared_address(dynamic) + 1023) & ~1023u};
   if (threadIdx.x == 0) {

@@ -9,6 +9,7 @@
 #include "wgmma.cuh"
 #include "width_sm90.cuh"
 #include "params_sm90.cuh"
+#include "choice_sm90.cuh"
 #include "gather_sm90.cuh"
 #include "softmax_sm90.cuh"
 
@@ -18,7 +19,7 @@ constexpr int kBlockN = 64 * kWarpgroups;  // keys of a tile
 constexpr int kBlockM = SCFA_BLOCK_N;      // queries of a step
 constexpr int kThreads = 128 * (kWarpgroups + 1);
 // Where rows end inside the only panel, gathering takes more registers, and products fewer.
-constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kColumns < 64 ? 56 : 40;
+constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kColumns < 64 ? 56 : 48;
 constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : kColumns < 64 ? 224 : 232;
 // Two uses of registers that are free only at head_dim 64, 64 queries a step and two warpgroups:
 // keys and values as A operands, and scores of the next queries running behind the products of
@@ -65,6 +66,7 @@ struct Shared {
     return base + kBoundsBase + 4 * ((parity * kMaxGroup + member) * kBounds + i);
   }
   __device__ __forceinline__ unsigned tile() const { return base + kTileBase; }
+  __device__ __forceinline__ unsigned share() const { return base + kTileBase + 4; }
   __device__ __forceinline__ unsigned key_full() const { return base + kBarrierBase; }
   __device__ __forceinline__ unsigned key_empty() const { return base + kBarrierBase + 8; }
   __device__ __forceinline__ unsigned query_full(unsigned i) const {
@@ -82,10 +84,14 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
   const int lane_bytes = (thread % kLanesPerRow) * 16;
   Ring<1> key;
   Ring<kStages> query;
+  if (thread == 0) shared_store(shared.share(), share_of(p, kSplit));
   int next = blockIdx.x;
   while (true) {
     barrier_wait(shared.key_empty(), key.parity ^ 1);
-    if (thread == 0) shared_store(shared.tile(), next);
+    if (thread == 0) {
+      next = own_tile<false>(p, kSplit, shared.share(), next, gridDim.x);
+      shared_store(shared.tile(), next);
+    }
     named_barrier_sync(kProducerBarrier, kGatherThreads);  // the tile number is written
     const int tile = uniform(shared_load(shared.tile()));
     if (tile >= p.tiles) break;

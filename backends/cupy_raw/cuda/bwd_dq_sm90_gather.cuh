@@ -9,6 +9,7 @@
 #include "wgmma.cuh"
 #include "width_sm90.cuh"
 #include "params_sm90.cuh"
+#include "choice_sm90.cuh"
 #include "gather_sm90.cuh"
 #include "softmax_sm90.cuh"
 #include "tiles_sm90.cuh"
@@ -20,7 +21,7 @@ constexpr int kQueryBuffers = SCFA_QUERY_BUFFERS;
 constexpr int kBlockM = 64 * kWarpgroups;
 constexpr int kThreads = 128 * (kWarpgroups + 1);
 // Where rows end inside the only panel, gathering takes more registers, and products fewer.
-constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kColumns < 64 ? 56 : 40;
+constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kColumns < 64 ? 56 : 48;
 constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : kColumns < 64 ? 224 : 232;
 static_assert(kHeadDim == 64 || kHeadDim == 128, "one or two panels of columns");
 static_assert(kBlockN == 64 || kBlockN == 128, "scores of one wgmma");
@@ -59,6 +60,8 @@ struct Shared {
   __device__ __forceinline__ unsigned query_full(unsigned i) const {
     return base + kBarrierBase + 8 * i;
   }
+  // The word of the first header that TileData leaves.
+  __device__ __forceinline__ unsigned share() const { return data(0).key_blocks() + 4; }
   __device__ __forceinline__ unsigned query_empty(unsigned i) const {
     return query_full(kQueryBuffers + i);
   }
@@ -75,11 +78,15 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
   const int lane_bytes = (thread % kLanesPerRow) * 16;
   Ring<kQueryBuffers> query;
   Ring<kStages> key;
+  if (thread == 0) shared_store(shared.share(), share_of(p, kSplit));
   int next = blockIdx.x;
   while (true) {
     const TileData<kBlockM> data = shared.data(query.slot);
     barrier_wait(shared.query_empty(query.slot), query.parity ^ 1);
-    if (thread == 0) shared_store(data.tile(), next);
+    if (thread == 0) {
+      next = own_tile<true>(p, kSplit, shared.share(), next, gridDim.x);
+      shared_store(data.tile(), next);
+    }
     named_barrier_sync(kProducerBarrier, kGatherThreads);  // the tile number is written
     const int tile = uniform(shared_load(data.tile()));
     if (tile >= p.tiles) break;

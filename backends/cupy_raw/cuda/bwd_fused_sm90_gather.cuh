@@ -1,4 +1,4 @@
-// First part of bwd_fused_sm90.cu: its tile shape, its shared memory, and the gathering warpgroup.
+// First part of bwd_fused_sm90.cu: its tile shape, its shared memory, and the gathering warps.
 #pragma once
 
 #if !defined(SCFA_HEAD_DIM) || !defined(SCFA_BLOCK_N) || !defined(SCFA_WARPGROUPS) || \
@@ -8,27 +8,25 @@
 #include "mbarrier.cuh"
 #include "wgmma.cuh"
 #include "params_sm90.cuh"
+#include "choice_sm90.cuh"
 #include "gather_sm90.cuh"
 #include "softmax_sm90.cuh"
 
 constexpr int kHeadDim = SCFA_HEAD_DIM;
-constexpr int kWarpgroups = SCFA_WARPGROUPS;
+constexpr int kWarpgroups = SCFA_WARPGROUPS;  // that own keys
 constexpr int kStages = SCFA_STAGES;          // buffers of one q and one dout block each
-constexpr int kStaging = SCFA_QUERY_BUFFERS;  // buffers of one fp32 dq tile
 constexpr int kBlockN = 64 * kWarpgroups;     // keys of a tile
 constexpr int kBlockM = SCFA_BLOCK_N;         // queries of a step
-constexpr int kPanels = kHeadDim / kPanelColumns;
+constexpr int kRowThreads = 64;  // two warps gather; the other two of their warpgroup carry sums
+constexpr int kCarriers = 2;     // and have a dq tile in shared memory each
 constexpr int kThreads = 128 * (kWarpgroups + 2);
-constexpr int kProducerRegisters = kHeadDim == 64 ? 48 : 40;
-constexpr int kStoreRegisters = kHeadDim == 64 ? 48 : 24;
-constexpr int kConsumerRegisters = kHeadDim == 64 ? 208 : 224;
-constexpr int kKeyBuffers = kHeadDim == 64 ? 2 : 1;
-constexpr int kChanges = 2;  // buffers of dS
-// Scores of the next queries run behind all products of these, where registers allow.
-constexpr bool kOverlap = kHeadDim == 64;
-static_assert(kHeadDim == 64 || kHeadDim == 128, "one or two panels of columns");
-static_assert(kWarpgroups == 2 && kBlockM == 64, "each warpgroup makes half the columns of dq");
-static_assert(kStaging == 1 || kStaging == 2, "the storing warps are divided among the buffers");
+// setmaxnreg: 512 registers of a thread are shared out, two parts to those who own keys.
+constexpr int kRowRegisters = 40, kQueryRegisters = 72, kConsumerRegisters = 200;
+static_assert(kRowRegisters + kQueryRegisters + 2 * kConsumerRegisters <= 512, "the register file");
+constexpr int kKeyBuffers = 2;
+constexpr int kChanges = SCFA_QUERY_BUFFERS;  // buffers of dS, and of what it belongs to
+static_assert(kHeadDim == 64 && kBlockM == 64 && kWarpgroups == 2,
+              "dq of a step is one product of 64 x 64, two warpgroups have the registers");
 static_assert(kStages >= 2, "scores of the next block start before this one is done");
 
 constexpr int kKeyBytes = kBlockN * kHeadDim * 2;
@@ -38,24 +36,25 @@ constexpr int kSumFloats = kBlockM * kHeadDim;  // of one dq tile
 constexpr int kSumBytes = 4 * kSumFloats;
 constexpr int kChangeBase = 2 * kKeyBuffers * kKeyBytes;
 constexpr int kSumBase = kChangeBase + kChanges * kChangeBytes;
-constexpr int kQueryBase = kSumBase + kStaging * kSumBytes;
+constexpr int kQueryBase = kSumBase + kCarriers * kSumBytes;
 constexpr int kDataBase = kQueryBase + 2 * kStages * kQueryBytes;
 constexpr int kDataBytes = 16 * kBlockM;  // lse, delta, key_start, key_end of the block's queries
 constexpr int kMaxGroup = 16;  // query heads of one kv head; launch_sm90.py sends larger elsewhere
 constexpr int kBounds = 4;     // of one query head: see find_bounds
 constexpr int kBoundsBase = kDataBase + kStages * kDataBytes;  // of two tiles
-constexpr int kJobs = 4;  // dq tiles on the way from the first look at their queries to memory
 constexpr int kJobBase = kBoundsBase + 2 * 4 * kMaxGroup * kBounds;
-constexpr int kTileBase = kJobBase + 16 * kJobs;
+constexpr int kJobBytes = 32;
+constexpr int kLoadBase = kJobBase + kJobBytes * kChanges;
+constexpr int kTileBase = kLoadBase + 8 * kCarriers;
 constexpr int kBarrierBase = kTileBase + 16;
-constexpr int kBarriers = 2 * kKeyBuffers + kChanges + 2 * kStaging + 2 * kStages;
+constexpr int kBarriers = 2 * (kKeyBuffers + kChanges + kCarriers + kStages);
 constexpr int kSharedBytes = kBarrierBase + 8 * kBarriers + 1024;  // 1024: room to align the base
 static_assert(kSharedBytes <= 232448, "more shared memory than a block can have");
 static_assert(kSharedBytes == SCFA_SHARED_BYTES, "launch_sm90.py asks for as much as is laid out");
 
 constexpr int kSeesNothing = 0x7FFFFFFF;  // a range start beyond every key
 constexpr int kProducerBarrier = 1;       // named barrier of the gathering warpgroup
-constexpr int kStoreBarrier = 2;          // of the halves of the storing warps: this and the next
+constexpr int kQueryBarrier = 2;          // and of the one that makes dq
 
 struct Shared {
   unsigned base;
@@ -80,10 +79,14 @@ struct Shared {
   __device__ __forceinline__ unsigned bound(unsigned buffer, int member, int i) const {
     return base + kBoundsBase + 4 * ((buffer * kMaxGroup + member) * kBounds + i);
   }
-  __device__ __forceinline__ unsigned job(unsigned i) const { return base + kJobBase + 16 * i; }
+  __device__ __forceinline__ unsigned job(unsigned i) const {
+    return base + kJobBase + kJobBytes * i;
+  }
+  __device__ __forceinline__ unsigned load(unsigned i) const { return base + kLoadBase + 8 * i; }
   __device__ __forceinline__ unsigned tile(unsigned buffer) const {
     return base + kTileBase + 4 * buffer;
   }
+  __device__ __forceinline__ unsigned share() const { return base + kTileBase + 8; }
   __device__ __forceinline__ unsigned barrier(unsigned i) const {
     return base + kBarrierBase + 8 * i;
   }
@@ -94,12 +97,17 @@ struct Shared {
   __device__ __forceinline__ unsigned changes_full(unsigned i) const {
     return barrier(2 * kKeyBuffers + i);
   }
-  __device__ __forceinline__ unsigned sum_full(unsigned i) const {
+  __device__ __forceinline__ unsigned changes_empty(unsigned i) const {
     return changes_full(kChanges + i);
   }
-  __device__ __forceinline__ unsigned sum_empty(unsigned i) const { return sum_full(kStaging + i); }
+  __device__ __forceinline__ unsigned sum_full(unsigned i) const {
+    return changes_full(2 * kChanges + i);
+  }
+  __device__ __forceinline__ unsigned sum_empty(unsigned i) const {
+    return sum_full(kCarriers + i);
+  }
   __device__ __forceinline__ unsigned query_full(unsigned i) const {
-    return sum_full(2 * kStaging + i);
+    return sum_full(2 * kCarriers + i);
   }
   __device__ __forceinline__ unsigned query_empty(unsigned i) const {
     return query_full(kStages + i);
@@ -117,7 +125,7 @@ __device__ __forceinline__ KeyTile locate_key_tile(const Params& p, int tile) {
   return {z, (z + 1) * p.tiles_per_head - 1 - tile, b, z - b * p.heads_kv};
 }
 
-// What a key tile and a query head have to do with each other, one bound by each of the four warps:
+// What a key tile and a query head have to do with each other, two bounds by each of two warps:
 // rows [bound 0, bound 1) may see a key of the tile, and the 64-row query tiles they lie in are
 // visited. So key tile j visits query tile i exactly if i's last kept row ends beyond key kBlockN *
 // j and its first starts before key kBlockN * (j + 1): the visitors of i are a range of key tiles,
@@ -128,11 +136,14 @@ __device__ __forceinline__ void find_bounds(const Params& p, Shared shared, unsi
                                             int member, long long list, int count, int key0,
                                             int warp, int lane) {
   const int last = min(key0 + kBlockN, p.seqlen_k) - 1;
-  const int* values = warp == 1 || warp == 2 ? p.key_start + list : p.key_end + list;
-  const int beyond = warp == 1 ? key0 + kBlockN - 1 : warp == 3 ? last : key0;
-  const int found = first_greater(values, count, beyond, lane);
-  const bool none = warp == 0 && found == count;
-  if (lane == 0) shared_store(shared.bound(buffer, member, warp), none ? kSeesNothing : found);
+#pragma unroll 1
+  for (int i = warp; i < kBounds; i += kRowThreads / 32) {
+    const int* values = i == 1 || i == 2 ? p.key_start + list : p.key_end + list;
+    const int beyond = i == 1 ? key0 + kBlockN - 1 : i == 3 ? last : key0;
+    const int found = first_greater(values, count, beyond, lane);
+    const bool none = i == 0 && found == count;
+    if (lane == 0) shared_store(shared.bound(buffer, member, i), none ? kSeesNothing : found);
+  }
 }
 
 // Is this key in the range of any row of [low, high]? `high` is the first row to end beyond the
@@ -151,55 +162,67 @@ __device__ __forceinline__ bool seen_by_rows(const int* starts, const int* ends,
   return low < count && starts[low] <= key;
 }
 
-// Warpgroup 0: for each tile gather keys and values, then every block of queries that may see one
+// Warps 0 and 1: for each tile gather keys and values, then every block of queries that may see one
 // of them.
 __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
   const int thread = threadIdx.x, warp = uniform(thread / 32), lane = thread % 32;
   const int lane_bytes = (thread % kLanesPerRow) * 16;
   Ring<kKeyBuffers> key;
   Ring<kStages> query;
+  if (thread == 0) shared_store(shared.share(), share_of(p, kFused));
   unsigned buffer = 0;  // of tile number and bounds, by the parity of the tile
   for (;; buffer ^= 1) {
     barrier_wait(shared.key_empty(key.slot), key.parity ^ 1);
     // Not one tile ahead: others would wait for its sums as long as this block is at the last one.
-    if (thread == 0) shared_store(shared.tile(buffer), atomicAdd(p.counter, 1));
-    named_barrier_sync(kProducerBarrier, kGatherThreads);  // the tile number is written
+    if (thread == 0) {
+      const int next = atomicAdd(p.counter, 1);
+      shared_store(shared.tile(buffer), own_tile<false>(p, kFused, shared.share(), next, 0));
+    }
+    named_barrier_sync(kProducerBarrier, kRowThreads);  // the tile number is written
     const int tile = uniform(shared_load(shared.tile(buffer)));
     if (tile >= p.tiles) break;
     const KeyTile at = locate_key_tile(p, tile);
     const int key0 = at.number * kBlockN, key1 = min(key0 + kBlockN, p.seqlen_k);
     const int first_z = at.b * p.heads + at.h_kv * p.group_size;
 
-    const int sorted_key = key0 + gather_owned_row(thread, 0);
-    int rows[1] = {sorted_key < key1
-                       ? p.k_index[static_cast<long long>(at.z) * p.seqlen_k + sorted_key]
-                       : -1};
-    gather_rows<kBlockN, kPanels>(shared.value(key.slot), p.v.of_head(at.b, at.h_kv) + lane_bytes,
+    int sorted_keys[2], rows[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      sorted_keys[i] = key0 + gather_owned_row<kRowThreads>(thread, i);
+      rows[i] = sorted_keys[i] < key1
+                    ? p.k_index[static_cast<long long>(at.z) * p.seqlen_k + sorted_keys[i]]
+                    : -1;
+    }
+    gather_rows<kBlockN, 1, kRowThreads>(shared.value(key.slot), p.v.of_head(at.b, at.h_kv) + lane_bytes,
                                   p.v.row, rows, thread);
     for (int member = 0; member < p.group_size; ++member) {
       const int z = first_z + member;
       find_bounds(p, shared, buffer, member, static_cast<long long>(z) * p.seqlen_q, p.q_count[z],
                   key0, warp, lane);
     }
-    named_barrier_sync(kProducerBarrier, kGatherThreads);  // the bounds are written
+    named_barrier_sync(kProducerBarrier, kRowThreads);  // the bounds are written
 
     // dq adds up products with all keys of the tile, with those that nobody sees by zero: they must
     // be numbers.
-    bool seen = false;
+    bool all = false;
     for (int member = 0; member < p.group_size; ++member) {
-      const int z = first_z + member, count = p.q_count[z];
-      const int low = uniform(shared_load(shared.bound(buffer, member, 0)));
-      const int start = uniform(shared_load(shared.bound(buffer, member, 2)));
-      const int high = uniform(shared_load(shared.bound(buffer, member, 3)));
-      if (high < start) {
-        seen = true;
-      } else if (!seen) {
-        const long long list = static_cast<long long>(z) * p.seqlen_q;
-        seen = seen_by_rows(p.key_start + list, p.key_end + list, low, high, count, sorted_key);
-      }
+      all |= uniform(shared_load(shared.bound(buffer, member, 3))) <
+             uniform(shared_load(shared.bound(buffer, member, 2)));
     }
-    if (!seen) rows[0] = -1;
-    gather_rows<kBlockN, kPanels>(shared.key(key.slot), p.k.of_head(at.b, at.h_kv) + lane_bytes,
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      bool seen = all;
+      for (int member = 0; member < p.group_size && !seen; ++member) {
+        const int z = first_z + member, low = shared_load(shared.bound(buffer, member, 0));
+        const long long list = static_cast<long long>(z) * p.seqlen_q;
+        seen = seen_by_rows(p.key_start + list, p.key_end + list, low,
+                            shared_load(shared.bound(buffer, member, 3)), p.q_count[z],
+                            sorted_keys[i]);
+      }
+      if (!seen) rows[i] = -1;
+    }
+    __syncwarp();
+    gather_rows<kBlockN, 1, kRowThreads>(shared.key(key.slot), p.k.of_head(at.b, at.h_kv) + lane_bytes,
                                   p.k.row, rows, thread);
     barrier_arrive_after_copies(shared.key_full(key.slot));
     if (thread == 0) barrier_arrive(shared.key_full(key.slot));  // releases tile number and bounds
@@ -219,7 +242,7 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
         int start, end, row;
       };
       const auto load_query = [&](int first) {
-        const int sorted = first + min(gather_owned_row(thread, 0), kBlockM - 1);
+        const int sorted = first + gather_owned_row<kRowThreads>(thread, 0);
         const int row = min(sorted, count - 1);
         return Query{sorted < count ? starts[row] : kSeesNothing, ends[row], indices[row]};
       };
@@ -233,20 +256,17 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
         // A query that sees no key of the tile becomes zeros.
         const int current[1] = {sees ? own.row : -1};
         barrier_wait(shared.query_empty(query.slot), query.parity ^ 1);
-        gather_rows<kBlockM, kPanels>(shared.query(query.slot), q, p.q.row, current, thread);
-        gather_rows<kBlockM, kPanels>(shared.dout(query.slot), dout, p.dout.row, current, thread);
+        gather_rows<kBlockM, 1, kRowThreads>(shared.query(query.slot), q, p.q.row, current, thread);
+        gather_rows<kBlockM, 1, kRowThreads>(shared.dout(query.slot), dout, p.dout.row, current, thread);
         // Rows past the last kept one repeat its range, with lse +inf (before row_lse's first
         // element) and delta 0: their weights are 0.
-        const int column = thread % kBlockM, sorted = min(first + column, count - 1);
+        const int column = thread, sorted = min(first + column, count - 1);
         const bool kept = first + column < count;
-        if (thread < kBlockM) {
-          copy_word(shared.lse(query.slot) + 4 * column,
-                    kept ? p.row_lse + list + sorted : p.row_lse - 1, true);
-          copy_word(shared.delta(query.slot) + 4 * column, p.row_delta + list + sorted, kept);
-        } else {
-          copy_word(shared.starts(query.slot) + 4 * column, starts + sorted, true);
-          copy_word(shared.ends(query.slot) + 4 * column, ends + sorted, true);
-        }
+        copy_word(shared.lse(query.slot) + 4 * column,
+                  kept ? p.row_lse + list + sorted : p.row_lse - 1, true);
+        copy_word(shared.delta(query.slot) + 4 * column, p.row_delta + list + sorted, kept);
+        copy_word(shared.starts(query.slot) + 4 * column, starts + sorted, true);
+        copy_word(shared.ends(query.slot) + 4 * column, ends + sorted, true);
         barrier_arrive_after_copies(shared.query_full(query.slot));
         query.advance();
       }

@@ -3,7 +3,8 @@
 // computes: row_lse = lse in base 2 (+inf where nothing is seen), row_delta[i] = dout[i] . out[i];
 //   added = 0, or kNoSum where fewer than two key tiles visit the query tile; dq = 0 where none
 //   does.
-// grid/block: one block of 256 threads per query tile; 16 bytes of a row per thread and pass.
+// grid/block: blocks of 256 threads take query tiles in turn; 16 bytes of a row per thread and pass.
+//   Heads that go the other way (choice_sm90.cuh) have no sums and are left alone.
 // shared memory: none.
 // inputs/outputs: Params (params_sm90.cuh): out, dout, dq in 16 bits, lse, row_lse, row_delta
 //   float32, added int32.
@@ -15,11 +16,12 @@
 #include "mbarrier.cuh"
 #include "wgmma.cuh"
 #include "params_sm90.cuh"
+#include "choice_sm90.cuh"
 #include "softmax_sm90.cuh"
 
 constexpr int kRows = 64;                  // of a query tile
 constexpr int kKeys = 128;                 // of a key tile
-constexpr int kNoSum = 0x7FFFFFFE;         // as in bwd_fused_sm90_store.cuh
+constexpr int kNoSum = 0x7FFFFFFE;         // as in bwd_fused_sm90_dq.cuh
 constexpr int kLanes = SCFA_HEAD_DIM / 8;  // of one row
 constexpr int kThreads = 256;
 
@@ -30,10 +32,13 @@ __device__ __forceinline__ float pair_product(unsigned a, unsigned b) {
   return a0 * b0 + a1 * b1;
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads)
-    scfa_bwd_prepare_sm90(const __grid_constant__ Params p) {
-  const int tile = blockIdx.x, z = p.by_query_tiles.quotient(tile);
+__device__ __forceinline__ void prepare_tile(const Params& p, int share, int tile) {
+  const int z = p.by_query_tiles.quotient(tile);
   const int first = (tile - z * p.query_tiles) * kRows, count = p.q_count[z];
+  if (share == kSome && !goes(p, kFused, p.by_group.quotient(z))) {
+    if (threadIdx.x == 0) p.added[tile] = kNoSum;
+    return;
+  }
   const int b = p.by_query_heads.quotient(z), h = z - b * p.heads;
   const long long list = static_cast<long long>(z) * p.seqlen_q;
   // Key tiles [low, high) visit: see find_bounds in bwd_fused_sm90_gather.cuh.
@@ -42,10 +47,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     low = p.key_start[list + first] / kKeys;
     high = (p.key_end[list + min(first + kRows, count) - 1] + kKeys - 1) / kKeys;
   }
-  if (threadIdx.x == 0) {
-    p.added[tile] = high - low >= 2 ? 0 : kNoSum;
-    if (tile == 0) p.row_lse[-1] = SCFA_INFINITY;  // the lse of queries that are not there
-  }
+  if (threadIdx.x == 0) p.added[tile] = high - low >= 2 ? 0 : kNoSum;
   const int chunk = 16 * (threadIdx.x % kLanes);
   const char *out = p.out.of_head(b, h) + chunk, *dout = p.dout.of_head(b, h) + chunk;
   char* dq = p.dq.of_head(b, h) + chunk;
@@ -76,4 +78,15 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       p.row_delta[list + sorted] = sum;
     }
   }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads)
+    scfa_bwd_prepare_sm90(const __grid_constant__ Params p) {
+  const int share = share_of(p, kFused);
+  if (share == kNone) return;
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    p.row_lse[-1] = SCFA_INFINITY;  // the lse of queries that are not there
+  }
+  const int tiles = p.by_tiles.quotient(p.tiles) * p.group_size * p.query_tiles;
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) prepare_tile(p, share, tile);
 }

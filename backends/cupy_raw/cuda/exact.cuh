@@ -79,11 +79,13 @@ SCFA_DEVICE void block_exact_out(const Element* q_row, const Element* k, const E
     acc.scale(factor);
     row_sum *= factor;
     reference = moved;
+    float round_sum = 0.0f;  // one by one, small terms would vanish beside the sum of a long row
     for (int j = 0; j < count; ++j) {
       const float probability = exp2_fast(scratch[j] - reference);
-      row_sum += probability;
+      round_sum += probability;
       acc.add(probability, v + k_index[first + j] * p.v_strides.row);
     }
+    row_sum += round_sum;
     if (__syncthreads_and(acc.all_nan() && is_nan(row_sum))) break;
   }
   const bool empty = reference == -infinity() && !is_nan(row_sum);

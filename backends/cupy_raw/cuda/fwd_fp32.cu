@@ -77,12 +77,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scfa_fwd_fp32(const __
       reference[r] = moved;
       acc_o.scale_row(r, factor);
       sum[r] *= factor;
+      float tile_sum = 0.0f;  // one by one, small terms would vanish beside the sum of a long row
 #pragma unroll
       for (int c = 0; c < kC; ++c) {
         const float probability = exp2_fast(acc_s[r][c] - (moved == -infinity() ? 0.0f : moved));
-        sum[r] += probability;
+        tile_sum += probability;
         shared.p[row * (kBlockN + 1) + thread_x() + kSide * c] = probability;
       }
+      sum[r] += tile_sum;
     }
     __syncthreads();  // p is complete, and k has been read
 

@@ -41,4 +41,5 @@ struct Params {
   int* added;
   int slots, query_tiles;  // heads whose sums have room; 64-row tiles of one query head
   Divisor by_query_tiles, by_query_heads, by_slots;
+  int* choice;  // backward: which heads go which way (choice_sm90.cuh); null: all go this one
 };

@@ -120,15 +120,16 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
       scores[i] = exp2_fast(scores[i] * scale_log2 - shift[half_of(i)]);
-    // Two accumulation chains a row half keep the additions independent.
-    float extra[2] = {0.0f, 0.0f};
+    // Two accumulation chains a row half keep the additions independent. They are of this block:
+    // added to the row's sum one by one, small weights would vanish in a long row.
+    float even[2] = {0.0f, 0.0f}, odd[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < kCount; i += 2) {
-      sum[half_of(i)] += scores[i];
-      extra[half_of(i)] += scores[i + 1];
+      even[half_of(i)] += scores[i];
+      odd[half_of(i)] += scores[i + 1];
     }
-    sum[0] += extra[0];
-    sum[1] += extra[1];
+    sum[0] += even[0] + odd[0];
+    sum[1] += even[1] + odd[1];
   }
 
   // What to multiply each row's accumulator by (0 for rows without keys), and its log-sum-exp in

@@ -1,0 +1,225 @@
+"""The Hopper kernels bound to a call's facts: launches that are ready but for their addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from scfa_core.backends.cupy_raw import launch_sm90 as sm90
+from scfa_core.backends.cupy_raw.prepared import Launch, Template, marks
+
+from scfa_core.arrays import DeviceArray
+from scfa_core.environment import Variable
+from scfa_core.plan import PlanAddresses, PlanArrays
+
+if TYPE_CHECKING:
+    from scfa_core.arrays import CallContext
+    from scfa_core.dispatch import Bound
+    from scfa_core.problem import Problem
+
+__all__ = ["bind_backward", "bind_forward"]
+
+_asked = Variable("SCFA_CUPY_BACKWARD")
+_PLAN_SLOTS = 6  # arrays of a plan that kernels read: all but `work`
+
+
+class _Marked:
+    """Stand-ins for arrays, a plan and addresses of workspace, in the order of a call's addresses.
+
+    Attributes
+    ----------
+    arrays, plan, workspace : stand-ins, whose addresses are `marks`
+    """
+
+    def __init__(self, described: tuple[DeviceArray, ...], monotone: bool, workspace: int) -> None:
+        lists = len(described)
+        self._slots = lists + _PLAN_SLOTS + workspace
+        at = marks(self._slots)
+        self.arrays = [x._replace(pointer=mark) for x, mark in zip(described, at, strict=False)]
+        lists_at = at[lists : lists + _PLAN_SLOTS]
+        plan = [DeviceArray(mark, (), (), "int32", described[0].device) for mark in lists_at]
+        self.plan = PlanArrays.of([*plan, None], monotone)
+        self.workspace = at[lists + _PLAN_SLOTS :]
+
+    def bind(self, params: bytes, enqueue: Callable[[int, bytes], None]) -> Launch:
+        """A kernel's bound launch with arguments that were packed with the stand-ins."""
+        return Template(params, self._slots).bind(enqueue)
+
+
+def _counters(ctx: CallContext, device: int) -> int:
+    """Address of two zeroed words for this call alone."""
+    take = getattr(ctx, "counters", None)
+    if take is not None:
+        return int(take())
+    at: int = ctx.empty((2,), "int32").pointer
+    sm90._zero(at, 8, ctx.stream, device)
+    return at
+
+
+def bind_forward(problem: Problem, monotone: bool, *described: DeviceArray) -> Bound:
+    """Settle all of the forward but addresses: every element of `out` and `lse` is written.
+
+    `described` are q, k, v, out, lse as `supports_forward` was shown them.
+    """
+    marked = _Marked(described, monotone, 1)
+    q, k, v, out, lse = marked.arrays
+    head_dim, device = problem.head_dim, q.device
+    shape = sm90._FORWARD[head_dim]
+    tiles = sm90._tiles(problem.seqlen_q, 64 * shape.warpgroups, problem.batch * problem.heads)
+    arrays = (q, k, v, out, None, None, None, None)
+    (counter,) = marked.workspace
+    params = sm90._params(problem, marked.plan, arrays, lse, (0, 0), counter, tiles, problem.heads)
+    kernel = sm90._kernel("fwd_sm90", device, problem.dtype, head_dim, shape)
+    shared = sm90._forward_shared(head_dim, shape)
+    launch = marked.bind(params, sm90._persistent(kernel, device, shape, shared, tiles[1]))
+
+    def run(plan: PlanAddresses, arrays: tuple[int, ...], ctx: CallContext) -> None:
+        launch(ctx.stream, (*arrays, *plan[:_PLAN_SLOTS], _counters(ctx, device)))
+
+    return run
+
+
+def bind_backward(problem: Problem, monotone: bool, *described: DeviceArray) -> Bound:
+    """Settle all of the backward but addresses: every element is written, in a fixed order.
+
+    `described` are dout, q, k, v, out, lse, dq, dk, dv as `supports_backward` was shown them.
+
+    Notes
+    -----
+    Bitwise deterministic. Ranges must be monotone. $SCFA_CUPY_BACKWARD: "split" is a kernel for dq
+    and one for dk and dv, with 8 bytes of workspace a query row (lse in base 2 and delta, in sorted
+    order); "fused" is one kernel for all three where it serves, with the sums of dq as well
+    (`_sum_slots`); "auto", the default, lets the GPU choose for each key head.
+    """
+    bound: dict[str | None, Bound] = {}
+
+    def run(plan: PlanAddresses, arrays: tuple[int, ...], ctx: CallContext) -> None:
+        asked = _asked.get()
+        chosen = bound.get(asked)
+        if chosen is None:
+            ways = _ways(problem, asked)
+            chosen = bound[asked] = _Backward(problem, monotone, described, *ways)
+        chosen(plan, arrays, ctx)
+
+    return run
+
+
+def _ways(problem: Problem, asked: str | None) -> tuple[bool, bool]:
+    """Whether the split and the fused kernels are launched, with $SCFA_CUPY_BACKWARD `asked`."""
+    if asked is not None and asked not in sm90._BACKWARDS:
+        raise ValueError(f"$SCFA_CUPY_BACKWARD must be one of {sm90._BACKWARDS}, got {asked!r}")
+    serves = problem.head_dim in sm90._FUSED and sm90._sum_slots(problem) >= problem.group_size
+    if not serves or asked == "split":
+        return True, False
+    if asked == "fused":
+        return False, True
+    return True, problem.seqlen_k > sm90._LONG_KEYS  # shorter ranges would not be worth asking
+
+
+class _Backward:
+    """The launches of one backward: of one way, or of a choice and both ways after it."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        monotone: bool,
+        described: tuple[DeviceArray, ...],
+        split: bool,
+        fused: bool,
+    ) -> None:
+        self.problem, self.device = problem, described[0].device
+        self.rows = problem.batch * problem.heads * problem.seqlen_q
+        self.query_tiles, self.jobs = sm90._tiles(
+            problem.seqlen_q, sm90._SUM_ROWS, problem.batch * problem.heads
+        )
+        self.slots = sm90._sum_slots(problem) if fused else 0
+        self.both = split and fused
+        self.marked = _Marked(described, monotone, 8)
+        launches = [self._choose()] if self.both else []
+        launches += self._split() if split else []
+        launches += self._fused() if fused else []
+        self.launches = tuple(launches)
+
+    def __call__(self, plan: PlanAddresses, arrays: tuple[int, ...], ctx: CallContext) -> None:
+        stats = ctx.empty((2 * self.rows + 1,), "float32").pointer  # the first: of absent rows
+        choice = added = sums = 0
+        if self.both:
+            heads = self.problem.batch * self.problem.heads_kv
+            choice = ctx.empty((sm90._CHOICE_WORDS + heads,), "int32").pointer
+            first = choice + 4 * sm90._CHOICE_COUNTERS
+            counters = (first, first + 4, first + 8)
+        else:
+            first = _counters(ctx, self.device)
+            counters = (first, first + 4, first)
+        if self.slots:
+            rows = self.slots * self.query_tiles * sm90._SUM_ROWS
+            added = ctx.empty((self.jobs,), "int32").pointer
+            sums = ctx.empty((rows * self.problem.head_dim,), "float32").pointer
+        workspace = (stats + 4, stats + 4 * (1 + self.rows), *counters, added, sums, choice)
+        addresses = (*arrays, *plan[:_PLAN_SLOTS], *workspace)
+        for launch in self.launches:
+            launch(ctx.stream, addresses)
+
+    def _params(self, counter: int, tiles: tuple[int, int], heads: int) -> bytes:
+        """Pack the arguments of one kernel; workspace 2, 3, 4 are the counters."""
+        dout, q, k, v, out, lse, dq, dk, dv = self.marked.arrays
+        lse_log2, delta, *_, added, dq_sum, choice = self.marked.workspace
+        sums = sm90.Sums(dq_sum, added, max(self.slots, 1), self.query_tiles)
+        return sm90._params(
+            self.problem,
+            self.marked.plan,
+            (q, k, v, out, dout, dq, dk, dv),
+            lse,
+            (lse_log2, delta),
+            self.marked.workspace[counter],
+            tiles,
+            heads,
+            sums if self.slots else sm90._NO_SUMS,
+            choice if self.both else 0,
+        )
+
+    def _key_tiles(self, shape: sm90.Shape) -> tuple[int, int]:
+        heads = self.problem.batch * self.problem.heads_kv
+        return sm90._tiles(self.problem.seqlen_k, 64 * shape.warpgroups, heads)
+
+    def _kernel(self, name: str, shape: sm90.Shape) -> sm90.Kernel:
+        return sm90._kernel(name, self.device, self.problem.dtype, self.problem.head_dim, shape)
+
+    def _tiled(
+        self, name: str, shape: sm90.Shape, counter: int, tiles: tuple[int, int], heads: int
+    ) -> Launch:
+        """A kernel of persistent blocks."""
+        shared = sm90._SHARED[name](self.problem.head_dim, shape)
+        enqueue = sm90._persistent(self._kernel(name, shape), self.device, shape, shared, tiles[1])
+        return self.marked.bind(self._params(counter, tiles, heads), enqueue)
+
+    def _choose(self) -> Launch:
+        params = self._params(2, self._key_tiles(sm90._FUSED[self.problem.head_dim]),
+                              self.problem.heads_kv)  # fmt: skip
+        kernel = sm90._choose_kernel(self.device)
+        return self.marked.bind(params, kernel.bind((1, 1, 1), 1024, 0))
+
+    def _split(self) -> list[Launch]:
+        """The dq kernel, then the dk/dv kernel."""
+        problem, head_dim = self.problem, self.problem.head_dim
+        dq, dkdv = sm90._DQ[head_dim], sm90._DKDV[head_dim]
+        heads = problem.batch * problem.heads
+        tiles = sm90._tiles(problem.seqlen_q, 64 * dq.warpgroups, heads)
+        return [
+            self._tiled("bwd_dq_sm90", dq, 2, tiles, problem.heads),
+            self._tiled("bwd_dkdv_sm90", dkdv, 3, self._key_tiles(dkdv), problem.heads_kv),
+        ]
+
+    def _fused(self) -> list[Launch]:
+        """The preparing kernel, then the one that makes dq, dk and dv together."""
+        head_dim = self.problem.head_dim
+        shape = sm90._FUSED[head_dim]
+        tiles = self._key_tiles(shape)
+        params = self._params(4, tiles, self.problem.heads_kv)
+        kernel = self._kernel("bwd_prepare_sm90", sm90._PREPARE[head_dim])
+        blocks = min(self.jobs, sm90._PREPARE_BLOCKS * sm90._multiprocessors(self.device))
+        prepare = self.marked.bind(params, kernel.bind((blocks, 1, 1), 256, 0))
+        return [
+            prepare,
+            self._tiled("bwd_fused_sm90", shape, 4, tiles, self.problem.heads_kv),
+        ]
