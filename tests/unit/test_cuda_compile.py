@@ -9,7 +9,7 @@ import re
 from typing import NamedTuple
 
 import pytest
-from scfa_core.backends.cupy_raw import nvrtc, planner
+from scfa_core.backends.cupy_raw import hashing, nvrtc, planner
 
 from scfa_core.errors import BackendUnavailable
 
@@ -66,13 +66,13 @@ def hopper_builds() -> list[Build]:
     loaded, launch_sm90.get_kernel = launch_sm90.get_kernel, overhear
     try:
         for name, table in tables.items():
+            several = isinstance(table, launch_sm90._Shapes)
             partial = [
                 head_dim
                 for head_dim in PARTIAL
-                if head_dim not in table and launch_sm90._width(head_dim) in table
+                if several and head_dim not in table and table.width(head_dim)
             ]
-            several = isinstance(table, launch_sm90._Shapes)
-            for head_dim in [*table, *(partial if several else ())]:
+            for head_dim in [*table, *partial]:
                 for dtype in ("bfloat16", "float16"):
                     launch_sm90._kernel.__wrapped__(name, 0, dtype, head_dim, table[head_dim])
         launch_sm90._choose_kernel.__wrapped__(0)
@@ -89,6 +89,7 @@ def all_builds() -> list[Build]:
         Build(f"{name}.cu", (), arch) for name in planner.KERNEL_NAMES for arch in ARCHITECTURES
     ]
     for arch in ARCHITECTURES:
+        builds += [Build(hashing.SOURCE, v, arch) for v in hashing.shipped_constants()]
         limit = SMALLEST_SHARED if arch in ("86", "89", "120") else 160 * 1024
         builds += [Build(v.source, v.constants, arch) for v in shipped_variants(limit)]
     return builds + hopper_builds()

@@ -1,0 +1,151 @@
+"""Angular hashing in one kernel: rows in, buckets out, nothing between them in memory.
+
+Mirrors the argument of cuda/hash_angular.cu field by field. No backend verb: whoever hashes asks
+`reason_against` first, and computes in its own library where there is a reason.
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import cache
+from typing import TYPE_CHECKING
+
+from scfa_core.backends.cupy_raw.loader import Kernel, get_kernel, multiprocessors, shared_limit
+
+if TYPE_CHECKING:
+    from scfa_core.arrays import DeviceArray
+
+Constants = tuple[tuple[str, int], ...]
+
+NAME = "scfa_hash_angular"
+SOURCE = "hash_angular.cu"
+THREADS = 128
+MOST_DIRECTIONS = 64  # per round: what the accumulators hold
+MOST_HEAD_DIM = 256
+_ELEMENTS = {"float32": 0, "float16": 1, "bfloat16": 2}
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_CHUNK = 32  # kChunk
+_MOST_TILE, _LEAST_TILE = 1024, 128  # rows of a block
+_MOST_GRID = 2**31 - 1
+_PARAMS = struct.Struct("<QQQQqqq10i")
+
+
+def constants(dtype: str, head_dim: int, n_directions: int, *, aligned: bool) -> Constants:
+    """What the kernel is compiled with; parts are bfloat16 (ELEMENT 2) whatever `dtype` is."""
+    width = -(-head_dim // _CHUNK) * _CHUNK
+    return (
+        ("HEAD_DIM", width),
+        ("HEAD_DIM_V", width),
+        ("ELEMENT", 2),
+        ("X_ELEMENT", _ELEMENTS[dtype]),
+        ("BLOCKS", -(-n_directions // 8)),
+        ("ALIGNED", int(aligned)),
+    )
+
+
+def shared_bytes(head_dim: int, n_directions: int) -> int:
+    """Sizeof(Shared) of the kernel."""
+    width, blocks = -(-head_dim // _CHUNK) * _CHUNK, -(-n_directions // 8)
+    return 48 * width * blocks + 32 * blocks
+
+
+def shipped_constants() -> list[Constants]:
+    """What a compile test must build: each element, alignment, one and many blocks and chunks."""
+    cases = [("bfloat16", 64, 8, True), ("bfloat16", 20, 3, False), ("bfloat16", 256, 64, True)]
+    cases += [("float16", 64, 8, True), ("float16", 128, 32, False), ("float32", 128, 32, True)]
+    cases += [("float32", 256, 64, False), ("float32", 64, 8, True), ("bfloat16", 128, 16, True)]
+    return [constants(*case[:3], aligned=case[3]) for case in cases]
+
+
+def reason_against(dtype: str, head_dim: int, n_directions: int, device: int) -> str | None:
+    """None if the kernel serves such rows on CUDA device `device`, otherwise why not."""
+    from scfa_core.backends.cupy_raw import BACKEND, _card_reason
+
+    if dtype not in _ELEMENTS:
+        return f"it reads {', '.join(_ELEMENTS)}, got {dtype}"
+    if not 1 <= head_dim <= MOST_HEAD_DIM or not 1 <= n_directions <= MOST_DIRECTIONS:
+        return (
+            f"it takes head_dim up to {MOST_HEAD_DIM} and {2 * MOST_DIRECTIONS} buckets, got "
+            f"{head_dim} and {2 * n_directions}"
+        )
+    reason = BACKEND.availability() or _card_reason(device)
+    if reason is None and shared_bytes(head_dim, n_directions) > shared_limit(device):
+        reason = "its directions do not fit the shared memory of this card"
+    return reason
+
+
+def is_aligned(x: DeviceArray) -> bool:
+    """Whether every eight elements of a row can be read as 16 bytes."""
+    size = _BYTES[x.dtype]
+    steps = [s for s, n in zip(x.strides[:3], x.shape[:3], strict=True) if n > 1]
+    return x.shape[3] % 8 == 0 and x.pointer % 16 == 0 and all(s * size % 16 == 0 for s in steps)
+
+
+def tile_rows(lists: int, seqlen: int, processors: int) -> int:
+    """Rows of a block: many, as each splits the directions anew, but blocks for the whole card."""
+    rows = _MOST_TILE
+    while rows > _LEAST_TILE and lists * -(-seqlen // rows) < 4 * processors:
+        rows //= 2
+    return rows
+
+
+def pack(
+    x: DeviceArray,
+    directions: DeviceArray,
+    center: DeviceArray | None,
+    bucket: int,
+    rows: int,
+) -> tuple[int, bytes]:
+    """Blocks of the grid, and HashParams; `bucket` is an address, `rows` those of a block."""
+    batch, heads, seqlen, head_dim = x.shape
+    rounds, own_heads, _, n_directions = directions.shape
+    tiles = -(-seqlen // rows)
+    params = _PARAMS.pack(
+        x.pointer,
+        directions.pointer,
+        0 if center is None else center.pointer,
+        bucket,
+        *(stride * _BYTES[x.dtype] for stride in x.strides[:3]),
+        *(batch, heads, own_heads, 1 if center is None else center.shape[0]),
+        *(seqlen, head_dim, n_directions, rounds, rows, tiles),
+    )
+    return rounds * tiles * batch * heads, params
+
+
+@cache
+def _kernel(values: Constants, device: int) -> Kernel:
+    return get_kernel(NAME, SOURCE, values, device)
+
+
+def run_angular_hash(
+    x: DeviceArray,
+    directions: DeviceArray,
+    center: DeviceArray | None,
+    bucket: DeviceArray,
+    stream: int,
+) -> None:
+    """Enqueue ``bucket = argmax [x @ R, -(x @ R)]`` on a raw stream; never waits.
+
+    Parameters
+    ----------
+    x : DeviceArray, (batch, heads, seqlen, head_dim)
+        Any strides, the last of them 1; `reason_against` said None.
+    directions : DeviceArray, (rounds, heads or a divisor, head_dim, n), float32
+        Contiguous, as `center` is.
+    center : DeviceArray, (heads or a divisor, head_dim), float32, optional
+    bucket : DeviceArray, (rounds, batch, heads, seqlen), int32
+        Contiguous; every element is written.
+    stream : int
+        Raw handle.
+    """
+    batch, heads, seqlen, head_dim = x.shape
+    rounds, _, _, n_directions = directions.shape
+    if batch * heads * seqlen * rounds == 0:
+        return
+    rows = tile_rows(batch * heads * rounds, seqlen, multiprocessors(x.device))
+    blocks, params = pack(x, directions, center, bucket.pointer, rows)
+    if blocks > _MOST_GRID:
+        raise ValueError(f"{x.shape=} needs {blocks} blocks, at most {_MOST_GRID} can be launched")
+    values = constants(x.dtype, head_dim, n_directions, aligned=is_aligned(x))
+    shared = shared_bytes(head_dim, n_directions)
+    _kernel(values, x.device).launch((blocks, 1, 1), THREADS, shared, stream, params)

@@ -1,0 +1,173 @@
+"""The angular hashing kernel, compiled as host C++ and run on fibers, against float64 products.
+
+Tensor cores are played by ptx_on_host.hpp; all else is the shipped source.
+"""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scfa_core.backends.cupy_raw import hashing, nvrtc
+
+from scfa_core.arrays import DeviceArray
+from scfa_core.hashing import random_directions
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+SOURCE = """
+#include "cuda_on_host.hpp"
+#include "ptx.cuh"
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+#include "hash_angular.cu"
+extern "C" void run(const HashParams* p, int blocks, int threads, int shared_bytes, int order) {
+  static_assert(sizeof(HashParams) == 96, "as hashing.py packs it");
+  if (shared_bytes < (int)sizeof(Shared)) std::abort();
+  host::launch(scfa_hash_angular, *p, blocks, threads, shared_bytes, order);
+}
+"""
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (g++ or clang++) here")
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """Return constants -> the compiled host function."""
+    folder = tmp_path_factory.mktemp("hashing")
+    for name, text in nvrtc.read_sources().items():
+        (folder / name).write_text(text)
+    (folder / "ptx.cuh").write_text((HERE / "ptx_on_host.hpp").read_text())
+    shutil.copy(HERE / "cuda_on_host.hpp", folder)
+    source = folder / "hashing.cpp"
+    source.write_text(SOURCE)
+    built = {}
+
+    def build(values):
+        if values not in built:
+            library = folder / f"{len(built)}.so"
+            defines = [f"-DSCFA_{key}={value}" for key, value in values]
+            options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-ffp-contract=off"]
+            command = [COMPILER, *options, *defines, "-o", str(library), str(source)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[:4000]
+            built[values] = ctypes.CDLL(str(library)).run
+        return built[values]
+
+    return build
+
+
+def device_array(x, dtype):
+    return DeviceArray(x.ctypes.data, x.shape, tuple(s // x.itemsize for s in x.strides), dtype, 0)
+
+
+def narrow(x, dtype):
+    """Array of `dtype` (bfloat16 as bits) and what it holds as float64."""
+    if dtype != "bfloat16":
+        y = x.astype(dtype)
+        return y, y.astype(np.float64)
+    bits = (x.view(np.uint32) >> 16).astype(np.uint16)
+    return bits, (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def run(build, x, dtype, directions, center=None, rows=hashing._LEAST_TILE, order=0):
+    bucket = np.full((directions.shape[0], *x.shape[:3]), -9, np.int32)
+    arrays = device_array(x, dtype), device_array(directions, "float32")
+    middle = None if center is None else device_array(center, "float32")
+    blocks, params = hashing.pack(*arrays, middle, bucket.ctypes.data, rows)
+    dim, count = x.shape[3], directions.shape[3]
+    values = hashing.constants(dtype, dim, count, aligned=hashing.is_aligned(arrays[0]))
+    shared = hashing.shared_bytes(dim, count)
+    build(values)(params, blocks, hashing.THREADS, shared, order)
+    return bucket
+
+
+def products(x, directions, center):
+    """[y, -y] in float64, (rounds, batch, heads, seqlen, 2 n)."""
+    heads = x.shape[1]
+    if center is not None:
+        x = x - center.astype(np.float64).repeat(heads // center.shape[0], 0)[:, None]
+    directions = directions.astype(np.float64).repeat(heads // directions.shape[1], 1)
+    y = np.einsum("bhtd,rhdn->rbhtn", x, directions)
+    return np.concatenate([y, -y], axis=-1)
+
+
+CASES = [
+    # dtype, head_dim, directions, heads, own heads, center heads, seqlen, rounds
+    ("bfloat16", 64, 8, 2, 2, 0, 150, 1),
+    ("bfloat16", 64, 8, 4, 2, 1, 33, 2),
+    ("bfloat16", 20, 3, 2, 1, 2, 17, 1),
+    ("bfloat16", 40, 1, 1, 1, 0, 5, 1),
+    ("float16", 64, 8, 2, 2, 2, 70, 1),
+    ("float16", 33, 12, 1, 1, 0, 40, 1),
+    ("float32", 128, 32, 2, 1, 1, 40, 1),
+    ("float32", 7, 40, 1, 1, 0, 20, 3),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_buckets_are_those_of_float64_but_for_near_ties(build, case):
+    dtype, dim, count, heads, own, center_heads, seqlen, rounds = case
+    rng = np.random.default_rng(dim)
+    x, exact = narrow(rng.standard_normal((2, heads, seqlen, dim), np.float32), dtype)
+    directions = random_directions(own, dim, 2 * count, rounds=rounds, seed=1)
+    center = rng.standard_normal((center_heads, dim), np.float32) if center_heads else None
+    right = products(exact, directions, center)
+    mine = run(build, x, dtype, directions, center)
+    assert mine.min() >= 0
+    assert mine.max() < 2 * count
+    lost = right.max(-1) - np.take_along_axis(right, mine[..., None], -1)[..., 0]
+    assert lost.max() < 1e-5  # of products of a few units: the rounding of a float32 sum
+    assert (mine == right.argmax(-1)).mean() > 0.99
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_threads_in_any_order_and_tiles_of_any_size_give_the_same(build, order):
+    rng = np.random.default_rng(3)
+    x, _ = narrow(rng.standard_normal((1, 2, 300, 64), np.float32), "bfloat16")
+    directions = random_directions(2, 64, 16, seed=1)
+    first = run(build, x, "bfloat16", directions)
+    again = run(build, x, "bfloat16", directions, rows=256, order=order)
+    np.testing.assert_array_equal(first, again)
+
+
+def test_strides_and_odd_starts(build):
+    rng = np.random.default_rng(4)
+    x, _ = narrow(rng.standard_normal((2, 3, 50, 64), np.float32), "bfloat16")
+    directions = random_directions(3, 64, 16, seed=1)
+    right = run(build, x, "bfloat16", directions)
+    turned = np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2)
+    odd = np.zeros((2, 3, 50, 65), np.uint16)[..., 1:]
+    odd[...] = x
+    assert not hashing.is_aligned(device_array(odd, "bfloat16"))
+    for y in (turned, odd, np.ascontiguousarray(x[:, :, ::-1])[:, :, ::-1]):
+        np.testing.assert_array_equal(run(build, y, "bfloat16", directions), right)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_ties_take_the_lowest_and_bad_rows_some_valid_bucket(build, dtype):
+    dim, count = 32, 12
+    directions = np.zeros((1, 1, dim, count), np.float32)
+    directions[0, 0, 3, [2, 5, 11]] = 1  # three equal directions
+    x = np.zeros((1, 1, 8, dim), np.float32)
+    x[0, 0, 0, 3], x[0, 0, 1, 3] = 2, -2
+    x[0, 0, 2] = np.nan
+    x[0, 0, 3, 4] = np.inf
+    x[0, 0, 4, 3] = 6e-5  # below the least normal half
+    mine = run(build, narrow(x, dtype)[0], dtype, directions)[0, 0, 0]
+    np.testing.assert_array_equal(mine[[0, 1, 4, 5]], [2, 2 + count, 2, 0])
+    assert ((mine >= 0) & (mine < 2 * count)).all()
+
+
+def test_what_is_not_served_has_a_reason():
+    assert "float64" in hashing.reason_against("float64", 64, 8, 0)
+    assert "head_dim" in hashing.reason_against("float32", 257, 8, 0)
+    assert "128 buckets" in hashing.reason_against("float32", 64, 65, 0)
+
+
+def test_blocks_fill_the_card():
+    assert hashing.tile_rows(192, 16384, 132) == 1024
+    assert hashing.tile_rows(8, 4096, 132) == 128
