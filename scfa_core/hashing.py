@@ -8,13 +8,14 @@ NumPy and CuPy arrays; imports none of them but NumPy.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from scfa_core.arrays import is_torch_tensor
+from scfa_core.arrays import cuda_ordinal, framework_of, is_torch_tensor
+from scfa_core.dispatch import load_backend
 from scfa_core.errors import PatternError, ShapeError
+from scfa_core.merging import namespace
 from scfa_core.patterns import HashSparse
 
 __all__ = [
@@ -25,7 +26,7 @@ __all__ = [
     "random_directions",
 ]
 
-_WORKSPACE = 1 << 24  # projections held at once by `angular_hash`: 64 MiB of float32
+_WORKSPACE = 1 << 24  # projections of arrays held at once: 64 MiB of float32
 _PACKED_BITS = 62
 
 
@@ -103,11 +104,17 @@ def angular_hash(x: Any, directions: Any, center: Any = None) -> Any:
 
     Notes
     -----
-    Projections are float32 also for narrower `x`, but for bfloat16 on a GPU, where the product is
-    bfloat16 with float32 sums: two directions within one rounding of each other then decide by
-    their order. Made for a stretch of rows at a time, so that memory stays bounded (64 MiB)
-    whatever the length. Rows of a (batch, seqlen, heads, head_dim) array seen through a transpose
-    are not copied.
+    Products are summed in float32 whatever the dtype of `x`; of equal products the lowest bucket
+    wins. Backends sum in different orders: where a row's two best products differ by less than the
+    rounding of such a sum, its bucket may differ between backends, and between a hash of all rows
+    and one of some. A row with NaN or infinities gets some valid bucket.
+
+    On a GPU that the backend ``cupy`` serves, one kernel does it all for float16, bfloat16 and
+    float32 rows of head_dim up to 256 and up to 128 buckets, and writes nothing but buckets.
+    Elsewhere products are made for a stretch of rows at a time, so that memory stays bounded (64
+    MiB) whatever the length. Either way rows of a (batch, seqlen, heads, head_dim) array seen
+    through a transpose are not copied. For torch tensors it is the operator ``scfa::angular_hash``,
+    which `torch.compile`, `torch.export` and CUDA graphs keep whole.
     """
     if len(x.shape) != 4 or len(directions.shape) != 4:
         raise ShapeError(
@@ -129,53 +136,50 @@ def angular_hash(x: Any, directions: Any, center: Any = None) -> Any:
             f"center must be (heads or a divisor, head_dim) for x.shape={tuple(x.shape)}, got "
             f"{tuple(center.shape)}"
         )
+    if is_torch_tensor(x):
+        from scfa_core.torch_hashing import ANGULAR_HASH, hash_rows
+
+        center = None if center is None else center.detach()
+        # a DTensor finds its way through torch's own operators; ours has no sharding rule
+        hashed = hash_rows if hasattr(x, "placements") else ANGULAR_HASH
+        return hashed(x.detach(), directions.detach(), center)
+    if type(x).__module__.startswith("cupy"):
+        bucket = _hash_by_kernel(x, directions, center)
+        if bucket is not None:
+            return bucket
     rows = max(1, _WORKSPACE // max(1, rounds * batch * heads * half))
-    hash_rows = _hash_torch if is_torch_tensor(x) else _hash_array
     if seqlen <= rows:
-        return hash_rows(x, directions, center)
+        return _hash_array(x, directions, center)
     cuts = range(0, seqlen, rows)
-    return _join([hash_rows(x[:, :, at : at + rows], directions, center) for at in cuts])
+    pieces = [_hash_array(x[:, :, at : at + rows], directions, center) for at in cuts]
+    return namespace(x).concatenate(pieces, axis=-1)
 
 
-def _projects_narrow(x: Any) -> bool:
-    """Whether projections stay in the dtype of `x`: bfloat16 overflows no sooner than float32."""
-    import torch
+def _hash_by_kernel(x: Any, directions: Any, center: Any) -> Any:
+    """Buckets of CuPy rows by the kernel, or None where it does not serve."""
+    framework = framework_of("x", x)
+    info = framework.info(x)
+    if isinstance(load_backend("cupy"), str):
+        return None
+    from scfa_core.backends.cupy_raw.hashing import reason_against, run_angular_hash
 
-    return x.is_cuda and x.dtype is torch.bfloat16
-
-
-def _hash_torch(x: Any, directions: Any, center: Any) -> Any:
-    """Buckets of some rows, torch; autocast would narrow the projection, so it is off.
-
-    All rounds are columns of one product. Where batch and seqlen are one axis to the eye of a
-    strided product, heads are its batch; else batch and heads are. A center moves the projections,
-    not the rows.
-    """
-    import torch
-
-    batch, heads, seqlen, head_dim = x.shape
-    rounds, own_heads, _, half = directions.shape
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        x = x.detach()
-        x = x if _projects_narrow(x) else x.float()
-        directions = directions.detach().float()
-        if own_heads < heads:
-            directions = directions.repeat_interleave(heads // own_heads, dim=1)
-        columns = directions.to(x.dtype).permute(1, 2, 0, 3).flatten(2)
-        if batch == 1 or x.stride(0) == x.stride(2) * seqlen:
-            rows = x.transpose(0, 1).reshape(heads, batch * seqlen, head_dim)
-            turned = torch.bmm(rows, columns).view(heads, batch, seqlen, rounds, half)
-            turned = turned.permute(3, 1, 0, 2, 4)
-        else:
-            turned = torch.matmul(x, columns).view(batch, heads, seqlen, rounds, half)
-            turned = turned.permute(3, 0, 1, 2, 4)
-        if center is not None:
-            center = center.detach().float().repeat_interleave(heads // center.shape[0], dim=0)
-            moved = (center[..., None] * directions).sum(dim=2)  # (rounds, heads, half)
-            turned = turned.float() - moved[:, None, :, None]
-        most, up = turned.max(dim=-1)
-        least, down = turned.min(dim=-1)
-        return torch.where(most >= -least, up, down + half).to(torch.int32)
+    ordinal = cuda_ordinal(info.device)
+    if reason_against(info.dtype, x.shape[3], directions.shape[3], ordinal) is not None:
+        return None
+    context = framework.context(info.device)
+    with x.device:
+        xp = namespace(x)
+        x = x if info.strides[3] == 1 or x.shape[3] == 1 else xp.ascontiguousarray(x)
+        tables = [
+            None if y is None else xp.ascontiguousarray(y, dtype=np.float32)
+            for y in (directions, center)
+        ]
+        bucket = xp.empty((directions.shape[0], *x.shape[:3]), np.int32)
+    arrays = (x, *tables, bucket)
+    native: list[Any] = [None if y is None else framework.native(y, "cuda") for y in arrays]
+    rows, columns, middle, out = native
+    run_angular_hash(rows, columns, middle, out, context.stream)
+    return bucket
 
 
 def _hash_array(x: Any, directions: Any, center: Any) -> Any:
@@ -189,18 +193,6 @@ def _hash_array(x: Any, directions: Any, center: Any) -> Any:
     up, down = turned.argmax(axis=-1), turned.argmin(axis=-1)
     is_up = turned.max(axis=-1) >= -turned.min(axis=-1)
     return (up * is_up + (down + turned.shape[-1]) * ~is_up).astype(np.int32)
-
-
-def _join(pieces: Sequence[Any]) -> Any:
-    """Concatenate along the rows, in the pieces' own library."""
-    first = pieces[0]
-    if is_torch_tensor(first):
-        import torch
-
-        return torch.cat(list(pieces), dim=-1)
-    from scfa_core.merging import namespace
-
-    return namespace(first).concatenate(pieces, axis=-1)
 
 
 class Balance(NamedTuple):

@@ -230,8 +230,9 @@ class HashSelfAttention(SparseSelfAttention):
     rounds : int
         Independent hashes; the union of what they see, each pair once. 2 or 3 at most: see
         `scfa_core.hashing.disjoint_rounds`.
-    seed, redraw, center
-        As for `AngularHash`; with `center` call ``layer.hash.move_centers()`` after each step.
+    seed, redraw, center, adapt, momentum
+        As for `AngularHash`. With ``adapt="center"`` (or `center`) or ``"whiten"`` buckets are more
+        even and attention cheaper; call ``layer.hash.move_centers()`` after each step.
     **options
         As for `SparseSelfAttention`.
     """
@@ -246,6 +247,8 @@ class HashSelfAttention(SparseSelfAttention):
         seed: int | None = None,
         redraw: bool = False,
         center: bool = False,
+        adapt: str = "none",
+        momentum: float = 0.1,
         **options: Any,
     ) -> None:
         super().__init__(width, heads, **options)
@@ -258,6 +261,8 @@ class HashSelfAttention(SparseSelfAttention):
             redraw=redraw,
             center=center,
             query_heads=self.heads,
+            adapt=adapt,
+            momentum=momentum,
         )
 
     def make_patterns(self, q: Tensor, k: Tensor) -> list[Pattern]:

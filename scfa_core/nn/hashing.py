@@ -1,4 +1,4 @@
-"""The directions of an angular hash as a module's buffer, so that a checkpoint holds them."""
+"""The directions of an angular hash, and what it knows of its rows, as buffers of a module."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from torch.nn.functional import normalize
 
 from scfa_core.errors import PatternError
 from scfa_core.hashing import angular_hash, random_directions
+
+ADAPTS = ("none", "center", "whiten")
+_RIDGE = 0.01  # of the mean variance, added to every variance: no axis is stretched beyond tenfold
+_TINY = 1e-20
 
 
 class AngularHash(nn.Module):
@@ -28,11 +32,34 @@ class AngularHash(nn.Module):
         Draw directions anew at every call, as the paper's language models do, by torch's generator
         on the input's device. Nothing is stored then.
     center : bool
-        Hash queries and keys each about their mean, see `scfa_core.hashing.angular_hash`: in deep
-        layers this is what spreads rows over the buckets. The means are those of earlier steps, so
-        that no bucket depends on a later row: call `move_centers` after each step of the optimiser.
+        The same as ``adapt="center"``.
     query_heads : int, optional
-        With `center` and grouped queries, how many heads the queries have.
+        With `adapt` and grouped queries, how many heads the queries have.
+    adapt : "none" | "center" | "whiten"
+        What is done about rows that have much in common, as in deep layers, where few buckets would
+        hold most of them. ``"center"`` hashes queries and keys each about their mean. ``"whiten"``
+        also divides both by one root of their common covariance, in each head of the directions, so
+        that no axis of much variance decides alone. Call `move_centers` after each step of the
+        optimiser.
+    momentum : float
+        Share of the way to the last batch that `move_centers` goes by default.
+
+    Raises
+    ------
+    PatternError
+        An unknown `adapt`, or `center` with another one; see `random_directions` for the rest.
+
+    Notes
+    -----
+    Causality. The bucket of a row is a function of that row, of the directions and of buffers that
+    no forward pass reads from its own batch: what a pass notes is used from the next `move_centers`
+    on. So no bucket depends on a later row of its sequence, in training as in evaluation, and a
+    sequence gets the same buckets in one call as row by row. Moving within a step, by statistics of
+    the batch at hand, would break that.
+
+    Buffers are part of ``state_dict`` and of their size: head_dim per head for ``"center"``, twice
+    head_dim squared more for ``"whiten"``; none with ``"none"``. Under DistributedDataParallel each
+    process notes its own share of the batch, and the first one's buffers go to all.
     """
 
     def __init__(
@@ -46,8 +73,17 @@ class AngularHash(nn.Module):
         redraw: bool = False,
         center: bool = False,
         query_heads: int | None = None,
+        adapt: str = "none",
+        momentum: float = 0.1,
     ) -> None:
         super().__init__()
+        if adapt not in ADAPTS or (center and adapt == "whiten"):
+            raise PatternError(
+                f"adapt must be one of {ADAPTS}, and center=True means 'center', got {adapt=}, "
+                f"{center=}"
+            )
+        self.adapt = "center" if center else adapt
+        self.momentum = momentum
         self.buckets = buckets
         self.rounds = rounds
         self.redraw = redraw
@@ -58,9 +94,13 @@ class AngularHash(nn.Module):
         self.directions: Tensor | None
         self.register_buffer("directions", None if redraw else torch.from_numpy(drawn))
         heads_q = heads if query_heads is None else query_heads
+        whiten = self.adapt == "whiten"
         self.centers = nn.ModuleList(
-            _Center(size, head_dim) for size in ((heads_q, heads) if center else ())
+            _Center(size, head_dim, whiten)
+            for size in (() if self.adapt == "none" else (heads_q, heads))
         )
+        self.turn: Tensor | None
+        self.register_buffer("turn", torch.eye(head_dim).repeat(heads, 1, 1) if whiten else None)
 
     def forward(self, *rows: Tensor) -> tuple[Tensor, ...]:
         """Hash tensors (batch, heads, seqlen, head_dim), all by the same directions.
@@ -74,58 +114,107 @@ class AngularHash(nn.Module):
             directions = normalize(torch.randn(self._shape, device=rows[0].device), dim=2)
         if not self.centers:
             return tuple(angular_hash(x, directions) for x in rows)
+        if self.turn is not None:  # rows times a root of the inverse: the directions take it
+            with torch.no_grad(), torch.autocast(directions.device.type, enabled=False):
+                directions = self.turn @ directions.float()
         if len(rows) > len(self.centers):
-            raise PatternError(f"a centered hash takes queries and keys, got {len(rows)} tensors")
+            raise PatternError(f"an adapting hash takes queries and keys, got {len(rows)} tensors")
         pairs = list(zip(rows, self.centers, strict=False))
         if self.training:
             for x, center in pairs:
                 center.note(x)
         return tuple(angular_hash(x, directions, center.place) for x, center in pairs)
 
-    def move_centers(self, share: float = 0.1) -> None:
-        """Move each center by `share` of its way to the mean of the last training batch.
+    @torch.no_grad()
+    def move_centers(self, share: float | None = None) -> None:
+        """Move what is known by `share` (`momentum`) of its way to the last training batch.
 
-        The first moves go further, so that a center is soon a mean of the batches so far.
+        The first moves go further, so that soon it is a mean of the batches so far. With
+        ``adapt="whiten"`` covariances move as well, and are taken to pieces anew.
 
         Raises
         ------
         PatternError
-            The hash was made without ``center=True``.
+            The hash was made with ``adapt="none"``.
         """
         if not self.centers:
-            raise PatternError("move_centers needs AngularHash(..., center=True)")
+            raise PatternError(
+                "move_centers needs AngularHash(..., center=True) or adapt='center' or 'whiten'"
+            )
         for center in self.centers:
-            center.move(share)
+            center.move(self.momentum if share is None else share)
+        if self.turn is not None:
+            self.turn.copy_(self._turn())
+
+    def _turn(self) -> Tensor:
+        """Inverse root of the covariance that queries and keys have in common, per head.
+
+        Each side counts by its form, not its size; a side that never came counts nothing. Query
+        heads that share directions share a covariance.
+        """
+        heads, head_dim = self._shape[1], self._shape[2]
+        one = torch.eye(head_dim, device=self.centers[0].place.device)
+        common = torch.zeros_like(one).expand(heads, -1, -1)
+        for center in self.centers:
+            common = common + _scaled(center.spread).unflatten(0, (heads, -1)).mean(1)
+        common = _scaled(common)
+        known = common.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] > 0
+        common = torch.where(known, common, one)
+        root, _ = torch.linalg.cholesky_ex(common + _RIDGE * one)
+        inverse = torch.linalg.solve_triangular(root, one.expand_as(root), upper=False)
+        return inverse.transpose(-1, -2)
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""
         rounds, heads, head_dim, _ = self._shape
         return (
             f"heads={heads}, head_dim={head_dim}, buckets={self.buckets}, rounds={rounds}, "
-            f"redraw={self.redraw}, center={len(self.centers) > 0}"
+            f"redraw={self.redraw}, adapt={self.adapt!r}"
         )
 
 
+def _scaled(spread: Tensor) -> Tensor:
+    """Covariances (heads, head_dim, head_dim) with a mean variance of 1, or 0 where all is 0."""
+    size = spread.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    return spread / size.clamp(min=_TINY)
+
+
 class _Center(nn.Module):
-    """Running mean of the rows of each head."""
+    """Running mean of the rows of each head, and their covariance if wanted."""
 
     place: Tensor
     mean: Tensor
     moves: Tensor
 
-    def __init__(self, heads: int, head_dim: int) -> None:
+    def __init__(self, heads: int, head_dim: int, whiten: bool) -> None:
         super().__init__()
         self.register_buffer("place", torch.zeros(heads, head_dim))
         self.register_buffer("mean", torch.zeros(heads, head_dim))
         self.register_buffer("moves", torch.zeros(()))
+        self.spread: Tensor | None
+        self.scatter: Tensor | None
+        square = (heads, head_dim, head_dim)
+        self.register_buffer("spread", torch.zeros(square) if whiten else None)
+        self.register_buffer("scatter", torch.zeros(square) if whiten else None)
 
     @torch.no_grad()
     def note(self, x: Tensor) -> None:
-        """Store the mean of a batch; not added up, so that a layer may be recomputed."""
-        self.mean.copy_(x.float().mean((0, 2)))
+        """Store mean and covariance of a batch; not added up, so that a layer may be recomputed."""
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.detach().float().transpose(0, 1).flatten(1, 2)
+            if not rows.shape[1]:
+                return
+            mean = rows.mean(1)
+            self.mean.copy_(mean)
+            if self.scatter is not None:
+                rows = rows - mean[:, None]
+                self.scatter.copy_(rows.transpose(1, 2) @ rows / rows.shape[1])
 
     @torch.no_grad()
     def move(self, share: float) -> None:
-        """Go towards the mean last stored."""
+        """Go towards what was last stored."""
         self.moves += 1
-        self.place += (self.mean - self.place) * (1 / self.moves).clamp(min=share)
+        step = (1 / self.moves).clamp(min=share)
+        self.place += (self.mean - self.place) * step
+        if self.spread is not None and self.scatter is not None:
+            self.spread += (self.scatter - self.spread) * step

@@ -42,7 +42,7 @@ def test_torch_agrees_with_numpy_and_ignores_length_and_autocast(monkeypatch):
     np.testing.assert_array_equal(mine.numpy(), right)
     longer = hashing.angular_hash(tensors[0] * 7.5, tensors[1])
     np.testing.assert_array_equal(longer.numpy(), right)
-    monkeypatch.setattr(hashing, "_WORKSPACE", 1000)
+    monkeypatch.setattr("scfa_core.torch_hashing._WORKSPACE", 1000)
     np.testing.assert_array_equal(hashing.angular_hash(*tensors).numpy(), right)
 
 
@@ -155,14 +155,12 @@ def test_a_center_is_subtracted_and_makes_buckets_even(own_heads):
         hashing.angular_hash(x, directions, center[:, :5])
 
 
-def test_rows_seen_through_a_transpose_and_narrow_products(monkeypatch):
+def test_rows_seen_through_a_transpose_and_narrow_rows():
     torch = pytest.importorskip("torch", reason="about torch tensors")
     x = torch.randn(2, 50, 4, 32, generator=torch.Generator().manual_seed(1))
     directions = torch.from_numpy(hashing.random_directions(4, 32, 16, rounds=3, seed=3))
     right = hashing.angular_hash(x.numpy().swapaxes(1, 2), directions.numpy())
     assert np.array_equal(hashing.angular_hash(x.transpose(1, 2), directions).numpy(), right)
-    monkeypatch.setattr(hashing, "_projects_narrow", lambda x: x.dtype is torch.bfloat16)
     narrow = x.bfloat16().transpose(1, 2)
-    mine = hashing.angular_hash(narrow, directions).numpy()
     right = hashing.angular_hash(narrow.float().numpy(), directions.numpy())
-    assert (mine == right).mean() > 0.97  # a bfloat16 product has eight bits
+    assert np.array_equal(hashing.angular_hash(narrow, directions).numpy(), right)

@@ -1,0 +1,133 @@
+"""The operator ``scfa::angular_hash``: one kernel on a GPU that has it, plain torch elsewhere.
+
+Tracing sees one call with an int32 result, so that compiled graphs, exported programs and captured
+CUDA graphs hold it whole. `scfa_core.hashing.angular_hash` has checked the arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from scfa_core.dispatch import load_backend
+from scfa_core.torch_framework import TORCH_FRAMEWORK, dtype_name, raw_stream
+
+__all__ = ["ANGULAR_HASH", "hash_rows", "kernel_reason"]
+
+_WORKSPACE = 1 << 24  # projections that plain torch holds at once: 64 MiB of float32
+
+LIBRARY = torch.library.Library("scfa", "FRAGMENT")
+LIBRARY.define("angular_hash(Tensor x, Tensor directions, Tensor? center) -> Tensor")
+ANGULAR_HASH = torch.ops.scfa.angular_hash.default
+
+
+def kernel_reason(x: torch.Tensor, directions: torch.Tensor) -> str | None:
+    """None if the kernel hashes `x`, otherwise why plain torch does."""
+    backend = load_backend("cupy")
+    if isinstance(backend, str):
+        return backend
+    from scfa_core.backends.cupy_raw.hashing import reason_against
+
+    ordinal = x.device.index if x.device.index is not None else torch.cuda.current_device()
+    return reason_against(dtype_name(x.dtype), x.shape[3], directions.shape[3], ordinal)
+
+
+def hash_rows(
+    x: torch.Tensor, directions: torch.Tensor, center: torch.Tensor | None
+) -> torch.Tensor:
+    """Buckets by plain torch, a stretch of rows at a time; products and sums are float32."""
+    batch, heads, seqlen, _ = x.shape
+    rounds, _, _, half = directions.shape
+    rows = max(1, _WORKSPACE // max(1, rounds * batch * heads * half))
+    if seqlen <= rows:
+        return _hash_stretch(x, directions, center)
+    cuts = range(0, seqlen, rows)
+    return torch.cat(
+        [_hash_stretch(x[:, :, at : at + rows], directions, center) for at in cuts], dim=-1
+    )
+
+
+def _hash_stretch(
+    x: torch.Tensor, directions: torch.Tensor, center: torch.Tensor | None
+) -> torch.Tensor:
+    """Buckets of some rows; autocast would narrow the projection, so it is off.
+
+    All rounds are columns of one product. Where batch and seqlen are one axis to the eye of a
+    strided product, heads are its batch; else batch and heads are. A center moves the projections,
+    not the rows.
+    """
+    batch, heads, seqlen, head_dim = x.shape
+    rounds, own_heads, _, half = directions.shape
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        x, directions = x.detach().float(), directions.detach().float()
+        if own_heads < heads:
+            directions = directions.repeat_interleave(heads // own_heads, dim=1)
+        columns = directions.permute(1, 2, 0, 3).flatten(2)
+        if batch == 1 or x.stride(0) == x.stride(2) * seqlen:
+            rows = x.transpose(0, 1).reshape(heads, batch * seqlen, head_dim)
+            turned = torch.bmm(rows, columns).view(heads, batch, seqlen, rounds, half)
+            turned = turned.permute(3, 1, 0, 2, 4)
+        else:
+            turned = torch.matmul(x, columns).view(batch, heads, seqlen, rounds, half)
+            turned = turned.permute(3, 0, 1, 2, 4)
+        if center is not None:
+            center = center.detach().float().repeat_interleave(heads // center.shape[0], dim=0)
+            moved = (center[..., None] * directions).sum(dim=2)  # (rounds, heads, half)
+            turned = turned - moved[:, None, :, None]
+        most, up = turned.max(dim=-1)
+        least, down = turned.min(dim=-1)
+        return torch.where(most >= -least, up, down + half).to(torch.int32).contiguous()
+
+
+def _on_cpu(x: torch.Tensor, directions: torch.Tensor, center: torch.Tensor | None) -> torch.Tensor:
+    return hash_rows(x, directions, center)
+
+
+def _on_cuda(
+    x: torch.Tensor, directions: torch.Tensor, center: torch.Tensor | None
+) -> torch.Tensor:
+    if kernel_reason(x, directions) is not None:
+        return hash_rows(x, directions, center)
+    from scfa_core.backends.cupy_raw.hashing import run_angular_hash
+
+    x = x.detach() if x.stride(3) == 1 or x.shape[3] == 1 else x.detach().contiguous()
+    tables = [
+        None if y is None else y.detach().to(x.device, torch.float32).contiguous()
+        for y in (directions, center)
+    ]
+    bucket = _result(x, directions)
+    arrays = (x, *tables, bucket)
+    native: list[Any] = [None if y is None else TORCH_FRAMEWORK.native(y, "cuda") for y in arrays]
+    rows, columns, middle, out = native
+    run_angular_hash(rows, columns, middle, out, raw_stream(out.device))
+    return bucket
+
+
+def _result(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    return x.new_empty((directions.shape[0], *x.shape[:3]), dtype=torch.int32)
+
+
+def _fake(x: torch.Tensor, directions: torch.Tensor, center: torch.Tensor | None) -> torch.Tensor:
+    return _result(x, directions)
+
+
+def _batched(
+    info: Any, in_dims: Sequence[int | None], *arguments: torch.Tensor | None
+) -> tuple[torch.Tensor, int]:
+    """`torch.func.vmap` rule: every slice by itself."""
+    slices = [
+        [
+            y if y is None or dim is None else y.select(dim, at)
+            for y, dim in zip(arguments, in_dims, strict=True)
+        ]
+        for at in range(info.batch_size)
+    ]
+    return torch.stack([ANGULAR_HASH(*one) for one in slices]), 0
+
+
+LIBRARY.impl("angular_hash", _on_cpu, "CPU")
+LIBRARY.impl("angular_hash", _on_cuda, "CUDA")
+torch.library.register_fake("scfa::angular_hash", _fake, lib=LIBRARY)
+torch.library.register_vmap(ANGULAR_HASH, _batched, lib=LIBRARY)

@@ -1,0 +1,151 @@
+"""Angular hashing on the card: the kernel against float64, and what torch builds around it."""
+
+import pytest
+
+from scfa_core import hashing
+
+
+@pytest.fixture(scope="module")
+def served(torch, backend):
+    """The kernel does run: nothing below may pass by plain torch."""
+    from scfa_core.torch_hashing import kernel_reason
+
+    if backend != "cupy":
+        pytest.skip("only cupy has a hashing kernel")
+    x = torch.zeros(1, 1, 1, 64, device="cuda", dtype=torch.bfloat16)
+    assert kernel_reason(x, torch.zeros(1, 1, 64, 8, device="cuda")) is None
+
+
+pytestmark = pytest.mark.usefixtures("served")
+
+
+def table(torch, heads, head_dim, buckets, rounds=1):
+    drawn = hashing.random_directions(heads, head_dim, buckets, rounds=rounds, seed=1)
+    return torch.from_numpy(drawn).cuda()
+
+
+def drawn(torch, *shape, dtype="bfloat16", seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cuda").to(getattr(torch, dtype))
+
+
+def loss_of_buckets(torch, bucket, x, directions, center=None):
+    """By how much the product of each row's bucket misses the best, in float64."""
+    heads = x.shape[1]
+    x = x.double()
+    if center is not None:
+        x = x - center.double().repeat_interleave(heads // center.shape[0], 0)[:, None]
+    directions = directions.double().repeat_interleave(heads // directions.shape[1], 1)
+    y = x[None] @ directions[:, None]
+    y = torch.cat([y, -y], dim=-1)
+    assert int(bucket.min()) >= 0
+    assert int(bucket.max()) < y.shape[-1]
+    return y.amax(-1) - y.gather(-1, bucket.long()[..., None])[..., 0]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    ("head_dim", "buckets", "own", "centers", "rounds"),
+    [
+        (64, 16, 4, 0, 1),
+        (64, 16, 2, 4, 2),
+        (128, 32, 1, 2, 1),
+        (20, 6, 4, 1, 1),
+        (33, 2, 2, 0, 3),
+        (256, 64, 4, 0, 1),
+        (200, 128, 2, 1, 1),
+    ],
+)
+def test_buckets_are_those_of_float64_but_for_near_ties(
+    torch, dtype, head_dim, buckets, own, centers, rounds
+):
+    x = drawn(torch, 2, 4, 1100, head_dim, dtype=dtype)
+    center = drawn(torch, centers, head_dim, dtype="float32", seed=1) if centers else None
+    directions = table(torch, own, head_dim, buckets, rounds)
+    bucket = hashing.angular_hash(x, directions, center)
+    lost = loss_of_buckets(torch, bucket, x, directions, center)
+    assert float(lost.max()) < 3e-5  # of products of a few units
+    assert float((lost == 0).double().mean()) > 0.999
+
+
+def test_strides_and_odd_starts(torch):
+    x = drawn(torch, 2, 3, 500, 64)
+    directions = table(torch, 3, 64, 16)
+    right = hashing.angular_hash(x, directions)
+    turned = x.transpose(1, 2).contiguous().transpose(1, 2)
+    odd = torch.empty(2, 3, 500, 67, device="cuda", dtype=x.dtype)[..., 3:].copy_(x)
+    last = x.transpose(2, 3).contiguous().transpose(2, 3)
+    for y in (turned, odd, last):
+        assert torch.equal(hashing.angular_hash(y, directions), right)
+    spread = hashing.angular_hash(x[:, :1].expand(2, 3, 500, 64), directions)
+    assert torch.equal(spread[:, :, 0], right[:, :, 0])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_ties_take_the_lowest_and_bad_rows_a_valid_bucket(torch, dtype):
+    directions = torch.zeros(1, 1, 64, 12, device="cuda")
+    directions[0, 0, 3, 2:6] = 1
+    x = torch.zeros(1, 1, 6, 64, device="cuda", dtype=getattr(torch, dtype))
+    x[0, 0, 0, 3], x[0, 0, 1, 3], x[0, 0, 2], x[0, 0, 3, 4] = 2, -2, torch.nan, torch.inf
+    bucket = hashing.angular_hash(x, directions)[0, 0, 0].tolist()
+    assert (bucket[0], bucket[1], bucket[4]) == (2, 14, 0)
+    assert all(0 <= one < 24 for one in bucket)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 7, 64), (2, 4, 0, 64)])
+def test_nothing_to_hash(torch, shape):
+    x = torch.zeros(shape, device="cuda", dtype=torch.bfloat16)
+    assert hashing.angular_hash(x, table(torch, 4, 64, 16)).shape == (1, *shape[:3])
+
+
+def test_long_lists_and_the_same_every_time(torch):
+    x = drawn(torch, 4, 48, 16384, 64)
+    directions = table(torch, 48, 64, 16)
+    first = hashing.angular_hash(x, directions)
+    for _ in range(5):
+        assert torch.equal(hashing.angular_hash(x, directions), first)
+    part = x[:1, :2]
+    lost = loss_of_buckets(torch, first[:, :1, :2], part, directions[:, :2])
+    assert float(lost.max()) < 3e-5
+
+
+def test_nothing_but_buckets_is_allocated(torch):
+    x, directions = drawn(torch, 2, 8, 8192, 64), table(torch, 8, 64, 16)
+    hashing.angular_hash(x, directions)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    bucket = hashing.angular_hash(x, directions)
+    assert torch.cuda.max_memory_allocated() - before <= bucket.numel() * 4 + 512
+
+
+def test_runs_on_the_current_stream_and_in_a_graph(torch):
+    x, directions = drawn(torch, 2, 4, 3000, 64), table(torch, 4, 64, 16)
+    other = drawn(torch, 2, 4, 3000, 64, seed=5)
+    right, right_other = (hashing.angular_hash(y, directions) for y in (x, other))
+    assert not torch.equal(right, right_other)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        bucket = hashing.angular_hash(x, directions)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(bucket, right)
+    x.copy_(other)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(bucket, right_other)
+
+
+def test_compiled_whole(torch):
+    x, directions = drawn(torch, 2, 4, 300, 64), table(torch, 4, 64, 16)
+    compiled = torch.compile(hashing.angular_hash, fullgraph=True)
+    assert torch.equal(compiled(x, directions), hashing.angular_hash(x, directions))
+
+
+def test_cupy_arrays(torch):
+    cupy = pytest.importorskip("cupy", reason="about CuPy arrays")
+    x, directions = drawn(torch, 2, 4, 300, 64, dtype="float16"), table(torch, 2, 64, 16)
+    right = hashing.angular_hash(x, directions)
+    torch.cuda.synchronize()
+    bucket = hashing.angular_hash(*(cupy.from_dlpack(y) for y in (x, directions)))
+    assert (bucket.get() == right.cpu().numpy()).all()

@@ -1,0 +1,161 @@
+"""The operator ``scfa::angular_hash``, and the module that adapts to the rows it hashes."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="about torch tensors")
+
+import scfa_core as scfa  # noqa: E402
+from scfa_core import hashing, nn  # noqa: E402
+from scfa_core.torch_hashing import ANGULAR_HASH, kernel_reason  # noqa: E402
+
+BUCKETS, DIM = 8, 16
+
+
+def rows(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def skewed(seed, batch=2, heads=4, seqlen=400):
+    """Rows with a common part and two axes of most of the variance."""
+    scale = torch.full((DIM,), 0.3)
+    scale[:2] = 6
+    return rows(seed, batch, heads, seqlen, DIM) * scale + 5
+
+
+def directions(heads=4, rounds=1, seed=0):
+    drawn = hashing.random_directions(heads, DIM, BUCKETS, rounds=rounds, seed=seed)
+    return torch.from_numpy(drawn)
+
+
+@pytest.mark.parametrize("middle", [None, (2, DIM)])
+def test_opcheck_and_strides(middle):
+    center = None if middle is None else rows(1, *middle)
+    for x in (rows(0, 2, 4, 7, DIM), rows(0, 2, 7, 4, DIM).transpose(1, 2)):
+        torch.library.opcheck(ANGULAR_HASH, (x, directions(2, 3), center))
+        bucket = hashing.angular_hash(x, directions(2, 3), center)
+        assert bucket.shape == (3, 2, 4, 7)
+        assert bucket.is_contiguous()
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 7, DIM), (2, 4, 0, DIM)])
+def test_nothing_to_hash(shape):
+    bucket = hashing.angular_hash(torch.zeros(shape), directions())
+    assert bucket.shape == (1, *shape[:3])
+    assert bucket.dtype == torch.int32
+
+
+def test_ties_take_the_lowest_bucket_and_bad_rows_a_valid_one():
+    table = torch.zeros(1, 1, DIM, 4)
+    table[0, 0, 3, 1:3] = 1
+    x = torch.zeros(1, 1, 5, DIM)
+    x[0, 0, 0, 3], x[0, 0, 1, 3], x[0, 0, 2], x[0, 0, 3, 4] = 1, -1, torch.nan, torch.inf
+    for y, own in ((x, table), (x.numpy(), table.numpy())):
+        with np.errstate(invalid="ignore"):
+            bucket = np.asarray(hashing.angular_hash(y, own))[0, 0, 0]
+        assert (bucket[0], bucket[1], bucket[4]) == (1, 5, 0)
+        assert ((bucket >= 0) & (bucket < BUCKETS)).all()
+
+
+def test_compiled_exported_and_mapped():
+    x, table = rows(0, 2, 4, 9, DIM), directions()
+    right = hashing.angular_hash(x, table)
+    compiled = torch.compile(hashing.angular_hash, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, table), right)
+    mapped = torch.func.vmap(lambda y: hashing.angular_hash(y, table))(x[:, None])
+    assert torch.equal(mapped, right.permute(1, 0, 2, 3)[:, :, None])
+
+    class Hash(torch.nn.Module):
+        def forward(self, x):
+            return hashing.angular_hash(x, table)
+
+    program = torch.export.export(Hash(), (x,))
+    assert torch.equal(program.module()(x), right)
+    assert "scfa.angular_hash" in str(program.graph)
+
+
+def test_compiles_in_a_process_that_has_hashed_nothing_before():
+    code = (
+        "import torch, scfa_core.hashing as h\n"
+        "t = torch.from_numpy(h.random_directions(1, 8, 4, seed=0)); x = torch.ones(1, 1, 3, 8)\n"
+        "f = torch.compile(h.angular_hash, fullgraph=True, backend='eager')\n"
+        "assert torch.equal(f(x, t), h.angular_hash(x, t))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_tensor_that_no_kernel_takes_has_a_reason(monkeypatch):
+    monkeypatch.setattr("scfa_core.torch_hashing.load_backend", lambda name: "cannot be imported")
+    assert "imported" in kernel_reason(torch.zeros(1, 1, 1, DIM), directions())
+
+
+def cost(bucket):
+    """Same-bucket pairs over those of even buckets: 1 is even."""
+    return BUCKETS / hashing.bucket_balance(bucket, BUCKETS).effective_buckets
+
+
+@pytest.mark.parametrize("heads_kv", [4, 2])
+def test_whitening_makes_buckets_even_where_a_center_does_not(heads_kv):
+    costs = {}
+    for adapt in nn.hashing.ADAPTS:
+        own = nn.AngularHash(heads_kv, DIM, BUCKETS, seed=3, query_heads=4, adapt=adapt)
+        for seed in range(3):
+            own(skewed(seed), 0.01 * skewed(seed + 50, heads=heads_kv))
+            if adapt != "none":
+                own.move_centers()
+        own.eval()
+        buckets = own(skewed(9), 0.01 * skewed(59, heads=heads_kv))
+        costs[adapt] = [cost(bucket) for bucket in buckets]
+    for plain, center, whiten in zip(*costs.values(), strict=True):
+        assert whiten < 1.3 < 1.5 < center < plain
+
+
+@pytest.mark.parametrize("adapt", ["center", "whiten"])
+def test_a_bucket_depends_on_no_later_row_of_its_call(adapt):
+    own = nn.AngularHash(4, DIM, BUCKETS, seed=3, adapt=adapt)
+    for seed in range(2):
+        own(skewed(seed))
+        own.move_centers()
+    x = skewed(7)
+    later = x.clone()
+    later[:, :, 200:] = skewed(8)[:, :, 200:] - 9
+    (whole,), (other,) = own(x), own(later)  # in training, where both are noted
+    assert torch.equal(whole[..., :200], other[..., :200])
+    assert not torch.equal(whole[..., 200:], other[..., 200:])
+    own.eval()
+    parts = torch.cat([own(x[:, :, at : at + 40])[0] for at in range(0, 400, 40)], dim=-1)
+    assert (parts == whole).float().mean() > 0.999  # products of other shapes sum in other orders
+
+
+def test_whitening_travels_with_the_state_and_is_told_of_mistakes():
+    own = nn.AngularHash(2, DIM, BUCKETS, seed=3, adapt="whiten", momentum=0.5)
+    own.move_centers()  # nothing was noted: no turn
+    torch.testing.assert_close(own.turn[0] / own.turn[0, 0, 0], torch.eye(DIM))
+    x = skewed(1, heads=2)
+    own(x)
+    own.move_centers()
+    copy = nn.AngularHash(2, DIM, BUCKETS, seed=4, adapt="whiten")
+    copy.load_state_dict(own.state_dict())
+    assert torch.equal(copy(x)[0], own(x)[0])
+    assert set(nn.AngularHash(2, DIM, BUCKETS).state_dict()) == {"directions"}
+    assert "adapt='whiten'" in repr(own)
+    for wrong in ({"adapt": "both"}, {"adapt": "whiten", "center": True}):
+        with pytest.raises(scfa.PatternError, match="adapt must be"):
+            nn.AngularHash(2, DIM, BUCKETS, **wrong)
+
+
+@pytest.mark.parametrize("redraw", [True, False])
+def test_a_layer_adapts_and_compiles_whole(redraw):
+    layer = nn.HashSelfAttention(
+        32, 2, BUCKETS, shared_qk=True, include_self=False, adapt="whiten", redraw=redraw
+    )
+    x = rows(0, 2, 40, 32) + 3
+    layer(x).sum().backward()
+    layer.hash.move_centers()
+    assert not torch.equal(layer.hash.turn[0], torch.eye(DIM))
+    step = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.isfinite(step(x)).all()
