@@ -58,23 +58,22 @@ class Shape(NamedTuple):
     block_n: int  # keys (forward, dq) or queries (dk/dv) a step
     stages: int  # buffers of the streamed operands
     query_buffers: int  # buffers of the operands a tile keeps
+    parts: int = 1  # warpgroups that share 64 rows, each a part of the columns (dk/dv)
 
 
-_PANEL = 64  # columns of one panel of a shared tile
 _CHUNK = 8  # columns one cp.async moves
 
 
-def _width(head_dim: int) -> int:
-    """Columns of the shared tiles that hold rows of `head_dim`: whole panels."""
-    return -(-head_dim // _PANEL) * _PANEL
-
-
 class _Shapes(dict[int, Shape]):
-    """Shapes by width of the shared tiles; any other head_dim has that of its tiles."""
+    """Shapes by columns of the shared tiles; any other head_dim has that of its tiles."""
+
+    def width(self, head_dim: int) -> int:
+        """Columns of the tiles that hold rows of `head_dim`; 0 if none are wide enough."""
+        return min((width for width in self if width >= head_dim), default=0)
 
     def __missing__(self, head_dim: int) -> Shape:
-        width = _width(head_dim)
-        if width == head_dim:
+        width = self.width(head_dim)
+        if width == 0:
             raise KeyError(head_dim)
         return self[width]
 
@@ -87,8 +86,17 @@ _FORWARD = _Shapes(
         256: Shape(2, 80, 2, 1),
     }
 )
-_DQ = _Shapes({64: Shape(2, 64, 6, 2), 128: Shape(2, 64, 3, 1)})
-_DKDV = _Shapes({64: Shape(2, 64, 11, 1), 128: Shape(2, 64, 3, 1)})
+_DQ = _Shapes(
+    {
+        64: Shape(2, 64, 6, 2),
+        128: Shape(2, 64, 3, 1),
+        192: Shape(1, 64, 3, 1),
+        256: Shape(1, 48, 2, 1),
+    }
+)
+_DKDV = _Shapes(
+    {64: Shape(2, 64, 11, 1), 128: Shape(2, 64, 3, 1), 256: Shape(1, 64, 2, 1, parts=2)}
+)
 _FUSED = {64: Shape(2, 64, 4, 3)}  # query_buffers: of dS
 _PREPARE = {head_dim: Shape(0, 64, 0, 0) for head_dim in _FUSED}
 
@@ -96,7 +104,8 @@ _PREPARE = {head_dim: Shape(0, 64, 0, 0) for head_dim in _FUSED}
 def _forward_shared(head_dim: int, shape: Shape) -> int:
     """Bytes of dynamic shared memory of fwd_sm90.cu."""
     rows = 64 * shape.warpgroups
-    tiles = 2 * _width(head_dim) * (shape.query_buffers * rows + 2 * shape.stages * shape.block_n)
+    streamed = 2 * shape.stages * shape.block_n
+    tiles = 2 * _FORWARD.width(head_dim) * (shape.query_buffers * rows + streamed)
     data = shape.query_buffers * (12 * rows + 16)
     barriers = 8 * (2 * shape.query_buffers + 4 * shape.stages)
     return tiles + data + 64 + barriers + _SHARED_SLACK
@@ -106,7 +115,7 @@ def _dq_shared(head_dim: int, shape: Shape) -> int:
     """Bytes of dynamic shared memory of bwd_dq_sm90.cu."""
     rows = 64 * shape.warpgroups
     streamed = 2 * shape.stages * shape.block_n
-    tiles = 2 * _width(head_dim) * (3 * shape.query_buffers * rows + streamed)
+    tiles = 2 * _DQ.width(head_dim) * (3 * shape.query_buffers * rows + streamed)
     data = shape.query_buffers * (20 * rows + 16)
     barriers = 8 * (2 * shape.query_buffers + 2 * shape.stages)
     return tiles + data + 64 + barriers + _SHARED_SLACK
@@ -114,7 +123,7 @@ def _dq_shared(head_dim: int, shape: Shape) -> int:
 
 def _dkdv_shared(head_dim: int, shape: Shape) -> int:
     """Bytes of dynamic shared memory of bwd_dkdv_sm90.cu."""
-    tiles = 4 * _width(head_dim) * (64 * shape.warpgroups + shape.stages * shape.block_n)
+    tiles = 4 * _DKDV.width(head_dim) * (64 * shape.warpgroups + shape.stages * shape.block_n)
     data = 16 * shape.stages * shape.block_n + 16 * _MAX_GROUP * shape.warpgroups
     barriers = 8 * (2 + 2 * shape.stages)
     return tiles + data + 16 + barriers + _SHARED_SLACK
@@ -131,6 +140,7 @@ def _fused_shared(head_dim: int, shape: Shape) -> int:
     return tiles + changes + sums + data + 8 * barriers + _SHARED_SLACK
 
 
+_WIDTHS = {"fwd_sm90": _FORWARD, "bwd_dq_sm90": _DQ, "bwd_dkdv_sm90": _DKDV}
 _SHARED = {
     "fwd_sm90": _forward_shared,
     "bwd_dq_sm90": _dq_shared,
@@ -146,7 +156,7 @@ def _unserved(shapes: _Shapes, problem: Problem, *arrays: DeviceArray) -> str | 
         return "not a Hopper card"
     if problem.dtype not in ("float16", "bfloat16"):
         return f"dtype {problem.dtype}"
-    served = _width(problem.head_dim) in shapes and problem.head_dim % _CHUNK == 0
+    served = shapes.width(problem.head_dim) and problem.head_dim % _CHUNK == 0
     if not served or problem.head_dim_v != problem.head_dim:
         return f"head_dim {problem.head_dim}, head_dim_v {problem.head_dim_v}"
     if not problem.softmax_scale >= SMALLEST_EXPONENT_SCALE:
@@ -271,12 +281,13 @@ def _kernel(name: str, device: int, dtype: str, head_dim: int, shape: Shape) -> 
     """The compiled variant of one kernel."""
     constants = (
         ("BFLOAT16", int(dtype == "bfloat16")),
-        ("HEAD_DIM", _width(head_dim)),
+        ("HEAD_DIM", _WIDTHS[name].width(head_dim) if name in _WIDTHS else head_dim),
         ("COLUMNS", head_dim),
         ("BLOCK_N", shape.block_n),
         ("WARPGROUPS", shape.warpgroups),
         ("STAGES", shape.stages),
         ("QUERY_BUFFERS", shape.query_buffers),
+        ("PARTS", shape.parts),
         ("SHARED_BYTES", _SHARED[name](head_dim, shape)),
     )
     return get_kernel(f"scfa_{name}", f"{name}.cu", constants, device, arch_suffix="a")
@@ -303,7 +314,7 @@ def _persistent(
     """One persistent block per multiprocessor, or fewer if there are fewer tiles."""
     blocks = min(tiles, _multiprocessors(device))
     others = 2 if kernel.name == "scfa_bwd_fused_sm90" else 1  # warpgroups that do not multiply
-    return kernel.bind((blocks, 1, 1), 128 * (shape.warpgroups + others), shared)
+    return kernel.bind((blocks, 1, 1), 128 * (shape.warpgroups * shape.parts + others), shared)
 
 
 def _sum_slots(problem: Problem) -> int:

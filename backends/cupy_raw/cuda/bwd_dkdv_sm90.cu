@@ -1,4 +1,4 @@
-// Gradients of the keys and values over sorted key ranges on Hopper (wgmma), head_dim up to 128, in
+// Gradients of the keys and values over sorted key ranges on Hopper (wgmma), head_dim up to 256, in
 // transposed form: rows are keys, columns queries.
 //
 // computes: with p[i][j], delta[i] as in bwd_dq_sm90.cu: dv[j] = sum_i p[i][j] dout[i],
@@ -8,7 +8,8 @@
 // grid/block: one persistent block per SM; a tile is kBlockN sorted keys of one kv head. Warpgroup
 // 0
 //   gathers rows (cp.async), each of the others owns 64 keys and walks kBlockM queries at a time,
-//   in order: bitwise deterministic.
+//   in order: bitwise deterministic. Beyond 128 columns two own the same keys: both make the scores,
+//   each half the columns of dk and dv.
 // shared memory: 4 * kHeadDim * (kBlockN + kStages * kBlockM) bytes, row data, barriers
 //   (kSharedBytes).
 // inputs/outputs: Params (params_sm90.cuh): q, k, v, dout, dk, dv in 16 bits; row_lse, row_delta as
@@ -19,7 +20,10 @@
 #include "bwd_dkdv_sm90_gather.cuh"
 
 // Warpgroups 1..: dk and dv of 64 keys of each tile.
-__device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, int group) {
+__device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, int warpgroup) {
+  // Which 64 keys, and which columns of their dk and dv: all make the scores, and a part each.
+  const int group = kParts == 1 ? warpgroup : 0, part = kParts == 1 ? 0 : warpgroup;
+  const unsigned part_columns = part * (kPanels / kParts) * kBlockM * kRowBytes;
   const int thread = threadIdx.x % 128, warp = uniform(thread / 32), lane = thread % 32;
   const int q = lane % 4;
   Ring<1> key;
@@ -44,10 +48,10 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
     };
     if constexpr (kOverlap) load_index();
 
-    float scores[kBlockM / 2], slopes[kBlockM / 2], grad_k[kWidth / 2], grad_v[kWidth / 2];
+    float scores[kBlockM / 2], slopes[kBlockM / 2], grad_k[kPartWidth / 2], grad_v[kPartWidth / 2];
     unsigned weights[kBlockM / 4], changes[kBlockM / 4];
 #pragma unroll
-    for (int i = 0; i < kWidth / 2; ++i) grad_k[i] = grad_v[i] = 0.0f;
+    for (int i = 0; i < kPartWidth / 2; ++i) grad_k[i] = grad_v[i] = 0.0f;
     unsigned keys[kDepth / 4], values[kDepth / 4];
     if constexpr (kKeysInRegisters) {
       load_fragments<kBlockN, kDepth>(keys, key_tile, warp, lane);
@@ -138,8 +142,8 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
     };
     // dV += P^T dO, dK += dS^T Q of a slot, as one group.
     const auto accumulate = [&](unsigned slot) {
-      accumulate_weighted_rows<kBlockM>(grad_v, weights, shared.dout(slot));
-      accumulate_weighted_rows<kBlockM>(grad_k, changes, shared.query(slot));
+      accumulate_weighted_rows<kBlockM>(grad_v, weights, shared.dout(slot) + part_columns);
+      accumulate_weighted_rows<kBlockM>(grad_k, changes, shared.query(slot) + part_columns);
       wgmma_commit();
     };
     const auto pin_operands = [&]() {
@@ -227,8 +231,18 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
     if constexpr (!kOverlap) load_index();
     const int b = p.by_heads.quotient(z), h_kv = z - b * p.heads_kv;
     const float scale_k[2] = {p.scale, p.scale}, scale_v[2] = {1.0f, 1.0f};
-    scatter_columns<kColumns>(grad_k, scale_k, p.dk.of_head(b, h_kv), p.dk.row, index, lane);
-    scatter_columns<kColumns>(grad_v, scale_v, p.dv.of_head(b, h_kv), p.dv.row, index, lane);
+    char *dk = p.dk.of_head(b, h_kv), *dv = p.dv.of_head(b, h_kv);
+    if constexpr (kParts == 1) {
+      scatter_columns<kColumns>(grad_k, scale_k, dk, p.dk.row, index, lane);
+      scatter_columns<kColumns>(grad_v, scale_v, dv, p.dv.row, index, lane);
+    } else if (part == 0) {
+      scatter_columns<kPartWidth>(grad_k, scale_k, dk, p.dk.row, index, lane);
+      scatter_columns<kPartWidth>(grad_v, scale_v, dv, p.dv.row, index, lane);
+    } else {
+      constexpr int kRest = kParts == 1 ? kColumns : kColumns - kPartWidth;
+      scatter_columns<kRest>(grad_k, scale_k, dk + 2 * kPartWidth, p.dk.row, index, lane);
+      scatter_columns<kRest>(grad_v, scale_v, dv + 2 * kPartWidth, p.dv.row, index, lane);
+    }
   }
 }
 

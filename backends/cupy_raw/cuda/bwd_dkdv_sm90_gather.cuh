@@ -5,17 +5,22 @@
     !defined(SCFA_STAGES) || !defined(SCFA_SHARED_BYTES)
 #error "the tile shape and SCFA_SHARED_BYTES: set by launch_sm90.py"
 #endif
+#ifndef SCFA_PARTS
+#define SCFA_PARTS 1
+#endif
 #include "mbarrier.cuh"
 #include "wgmma.cuh"
-#include "width_sm90.cuh"
 #include "params_sm90.cuh"
 #include "choice_sm90.cuh"
 #include "gather_sm90.cuh"
+#include "width_sm90.cuh"
 #include "softmax_sm90.cuh"
 
-constexpr int kWarpgroups = SCFA_WARPGROUPS;
+constexpr int kKeyGroups = SCFA_WARPGROUPS;  // of 64 keys
+constexpr int kParts = SCFA_PARTS;           // of the columns: warpgroups that share 64 keys
+constexpr int kWarpgroups = kKeyGroups * kParts;
 constexpr int kStages = SCFA_STAGES;       // buffers of one q and one dout block each
-constexpr int kBlockN = 64 * kWarpgroups;  // keys of a tile
+constexpr int kBlockN = 64 * kKeyGroups;   // keys of a tile
 constexpr int kBlockM = SCFA_BLOCK_N;      // queries of a step
 constexpr int kThreads = 128 * (kWarpgroups + 1);
 // Where rows end inside the only panel, gathering takes more registers, and products fewer.
@@ -26,7 +31,11 @@ constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : kColumns < 64 ? 224 
 // these.
 constexpr bool kOverlap = kHeadDim == 64 && kBlockM == 64 && kWarpgroups == 2;
 constexpr bool kKeysInRegisters = kOverlap;
-static_assert(kHeadDim == 64 || kHeadDim == 128, "one or two panels of columns");
+// Columns of dk and dv that a warpgroup makes.
+constexpr int kPartWidth = kParts == 1 ? kWidth : kHeadDim / kParts;
+static_assert(kPartWidth <= 128, "dk and dv fit into registers");
+static_assert(kParts == 1 || (kParts == 2 && kPartWidth == 128 && kColumns > 128),
+              "both parts hold columns");
 static_assert(kStages >= 2, "scores of the next block start before this one is done");
 
 constexpr int kKeyBytes = kBlockN * kHeadDim * 2;
@@ -36,7 +45,7 @@ constexpr int kDataBase = kQueryBase + 2 * kStages * kQueryBytes;
 constexpr int kDataBytes = 16 * kBlockM;  // lse, delta, key_start, key_end of the block's queries
 constexpr int kMaxGroup =
     16;  // query heads of one kv head; launch_sm90.py sends larger groups elsewhere
-constexpr int kBounds = 2 * kWarpgroups;  // first and end query of each warpgroup's keys
+constexpr int kBounds = 2 * kKeyGroups;  // first and end query of each warpgroup's keys
 constexpr int kBoundsBase = kDataBase + kStages * kDataBytes;  // of two tiles
 constexpr int kTileBase = kBoundsBase + 2 * 4 * kMaxGroup * kBounds;
 constexpr int kBarrierBase = kTileBase + 16;
@@ -107,9 +116,9 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
       const int sorted = key0 + gather_owned_row(thread, i);
       rows[i] = sorted < key1 ? k_index[sorted] : -1;
     }
-    gather_rows<kBlockN, kPanels, kGatherThreads, kColumns>(shared.key(), p.k.of_head(b, h_kv) + lane_bytes, p.k.row, rows,
+    gather_tile<kBlockN>(shared.key(), p.k.of_head(b, h_kv) + lane_bytes, p.k.row, rows,
                                   thread);
-    gather_rows<kBlockN, kPanels, kGatherThreads, kColumns>(shared.value(), p.v.of_head(b, h_kv) + lane_bytes, p.v.row, rows,
+    gather_tile<kBlockN>(shared.value(), p.v.of_head(b, h_kv) + lane_bytes, p.v.row, rows,
                                   thread);
     barrier_arrive_after_copies(shared.key_full());
 
@@ -155,8 +164,8 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
         const int current[1] = {sees ? own.row
                                      : -1};  // a query that sees no key of the tile becomes zeros
         barrier_wait(shared.query_empty(query.slot), query.parity ^ 1);
-        gather_rows<kBlockM, kPanels, kGatherThreads, kColumns>(shared.query(query.slot), q, p.q.row, current, thread);
-        gather_rows<kBlockM, kPanels, kGatherThreads, kColumns>(shared.dout(query.slot), dout, p.dout.row, current, thread);
+        gather_tile<kBlockM>(shared.query(query.slot), q, p.q.row, current, thread);
+        gather_tile<kBlockM>(shared.dout(query.slot), dout, p.dout.row, current, thread);
         // Rows past the end repeat the last row's range, with lse +inf (before row_lse's first
         // element): their weights are 0.
         const int column = thread % kBlockM, sorted = min(first + column, p.seqlen_q - 1);

@@ -1,4 +1,4 @@
-// Gradient of the queries over sorted key ranges on Hopper (wgmma), head_dim up to 128, and the row
+// Gradient of the queries over sorted key ranges on Hopper (wgmma), head_dim up to 256, and the row
 // statistics that the dk/dv kernel needs.
 //
 // computes: p[i][j] = exp(scale * q[i] . k[j] - lse[i]), delta[i] = dout[i] . out[i],
@@ -199,10 +199,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();  // barriers are initialised
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
-    give_registers<kProducerRegisters>();
+    if constexpr (kWarpgroups > 1) give_registers<kProducerRegisters>();
     gather_tiles(p, shared);
   } else {
-    take_registers<kConsumerRegisters>();
+    if constexpr (kWarpgroups > 1) take_registers<kConsumerRegisters>();
     multiply_tiles(p, shared, warpgroup - 1);
   }
 }

@@ -7,10 +7,10 @@
 #endif
 #include "mbarrier.cuh"
 #include "wgmma.cuh"
-#include "width_sm90.cuh"
 #include "params_sm90.cuh"
 #include "choice_sm90.cuh"
 #include "gather_sm90.cuh"
+#include "width_sm90.cuh"
 #include "softmax_sm90.cuh"
 #include "tiles_sm90.cuh"
 
@@ -23,8 +23,8 @@ constexpr int kThreads = 128 * (kWarpgroups + 1);
 // Where rows end inside the only panel, gathering takes more registers, and products fewer.
 constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kColumns < 64 ? 56 : 48;
 constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : kColumns < 64 ? 224 : 232;
-static_assert(kHeadDim == 64 || kHeadDim == 128, "one or two panels of columns");
-static_assert(kBlockN == 64 || kBlockN == 128, "scores of one wgmma");
+static_assert(kHeadDim <= 128 || kWarpgroups == 1, "dq, scores and slopes fit into registers");
+static_assert(kBlockN % 16 == 0, "scores of one wgmma, reduced over 16 keys at a time");
 static_assert(kStages >= 2, "scores of the next block start before this one is done");
 
 constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
@@ -120,11 +120,11 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
     for (int i = 0; i < (kBlockM + 127) / 128; ++i) {
       rows[i] = shared_load(data.indices() + 4 * min(gather_owned_row(thread, i), kBlockM - 1));
     }
-    gather_rows<kBlockM, kPanels, kGatherThreads, kColumns>(shared.query(query.slot), p.q.of_head(at.b, at.h) + lane_bytes,
+    gather_tile<kBlockM>(shared.query(query.slot), p.q.of_head(at.b, at.h) + lane_bytes,
                                   p.q.row, rows, thread);
-    gather_rows<kBlockM, kPanels, kGatherThreads, kColumns>(shared.dout(query.slot), p.dout.of_head(at.b, at.h) + lane_bytes,
+    gather_tile<kBlockM>(shared.dout(query.slot), p.dout.of_head(at.b, at.h) + lane_bytes,
                                   p.dout.row, rows, thread);
-    gather_rows<kBlockM, kPanels, kGatherThreads, kColumns>(shared.out(query.slot), p.out.of_head(at.b, at.h) + lane_bytes,
+    gather_tile<kBlockM>(shared.out(query.slot), p.out.of_head(at.b, at.h) + lane_bytes,
                                   p.out.row, rows, thread);
     barrier_arrive_after_copies(shared.query_full(query.slot));
     barrier_arrive(shared.query_full(query.slot));  // releases the row data this thread wrote
@@ -135,8 +135,8 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
       const int current[1] = {upcoming};
       if (block > 0) upcoming = key_row(block - 1);
       barrier_wait(shared.key_empty(key.slot), key.parity ^ 1);
-      gather_rows<kBlockN, kPanels, kGatherThreads, kColumns>(shared.key(key.slot), k, p.k.row, current, thread);
-      gather_rows<kBlockN, kPanels, kGatherThreads, kColumns>(shared.value(key.slot), v, p.v.row, current, thread);
+      gather_tile<kBlockN>(shared.key(key.slot), k, p.k.row, current, thread);
+      gather_tile<kBlockN>(shared.value(key.slot), v, p.v.row, current, thread);
       barrier_arrive_after_copies(shared.key_full(key.slot));
       key.advance();
       if (block == blocks - 1 && warp == 0) prefetch_tile_rows<kBlockM>(p, next, thread);

@@ -7,9 +7,9 @@
 #endif
 #include "mbarrier.cuh"
 #include "wgmma.cuh"
-#include "width_sm90.cuh"
 #include "params_sm90.cuh"
 #include "gather_sm90.cuh"
+#include "width_sm90.cuh"
 #include "softmax_sm90.cuh"
 #include "tiles_sm90.cuh"
 
@@ -108,7 +108,7 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
     for (int i = 0; i < (kBlockM + 127) / 128; ++i) {
       rows[i] = shared_load(data.indices() + 4 * min(gather_owned_row(thread, i), kBlockM - 1));
     }
-    gather_rows<kBlockM, kPanels, kGatherThreads, kColumns>(shared.query(query.slot), p.q.of_head(at.b, at.h) + lane_bytes,
+    gather_tile<kBlockM>(shared.query(query.slot), p.q.of_head(at.b, at.h) + lane_bytes,
                                   p.q.row, rows, thread);
     barrier_arrive_after_copies(shared.query_full(query.slot));
     if (thread == 0)
@@ -121,14 +121,14 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
       const int current[1] = {upcoming};
       if (block > 0) upcoming = key_row(block - 1);
       barrier_wait(shared.key_empty(key.slot), key.parity ^ 1);
-      gather_rows<kBlockN, kPanels, kGatherThreads, kColumns>(shared.key(key.slot), k, p.k.row, current, thread);
+      gather_tile<kBlockN>(shared.key(key.slot), k, p.k.row, current, thread);
       barrier_arrive_after_copies(shared.key_full(key.slot));
       key.advance();
       if (block == blocks - 1) {
         if (warp == 0) prefetch_tile_rows<kBlockM>(p, next, thread);
       } else {
         barrier_wait(shared.value_empty(value.slot), value.parity ^ 1);
-        gather_rows<kBlockN, kPanels, kGatherThreads, kColumns>(shared.value(value.slot), v, p.v.row, previous, thread);
+        gather_tile<kBlockN>(shared.value(value.slot), v, p.v.row, previous, thread);
         barrier_arrive_after_copies(shared.value_full(value.slot));
         value.advance();
       }
@@ -136,7 +136,7 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
     }
     if (blocks > 0) {
       barrier_wait(shared.value_empty(value.slot), value.parity ^ 1);
-      gather_rows<kBlockN, kPanels, kGatherThreads, kColumns>(shared.value(value.slot), v, p.v.row, previous, thread);
+      gather_tile<kBlockN>(shared.value(value.slot), v, p.v.row, previous, thread);
       barrier_arrive_after_copies(shared.value_full(value.slot));
       value.advance();
     }

@@ -33,9 +33,9 @@ __device__ __forceinline__ void copy_chunk(unsigned target, const char* source, 
   }
 }
 
-// Copy kRows rows of kColumns columns to a tile of kPanels panels; index -1 fills the row with zeros
-// (and reads nothing), as columns that rows do not have are. `source` is the head's first row plus
-// this thread's chunk (16 bytes times its lane).
+// Copy kRows rows of kColumns columns to a tile of kPanels panels; index -1 fills the row with
+// zeros (and reads nothing), and zeros fill the columns that rows do not have. `source` is the
+// head's first row plus this thread's chunk (16 bytes times its lane).
 template <int kRows, int kPanels, int kThreads = kGatherThreads,
           int kColumns = kPanels * kPanelColumns>
 __device__ __forceinline__ void gather_rows(unsigned tile, const char* source, int row_bytes,
@@ -47,8 +47,9 @@ __device__ __forceinline__ void gather_rows(unsigned tile, const char* source, i
                              // would otherwise wait for
   const int lane = thread % kLanesPerRow, first = thread / kLanesPerRow;
   const unsigned target = tile + first * kRowBytes + ((lane ^ (first & 7)) << 4);
-  // -1 in lanes whose chunk of the last panel rows do not have.
-  constexpr int kChunks = kColumns / 8 - (kPanels - 1) * kLanesPerRow;
+  // -1 in lanes whose chunk of the panel that rows end in they do not have.
+  constexpr int kEnd = (kColumns - 1) / kPanelColumns;
+  constexpr int kChunks = kColumns / 8 - kEnd * kLanesPerRow;
   constexpr bool kPartial = kChunks < kLanesPerRow;
   const int beyond = (kChunks - 1 - lane) >> 31;
   asm volatile("" : "+l"(source));  // one base register pair, not one sum of strides per row
@@ -71,7 +72,9 @@ __device__ __forceinline__ void gather_rows(unsigned tile, const char* source, i
 #pragma unroll
       for (int panel = 0; panel < kPanels; ++panel) {
         // What a row does not have is beyond it: zeros, as where there is no row.
-        const int wanted = kPartial && panel == kPanels - 1 ? row[i] | beyond : row[i];
+        const int wanted = panel > kEnd                ? -1
+                           : kPartial && panel == kEnd ? row[i] | beyond
+                                                       : row[i];
         copy_chunk<kPanels>(target + (panel * kRows + (pass0 + i) * kRowsPerPass) * kRowBytes,
                             address + panel * kRowBytes, wanted);
       }
@@ -131,8 +134,8 @@ __device__ __forceinline__ void transpose_quad(unsigned (&r)[4], int lane) {
 }
 
 // Write the first kColumns of one warp's 16 rows of 2 * kCount columns, scaled, in 16 bits, to the
-// rows given by this lane's two indices (rows g and g + 8; -1 writes nothing). Scale 0 writes exact zeros whatever the
-// accumulator holds.
+// rows given by this lane's two indices (rows g and g + 8; -1 writes nothing). Scale 0 writes exact
+// zeros whatever the accumulator holds.
 template <int kColumns, int kCount>
 __device__ __forceinline__ void scatter_columns(const float (&values)[kCount],
                                                 const float (&scale)[2], char* head, int row_bytes,

@@ -20,6 +20,9 @@ constexpr int kStepColumns = 16;   // reduction depth of one instruction
 
 #define SCFA_ACC16 \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
+#define SCFA_ACC24                                                          \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23}"
 #define SCFA_ACC32                                                          \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
@@ -56,6 +59,7 @@ constexpr int kStepColumns = 16;   // reduction depth of one instruction
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define SCFA_OUT16(d) SCFA_OUT8(d, 0), SCFA_OUT8(d, 8)
+#define SCFA_OUT24(d) SCFA_OUT16(d), SCFA_OUT8(d, 16)
 #define SCFA_OUT32(d) SCFA_OUT8(d, 0), SCFA_OUT8(d, 8), SCFA_OUT8(d, 16), SCFA_OUT8(d, 24)
 #define SCFA_OUT64(d) \
   SCFA_OUT32(d), SCFA_OUT8(d, 32), SCFA_OUT8(d, 40), SCFA_OUT8(d, 48), SCFA_OUT8(d, 56)
@@ -116,14 +120,19 @@ __device__ __forceinline__ void pin(unsigned (&registers)[kCount]) {
 template <int kCount>
 __device__ __forceinline__ void wgmma_shared(float (&d)[kCount], unsigned long long a,
                                              unsigned long long b, int accumulate) {
-  static_assert(kCount == 32 || kCount == 40 || kCount == 48 || kCount == 64,
-                "64, 80, 96 or 128 columns");
   if constexpr (kCount == 32) {
     asm volatile(
         "{\n.reg .pred acc;\nsetp.ne.b32 acc, %34, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n64k16." SCFA_WGMMA_TYPES " " SCFA_ACC32
         ", %32, %33, acc, 1, 1, 0, 0;\n}"
         : SCFA_OUT32(d)
+        : "l"(a), "l"(b), "r"(accumulate));
+  } else if constexpr (kCount == 24) {
+    asm volatile(
+        "{\n.reg .pred acc;\nsetp.ne.b32 acc, %26, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n48k16." SCFA_WGMMA_TYPES " " SCFA_ACC24
+        ", %24, %25, acc, 1, 1, 0, 0;\n}"
+        : SCFA_OUT24(d)
         : "l"(a), "l"(b), "r"(accumulate));
   } else if constexpr (kCount == 40) {
     asm volatile(
@@ -140,6 +149,7 @@ __device__ __forceinline__ void wgmma_shared(float (&d)[kCount], unsigned long l
         : SCFA_OUT48(d)
         : "l"(a), "l"(b), "r"(accumulate));
   } else {
+    static_assert(kCount == 64, "48, 64, 80, 96 or 128 columns");
     asm volatile(
         "{\n.reg .pred acc;\nsetp.ne.b32 acc, %66, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16." SCFA_WGMMA_TYPES " " SCFA_ACC64
