@@ -122,12 +122,15 @@ SCFA_DEVICE void block_load_directions(Shared& shared, const HashParams& p, cons
       for (int i = 0; i < 4; ++i) values[i] = without_upper_half(values[i]);
     }
   }
-  for (int column = threadIdx.x; column < 8 * kBlocks; column += kThreads) {
+  const int lane = threadIdx.x % kWarpSize;
+  for (int column = threadIdx.x / kWarpSize; column < 8 * kBlocks; column += kThreads / kWarpSize) {
     float sum = 0.0f;
-    if (center && column < p.n_directions) {
-      for (int d = 0; d < p.head_dim; ++d) sum += center[d] * directions[d * p.n_directions + column];
+    if (center && column < p.n_directions) {  // the same for a whole warp
+      for (int d = lane; d < p.head_dim; d += kWarpSize) sum += center[d] * directions[d * p.n_directions + column];
+#pragma unroll
+      for (int other = 1; other < kWarpSize; other *= 2) sum += __shfl_xor_sync(kAllLanes, sum, other);
     }
-    shared.moved[column] = sum;
+    if (lane == 0) shared.moved[column] = sum;
   }
 }
 
