@@ -1,4 +1,4 @@
-"""Tensor-core dq: dq = scale * ds @ k with ds = p * (dout @ v.T - delta), 64 queries a block.
+"""Tensor-core dq: dq = scale * ds @ k with ds = p * (dout @ v.T - delta), some queries a block.
 
 Runs first and leaves delta = rowsum(dout * out) and the base-2 lse of its rows, in sorted order,
 for `bwd_dkdv_mma`. Scores, weights and dq stay in registers; keys and values arrive one tile ahead.
@@ -9,62 +9,154 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from numba import cuda, float32, int32, uint16, uint32
-from scfa_core.backends.numba_cuda.compiling import INFINITY, LOG2_E, kernel
+from numba import cuda, float32, int32, int64, uint16, uint32
+from scfa_core.backends.numba_cuda.compiling import INFINITY, LOG2_E, device, kernel
 from scfa_core.backends.numba_cuda.convert import pair_widener
 from scfa_core.backends.numba_cuda.fragments import (
-    BLOCKS,
-    COLUMNS,
-    REGISTER_ROWS,
+    TileShape,
+    in_order,
     multiplications,
     ordinary_offset,
     origin_of,
     padded,
     paired_offset,
     pitch_of,
+    resident_shape,
     row_fetcher,
     row_gatherer,
     row_scatterer,
-    warp_shape,
+    sign_flipper,
+    value_copier,
 )
-from scfa_core.backends.numba_cuda.intrinsics import commit_copies, exp2_fast, wait_copies
+from scfa_core.backends.numba_cuda.intrinsics import (
+    commit_copies,
+    exp2_fast,
+    load_4,
+    wait_copies,
+)
 from scfa_core.backends.numba_cuda.schedule import key_core, key_span
 
-SHAPE = warp_shape(1)
+# By the widest row, in order of preference.
+SHAPES = {
+    64: (TileShape(atoms=2, columns=64, step=64, in_registers=False, blocks=2),),
+    128: (TileShape(atoms=1, columns=64, step=64, in_registers=False, blocks=1),),
+}
 
 
-def dq_shared(head_dim: int, head_dim_v: int) -> int:
+def _out_base(shape: TileShape, head_dim: int, head_dim_v: int) -> int:
+    """Where rows of out are put at first: from the second stage of keys and values on."""
+    return (shape.rows + shape.columns) * (pitch_of(head_dim) + pitch_of(head_dim_v))
+
+
+def dq_shared(shape: TileShape, head_dim: int, head_dim_v: int) -> int:
     """Bytes of shared memory: q (later dq) and dout, and two stages of keys and values."""
-    return 2 * (SHAPE.rows + 2 * COLUMNS) * (pitch_of(head_dim) + pitch_of(head_dim_v))
+    borrowed = _out_base(shape, head_dim, head_dim_v) + shape.rows * pitch_of(head_dim_v)
+    places = (shape.rows + 2 * shape.columns) * (pitch_of(head_dim) + pitch_of(head_dim_v))
+    return 2 * max(places, borrowed)
 
 
 @cache
-def build_bwd_dq_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
-    """Compile-time constants in, kernel out."""
-    rows, threads = SHAPE.rows, SHAPE.threads
-    qk, vo = multiplications(dtype, 1, head_dim), multiplications(dtype, 1, head_dim_v)
-    load_q, by_rows_q, by_rows_q_shared = qk.load_left, qk.by_rows, qk.by_rows_shared
-    load_dout, by_rows_dout, by_rows_dout_shared = vo.load_left, vo.by_rows, vo.by_rows_shared
-    by_columns = qk.by_columns
-    gather_q, gather_dout = (row_gatherer(x, rows, threads) for x in (head_dim, head_dim_v))
-    gather_k, gather_v = (row_gatherer(x, COLUMNS, threads) for x in (head_dim, head_dim_v))
-    q_turns, fetch_q, put_q = row_fetcher(rows, threads)
-    k_turns, fetch_k, put_k = row_fetcher(COLUMNS, threads)
-    stage_rows, scatter_rows = row_scatterer(dtype, 1, head_dim, threads, rows)
+def dq_shape(head_dim: int, head_dim_v: int, limit: int) -> tuple[TileShape, int]:
+    """Shape for a card whose blocks may have `limit` bytes of shared memory, and its bytes."""
+    width = max(head_dim, head_dim_v)
+    shapes = next(shapes for widest, shapes in SHAPES.items() if width <= widest)
+    sizes = tuple(dq_shared(shape, head_dim, head_dim_v) for shape in shapes)
+    return resident_shape(shapes, sizes, limit)
+
+
+@cache
+def row_multiplier(dtype: str, head_dim_v: int) -> Any:
+    """Build the product of two rows in shared memory, 16 bytes at a time."""
     low_half, high_half = pair_widener(dtype)
-    in_registers = max(head_dim, head_dim_v) <= REGISTER_ROWS
+    quarters = head_dim_v // 8
+
+    @device
+    def multiply_rows(x, y, words, x_word, y_word):
+        """Sum of the products of two rows of 16-bit floats; x and y take four words each."""
+        total = float32(0)
+        for quarter in range(quarters):
+            load_4(x, words, x_word + quarter * 4)
+            load_4(y, words, y_word + quarter * 4)
+            for w in range(4):
+                total += low_half(x[w]) * low_half(y[w]) + high_half(x[w]) * high_half(y[w])
+        return total
+
+    return multiply_rows
+
+
+@cache
+def score_functions(atoms: int, blocks: int) -> tuple[Any, Any]:
+    """Build what is done with a warp's scores: weights and differences, and the mask."""
+
+    def weigh_row(i: int) -> Any:
+        first, down = i // 2 * blocks * 4 + i % 2 * 2, i // 2 * 16 + i % 2 * 8
+
+        @device
+        def weigh(scores, acc_dp, row_lse, row_delta, own_row, log2_scale):
+            """Turn S into ds = exp2(S - lse) * (dP - delta) in one of the lane's rows."""
+            row = own_row + down
+            lse, delta = row_lse[row], row_delta[row]
+            for n in range(blocks):
+                for c in range(2):
+                    e = first + n * 4 + c
+                    scores[e] = exp2_fast(scores[e] * log2_scale - lse) * (acc_dp[e] - delta)
+
+        return weigh
+
+    def mask_row(i: int) -> Any:
+        first, down = i // 2 * blocks * 4 + i % 2 * 2, i // 2 * 16 + i % 2 * 8
+
+        @device
+        def mask(scores, starts, lengths, own_row, key, quad):
+            """0 where one of the lane's rows does not see one of the keys from `key` on."""
+            row = own_row + down
+            place = int32(key + 2 * quad - starts[row])
+            length = uint32(lengths[row])
+            for n in range(blocks):
+                for c in range(2):
+                    if uint32(place + n * 8 + c) >= length:
+                        scores[first + n * 4 + c] = float32(0)
+
+        return mask
+
+    rows = range(2 * atoms)
+    return in_order([weigh_row(i) for i in rows]), in_order([mask_row(i) for i in rows])
+
+
+@cache
+def build_bwd_dq_mma(
+    dtype: str, head_dim: int, head_dim_v: int, shape: TileShape | None = None
+) -> Any:
+    """Compile-time constants in, kernel out."""
+    if shape is None:
+        shape = dq_shape(head_dim, head_dim_v, 1 << 20)[0]
+    atoms, rows, threads = shape.atoms, shape.rows, shape.threads
+    columns, in_registers = shape.columns, shape.in_registers
+    qk = multiplications(dtype, atoms, head_dim, columns, in_registers)
+    vo = multiplications(dtype, atoms, head_dim_v, columns, in_registers)
+    load_q, by_rows_q, by_columns = qk.load_left, qk.by_rows, qk.by_columns
+    load_dout, by_rows_dout = vo.load_left, vo.by_rows
+    gather_q, gather_dout = (row_gatherer(x, rows, threads) for x in (head_dim, head_dim_v))
+    gather_k, gather_v = (row_gatherer(x, columns, threads) for x in (head_dim, head_dim_v))
+    weigh, mask = score_functions(atoms, columns // 8)
+    fetch_q = row_fetcher(rows, threads)
+    copy_rows = value_copier(columns, threads)
+    stage_rows, scatter_rows = row_scatterer(dtype, atoms, head_dim, threads, rows)
+    multiply_rows = row_multiplier(dtype, head_dim_v)
     qk_pitch, v_pitch = pitch_of(head_dim), pitch_of(head_dim_v)
-    k_size, v_size = COLUMNS * qk_pitch, COLUMNS * v_pitch
+    flip_signs = sign_flipper(rows * qk_pitch // 2, threads)
     dout_base = rows * qk_pitch
-    k_base = dout_base + rows * v_pitch
-    v_base = k_base + 2 * k_size
-    q_count = padded(head_dim) // 4 if in_registers else 4
-    dout_count = padded(head_dim_v) // 4 if in_registers else 4
-    score_count = BLOCKS * 4
-    dq_count = padded(head_dim) // 2
-    slots = 2 * COLUMNS
-    part_words = head_dim_v // 4  # half a row, in words
-    part_count = 2 * rows
+    keys_base = dout_base + rows * v_pitch
+    v_offset = columns * qk_pitch
+    stage_size = v_offset + columns * v_pitch
+    out_base = _out_base(shape, head_dim, head_dim_v)
+    q_count = atoms * (padded(head_dim) // 4 if in_registers else 4)
+    dout_count = atoms * (padded(head_dim_v) // 4 if in_registers else 4)
+    p_count = atoms * 4
+    score_count = atoms * columns // 2
+    dq_count = atoms * padded(head_dim) // 2
+    row_count, warp_rows = 2 * atoms, 16 * atoms
+    slots, span_count = 2 * columns, 4 * shape.warps
 
     @kernel(
         *["uint16:4"] * 5,
@@ -76,8 +168,8 @@ def build_bwd_dq_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
         "float64",
         "uint32",
         "int32:1",
-        variant=(dtype, head_dim, head_dim_v),
-        bounds=(threads, 3 if in_registers else 1),
+        variant=(dtype, head_dim, head_dim_v, shape),
+        bounds=(threads, shape.blocks),
     )
     def scfa_bwd_dq_mma(
         dout, q, k, v, out, lse, dq, lse_log2, delta, q_index, k_index, key_start, key_end,
@@ -85,28 +177,30 @@ def build_bwd_dq_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
     ):  # fmt: skip
         tile = cuda.shared.array(0, uint16)
         words = cuda.shared.array(0, uint32)
-        fetched_q = cuda.local.array(q_turns, int32)
-        fetched_k = cuda.local.array(k_turns, int32)
         q_rows = cuda.shared.array(rows, int32)
         k_rows = cuda.shared.array(slots, int32)
-        parts = cuda.shared.array(part_count, float32)
+        starts = cuda.shared.array(rows, int32)
+        lengths = cuda.shared.array(rows, int32)
+        row_lse = cuda.shared.array(rows, float32)
+        row_delta = cuda.shared.array(rows, float32)
+        spans = cuda.shared.array(span_count, int32)  # read anew for each tile, as all of these
+        origins = cuda.shared.array(3, int64)
         tainted = cuda.shared.array(1, int32)
         left_q = cuda.local.array(q_count, uint32)
         left_dout = cuda.local.array(dout_count, uint32)
-        weights = cuda.local.array(4, uint32)
+        weights = cuda.local.array(p_count, uint32)
         right = cuda.local.array(4, uint32)
+        other_words = cuda.local.array(4, uint32)
         scores = cuda.local.array(score_count, float32)
         acc_dp = cuda.local.array(score_count, float32)
         acc_dq = cuda.local.array(dq_count, float32)
-        row_lse = cuda.local.array(2, float32)
-        row_delta = cuda.local.array(2, float32)
-        factors = cuda.local.array(2, float32)
-        start = cuda.local.array(2, int32)
-        length = cuda.local.array(2, uint32)
+        factors = cuda.local.array(row_count, float32)
 
         thread = cuda.threadIdx.x & (threads - 1)  # lets the compiler know that it is small
+        block = uint32(cuda.blockDim.x)
         lane = thread % 32
-        warp_row = thread // 32 * 16
+        warp_span = thread // 32 * 4
+        warp_row = thread // 32 * warp_rows
         group = lane // 4
         quad = lane % 4
         heads, seqlen_q = q.shape[1], q.shape[2]
@@ -118,121 +212,119 @@ def build_bwd_dq_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
         h = head % heads
         g = h // (heads // k.shape[1])
         first, last = key_span(key_start, key_end, b, h, m0, m1, monotone)
-        k_origin, k_step = origin_of(k, b, g), int32(k.strides[2])
-        v_origin, v_step = origin_of(v, b, g), int32(v.strides[2])
+        first, last = int32(first), int32(last)
+        k_step, v_step = int32(k.strides[2]), int32(v.strides[2])
         # Scores take the sign of the scale from q (`flip`), so that its size is enough here.
         log2_scale = float32(abs(scale) * LOG2_E)
 
         # Which rows? Queries once; keys two tiles ahead of their use.
-        fetch_q(fetched_q, q_index, b, h, m0, m1, thread)
-        put_q(q_rows, 0, fetched_q, thread)
-        for slot in range(2):
-            fetch_k(fetched_k, k_index, b, g, first + slot * COLUMNS, last, thread)
-            put_k(k_rows, slot * COLUMNS, fetched_k, thread)
+        k_origin, v_origin = origin_of(k, b, g), origin_of(v, b, g)
+        list_origin = origin_of(k_index, b, g)
+        fetch_q(q_rows, q_index, b, h, m0, m1, thread)
+        copy_rows(k_rows, 0, 1, k_index, list_origin, first, last, thread)
+        copy_rows(k_rows, columns, 1, k_index, list_origin, first + columns, last, thread)
         if thread == 0:
             tainted[0] = 0
+            origins[0] = k_origin
+            origins[1] = v_origin
+            origins[2] = list_origin
+        wait_copies()
         cuda.syncthreads()  # rows are known
         q_origin, q_step = origin_of(q, b, h), int32(q.strides[2])
         dout_origin, dout_step = origin_of(dout, b, h), int32(dout.strides[2])
         out_origin, out_step = origin_of(out, b, h), int32(out.strides[2])
-        gather_q(tile, 0, q, q_origin, q_step, q_rows, 0, thread)
-        gather_dout(tile, dout_base, dout, dout_origin, dout_step, q_rows, 0, thread)
-        # out borrows the second stage of v
-        gather_dout(tile, v_base + v_size, out, out_origin, out_step, q_rows, 0, thread)
-        gather_k(tile, k_base, k, k_origin, k_step, k_rows, 0, thread)
-        gather_v(tile, v_base, v, v_origin, v_step, k_rows, 0, thread)
+        there = int32(m1 - m0)
+        gather_q(tile, 0, q, q_origin, q_step, q_rows, 0, there, thread, block)
+        gather_dout(tile, dout_base, dout, dout_origin, dout_step, q_rows, 0, there, thread, block)
+        gather_dout(tile, out_base, out, out_origin, out_step, q_rows, 0, there, thread, block)
+        there = int32(last - first)
+        gather_k(tile, keys_base, k, k_origin, k_step, k_rows, 0, there, thread, block)
+        gather_v(tile, keys_base + v_offset, v, v_origin, v_step, k_rows, 0, there, thread, block)
         commit_copies()
 
         w0 = m0 + warp_row
-        w1 = min(w0 + 16, m1)
+        w1 = min(w0 + warp_rows, m1)
         warp_first, warp_last, core_first, core_last = int32(0), int32(0), int32(0), int32(0)
         if w0 < w1:
             warp_first, warp_last = key_span(key_start, key_end, b, h, w0, w1, monotone)
-            if w1 == w0 + 16:
+            if w1 == w0 + warp_rows:
                 core_first, core_last = key_core(key_start, key_end, b, h, w0, w1, monotone)
+        spans[warp_span] = warp_first
+        spans[warp_span + 1] = warp_last
+        spans[warp_span + 2] = core_first
+        spans[warp_span + 3] = core_last
         for e in range(dq_count):
             acc_dq[e] = float32(0)
-        q_place = warp_row * qk_pitch + ordinary_offset(lane, qk_pitch)
-        dout_place = dout_base + warp_row * v_pitch + ordinary_offset(lane, v_pitch)
-        k_place = k_base + paired_offset(lane, qk_pitch)
-        k_column_place = k_base + ordinary_offset(lane, qk_pitch)
-        v_place = v_base + paired_offset(lane, v_pitch)
+        q_place = int32(warp_row * qk_pitch + ordinary_offset(lane, qk_pitch))
+        dout_place = int32(dout_base + warp_row * v_pitch + ordinary_offset(lane, v_pitch))
+        k_place = int32(keys_base + paired_offset(lane, qk_pitch))
+        k_column_place = int32(keys_base + ordinary_offset(lane, qk_pitch))
+        v_place = int32(keys_base + v_offset + paired_offset(lane, v_pitch))
         wait_copies()
         cuda.syncthreads()  # q, dout and out are there
-        if in_registers:
-            load_q(left_q, tile, q_place, flip)
-            load_dout(left_dout, tile, dout_place, uint32(0))
+        if flip != 0:
+            flip_signs(words, flip, thread)
 
-        # delta = rowsum(dout * out): two threads a row
-        dout_word = (dout_base + thread // 2 * v_pitch) // 2 + thread % 2 * part_words
-        out_word = (v_base + v_size + thread // 2 * v_pitch) // 2 + thread % 2 * part_words
-        part = float32(0)
-        for w in range(part_words):
-            x = words[dout_word + w]
-            y = words[out_word + w]
-            part += low_half(x) * low_half(y) + high_half(x) * high_half(y)
-        parts[thread] = part
-        cuda.syncthreads()  # parts are there, out is consumed
-        for i in range(2):
-            r = warp_row + i * 8 + group
-            row_delta[i] = parts[2 * r] + parts[2 * r + 1]
-            row_lse[i] = INFINITY  # an empty row weighs nothing: exp2(s - inf) = 0
-            start[i] = 0
-            length[i] = 0
+        # delta = rowsum(dout * out); base-2 lse; ranges
+        for r in range(thread, rows, threads):
+            total = multiply_rows(
+                right, other_words, words, (dout_base + r * v_pitch) // 2,
+                (out_base + r * v_pitch) // 2,
+            )  # fmt: skip
+            value = float32(INFINITY)  # an empty row weighs nothing: exp2(s - inf) = 0
+            starts[r] = 0
+            lengths[r] = 0
             if m0 + r < m1:
-                value = lse[b, h, q_rows[r]]
-                if value != -INFINITY:
-                    row_lse[i] = value * float32(LOG2_E)
-                start[i] = key_start[b, h, m0 + r]
-                length[i] = key_end[b, h, m0 + r] - key_start[b, h, m0 + r]
-                if quad == 0:
-                    lse_log2[b, h, m0 + r] = row_lse[i]
-                    delta[b, h, m0 + r] = row_delta[i]
+                natural = lse[b, h, q_rows[r]]
+                if natural != -INFINITY:
+                    value = natural * float32(LOG2_E)
+                starts[r] = key_start[b, h, m0 + r]
+                lengths[r] = key_end[b, h, m0 + r] - key_start[b, h, m0 + r]
+                lse_log2[b, h, m0 + r] = value
+                delta[b, h, m0 + r] = total
+            row_lse[r] = value
+            row_delta[r] = total
+        cuda.syncthreads()  # what is known of rows is there, out is consumed
+        if in_registers:
+            load_q(left_q, tile, q_place)
+            load_dout(left_dout, tile, dout_place)
 
+        own_row = warp_row + group
         stage = 0
         n0 = int32(first)
         while n0 < last:
             wait_copies()
             cuda.syncthreads()  # this tile is there, the one before is consumed
+            now = int32(stage * stage_size)
             other = (stage + 1) & 1
-            if n0 + COLUMNS < last:
-                slot = other * COLUMNS
-                k_next, v_next = k_base + other * k_size, v_base + other * v_size
-                gather_k(tile, k_next, k, k_origin, k_step, k_rows, slot, thread)
-                gather_v(tile, v_next, v, v_origin, v_step, k_rows, slot, thread)
+            there = int32(last - n0 - columns)
+            if there > 0:
+                k_origin, v_origin, list_origin = origins[0], origins[1], origins[2]
+                base, slot = keys_base + other * stage_size, other * columns
+                gather_k(tile, base, k, k_origin, k_step, k_rows, slot, there, thread, block)
+                base += v_offset
+                gather_v(tile, base, v, v_origin, v_step, k_rows, slot, there, thread, block)
+                slot, ahead = stage * columns, n0 + 2 * columns
+                copy_rows(k_rows, slot, 1, k_index, list_origin, ahead, last, thread)
             commit_copies()
-            fetch_k(fetched_k, k_index, b, g, n0 + 2 * COLUMNS, last, thread)
 
-            if n0 < warp_last and n0 + COLUMNS > warp_first:
+            if n0 < spans[warp_span + 1] and n0 + columns > spans[warp_span]:
                 # S = q k^T, dP = dout v^T
-                k_now, v_now = k_place + stage * k_size, v_place + stage * v_size
-                if in_registers:
-                    by_rows_q(scores, left_q, right, tile, k_now)
-                    by_rows_dout(acc_dp, left_dout, right, tile, v_now)
-                else:
-                    by_rows_q_shared(scores, left_q, right, tile, q_place, flip, k_now)
-                    by_rows_dout_shared(
-                        acc_dp, left_dout, right, tile, dout_place, uint32(0), v_now
-                    )
+                k_now, v_now = k_place + now, v_place + now
+                by_rows_q(scores, left_q, right, tile, q_place, k_now)
+                by_rows_dout(acc_dp, left_dout, right, tile, dout_place, v_now)
 
                 # ds = exp2(S - lse) * (dP - delta), 0 where not visible
-                for e in range(score_count):
-                    i = e // 2 % 2
-                    p = exp2_fast(scores[e] * log2_scale - row_lse[i])
-                    scores[e] = p * (acc_dp[e] - row_delta[i])
-                if n0 < core_first or n0 + COLUMNS > core_last:
-                    for e in range(score_count):
-                        i = e // 2 % 2
-                        place = n0 + 2 * quad - start[i] + e // 4 * 8 + e % 2
-                        if uint32(place) >= length[i]:
-                            scores[e] = float32(0)
+                weigh(scores, acc_dp, row_lse, row_delta, own_row, log2_scale)
+                if n0 < spans[warp_span + 2] or n0 + columns > spans[warp_span + 3]:
+                    mask(scores, starts, lengths, own_row, n0, quad)
 
                 # dq += ds k
-                by_columns(acc_dq, scores, weights, right, tile, k_column_place + stage * k_size)
+                column_now = k_column_place + now
+                by_columns(acc_dq, scores, weights, right, tile, column_now)
 
-            put_k(k_rows, stage * COLUMNS, fetched_k, thread)
             stage = other
-            n0 = int32(n0 + COLUMNS)
+            n0 = int32(n0 + columns)
 
         # NaN and Inf never go away: one look tells whether a hidden pair's row has leaked in.
         check = float32(0)
@@ -240,8 +332,8 @@ def build_bwd_dq_mma(dtype: str, head_dim: int, head_dim_v: int) -> Any:
             check += acc_dq[e] * float32(0)
         if check != float32(0):
             tainted[0] = 1
-        factors[0] = scale
-        factors[1] = scale
+        for i in range(row_count):
+            factors[i] = scale
         cuda.syncthreads()  # queries are consumed, their place is free
         stage_rows(words, 0, acc_dq, factors, warp_row, lane)
         cuda.syncthreads()  # the result is there, and whether it is tainted

@@ -14,9 +14,10 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, NamedTuple
 
-from numba import float32, int64, uint32
+from numba import float32, int32, int64, uint32
 from scfa_core.backends.numba_cuda.compiling import SIMULATED, device
 from scfa_core.backends.numba_cuda.intrinsics import (
+    copy_async_4,
     copy_async_16,
     ldmatrix,
     ldmatrix_transposed,
@@ -27,17 +28,20 @@ from scfa_core.backends.numba_cuda.intrinsics import (
     store_16,
 )
 
-COLUMNS = 64  # rows of a streamed tile
-BLOCKS = COLUMNS // 8
 PAD = 8
-REGISTER_ROWS = 64  # length of rows up to which a warp keeps its left operand in registers
+STATIC_SHARED = 4096  # bytes; more than any kernel declares beside its tiles
+_RESERVED = 1024  # bytes of each block that the card keeps; a multiprocessor has one more
 
 
-class WarpShape(NamedTuple):
-    """How many warps a block has, and how many times 16 rows each owns."""
+class TileShape(NamedTuple):
+    """Tiles of a kernel, and what a warp does of them."""
 
-    warps: int
-    atoms: int
+    atoms: int  # a warp owns 16 times as many rows of the result
+    columns: int  # rows of a streamed tile
+    step: int  # of them at a time: masked keys in forward, keys in dq, queries in dk/dv
+    in_registers: bool  # the owned left operands stay in registers
+    blocks: int  # on a multiprocessor at once, that the compiler limits registers for
+    warps: int = 1 if SIMULATED else 4
 
     @property
     def rows(self) -> int:
@@ -50,9 +54,17 @@ class WarpShape(NamedTuple):
         return 32 * self.warps
 
 
-def warp_shape(atoms: int) -> WarpShape:
-    """Four warps; in the simulator one."""
-    return WarpShape(1 if SIMULATED else 4, atoms)
+def resident_shape(
+    shapes: tuple[TileShape, ...], sizes: tuple[int, ...], limit: int
+) -> tuple[TileShape, int]:
+    """First shape as many blocks of which fit at once as it hopes for, else the smallest.
+
+    `sizes` are bytes of shared memory of each, `limit` is what a block may have.
+    """
+    for shape, size in zip(shapes, sizes, strict=True):
+        if shape.blocks * (size + STATIC_SHARED + _RESERVED) <= limit + STATIC_SHARED + _RESERVED:
+            return shape, size
+    return min(zip(shapes, sizes, strict=True), key=lambda pair: pair[1])
 
 
 def padded(width: int) -> int:
@@ -88,13 +100,37 @@ class Multiplications(NamedTuple):
 
     load_left: Any
     by_rows: Any
-    by_rows_shared: Any
     by_columns: Any
 
 
+def in_order(functions: list[Any]) -> Any:
+    """One device function that calls all, each with the same six arguments.
+
+    A loop around so much code stays a loop in some versions of LLVM, and its arrays stay in memory.
+    """
+    first, *others = functions
+    if not others:
+        return first
+    rest = in_order(others)
+
+    @device
+    def call_both(a, b, c, d, e, f):
+        """Call the first, then the rest."""
+        first(a, b, c, d, e, f)
+        rest(a, b, c, d, e, f)
+
+    return call_both
+
+
 @cache
-def multiplications(dtype: str, atoms: int, width: int) -> Multiplications:
-    """Build the products of a warp; `width` is the length of the rows in shared memory."""
+def multiplications(
+    dtype: str, atoms: int, width: int, columns: int, in_registers: bool
+) -> Multiplications:
+    """Build the products of a warp's rows with `columns` rows of a tile.
+
+    `width` is the length of the rows in shared memory. Left operands come from `load_left` if
+    they are kept in registers, else `by_rows` reads them 16 columns at a time.
+    """
     mma, pack = {
         "bfloat16": (mma_bfloat16, pack_bfloat16),
         "float16": (mma_float16, pack_float16),
@@ -102,57 +138,51 @@ def multiplications(dtype: str, atoms: int, width: int) -> Multiplications:
     pitch = pitch_of(width)
     steps = padded(width) // 16
     out_blocks = padded(width) // 8
-    row_pairs, key_steps = COLUMNS // 16, COLUMNS // 16
+    blocks, pairs = columns // 8, columns // 16
 
     @device
-    def load_left(fragment, tile, place, flip):
+    def load_left(fragment, tile, place):
         """Read the warp's rows as left operand: fragment[(atom * steps + step) * 4 + i].
 
-        `place` is the lane's place in the tile; `flip` is xor-ed in, to change signs.
+        `place` is the lane's place in the tile.
         """
         for atom in range(atoms):
             for step in range(steps):
                 ldmatrix(
                     fragment, (atom * steps + step) * 4, tile, place + atom * 16 * pitch + step * 16
                 )
-        for i in range(atoms * steps * 4):
-            fragment[i] = uint32(fragment[i] ^ flip)
 
-    @device
-    def by_rows(acc, left, right, tile, place):
-        """acc[row, n] = sum_c left[row, c] * tile[n, c] for the 64 rows n of a tile."""
-        for e in range(atoms * BLOCKS * 4):
-            acc[e] = float32(0)
-        for step in range(steps):
-            for pair in range(row_pairs):
+    def rows_step(step: int) -> Any:
+        @device
+        def multiply(acc, left, right, tile, left_place, place):
+            """Add what 16 columns of all rows give."""
+            if not in_registers:
+                for atom in range(atoms):
+                    ldmatrix(left, atom * 4, tile, left_place + atom * 16 * pitch + step * 16)
+            for pair in range(pairs):
                 ldmatrix(right, 0, tile, place + pair * 16 * pitch + step * 16)
                 for atom in range(atoms):
-                    a = (atom * steps + step) * 4
-                    mma(acc, (atom * BLOCKS + 2 * pair) * 4, left, a, right, 0)
-                    mma(acc, (atom * BLOCKS + 2 * pair + 1) * 4, left, a, right, 2)
+                    a = (atom * steps + step) * 4 if in_registers else atom * 4
+                    mma(acc, (atom * blocks + 2 * pair) * 4, left, a, right, 0)
+                    mma(acc, (atom * blocks + 2 * pair + 1) * 4, left, a, right, 2)
+
+        return multiply
+
+    multiply_all = in_order([rows_step(step) for step in range(steps)])
 
     @device
-    def by_rows_shared(acc, left, right, tile, left_place, flip, place):
-        """As `by_rows`, the left operand read step by step: for rows too long for registers."""
-        for e in range(atoms * BLOCKS * 4):
+    def by_rows(acc, left, right, tile, left_place, place):
+        """acc[row, n] = sum_c left[row, c] * tile[n, c] for rows n of a tile."""
+        for e in range(atoms * blocks * 4):
             acc[e] = float32(0)
-        for step in range(steps):
-            for atom in range(atoms):
-                ldmatrix(left, atom * 4, tile, left_place + atom * 16 * pitch + step * 16)
-            for i in range(atoms * 4):
-                left[i] = uint32(left[i] ^ flip)
-            for pair in range(row_pairs):
-                ldmatrix(right, 0, tile, place + pair * 16 * pitch + step * 16)
-                for atom in range(atoms):
-                    mma(acc, (atom * BLOCKS + 2 * pair) * 4, left, atom * 4, right, 0)
-                    mma(acc, (atom * BLOCKS + 2 * pair + 1) * 4, left, atom * 4, right, 2)
+        multiply_all(acc, left, right, tile, left_place, place)
 
-    @device
-    def by_columns(acc, weights, left, right, tile, place):
-        """acc[row, c] += sum_n weights[row, n] * tile[n, c], weights rounded to 16 bits."""
-        for step in range(key_steps):
+    def columns_step(step: int) -> Any:
+        @device
+        def accumulate(acc, weights, left, right, tile, place):
+            """Add what 16 rows of the tile give."""
             for atom in range(atoms):
-                w = (atom * BLOCKS + 2 * step) * 4
+                w = (atom * blocks + 2 * step) * 4
                 for i in range(4):
                     left[atom * 4 + i] = pack(weights[w + 2 * i], weights[w + 2 * i + 1])
             for pair in range(steps):
@@ -161,36 +191,61 @@ def multiplications(dtype: str, atoms: int, width: int) -> Multiplications:
                     mma(acc, (atom * out_blocks + 2 * pair) * 4, left, atom * 4, right, 0)
                     mma(acc, (atom * out_blocks + 2 * pair + 1) * 4, left, atom * 4, right, 2)
 
-    return Multiplications(load_left, by_rows, by_rows_shared, by_columns)
+        return accumulate
+
+    # acc[row, c] += sum_n weights[row, n] * tile[n, c], weights rounded to 16 bits
+    by_columns = in_order([columns_step(step) for step in range(pairs)])
+
+    return Multiplications(load_left, by_rows, by_columns)
 
 
 @cache
-def row_fetcher(count: int, threads: int) -> tuple[int, Any, Any]:
-    """Build the way of `count` row numbers from a plan's list to shared memory, in two halves.
+def sign_flipper(words_count: int, threads: int) -> Any:
+    """Build the change of signs of a tile of `words_count` pairs of 16-bit floats."""
 
-    Also returns the length of the local array between the halves: the load has the time of a tile's
-    products to arrive.
-    """
+    @device
+    def flip_signs(words, flip, thread):
+        """words[:words_count] ^= flip; barriers before and after are the caller's."""
+        for place in range(thread, words_count, threads):
+            words[place] = uint32(words[place] ^ flip)
+
+    return flip_signs
+
+
+@cache
+def row_fetcher(count: int, threads: int) -> Any:
+    """Build the way of `count` row numbers from a plan's list to shared memory."""
     turns = -(-count // threads)
 
     @device
-    def fetch_rows(fetched, index, b, h, first, last, thread):
-        """Load index[b, h, first:first + count]; -1 from `last` on."""
-        for turn in range(turns):
-            r = turn * threads + thread
-            fetched[turn] = -1
-            if r < count and first + r < last:
-                fetched[turn] = index[b, h, first + r]
-
-    @device
-    def put_rows(rows, slot, fetched, thread):
-        """rows[slot:slot + count] = what was fetched."""
+    def fetch_rows(rows, index, b, h, first, last, thread):
+        """rows[:count] = index[b, h, first:first + count]; -1 from `last` on."""
         for turn in range(turns):
             r = turn * threads + thread
             if r < count:
-                rows[slot + r] = fetched[turn]
+                row = int32(-1)
+                if first + r < last:
+                    row = index[b, h, first + r]
+                rows[r] = row
 
-    return turns, fetch_rows, put_rows
+    return fetch_rows
+
+
+@cache
+def value_copier(count: int, threads: int) -> Any:
+    """Build the copy of `count` 32-bit values, `spacing` places apart, to shared memory."""
+    turns = -(-count // threads)
+
+    @device
+    def copy_values(target, place, spacing, x, origin, first, last, thread):
+        """Start copying x's values first, first + 1, ... of one head; zeros from `last` on."""
+        for turn in range(turns):
+            r = turn * threads + thread
+            if r < count:
+                there = first + r < last
+                copy_async_4(target, place + r * spacing, x, origin + (first + r) * 4, there)
+
+    return copy_values
 
 
 @cache
@@ -198,27 +253,39 @@ def row_gatherer(width: int, count: int, threads: int) -> Any:
     """Build the copy of `count` gathered rows of `width` elements into a tile."""
     pitch, pieces = pitch_of(width), padded(width) // 8
     total = count * pieces
-    rounds = -(-total // threads)
+    rounds = total // threads
     last_piece = width // 8 - 1
-    is_padded = padded(width) != width
+    is_even = padded(width) == width and total % threads == 0 and threads % pieces == 0
+    per_round = threads // pieces
 
     @device
-    def gather_rows(tile, base, x, origin, row_stride, rows, slot, thread):
-        """Start copying x's rows rows[slot:slot + count] to tile[base:]; row -1 is all zeros.
+    def gather_rows(tile, base, x, origin, row_stride, rows, slot, there, thread, block):
+        """Start copying x's rows rows[slot:slot + count] to tile[base:]; zeros from `there` on.
 
-        `origin` and `row_stride` are bytes. The caller commits, waits and synchronises.
+        `origin` and `row_stride` are bytes. `block` is the number of threads, as the card tells:
+        the loop over an incomplete tile is not unrolled then. The caller commits and waits.
         """
-        for turn in range(rounds):
-            place = turn * threads + thread
-            if place < total:
-                r = place // pieces
-                piece = place % pieces
-                row = rows[slot + r]
-                is_there = row >= 0
+        if is_even and there >= count:
+            r = thread // pieces
+            piece = thread % pieces
+            start = origin + piece * 16
+            target = base + r * pitch + piece * 8
+            for turn in range(rounds):
+                row = rows[slot + r + turn * per_round]
+                place = target + turn * per_round * pitch
+                copy_async_16(tile, place, x, start + row * row_stride, True)
+        else:
+            place = uint32(thread)
+            while place < uint32(total):
+                r = int32(place // pieces)
+                piece = int32(place % pieces)
+                is_there = r < there and piece <= last_piece
+                row = int32(0)
+                if is_there:
+                    row = rows[slot + r]
                 offset = origin + row * row_stride + piece * 16
-                if is_padded and piece > last_piece:
-                    is_there = False
                 copy_async_16(tile, base + r * pitch + piece * 8, x, offset, is_there)
+                place = uint32(place + block)
 
     return gather_rows
 

@@ -7,6 +7,7 @@ if SIMULATED:
 else:
     from scfa_core.backends.numba_cuda import ptx as _home  # type: ignore[no-redef]
 
+any_lane = _home.any_lane
 bits_to_float = _home.bits_to_float
 commit_copies = _home.commit_copies
 copy_async_4 = _home.copy_async_4
@@ -19,6 +20,8 @@ float_to_half = _home.float_to_half
 half_to_float = _home.half_to_float
 ldmatrix = _home.ldmatrix
 ldmatrix_transposed = _home.ldmatrix_transposed
+load_2 = _home.load_2
+load_4 = _home.load_4
 maximum = _home.maximum
 mma_bfloat16 = _home.mma_bfloat16
 mma_float16 = _home.mma_float16

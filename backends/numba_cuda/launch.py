@@ -136,14 +136,14 @@ def run_forward(
         if problem.dtype in TENSOR_DTYPES:
             from scfa_core.backends.numba_cuda import fwd_mma
 
-            shared = fwd_mma.forward_shared(*sizes[1:])
+            tiles, shared = fwd_mma.forward_shape(*sizes[1:], shared_limit(ctx.device))
             if _use_tensor_cores(problem, (q, k, v, out), shared, 256, ctx.device, "forward"):
-                rows = fwd_mma.forward_warps(*sizes[1:]).rows
+                rows = tiles.rows
         flags = _Flags(heads, problem.seqlen_q, rows, ctx)
         if rows:
-            fwd_mma.build_fwd_mma(*sizes).launch(
+            fwd_mma.build_fwd_mma(*sizes, tiles).launch(
                 flags.tiles,
-                fwd_mma.forward_warps(*sizes[1:]).threads,
+                tiles.threads,
                 queue,
                 (*arguments, _flip(problem), flags.array),
                 shared,
@@ -169,7 +169,7 @@ def run_backward(
     """Write dq, dk and dv.
 
     Workspace: lse and delta of the sorted queries, 8 bytes per row (16 for float64), and 4 bytes
-    per tile of 64 rows.
+    per tile of 64 or 128 rows.
     """
     shape = backward_shape(problem)
     sizes = (problem.dtype, problem.head_dim, problem.head_dim_v)
@@ -184,26 +184,39 @@ def run_backward(
         inputs = tuple(views[name] for name in ("dout", "q", "k", "v"))
         dq_arguments = (*inputs, views["out"], view(lse), views["dq"], *sums, *common)
         dkdv_arguments = (*inputs, views["dk"], views["dv"], *sums, *common)
-        shared, rows = 0, 0
+        rows_q = rows_k = 0
         if problem.dtype in TENSOR_DTYPES:
             from scfa_core.backends.numba_cuda import bwd_dkdv_mma, bwd_dq_mma
 
-            shared = bwd_dq_mma.dq_shared(*sizes[1:])
+            shared = 0
+            if max(sizes[1:]) <= MAX_BACKWARD_DIM:
+                limit = shared_limit(ctx.device)
+                dq_tiles, dq_shared = bwd_dq_mma.dq_shape(*sizes[1:], limit)
+                dkdv_tiles, dkdv_shared = bwd_dkdv_mma.dkdv_shape(*sizes[1:], limit)
+                shared = max(dq_shared, dkdv_shared)
             everything = tuple(arrays.values())
             if _use_tensor_cores(
                 problem, everything, shared, MAX_BACKWARD_DIM, ctx.device, "backward"
             ):
-                rows = bwd_dq_mma.SHAPE.rows
-        q_flags = _Flags(problem.batch * problem.heads, problem.seqlen_q, rows, ctx)
-        k_flags = _Flags(problem.batch * problem.heads_kv, problem.seqlen_k, rows, ctx)
-        if rows:
-            threads, flip = bwd_dq_mma.SHAPE.threads, _flip(problem)
-            bwd_dq_mma.build_bwd_dq_mma(*sizes).launch(
-                q_flags.tiles, threads, queue, (*dq_arguments, flip, q_flags.array), shared
+                rows_q, rows_k = dq_tiles.rows, dkdv_tiles.rows
+        q_flags = _Flags(problem.batch * problem.heads, problem.seqlen_q, rows_q, ctx)
+        k_flags = _Flags(problem.batch * problem.heads_kv, problem.seqlen_k, rows_k, ctx)
+        flip = _flip(problem)
+        if rows_q:
+            bwd_dq_mma.build_bwd_dq_mma(*sizes, dq_tiles).launch(
+                q_flags.tiles,
+                dq_tiles.threads,
+                queue,
+                (*dq_arguments, flip, q_flags.array),
+                dq_shared,
             )
         q_flags.launch_portable(build_bwd_dq(*sizes, shape), shape, queue, dq_arguments)
-        if rows:
-            bwd_dkdv_mma.build_bwd_dkdv_mma(*sizes).launch(
-                k_flags.tiles, threads, queue, (*dkdv_arguments, flip, k_flags.array), shared
+        if rows_k:
+            bwd_dkdv_mma.build_bwd_dkdv_mma(*sizes, dkdv_tiles).launch(
+                k_flags.tiles,
+                dkdv_tiles.threads,
+                queue,
+                (*dkdv_arguments, flip, k_flags.array),
+                dkdv_shared,
             )
         k_flags.launch_portable(build_bwd_dkdv(*sizes, shape), shape, queue, dkdv_arguments)

@@ -299,3 +299,45 @@ def _quad_reducer(operation: str) -> Any:
 
 quad_max = _quad_reducer("max")
 quad_sum = _quad_reducer("add")
+
+
+@intrinsic
+def any_lane(typingctx, condition):
+    """Whether the condition holds in any lane of the warp; all of them must ask."""
+
+    def codegen(context, builder, signature, args):
+        text = (
+            "{ .reg .pred p; setp.ne.b32 p, $1, 0;"
+            " vote.sync.any.pred p, p, -1; selp.b32 $0, 1, 0, p; }"
+        )
+        found = _assemble(builder, _I32, text, "=r,r", [builder.zext(args[0], _I32)])
+        return builder.icmp_unsigned("!=", found, ir.Constant(_I32, 0))
+
+    return types.boolean(types.boolean), codegen
+
+
+def _vector_loader(count: int) -> Any:
+    @intrinsic
+    def load(typingctx, values, array, place):
+        """values[:count] = array[place:place + count] in one load; aligned to its size."""
+
+        def codegen(context, builder, signature, args):
+            values_kind, array_kind, _ = signature.args
+            values, array, place = args
+            element = context.get_data_type(array_kind.dtype)
+            pointer = _place(context, builder, array_kind, array, place, 0)
+            vector = ir.VectorType(element, count)
+            loaded = builder.load(builder.bitcast(pointer, vector.as_pointer()))
+            loaded.align = count * 4
+            parts = [builder.extract_element(loaded, ir.Constant(_I32, i)) for i in range(count)]
+            start = ir.Constant(_I64, 0)
+            _store(context, builder, values_kind, values, start, parts)
+            return context.get_dummy_value()
+
+        return types.void(values, array, place), codegen
+
+    return load
+
+
+load_2 = _vector_loader(2)
+load_4 = _vector_loader(4)

@@ -72,12 +72,12 @@ def query_span(key_start, key_end, b, h, n0, n1, seqlen_q, monotone):
 
 
 @device
-def next_query_tile(key_start, key_end, b, h, m0, last, n0, n1, monotone):
-    """First tile of 64 sorted queries from m0 on, in steps of 64, that sees a key of [n0, n1)."""
+def next_query_tile(key_start, key_end, b, h, m0, size, last, n0, n1, monotone):
+    """First tile of `size` sorted queries from m0 on, in steps of `size`, that sees [n0, n1)."""
     if not monotone:
         while m0 < last:
-            low, high = key_span(key_start, key_end, b, h, m0, min(m0 + 64, last), monotone)
+            low, high = key_span(key_start, key_end, b, h, m0, min(m0 + size, last), monotone)
             if low < n1 and high > n0:
                 break
-            m0 += 64
+            m0 += size
     return int32(m0)

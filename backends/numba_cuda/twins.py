@@ -175,3 +175,20 @@ def quad_sum(x: Any) -> Any:
     """Sum over the four lanes that share a row of a fragment."""
     a, b, c, d = _quad(x)
     return np.float32((a + b) + (c + d))
+
+
+def any_lane(condition: Any) -> bool:
+    """Whether the condition holds in any lane of the warp; all of them must ask."""
+    return any(_exchange(bool(condition)))
+
+
+def _vector_loader(count: int) -> Any:
+    def load(values: Any, array: Any, place: int) -> None:
+        """values[:count] = array[place:place + count]."""
+        values[:count] = array[int(place) : int(place) + count]
+
+    return load
+
+
+load_2 = _vector_loader(2)
+load_4 = _vector_loader(4)

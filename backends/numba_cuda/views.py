@@ -13,14 +13,12 @@ from typing import Any
 from numba import cuda
 from scfa_core.backends.numba_cuda.compiling import SIMULATED, Queue
 from scfa_core.backends.numba_cuda.convert import as_storage
+from scfa_core.backends.numba_cuda.fragments import STATIC_SHARED
 
 from scfa_core.arrays import CallContext
 
 if SIMULATED:
     from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
-
-
-STATIC_SHARED = 4096  # bytes; more than any kernel declares beside
 
 
 def view(x: Any) -> Any:

@@ -116,8 +116,9 @@ def test_tensor_core_kernels_live_in_registers(
 ):
     ptx = compile_to_ptx(tensor_core_kernel(name, dtype), capability)
     assert ".local .align" not in ptx
-    # 64 x 64 or 128 x 64 products of 16 x 8 x 16 each, all loops unrolled
-    assert len(re.findall("mma.sync", ptx)) == {"fwd": 128, "bwd_dq": 96, "bwd_dkdv": 128}[name]
+    # A warp's products of 32 rows by 96 and by 32 keys, by 64 keys, by 32 queries, 16 x 8 x 16
+    # each: all loops are unrolled
+    assert len(re.findall("mma.sync", ptx)) == {"fwd": 256, "bwd_dq": 192, "bwd_dkdv": 128}[name]
     report = assemble(ptx, capability, tmp_path)
     if report is None:
         pytest.skip("compiled to PTX; no ptxas here takes its version")

@@ -15,7 +15,7 @@ import pytest
 from scfa_core.testing import Part, Spec
 
 # Tiles of the portable kernels are 16 rows by 8 here, of the tensor-core kernels (16-bit dtypes)
-# 16 or 32 by 64: every case has ragged tiles. Hidden NaN (poison) sends the latter to the former.
+# 32 by 64 to 128: every case has ragged tiles. Hidden NaN (poison) sends the latter to the former.
 CASES = {
     "causal": Spec(seqlen_q=19, seqlen_k=19),
     "causal-aligned-right": Spec(seqlen_q=9, seqlen_k=21, parts=(Part("causal", number=1),)),
