@@ -8,8 +8,10 @@ take them apart again takes more than a hundred per launch.
 
 from __future__ import annotations
 
+import math
 import struct
-from functools import cache
+import threading
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -31,24 +33,37 @@ def argument_format(names: tuple[str, ...]) -> str:
     return "<" + "".join(parts)
 
 
+@lru_cache(maxsize=4096)
+def _layout(
+    dtype: str, shape: tuple[int, ...], strides: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What stands before and after the address of an array."""
+    itemsize = ITEMSIZE[dtype]
+    return (0, 0, math.prod(shape), itemsize), (*shape, *(x * itemsize for x in strides))
+
+
 def flatten(arguments: tuple[Any, ...]) -> list[Any]:
     """Flat values of arguments: `DeviceArray` facts and plain numbers."""
     values: list[Any] = []
     for x in arguments:
         if isinstance(x, DeviceArray):
-            itemsize, size = ITEMSIZE[x.dtype], 1
-            for extent in x.shape:
-                size *= extent
-            values += (0, 0, size, itemsize, x.pointer, *x.shape)
-            values += [stride * itemsize for stride in x.strides]
+            before, after = _layout(x.dtype, x.shape, x.strides)
+            values += before
+            values.append(x.pointer)
+            values += after
         else:
             values.append(x)
     return values
 
 
-@cache
-def _offsets(count: int) -> np.ndarray:
-    return np.arange(0, count * _SLOT, _SLOT, dtype=np.uint64)
+class _Slots(threading.local):
+    """Where one thread's arguments of a kernel lie, and the pointers to each."""
+
+    def __init__(self, size: int) -> None:
+        self.values = np.zeros(size, np.uint8)
+        first = self.values.ctypes.data
+        self.places = np.arange(first, first + size, _SLOT, dtype=np.uint64)
+        self.address = self.places.ctypes.data
 
 
 class Entry:
@@ -62,7 +77,9 @@ class Entry:
         self._loaded = definition._codelibrary.get_cufunc()  # keeps the module alive
         self._kernel = driver.CUkernel(int(self._loaded.handle))
         self._function = driver.CUfunction(int(self._loaded.handle))
-        self._pack = struct.Struct(argument_format(names)).pack
+        packer = struct.Struct(argument_format(names))
+        self._pack_into = packer.pack_into
+        self._slots = _Slots(packer.size)
         self._device = device
         self._granted = 0
 
@@ -89,15 +106,15 @@ class Entry:
     ) -> None:
         """Launch on a raw stream handle; the driver copies the arguments before it returns."""
         self.grant(shared)
-        values = np.frombuffer(self._pack(*flatten(arguments)), np.uint8)
-        places = _offsets(values.size // _SLOT) + np.uint64(values.ctypes.data)
+        slots = self._slots
+        self._pack_into(slots.values, 0, *flatten(arguments))
         (error,) = self._driver.cuLaunchKernel(
             self._function,
             *(grid, 1, 1),
             *(threads, 1, 1),
             shared,
             stream,
-            places.ctypes.data,
+            slots.address,
             0,
         )
         self._check(error, f"a launch of {grid} blocks")

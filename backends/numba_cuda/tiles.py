@@ -45,6 +45,7 @@ def shared_bytes(shape: Shape, widths: tuple[int, ...], itemsize: int) -> int:
     return rows * per_row + rows * rows * 2 * (itemsize + 1) + 4 * rows * (itemsize + 4)
 
 
+@cache
 def choose_shape(dtype: str, widths: tuple[int, ...]) -> Shape:
     """Return the largest shape whose tiles of `widths` columns fit in shared memory."""
     itemsize = 8 if dtype == "float64" else 4
