@@ -141,7 +141,7 @@ def build_bwd_dkdv_mma(
         quad = lane % 4
         heads, seqlen_q = q.shape[1], q.shape[2]
         heads_kv, seqlen_k = k.shape[1], k.shape[2]
-        share = heads // heads_kv
+        share = int32(heads // heads_kv)
         tiles = (seqlen_k + rows - 1) // rows
         head = cuda.blockIdx.x // tiles
         n0 = int32(cuda.blockIdx.x % tiles * rows)  # the first keys are seen by most

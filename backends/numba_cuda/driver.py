@@ -8,6 +8,7 @@ take them apart again takes more than a hundred per launch.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import struct
 import threading
@@ -60,8 +61,8 @@ class _Slots(threading.local):
     """Where one thread's arguments of a kernel lie, and the pointers to each."""
 
     def __init__(self, size: int) -> None:
-        self.values = np.zeros(size, np.uint8)
-        first = self.values.ctypes.data
+        self.values = ctypes.create_string_buffer(size)
+        first = ctypes.addressof(self.values)
         self.places = np.arange(first, first + size, _SLOT, dtype=np.uint64)
         self.address = self.places.ctypes.data
 
