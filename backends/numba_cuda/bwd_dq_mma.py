@@ -204,13 +204,13 @@ def build_bwd_dq_mma(
         group = lane // 4
         quad = lane % 4
         heads, seqlen_q = q.shape[1], q.shape[2]
-        tiles = (seqlen_q + rows - 1) // rows
-        head = cuda.blockIdx.x // tiles
-        m0 = (tiles - 1 - cuda.blockIdx.x % tiles) * rows  # the last rows see most
-        m1 = min(m0 + rows, seqlen_q)
-        b = head // heads
-        h = head % heads
-        g = h // (heads // k.shape[1])
+        tiles = int32((seqlen_q + rows - 1) // rows)
+        head = int32(cuda.blockIdx.x // tiles)
+        m0 = int32((tiles - 1 - cuda.blockIdx.x % tiles) * rows)  # the last rows see most
+        m1 = int32(min(m0 + rows, seqlen_q))
+        b = int32(head // heads)
+        h = int32(head % heads)
+        g = int32(h // (heads // k.shape[1]))
         first, last = key_span(key_start, key_end, b, h, m0, m1, monotone)
         first, last = int32(first), int32(last)
         k_step, v_step = int32(k.strides[2]), int32(v.strides[2])
@@ -340,6 +340,6 @@ def build_bwd_dq_mma(
         dq_origin, dq_step = origin_of(dq, b, h), int32(dq.strides[2])
         scatter_rows(tile, 0, dq, dq_origin, dq_step, q_rows, thread)
         if thread == 0:
-            flags[head * tiles + m0 // rows] = tainted[0]
+            flags[(b * q.shape[1] + h) * tiles + m0 // rows] = tainted[0]
 
     return scfa_bwd_dq_mma
