@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from scfa_core.backends.cupy_raw import launch_sm90 as sm90
+from scfa_core.backends.cupy_raw.loader import Kernel
 from scfa_core.backends.cupy_raw.prepared import Launch, Template, marks
 
 from scfa_core.arrays import DeviceArray
@@ -182,7 +183,7 @@ class _Backward:
         heads = self.problem.batch * self.problem.heads_kv
         return sm90._tiles(self.problem.seqlen_k, 64 * shape.warpgroups, heads)
 
-    def _kernel(self, name: str, shape: sm90.Shape) -> sm90.Kernel:
+    def _kernel(self, name: str, shape: sm90.Shape) -> Kernel:
         return sm90._kernel(name, self.device, self.problem.dtype, self.problem.head_dim, shape)
 
     def _tiled(

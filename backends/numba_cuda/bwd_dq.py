@@ -140,8 +140,10 @@ def build_bwd_dq(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> An
                             new = max(new, weights[r, c])
                         row_lse[i] = new
                         row_sum[i] *= rescale_factor(old, new)
+                        tile_sum = acc(0)  # small weights would vanish one by one
                         for c in range(columns):
-                            row_sum[i] += exp(weights[r, c] - shift_of(new))
+                            tile_sum += exp(weights[r, c] - shift_of(new))
+                        row_sum[i] += tile_sum
                 for i in range(per_row):
                     row_lse[i] = shift_of(row_lse[i]) + log_of(row_sum[i])
 

@@ -131,11 +131,13 @@ def build_fwd(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> Any:
                         weights[r, c] = exp(weights[r, c] - shift)
                 cuda.syncthreads()  # weights and values are there
 
-                # O += P v, l += rowsum(P)
+                # O += P v, l += rowsum(P): a tile by itself, small weights would vanish one by one
                 for i in range(per_row):
                     r = ty + ty_count * i
+                    tile_sum = acc(0)
                     for c in range(columns):
-                        row_sum[i] += weights[r, c]
+                        tile_sum += weights[r, c]
+                    row_sum[i] += tile_sum
                 accumulate(acc_o, per_width, weights, seen, kv_tile, head_dim_v, ty, tx)
             cuda.syncthreads()  # the last tile is consumed before the next loads q
 

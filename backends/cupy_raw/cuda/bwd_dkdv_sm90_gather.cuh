@@ -24,8 +24,10 @@ constexpr int kBlockN = 64 * kKeyGroups;   // keys of a tile
 constexpr int kBlockM = SCFA_BLOCK_N;      // queries of a step
 constexpr int kThreads = 128 * (kWarpgroups + 1);
 // Where rows end inside the only panel, gathering takes more registers, and products fewer.
-constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kColumns < 64 ? 56 : 48;
+constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kColumns < 64 ? 56 : 40;
 constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : kColumns < 64 ? 224 : 232;
+static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <= launched_registers(kThreads),
+              "registers are shared out, not made");
 // Two uses of registers that are free only at head_dim 64, 64 queries a step and two warpgroups:
 // keys and values as A operands, and scores of the next queries running behind the products of
 // these.

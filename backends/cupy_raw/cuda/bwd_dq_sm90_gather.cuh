@@ -21,8 +21,10 @@ constexpr int kQueryBuffers = SCFA_QUERY_BUFFERS;
 constexpr int kBlockM = 64 * kWarpgroups;
 constexpr int kThreads = 128 * (kWarpgroups + 1);
 // Where rows end inside the only panel, gathering takes more registers, and products fewer.
-constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kColumns < 64 ? 56 : 48;
+constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kColumns < 64 ? 56 : 40;
 constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : kColumns < 64 ? 224 : 232;
+static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <= launched_registers(kThreads),
+              "registers are shared out, not made");
 static_assert(kHeadDim <= 128 || kWarpgroups == 1, "dq, scores and slopes fit into registers");
 static_assert(kBlockN % 16 == 0, "scores of one wgmma, reduced over 16 keys at a time");
 static_assert(kStages >= 2, "scores of the next block start before this one is done");

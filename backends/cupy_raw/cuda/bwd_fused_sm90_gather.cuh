@@ -20,9 +20,10 @@ constexpr int kBlockM = SCFA_BLOCK_N;         // queries of a step
 constexpr int kRowThreads = 64;  // two warps gather; the other two of their warpgroup carry sums
 constexpr int kCarriers = 2;     // and have a dq tile in shared memory each
 constexpr int kThreads = 128 * (kWarpgroups + 2);
-// setmaxnreg: 512 registers of a thread are shared out, two parts to those who own keys.
 constexpr int kRowRegisters = 40, kQueryRegisters = 72, kConsumerRegisters = 200;
-static_assert(kRowRegisters + kQueryRegisters + 2 * kConsumerRegisters <= 512, "the register file");
+static_assert(kRowRegisters + kQueryRegisters + kWarpgroups * kConsumerRegisters <=
+                  launched_registers(kThreads),
+              "registers are shared out, not made");
 constexpr int kKeyBuffers = 2;
 constexpr int kChanges = SCFA_QUERY_BUFFERS;  // buffers of dS, and of what it belongs to
 static_assert(kHeadDim == 64 && kBlockM == 64 && kWarpgroups == 2,

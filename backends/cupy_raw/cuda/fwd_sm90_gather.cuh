@@ -21,6 +21,8 @@ constexpr int kBlockM = 64 * kWarpgroups;
 constexpr int kThreads = 128 * (kWarpgroups + 1);
 constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 40;
 constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 232;
+static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <= launched_registers(kThreads),
+              "registers are shared out, not made");
 constexpr int kTurnBarrier = 2;  // named barriers kTurnBarrier + warpgroup
 static_assert(kBlockN % 16 == 0, "scores of one wgmma, reduced over 16 keys at a time");
 static_assert(kStages >= 2, "keys run one block ahead of values");

@@ -100,6 +100,12 @@ __device__ __forceinline__ bool named_barrier_any(int id, int threads, bool vote
   return any != 0;
 }
 
+// Registers of one thread of each warpgroup, in sum, that a block of so many threads is launched
+// with: setmaxnreg hands out no others, and a warpgroup that asks for more waits for ever.
+__device__ constexpr int launched_registers(int threads) {
+  return 65536 / threads / 8 * 8 * (threads / 128);
+}
+
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
