@@ -136,6 +136,7 @@ def test_runs_on_the_current_stream_and_in_a_graph(torch):
     assert torch.equal(bucket, right_other)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # its compiler imports torch.jit
 def test_compiled_whole(torch):
     x, directions = drawn(torch, 2, 4, 300, 64), table(torch, 4, 64, 16)
     compiled = torch.compile(hashing.angular_hash, fullgraph=True)
