@@ -52,6 +52,7 @@ inline void named_barrier_arrive(int id, int threads) {
 }
 inline void async_proxy_fence() {}
 inline void shared_writes_fence() {}
+constexpr int launched_registers(int threads) { return 65536 / threads / 8 * 8 * (threads / 128); }
 template <int kRegisters>
 void give_registers() {}
 template <int kRegisters>
