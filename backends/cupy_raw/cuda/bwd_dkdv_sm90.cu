@@ -18,6 +18,7 @@
 //   and dS^T never leave registers, because dq has a kernel of its own; so no warpgroup waits for
 //   another. What each step gained: docs/perf/hopper.md.
 #include "bwd_dkdv_sm90_gather.cuh"
+#include "weigh_columns_sm90.cuh"
 
 // Warpgroups 1..: dk and dv of 64 keys of each tile.
 __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, int warpgroup) {
@@ -82,61 +83,9 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       wgmma_commit();
     };
 
-    // What weighing needs of the queries in a slot: lse (delta takes its place) by column, and
-    // whether any range ends or starts inside this warpgroup's keys.
-    int2 column[kBlockM / 8];
-    int first_end, last_start;
-    const auto load_columns = [&](unsigned slot) {
-      // Ranges are nondecreasing: the first query ends first, the last one starts last.
-      first_end = shared_load(shared.ends(slot));
-      last_start = shared_load(shared.starts(slot) + 4 * (kBlockM - 1));
-#pragma unroll
-      for (int block = 0; block < kBlockM / 8; ++block) {
-        column[block] = shared_load_pair(shared.lse(slot) + 32 * block + 8 * q);
-      }
-    };
-
-    // P^T and dS^T of the slot whose scores were issued last, as A operands, once `load_columns`
-    // and the scores have come; waits for the slopes itself.
+    QueryColumns columns;
     const auto weigh = [&](unsigned slot) {
-      const bool ends_inside = __any_sync(0xFFFFFFFFu, first_end < key0 + 64);
-      const bool starts_inside = __any_sync(0xFFFFFFFFu, last_start > key0);
-      // P^T = exp2(S^T * scale - lse): lse and delta belong to columns here.
-#pragma unroll
-      for (int i = 0; i < kBlockM / 2; ++i) {
-        const int lse = i & 1 ? column[i / 4].y : column[i / 4].x;
-        scores[i] = exp2_fast(scores[i] * p.scale_log2 - __int_as_float(lse));
-      }
-#pragma unroll
-      for (int block = 0; block < kBlockM / 8; ++block) {
-        column[block] = shared_load_pair(shared.delta(slot) + 32 * block + 8 * q);
-      }
-      wgmma_wait<0>();
-      pin(slopes);
-#pragma unroll
-      for (int i = 0; i < kBlockM / 2; ++i) {
-        const int delta = i & 1 ? column[i / 4].y : column[i / 4].x;
-        slopes[i] = scores[i] * (slopes[i] - __int_as_float(delta));
-      }
-      // Zero by selection, not by product: an unseen row may hold anything.
-      if (ends_inside) {
-#pragma unroll
-        for (int i = 0; i < kBlockM / 2; ++i) {
-          if (i % 4 == 0) column[i / 4] = shared_load_pair(shared.ends(slot) + 8 * i + 8 * q);
-          const bool seen = own + 8 * half_of(i) < (i & 1 ? column[i / 4].y : column[i / 4].x);
-          scores[i] = seen ? scores[i] : 0.0f;
-          slopes[i] = seen ? slopes[i] : 0.0f;
-        }
-      }
-      if (starts_inside) {
-#pragma unroll
-        for (int i = 0; i < kBlockM / 2; ++i) {
-          if (i % 4 == 0) column[i / 4] = shared_load_pair(shared.starts(slot) + 8 * i + 8 * q);
-          const bool seen = own + 8 * half_of(i) >= (i & 1 ? column[i / 4].y : column[i / 4].x);
-          scores[i] = seen ? scores[i] : 0.0f;
-          slopes[i] = seen ? slopes[i] : 0.0f;
-        }
-      }
+      columns.weigh(scores, slopes, shared, slot, q, key0, own, p.scale_log2);
       pack_fragment(weights, scores);
       pack_fragment(changes, slopes);
     };
@@ -171,7 +120,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
           unsigned slot = query.slot, before = 0;
           barrier_wait(shared.query_full(slot), query.parity);
           async_proxy_fence();
-          load_columns(slot);
+          columns.load(shared, slot, q);
           wgmma_fence();
           issue_scores(slot);
           for (int block = low;;) {
@@ -187,7 +136,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
             slot = query.slot;
             barrier_wait(shared.query_full(slot), query.parity);
             async_proxy_fence();
-            load_columns(slot);
+            columns.load(shared, slot, q);
             pin_operands();
             pin(scores);
             pin(slopes);
@@ -210,7 +159,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
           pin(slopes);
           wgmma_fence();
           issue_scores(query.slot);
-          load_columns(query.slot);
+          columns.load(shared, query.slot, q);
           wgmma_wait<1>();
           pin(scores);
           weigh(query.slot);

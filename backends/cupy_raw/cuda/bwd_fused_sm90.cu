@@ -19,6 +19,7 @@
 //   in order. No block waits for a tile handed out later than its own, so all make progress. What
 //   each step gained: docs/perf/hopper.md.
 #include "bwd_fused_sm90_gather.cuh"
+#include "weigh_columns_sm90.cuh"
 #include "bwd_fused_sm90_dq.cuh"
 
 // Warpgroups 1 and 2: dk and dv of 64 keys of each tile.
@@ -68,61 +69,15 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       new_product_of_rows<kBlockN, kBlockM, kHeadDim>(slopes, value_tile, shared.dout(slot));
       wgmma_commit();
     };
-    // What weighing needs of the queries in a slot: lse (delta takes its place) by column, and the
-    // outermost ranges.
-    int2 column[kBlockM / 8];
-    int first_start, last_start, first_end, last_end;
+    QueryColumns columns;
+    int first_start, last_end;  // the outermost ranges of the step
     const auto load_columns = [&](unsigned slot) {
-      // Ranges are nondecreasing: the first query ends first, the last one starts last.
       first_start = shared_load(shared.starts(slot));
-      last_start = shared_load(shared.starts(slot) + 4 * (kBlockM - 1));
-      first_end = shared_load(shared.ends(slot));
       last_end = shared_load(shared.ends(slot) + 4 * (kBlockM - 1));
-#pragma unroll
-      for (int block = 0; block < kBlockM / 8; ++block) {
-        column[block] = shared_load_pair(shared.lse(slot) + 32 * block + 8 * q);
-      }
+      columns.load(shared, slot, q);
     };
-    // P^T and dS^T of a slot, once its scores have come; waits for the slopes itself.
     const auto weigh = [&](unsigned slot) {
-      const bool ends_inside = __any_sync(0xFFFFFFFFu, first_end < key0 + 64);
-      const bool starts_inside = __any_sync(0xFFFFFFFFu, last_start > key0);
-      // P^T = exp2(S^T * scale - lse): lse and delta belong to columns here.
-#pragma unroll
-      for (int i = 0; i < kBlockM / 2; ++i) {
-        const int lse = i & 1 ? column[i / 4].y : column[i / 4].x;
-        scores[i] = exp2_fast(scores[i] * p.scale_log2 - __int_as_float(lse));
-      }
-#pragma unroll
-      for (int block = 0; block < kBlockM / 8; ++block) {
-        column[block] = shared_load_pair(shared.delta(slot) + 32 * block + 8 * q);
-      }
-      wgmma_wait<0>();
-      pin(slopes);
-#pragma unroll
-      for (int i = 0; i < kBlockM / 2; ++i) {
-        const int delta = i & 1 ? column[i / 4].y : column[i / 4].x;
-        slopes[i] = scores[i] * (slopes[i] - __int_as_float(delta));
-      }
-      // Zero by selection, not by product: an unseen row may hold anything.
-      if (ends_inside) {
-#pragma unroll
-        for (int i = 0; i < kBlockM / 2; ++i) {
-          if (i % 4 == 0) column[i / 4] = shared_load_pair(shared.ends(slot) + 8 * i + 8 * q);
-          const bool seen = own + 8 * half_of(i) < (i & 1 ? column[i / 4].y : column[i / 4].x);
-          scores[i] = seen ? scores[i] : 0.0f;
-          slopes[i] = seen ? slopes[i] : 0.0f;
-        }
-      }
-      if (starts_inside) {
-#pragma unroll
-        for (int i = 0; i < kBlockM / 2; ++i) {
-          if (i % 4 == 0) column[i / 4] = shared_load_pair(shared.starts(slot) + 8 * i + 8 * q);
-          const bool seen = own + 8 * half_of(i) >= (i & 1 ? column[i / 4].y : column[i / 4].x);
-          scores[i] = seen ? scores[i] : 0.0f;
-          slopes[i] = seen ? slopes[i] : 0.0f;
-        }
-      }
+      columns.weigh(scores, slopes, shared, slot, q, key0, own, p.scale_log2);
       pack_fragment(weights, scores);
       pack_fragment(changes, slopes);
     };

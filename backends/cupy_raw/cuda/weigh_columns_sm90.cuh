@@ -1,0 +1,64 @@
+// Weights and score gradients in transposed form, for the backward kernels that own keys: rows are
+// keys, columns queries. Include after the kernel's first part (Shared, kBlockM).
+#pragma once
+
+// What weighing needs of a block of queries.
+struct QueryColumns {
+  int2 column[kBlockM / 8];   // lse, then delta, of this thread's columns
+  int first_end, last_start;  // ranges are nondecreasing: the first query ends first
+
+  // Before the products of the block are issued: this chain of loads would otherwise be waited for.
+  __device__ __forceinline__ void load(const Shared& shared, unsigned slot, int q) {
+    first_end = shared_load(shared.ends(slot));
+    last_start = shared_load(shared.starts(slot) + 4 * (kBlockM - 1));
+#pragma unroll
+    for (int block = 0; block < kBlockM / 8; ++block) {
+      column[block] = shared_load_pair(shared.lse(slot) + 32 * block + 8 * q);
+    }
+  }
+
+  // P^T and dS^T of the block whose scores have come; waits for the slopes itself. The warpgroup
+  // owns keys key0 to key0 + 63, this thread `own` and own + 8.
+  __device__ __forceinline__ void weigh(float (&scores)[kBlockM / 2], float (&slopes)[kBlockM / 2],
+                                        const Shared& shared, unsigned slot, int q, int key0,
+                                        int own, float scale_log2) {
+    const bool ends_inside = __any_sync(0xFFFFFFFFu, first_end < key0 + 64);
+    const bool starts_inside = __any_sync(0xFFFFFFFFu, last_start > key0);
+    // P^T = exp2(S^T * scale - lse): lse and delta belong to columns here.
+#pragma unroll
+    for (int i = 0; i < kBlockM / 2; ++i) {
+      const int lse = i & 1 ? column[i / 4].y : column[i / 4].x;
+      scores[i] = exp2_fast(scores[i] * scale_log2 - __int_as_float(lse));
+    }
+#pragma unroll
+    for (int block = 0; block < kBlockM / 8; ++block) {
+      column[block] = shared_load_pair(shared.delta(slot) + 32 * block + 8 * q);
+    }
+    wgmma_wait<0>();
+    pin(slopes);
+#pragma unroll
+    for (int i = 0; i < kBlockM / 2; ++i) {
+      const int delta = i & 1 ? column[i / 4].y : column[i / 4].x;
+      slopes[i] = scores[i] * (slopes[i] - __int_as_float(delta));
+    }
+    // Zero by selection, not by product: an unseen row may hold anything.
+    if (ends_inside) {
+#pragma unroll
+      for (int i = 0; i < kBlockM / 2; ++i) {
+        if (i % 4 == 0) column[i / 4] = shared_load_pair(shared.ends(slot) + 8 * i + 8 * q);
+        const bool seen = own + 8 * half_of(i) < (i & 1 ? column[i / 4].y : column[i / 4].x);
+        scores[i] = seen ? scores[i] : 0.0f;
+        slopes[i] = seen ? slopes[i] : 0.0f;
+      }
+    }
+    if (starts_inside) {
+#pragma unroll
+      for (int i = 0; i < kBlockM / 2; ++i) {
+        if (i % 4 == 0) column[i / 4] = shared_load_pair(shared.starts(slot) + 8 * i + 8 * q);
+        const bool seen = own + 8 * half_of(i) >= (i & 1 ? column[i / 4].y : column[i / 4].x);
+        scores[i] = seen ? scores[i] : 0.0f;
+        slopes[i] = seen ? slopes[i] : 0.0f;
+      }
+    }
+  }
+};
