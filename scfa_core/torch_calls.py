@@ -111,6 +111,8 @@ def find_call(
     plan: Plan | None = None,
 ) -> Call:
     """Check a call and choose its backend, or remember having done so."""
+    if type(layout) is not str:
+        check_layout(layout)
     if softmax_scale is not None and type(softmax_scale) is not float:
         softmax_scale = check_scale(softmax_scale, 1, dtype_name(q.dtype))
     maker = None if plan is None else plan.backend
@@ -191,8 +193,8 @@ def _new_call(
 
 
 def native_plan(plan: Plan, call: Call) -> NativePlan:
-    """Hand a plan to the call's backend; remembered as long as the plan lives."""
-    use = call.plan_use
+    """Hand a plan to the call's backend; remembered while the plan lives and its memory stays."""
+    use = (call.plan_use, *[x.data_ptr() for x in plan.arrays])
     known = _plans.get(plan)
     if known is not None and known[0] == use:
         return known[1]

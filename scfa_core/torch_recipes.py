@@ -62,7 +62,7 @@ def read_pattern(pattern: Any) -> tuple[tuple[Any, ...], list[torch.Tensor]] | N
             if type(value) not in _KINDS:
                 return None
             structure.append(value)
-    if len(tensors) > 2:  # the same clause twice is dropped
+    if len(tensors) > 1:  # one tensor in two places is read once, and the same clause dropped
         identities = [id(x) for x in tensors]
         structure += map(identities.index, identities)
     return tuple(structure), tensors

@@ -109,7 +109,7 @@ def _ways(problem: Problem, asked: str | None) -> tuple[bool, bool]:
     """Whether the split and the fused kernels are launched, with $SCFA_CUPY_BACKWARD `asked`."""
     if asked is not None and asked not in sm90._BACKWARDS:
         raise ValueError(f"$SCFA_CUPY_BACKWARD must be one of {sm90._BACKWARDS}, got {asked!r}")
-    serves = problem.head_dim in sm90._FUSED and sm90._sum_slots(problem) >= problem.group_size
+    serves = problem.head_dim in sm90._FUSED and sm90._sums_fit(problem)
     if not serves or asked == "split":
         return True, False
     if asked == "fused":

@@ -317,11 +317,20 @@ def _persistent(
     return kernel.bind((blocks, 1, 1), 128 * (shape.warpgroups * shape.parts + others), shared)
 
 
-def _sum_slots(problem: Problem) -> int:
-    """How many query heads can have sums of dq at a time in the room allowed.
+def _sums_fit(problem: Problem) -> bool:
+    """Whether sums of dq of one key head's query heads fit into the room their own rows give.
 
-    A block may wait for any earlier key head, so one key head's query heads are the least.
+    A block may wait for any earlier key head, so these are the least. Neither batch nor the number
+    of key heads counts: which kernels run must not depend on what else is in the call.
     """
+    rows = problem.group_size * problem.seqlen_q
+    tiles = problem.group_size * -(-problem.seqlen_q // _SUM_ROWS)
+    room = _SUM_BYTES + _SUM_BYTES_PER_ROW * rows
+    return 4 * tiles * _SUM_ROWS * problem.head_dim <= room
+
+
+def _sum_slots(problem: Problem) -> int:
+    """How many query heads can have sums of dq at a time in the room allowed."""
     heads = problem.batch * problem.heads
     tiles = -(-problem.seqlen_q // _SUM_ROWS)
     room = _SUM_BYTES + _SUM_BYTES_PER_ROW * heads * problem.seqlen_q

@@ -145,3 +145,20 @@ def test_an_unknown_backward_is_refused(monkeypatch):
     bound = bound_sm90.bind_backward(problem, True, *(rows,) * 9)
     with pytest.raises(ValueError, match=r"SCFA_CUPY_BACKWARD must be one of .*'both'"):
         bound(None, (1 << 20,) * 9, None)
+
+
+@given(st.integers(1, 40), st.integers(1, 8), st.integers(1, 16), st.integers(1, 400_000))
+@example(2, 8, 4, 65_536)
+@example(4, 8, 4, 131_072)
+def test_batch_and_heads_do_not_decide_which_kernels_run(batch, heads_kv, group, seqlen):
+    """Only then are the bits of a head's gradients its own."""
+
+    def problem(batch, heads_kv):
+        sizes = (heads_kv * group, heads_kv, seqlen, seqlen, 64, 64)
+        return Problem(batch, *sizes, "bfloat16", "cuda:0", 0.1)
+
+    alone, among = problem(1, 1), problem(batch, heads_kv)
+    for asked in (None, "auto", "split", "fused"):
+        assert bound_sm90._ways(among, asked) == bound_sm90._ways(alone, asked)
+    if launch_sm90._sums_fit(among):
+        assert launch_sm90._sum_slots(among) >= group

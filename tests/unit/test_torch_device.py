@@ -132,6 +132,30 @@ def test_which_tensors_are_one_counts(device):
         assert_right(q, k, v, first & scfa.HashSparse(*other))
 
 
+@pytest.mark.parametrize("kind", ["HashSparse", "QKSparse", "Documents"])
+def test_one_tensor_for_both_sides_is_not_two_tensors(device, kind):
+    """What is remembered of (a, a) must not serve (a, b), nor the other way round."""
+    q, k, v = tensors(keys=ROWS, requires_grad=False)
+    a, b = (ids(1, ROWS, top=3, seed=seed) for seed in (1, 2))
+    if kind == "Documents":
+        a, b = (x[:, 0].contiguous() for x in (a, b))
+    for pair in ((a, a), (a, b), (b, b), (b, a), (a, a)):
+        assert_right(q, k, v, getattr(scfa, kind)(*pair))
+
+
+def test_a_plan_whose_memory_has_moved(device):
+    """Addresses are remembered for a plan as long as they are its own."""
+    q, k, v = tensors(requires_grad=False)
+    plan = scfa.make_plan(scfa.HashSparse(*hashes()), q, k)
+    scfa.attention(q, k, v, plan)
+    other = scfa.make_plan(scfa.Causal(), q, k)
+    for mine, new in zip(plan.arrays, other.arrays, strict=True):
+        mine.set_(new.clone())
+    want = truth(q, k, v, scfa.Causal())[0]
+    out = scfa.attention(q, k, v, plan)
+    torch.testing.assert_close(out.double(), want, rtol=1e-4, atol=1e-5)
+
+
 def test_second_derivatives_are_refused(device):
     """The operator that says so gets a plan's seven tensors."""
     q, k, v = tensors()
