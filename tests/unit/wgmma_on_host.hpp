@@ -151,7 +151,7 @@ void wgmma_wait() {}
 template <class T, int kCount>
 void pin(T (&)[kCount]) {}
 
-// load_fragments of wgmma.cuh, four 8 x 8 matrices at a time.
+// load_fragments of products_sm90.cuh, four 8 x 8 matrices at a time.
 inline void load_matrices_of(unsigned& a0, unsigned& a1, unsigned& a2, unsigned& a3, unsigned address) {
   unsigned r[4];
   load_matrices(r, address);

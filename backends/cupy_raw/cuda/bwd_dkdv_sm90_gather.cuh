@@ -9,7 +9,7 @@
 #define SCFA_PARTS 1
 #endif
 #include "mbarrier.cuh"
-#include "wgmma.cuh"
+#include "products_sm90.cuh"
 #include "params_sm90.cuh"
 #include "choice_sm90.cuh"
 #include "gather_sm90.cuh"

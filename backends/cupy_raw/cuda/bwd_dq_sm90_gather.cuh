@@ -6,7 +6,7 @@
 #error "the tile shape and SCFA_SHARED_BYTES: set by launch_sm90.py"
 #endif
 #include "mbarrier.cuh"
-#include "wgmma.cuh"
+#include "products_sm90.cuh"
 #include "params_sm90.cuh"
 #include "choice_sm90.cuh"
 #include "gather_sm90.cuh"

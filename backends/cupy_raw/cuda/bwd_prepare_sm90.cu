@@ -14,7 +14,7 @@
 #error "SCFA_HEAD_DIM: set by launch_sm90.py"
 #endif
 #include "mbarrier.cuh"
-#include "wgmma.cuh"
+#include "products_sm90.cuh"
 #include "params_sm90.cuh"
 #include "choice_sm90.cuh"
 #include "softmax_sm90.cuh"

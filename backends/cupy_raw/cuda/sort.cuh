@@ -1,5 +1,6 @@
 // Stable counting sort of one list by one block: the order of rows after each pass goes from one buffer to the
 // other. Every warp owns a stretch of the list, counts its digits, and later places them in the same order.
+// A little long: reading a row's key, counting and placing walk the list alike and are kept side by side.
 #pragma once
 #include "plan_params.cuh"
 

@@ -160,7 +160,7 @@ __device__ __forceinline__ void wgmma_shared(float (&d)[kCount], unsigned long l
 }
 
 // d = A B, or d += A B, where the reduction is along both tiles' columns, or both tiles' rows (then
-// 64 columns of A and 2 * kCount of B are multiplied). Unlike above, a product that starts a sum
+// 64 columns of A and of B are multiplied). Unlike above, a product that starts a sum
 // says so to the compiler: what d held before need not be kept in registers until then.
 #define SCFA_NEW8(d, i)                                                                       \
   "=f"(d[i]), "=f"(d[i + 1]), "=f"(d[i + 2]), "=f"(d[i + 3]), "=f"(d[i + 4]), "=f"(d[i + 5]), \
@@ -176,13 +176,9 @@ __device__ __forceinline__ void wgmma_shared(float (&d)[kCount], unsigned long l
 template <ReduceOver kReduce, bool kSum, int kCount>
 __device__ __forceinline__ void wgmma_issue(float (&d)[kCount], unsigned long long a,
                                             unsigned long long b) {
-  static_assert(kCount == 16 || kCount == 32, "32 or 64 columns");
+  static_assert(kCount == 32, "64 columns");
   constexpr int kTransposed = kReduce == ReduceOver::kRows;
-  if constexpr (kCount == 16 && kSum) {
-    SCFA_ISSUE_SHARED("m64n32k16", SCFA_ACC16, SCFA_OUT16(d), "%16", "%17", "%18", "%19");
-  } else if constexpr (kCount == 16) {
-    SCFA_ISSUE_SHARED("m64n32k16", SCFA_ACC16, SCFA_NEW16(d), "%16", "%17", "%18", "%19");
-  } else if constexpr (kSum) {
+  if constexpr (kSum) {
     SCFA_ISSUE_SHARED("m64n64k16", SCFA_ACC32, SCFA_OUT32(d), "%32", "%33", "%34", "%35");
   } else {
     SCFA_ISSUE_SHARED("m64n64k16", SCFA_ACC32, SCFA_NEW32(d), "%32", "%33", "%34", "%35");
@@ -238,139 +234,5 @@ __device__ __forceinline__ void wgmma_registers(float (&d)[kCount], unsigned a0,
         ", {%64, %65, %66, %67}, %68, acc, 1, 1, %70;\n}"
         : SCFA_OUT64(d)
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate), "n"(kTransposeB));
-  }
-}
-
-// d = A B^T over all columns: A is 64 rows of a tile of kRowsA rows, B a tile of kRowsB rows.
-// Issues only; commit and wait are the caller's.
-template <int kRowsA, int kRowsB, int kHeadDim, int kCount>
-__device__ __forceinline__ void product_of_rows(float (&d)[kCount], unsigned tile_a,
-                                                unsigned tile_b) {
-  const unsigned long long a = tile_descriptor(tile_a), b = tile_descriptor(tile_b);
-#pragma unroll
-  for (int step = 0; step < kHeadDim / kStepColumns; ++step) {
-    wgmma_shared(d, a + (step_offset<kRowsA, ReduceOver::kColumns>(step) >> 4),
-                 b + (step_offset<kRowsB, ReduceOver::kColumns>(step) >> 4), step != 0);
-  }
-}
-
-// d = A B^T with A already in registers, as fragments (load_fragments) of 64 rows.
-template <int kRowsB, int kHeadDim, int kCount>
-__device__ __forceinline__ void product_of_rows(float (&d)[kCount],
-                                                const unsigned (&a)[kHeadDim / 4],
-                                                unsigned tile_b) {
-  const unsigned long long b = tile_descriptor(tile_b);
-#pragma unroll
-  for (int step = 0; step < kHeadDim / kStepColumns; ++step) {
-    wgmma_registers<ReduceOver::kColumns>(
-        d, a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3],
-        b + (step_offset<kRowsB, ReduceOver::kColumns>(step) >> 4), step != 0);
-  }
-}
-
-// d += W B: W is 64 x kRowsB in registers (16-bit pairs), B a tile of kRowsB rows and 2 * kCount
-// columns.
-template <int kRowsB, int kCount>
-__device__ __forceinline__ void accumulate_weighted_rows(float (&d)[kCount],
-                                                         const unsigned (&weights)[kRowsB / 4],
-                                                         unsigned tile_b) {
-  const unsigned long long b = tile_descriptor(tile_b, kRowsB * kRowBytes);
-#pragma unroll
-  for (int step = 0; step < kRowsB / kStepColumns; ++step) {
-    wgmma_registers<ReduceOver::kRows>(d, weights[4 * step], weights[4 * step + 1],
-                                       weights[4 * step + 2], weights[4 * step + 3],
-                                       b + (step_offset<kRowsB, ReduceOver::kRows>(step) >> 4), 1);
-  }
-}
-
-// d = A B^T as in product_of_rows, for 64 rows of a tile of kRowsA rows and 64 of a tile of kRowsB.
-template <int kRowsA, int kRowsB, int kHeadDim>
-__device__ __forceinline__ void new_product_of_rows(float (&d)[32], unsigned tile_a,
-                                                    unsigned tile_b) {
-  const unsigned long long a = tile_descriptor(tile_a), b = tile_descriptor(tile_b);
-  wgmma_issue<ReduceOver::kColumns, false>(d, a, b);
-#pragma unroll
-  for (int step = 1; step < kHeadDim / kStepColumns; ++step) {
-    wgmma_issue<ReduceOver::kColumns, true>(
-        d, a + (step_offset<kRowsA, ReduceOver::kColumns>(step) >> 4),
-        b + (step_offset<kRowsB, ReduceOver::kColumns>(step) >> 4));
-  }
-}
-
-// d = A^T B over kRows rows: A is one panel, B starts at `tile_b` within one.
-template <int kRows, int kCount>
-__device__ __forceinline__ void new_product_of_columns(float (&d)[kCount], unsigned tile_a,
-                                                       unsigned tile_b) {
-  constexpr unsigned kStep = step_offset<kRows, ReduceOver::kRows>(1) >> 4;
-  const unsigned long long a = tile_descriptor(tile_a), b = tile_descriptor(tile_b);
-  wgmma_issue<ReduceOver::kRows, false>(d, a, b);
-#pragma unroll
-  for (int step = 1; step < kRows / kStepColumns; ++step) {
-    wgmma_issue<ReduceOver::kRows, true>(d, a + step * kStep, b + step * kStep);
-  }
-}
-
-// Two floats to a 16-bit pair, `low` in the lower half, rounded to nearest even.
-__device__ __forceinline__ unsigned pack_pair(float low, float high) {
-  unsigned pair;
-#if SCFA_BFLOAT16
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-#endif
-  return pair;
-}
-
-__device__ __forceinline__ void unpack_pair(unsigned pair, float& low, float& high) {
-#if SCFA_BFLOAT16
-  low = __uint_as_float(pair << 16);
-  high = __uint_as_float(pair & 0xFFFF0000u);
-#else
-  asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}"
-      : "=f"(low), "=f"(high)
-      : "r"(pair));
-#endif
-}
-
-// Accumulator layout -> A-operand layout of the same thread: consecutive pairs (row g, row g + 8,
-// then eight columns on).
-template <int kCount>
-__device__ __forceinline__ void pack_fragment(unsigned (&packed)[kCount / 2],
-                                              const float (&values)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount / 2; ++i) packed[i] = pack_pair(values[2 * i], values[2 * i + 1]);
-}
-
-// This warp's 16 rows (of the 64 at `tile`) of a swizzled tile of kRows rows, as A operand: four
-// registers per 16 columns.
-template <int kRows, int kHeadDim>
-__device__ __forceinline__ void load_fragments(unsigned (&a)[kHeadDim / 4], unsigned tile, int warp,
-                                               int lane) {
-  const int row = 16 * warp + (lane & 15);
-#pragma unroll
-  for (int step = 0; step < kHeadDim / kStepColumns; ++step) {
-    const int chunk = 2 * (step % 4) + (lane >> 4);
-    const unsigned address =
-        tile + (step / 4) * kRows * kRowBytes + row * kRowBytes + ((chunk ^ (row & 7)) << 4);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(a[4 * step]), "=r"(a[4 * step + 1]), "=r"(a[4 * step + 2]),
-                   "=r"(a[4 * step + 3])
-                 : "r"(address)
-                 : "memory");
-  }
-}
-
-// The other way round: this warp's 16 rows of `a` to 16 rows of a one-panel tile of 64 columns.
-__device__ __forceinline__ void store_fragments(unsigned tile, const unsigned (&a)[16], int warp,
-                                                int lane) {
-  const int row = 16 * warp + (lane & 15);
-#pragma unroll
-  for (int step = 0; step < 4; ++step) {
-    const int chunk = 2 * step + (lane >> 4);
-    const unsigned address = tile + row * kRowBytes + ((chunk ^ (row & 7)) << 4);
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
-                 "r"(a[4 * step]), "r"(a[4 * step + 1]), "r"(a[4 * step + 2]),
-                 "r"(a[4 * step + 3])
-                 : "memory");
   }
 }
