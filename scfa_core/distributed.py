@@ -1,7 +1,7 @@
 """Attention over many processes: sharded batches and heads, and sharded sequences.
 
-Heads and sequences of a batch are independent, so DTensor shards them by rules alone (importing
-this module registers them; a pattern's arrays are then DTensors too). A sequence that is itself
+Heads and sequences of a batch are independent, so DTensor shards them by rules alone
+(`distributed_rules`; a pattern's arrays are then DTensors too). A sequence that is itself
 spread over ranks needs communication: either `ulysses_attention`, where an all-to-all gives each
 rank whole sequences of some heads, or `gathered_attention`, where each rank keeps its queries and
 gathers all keys. Results and gradients are those of one process. Only torch.distributed
@@ -10,7 +10,7 @@ communicates.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement
 
 import scfa_core.distributed_rules  # noqa: F401  (registers them)
 from scfa_core.api import attention
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 MakePattern = Callable[[Tensor, Tensor], Pattern]
+_PLACEMENTS = (Shard(0), Shard(1), Replicate())
 
 
 def ulysses_attention(
@@ -182,7 +184,9 @@ def zigzag_rows(
     return torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]])
 
 
-def distribute_pattern(pattern: Pattern, mesh: DeviceMesh, placement: Any) -> Pattern:
+def distribute_pattern(
+    pattern: Pattern, mesh: DeviceMesh, placement: Placement | Sequence[Placement]
+) -> Pattern:
     """Put the arrays of a pattern on a mesh, as q, k and v are put there.
 
     Parameters
@@ -190,8 +194,7 @@ def distribute_pattern(pattern: Pattern, mesh: DeviceMesh, placement: Any) -> Pa
     pattern : Pattern
         Of all batches and heads, the same on every rank.
     mesh : DeviceMesh
-        Of one dimension.
-    placement : Shard or Replicate
+    placement : Shard or Replicate, or one for each dimension of the mesh
         Of q, k and v in layout "bhtd": ``Shard(0)`` is batch, ``Shard(1)`` heads.
 
     Returns
@@ -199,12 +202,26 @@ def distribute_pattern(pattern: Pattern, mesh: DeviceMesh, placement: Any) -> Pa
     pattern : Pattern
         Its arrays are DTensors. Axes of length 1, which broadcast, and axes that an array does not
         have (documents have no heads) stay whole.
+
+    Raises
+    ------
+    PatternError
+        Not as many placements as the mesh has dimensions, or one that is none of these.
     """
+    placements = [placement] if isinstance(placement, Placement) else list(placement)
+    if len(placements) != mesh.ndim or not all(p in _PLACEMENTS for p in placements):
+        raise PatternError(
+            f"each of the mesh's {mesh.ndim} dimensions needs a placement of {_PLACEMENTS}, got "
+            f"{placement!r}; sequences are shared by ulysses_attention or gathered_attention"
+        )
 
     def place(x: Tensor) -> Tensor:
-        spread = isinstance(placement, Shard) and (placement.dim == 0 or x.ndim == 3)
-        spread = spread and x.shape[placement.dim] > 1
-        placed: Tensor = distribute_tensor(x, mesh, [placement if spread else Replicate()])
+        spread = [
+            isinstance(p, Shard) and (p.dim == 0 or x.ndim == 3) and x.shape[p.dim] > 1
+            for p in placements
+        ]
+        own = [p if s else Replicate() for p, s in zip(placements, spread, strict=True)]
+        placed: Tensor = distribute_tensor(x, mesh, own)
         return placed
 
     return Intersection(*(_rebuilt_part(part, place, place) for part in pattern.parts))

@@ -1,18 +1,21 @@
 """How DTensor may shard the registered operators: by batch and by heads, which are independent.
 
 Importing this module registers the rules, each for one mesh dimension: placements of the outputs,
-and of the inputs (None where one is no tensor).
+and of the inputs (None where one is no tensor). Calls that meet a DTensor import it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
+from math import prod
 from typing import Any
 
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from scfa_core.problem import check_layout
+from scfa_core.torch_hashing import ANGULAR_HASH
 from scfa_core.torch_ops import BACKWARD, FORWARD, MAKE_PLAN
 
 Placements = list[Any]
@@ -26,8 +29,17 @@ def _axes(q: Any, k: Any, layout: str) -> list[tuple[int, int]]:
     """
     heads_axis = 2 if check_layout(layout) else 1
     heads, heads_kv = q.shape[heads_axis], k.shape[heads_axis]
-    even = heads == heads_kv or heads_kv % q.mesh.size() == 0
+    even = heads == heads_kv or _splits_evenly(heads_kv, q.mesh.shape)
     return [(0, 0), (heads_axis, 1)] if even else [(0, 0)]
+
+
+def _splits_evenly(size: int, mesh: Sequence[int]) -> bool:
+    """Whether shares of `size` are equal, whichever dimensions of the mesh share it.
+
+    More shares than `size` has are no way to share: DTensor leaves those out.
+    """
+    ways = (prod(dims) for n in range(1, len(mesh) + 1) for dims in combinations(mesh, n))
+    return all(size % ranks == 0 for ranks in ways if ranks <= size)
 
 
 def _plan_placements(placement: Any) -> Placements:
@@ -76,4 +88,27 @@ def _shard_make_plan(
             held.append(Shard(plan_axis) if spread else Replicate())
         outputs = _plan_placements(Shard(plan_axis))
         rules.append((outputs, [Shard(axis), Shard(axis), None, *held, *tail]))
+    return rules
+
+
+@register_sharding(ANGULAR_HASH)
+def _shard_angular_hash(x: Any, directions: Any, center: Any) -> Sequence[Rule]:
+    """Shardings of ``scfa::angular_hash``: its rows are independent, so seqlen may be cut too.
+
+    Tables go with the heads that read them; those of a single head serve every rank whole.
+    """
+    whole = Replicate()
+    tables = [(directions, 1), (center, 0)]  # and the axis of heads
+
+    def held(spread: bool) -> Placements:
+        return [
+            None if y is None else Shard(axis) if spread and y.shape[axis] > 1 else whole
+            for y, axis in tables
+        ]
+
+    rules: list[Rule] = [([whole], [whole, *held(False)])]
+    rules += [([Shard(axis + 1)], [Shard(axis), *held(False)]) for axis in (0, 2)]
+    own = [y.shape[axis] for y, axis in tables if y is not None]
+    if all(n in (1, x.shape[1]) or _splits_evenly(n, x.mesh.shape) for n in own):
+        rules.append(([Shard(2)], [Shard(1), *held(True)]))
     return rules

@@ -140,9 +140,10 @@ def angular_hash(x: Any, directions: Any, center: Any = None) -> Any:
         from scfa_core.torch_hashing import ANGULAR_HASH, hash_rows
 
         center = None if center is None else center.detach()
-        # a DTensor, or another kind of device, finds its way through torch's own operators
-        ours = x.device.type in ("cpu", "cuda", "meta") and not hasattr(x, "placements")
-        hashed = ANGULAR_HASH if ours else hash_rows
+        if hasattr(x, "placements"):  # a DTensor
+            import scfa_core.distributed_rules  # noqa: F401  (registers them)
+        # another kind of device finds its way through torch's own operators
+        hashed = ANGULAR_HASH if x.device.type in ("cpu", "cuda", "meta") else hash_rows
         return hashed(x.detach(), directions.detach(), center)
     if type(x).__module__.startswith("cupy"):
         bucket = _hash_by_kernel(x, directions, center)

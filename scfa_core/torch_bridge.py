@@ -247,6 +247,8 @@ def _traced_plan(
     backend: str | None,
 ) -> tuple[str, Plan]:
     """Name the backend and make the plan by operators; v is k where only planning is asked for."""
+    if hasattr(q, "placements"):  # a DTensor
+        import scfa_core.distributed_rules  # noqa: F401  (registers them)
     facts = (index(q.shape[-1]), index(v.shape[-1]), dtype_name(q.dtype), device_name(q.device))
     if isinstance(pattern, Plan):
         return _name_backend(*facts, backend, pattern.backend), pattern

@@ -144,7 +144,7 @@ class AngularHash(nn.Module):
         for center in self.centers:
             center.move(self.momentum if share is None else share)
         if self.turn is not None:
-            self.turn.copy_(self._turn())
+            _local(self.turn).copy_(self._turn())
 
     def _turn(self) -> Tensor:
         """Inverse root of the covariance that queries and keys have in common, per head.
@@ -156,7 +156,7 @@ class AngularHash(nn.Module):
         one = torch.eye(head_dim, device=self.centers[0].place.device)
         common = torch.zeros_like(one).expand(heads, -1, -1)
         for center in self.centers:
-            common = common + _scaled(center.spread).unflatten(0, (heads, -1)).mean(1)
+            common = common + _scaled(_local(center.spread)).unflatten(0, (heads, -1)).mean(1)
         common = _scaled(common)
         known = common.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] > 0
         common = torch.where(known, common, one)
@@ -171,6 +171,12 @@ class AngularHash(nn.Module):
             f"heads={heads}, head_dim={head_dim}, buckets={self.buckets}, rounds={rounds}, "
             f"redraw={self.redraw}, adapt={self.adapt!r}"
         )
+
+
+def _local(x: Tensor) -> Tensor:
+    """What a replicated DTensor holds, so that every rank takes the same covariances to pieces."""
+    held: Tensor = x.to_local() if hasattr(x, "to_local") else x
+    return held
 
 
 def _scaled(spread: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Two processes equal one: sharded batches, heads and sequences, results and gradients."""
+"""Two and four processes equal one: sharded batches, heads and sequences, results and gradients."""
 
 import os
 import subprocess
@@ -12,12 +12,17 @@ if not torch.distributed.is_available():
 
 import torch.distributed as dist  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor  # noqa: E402
+from torch.distributed.tensor import (  # noqa: E402
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
 
 import scfa_core as scfa  # noqa: E402
-from scfa_core import distributed  # noqa: E402
+from scfa_core import distributed, hashing, nn  # noqa: E402
+from scfa_core.distributed_rules import _splits_evenly  # noqa: E402
 
-RANKS = 2
 SEQLEN = 24
 
 
@@ -65,11 +70,53 @@ def whole(pattern, heads_kv=2):
 
 
 def through_dtensor(pattern, mesh, placement):
-    *tensors, dout = (distribute_tensor(x, mesh, [placement]) for x in draw())
+    placement = placement if isinstance(placement, tuple) else (placement,)
+    *tensors, dout = (distribute_tensor(x, mesh, placement) for x in draw())
     pattern = distributed.distribute_pattern(pattern, mesh, placement)
     results = gradients(lambda q, k, v: scfa.attention(q, k, v, pattern), tensors, dout)
-    assert all(x.placements == (placement,) for x in results)
+    assert all(x.placements == placement for x in results)
     return [x.full_tensor() for x in results]
+
+
+HASHES = {  # heads of the rows, the directions, the center; can a share of the heads stay?
+    "tables of each head": (4, 4, 4, True),
+    "tables shared by two heads": (4, 2, None, True),
+    "one table for all": (4, 1, 2, True),
+    "tables shared across ranks": (6, 3, None, False),
+}
+
+
+def rows_to_hash(name):
+    """Rows, directions and center of a case."""
+    heads, own, middle, _ = HASHES[name]
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(2, heads, SEQLEN, 16, generator=generator)
+    table = torch.from_numpy(hashing.random_directions(own, 16, 8, rounds=3, seed=4))
+    return x, table, None if middle is None else torch.randn(middle, 16, generator=generator)
+
+
+def hash_through_dtensor(name, mesh, placement):
+    """Buckets, and how they lie."""
+    placement = placement if isinstance(placement, tuple) else (placement,)
+    everywhere = [Replicate()] * mesh.ndim
+    x, *tables = rows_to_hash(name)
+    x = distribute_tensor(x, mesh, placement)
+    tables = [None if y is None else distribute_tensor(y, mesh, everywhere) for y in tables]
+    bucket = hashing.angular_hash(x, *tables)
+    return bucket.full_tensor(), str(bucket.placements)
+
+
+def whitened(x, place):
+    """Buckets of an adapting hash that saw the same rows twice; `place` puts tensors on a mesh."""
+    own = place(nn.AngularHash(4, 16, 8, seed=3, adapt="whiten"))
+    own(x)
+    own.move_centers()
+    return own(x)[0]
+
+
+def whiten_through_dtensor(mesh, placement):
+    x = distribute_tensor(draw()[0].float() + 2, mesh, [placement])
+    return whitened(x, lambda module: distribute_module(module, mesh)).full_tensor()
 
 
 def through_sequence(attend, rows, heads_kv=2):
@@ -80,14 +127,44 @@ def through_sequence(attend, rows, heads_kv=2):
     return [distributed._gather(x, 2, None).index_select(2, order) for x in results]
 
 
-def work(rank, folder):
+def work(rank, ranks, folder):
     """One process: every case of the tests below; the first writes down what it got."""
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
-    mesh = init_device_mesh("cpu", (RANKS,))
+    store = dist.FileStore(f"{folder}/store", ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    results = in_a_line(rank, ranks) if ranks == 2 else in_a_square(rank, ranks)
+    if rank == 0:
+        torch.save(results, f"{folder}/results.pt")
+    dist.barrier()  # all ranks are done with each other
+    dist.destroy_process_group()
+
+
+def in_a_square(rank, ranks):
+    """Batches along one side of the mesh, heads along the other; sequences over all ranks."""
+    mesh, sides = init_device_mesh("cpu", (2, 2)), (Shard(0), Shard(1))
+    mine = torch.arange(SEQLEN).view(ranks, -1)[rank]
+    zigzag = distributed.zigzag_rows(SEQLEN)
     results = {}
-    mine = torch.arange(SEQLEN).view(RANKS, -1)[rank]
+    for name in ("hash", "mixed"):
+        pattern = patterns()[name]
+        results[name, "square"] = through_dtensor(pattern, mesh, sides)
+        results[name, "zigzag"] = through_sequence(
+            lambda q, k, v, p=pattern: distributed.gathered_attention(q, k, v, p, rows=zigzag),
+            zigzag,
+        )
+        pattern = patterns(4)[name]
+        results[name, "ulysses"] = through_sequence(
+            lambda q, k, v, p=pattern: distributed.ulysses_attention(q, k, v, p), mine, 4
+        )
+    results["bucket"] = hash_through_dtensor("tables shared by two heads", mesh, sides)
+    return results
+
+
+def in_a_line(rank, ranks):
+    """Every way of sharding along one dimension."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    results = {}
+    mine = torch.arange(SEQLEN).view(ranks, -1)[rank]
     zigzag = distributed.zigzag_rows(SEQLEN)
     for name, pattern in patterns().items():
         for placement in (Shard(0), Shard(1), Replicate()):
@@ -102,6 +179,10 @@ def work(rank, folder):
                 ),
                 mine if rows is None else rows,
             )
+    for placement in (Shard(0), Shard(1), Shard(2), Replicate()):
+        for name in HASHES:
+            results[name, str(placement)] = hash_through_dtensor(name, mesh, placement)
+        results["whiten", str(placement)] = whiten_through_dtensor(mesh, placement)
     results["called"] = through_sequence(
         lambda q, k, v: distributed.ulysses_attention(
             q, k, v, lambda q, k: scfa.HashSparse(*((x[..., 0] > 0).long() for x in (q, k)))
@@ -116,18 +197,14 @@ def work(rank, folder):
         distributed.ulysses_attention(*tensors, scfa.Causal())
     except scfa.ShapeError as error:
         results["refused"] = str(error)
-    if rank == 0:
-        torch.save(results, f"{folder}/results.pt")
-    dist.barrier()  # all ranks are done with each other
-    dist.destroy_process_group()
+    return results
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
+def run_ranks(folder, ranks):
+    """What the first of `ranks` processes wrote down."""
     workers = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(folder)])
-        for rank in range(RANKS)
+        subprocess.Popen([sys.executable, __file__, str(rank), str(ranks), str(folder)])
+        for rank in range(ranks)
     ]
     try:
         codes = [worker.wait(timeout=300) for worker in workers]
@@ -135,8 +212,18 @@ def results(tmp_path_factory):
         for worker in workers:
             worker.kill()
             worker.wait()
-    assert codes == [0] * RANKS
+    assert codes == [0] * ranks
     return torch.load(folder / "results.pt")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return run_ranks(tmp_path_factory.mktemp("line"), 2)
+
+
+@pytest.fixture(scope="module")
+def square(tmp_path_factory):
+    return run_ranks(tmp_path_factory.mktemp("square"), 4)
 
 
 WAYS = [str(Shard(0)), str(Shard(1)), str(Replicate()), "ulysses", "consecutive", "zigzag"]
@@ -148,6 +235,66 @@ WAYS = [str(Shard(0)), str(Shard(1)), str(Replicate()), "ulysses", "consecutive"
 def test_every_way_of_sharding_equals_one_process(results, name, way):
     for mine, right in zip(results[name, way], whole(patterns()[name]), strict=True):
         torch.testing.assert_close(mine, right, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["square", "zigzag", "ulysses"])
+@pytest.mark.parametrize("name", ["hash", "mixed"])
+def test_four_processes_equal_one(square, name, way):
+    heads_kv = 4 if way == "ulysses" else 2
+    right = whole(patterns(heads_kv)[name], heads_kv)
+    for mine, one in zip(square[name, way], right, strict=True):
+        torch.testing.assert_close(mine, one, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", [Shard(0), Shard(1), Shard(2), Replicate()], ids=str)
+@pytest.mark.parametrize("name", HASHES)
+def test_sharded_rows_hash_as_whole_ones(results, name, placement):
+    bucket, lies = results[name, str(placement)]
+    assert torch.equal(bucket, hashing.angular_hash(*rows_to_hash(name)))
+    if isinstance(placement, Replicate):
+        assert lies == str((placement,))
+    elif placement.dim != 1 or HASHES[name][-1]:  # nothing was gathered
+        assert lies == str((Shard(placement.dim + 1),))
+
+
+@pytest.mark.slow
+def test_rows_hash_on_a_square(square):
+    bucket, lies = square["bucket"]
+    assert torch.equal(bucket, hashing.angular_hash(*rows_to_hash("tables shared by two heads")))
+    assert lies == str((Shard(1), Shard(2)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", [Shard(0), Shard(1), Shard(2), Replicate()], ids=str)
+def test_a_hash_adapts_to_sharded_rows(results, placement):
+    right = whitened(draw()[0].float() + 2, lambda module: module)
+    same = results["whiten", str(placement)] == right
+    assert same.float().mean() > 0.99  # means of shares sum in another order
+
+
+def test_shares_are_equal_or_none():
+    for size, mesh, even in (
+        (8, (8, 8), True),  # 64 shares of 8 heads are no way to share
+        (6, (2, 2), False),  # 4 shares of 6 heads
+        (2, (2, 2), True),
+        (3, (2,), False),
+        (1, (2, 4), True),
+    ):
+        assert _splits_evenly(size, mesh) is even
+
+
+def test_a_pattern_goes_on_a_mesh_by_batch_or_heads(tmp_path):
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for wrong in (Shard(2), Shard(3), [Shard(0), Shard(1)], []):
+            with pytest.raises(scfa.PatternError, match="1 dimensions"):
+                distributed.distribute_pattern(patterns()["hash"], mesh, wrong)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.slow
@@ -180,5 +327,5 @@ def test_bottom_right_queries():
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]), sys.argv[2])
+    work(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
     os._exit(0)  # a thread of gloo that wants the GIL while Python finalizes aborts the process
