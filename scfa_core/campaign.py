@@ -345,26 +345,27 @@ def _torch_ways(device: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return to_device, lambda x: x.detach().double().cpu().numpy()
 
 
-def verify_deep(backend: str, seed: int, *, most_rows: int, dtypes: tuple[str, ...]) -> Finding:
+def verify_deep(
+    backend: str,
+    seed: int,
+    *,
+    most_rows: int,
+    dtypes: tuple[str, ...],
+    against: str | None = None,
+) -> Finding:
     """Run one problem forward and backward, hold everything against truth and reference plan."""
-    from scfa_core.verify import Finding, crash, plan_differences
+    from scfa_core.verify import hold
 
     problem = draw(seed, most_rows=most_rows, dtypes=dtypes)
-    told = f" (views of q, k, v, dout: {problem.views})"
-    try:
-        got, plan = run(problem, backend)
-        if problem.dense:
-            verdicts = testing.judge(problem.case, got)
-        else:
-            verdicts = sampled_verdicts(problem.case, got, plan)
-        complaints = [
-            f"{v.name}: {max(v.max_ratio, v.norm_ratio):.2f} of the allowed error; {v.detail}"
-            for v in verdicts
-            if not v.ok
-        ]
-        complaints += plan_differences(problem.case, plan)
-        worst = max(max(v.max_ratio, v.norm_ratio) for v in verdicts)
-    except Exception as error:  # one bad problem must not hide its seed
-        return crash(error, problem.case.spec, told)
-    complaints = [text + told for text in complaints]
-    return Finding(seed, problem.case.spec, worst, tuple(complaints))
+    case = problem.case
+
+    def judge(got: Results, plan: dict[str, np.ndarray]) -> list[testing.Verdict]:
+        return testing.judge(case, got) if problem.dense else sampled_verdicts(case, got, plan)
+
+    return hold(
+        case,
+        (backend, against),
+        run=lambda name: run(problem, name),
+        judge=judge,
+        told=f" (views of q, k, v, dout: {problem.views})",
+    )

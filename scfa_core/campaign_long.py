@@ -18,9 +18,9 @@ from scfa_core import patterns as pt
 from scfa_core.campaign import DeepProblem, Shapes
 from scfa_core.campaign_blocks import Answers, count_visible, evaluate, numbers_on
 from scfa_core.campaign_judge import visible
-from scfa_core.dispatch import load_backend
 from scfa_core.reference.backend import narrow
 from scfa_core.testing import Case, Part, Results, Spec, Verdict
+from scfa_core.verify_against import on_host
 
 if TYPE_CHECKING:
     from scfa_core.verify import Finding
@@ -38,15 +38,6 @@ LOOKED_AT = 64  # queries of each head from which the pairs are estimated
 DRAWS = 30
 SINK_EVERY, SINK_LEAD = 4096, 17.0  # keys, and nats by which their scores lead all others
 STRETCH, STRETCH_OF_LSE = 512, 4096  # rows judged together: never fewer than SMALL entries
-
-
-def pairs_of(backend: str) -> int:
-    """Visible pairs that a problem for `backend` may have: the judge computes where it does."""
-    return HOST_PAIRS if _on_host(backend) else CUDA_PAIRS
-
-
-def _on_host(backend: str) -> bool:
-    return getattr(load_backend(backend), "memory", "host") == "host"
 
 
 def _length(rng: np.random.Generator, most: int) -> int:
@@ -204,33 +195,40 @@ def count_verdict(case: Case, plan: dict[str, np.ndarray], counts: np.ndarray) -
     return Verdict("plan", *((np.inf,) * 2 if wrong else (0.0, 0.0)), f"{wrong} queries see others")
 
 
-def verify_long(backend: str, seed: int, *, most_rows: int, dtypes: tuple[str, ...]) -> Finding:
+def verify_long(
+    backend: str,
+    seed: int,
+    *,
+    most_rows: int,
+    dtypes: tuple[str, ...],
+    against: str | None = None,
+) -> Finding:
     """Run one problem forward and backward, hold everything against truth and reference plan."""
-    from scfa_core.verify import Finding, carried_pattern, crash, plan_differences
+    from scfa_core.verify import carried_pattern, crash, hold
 
-    most_pairs = pairs_of(backend)
+    host = on_host(*(name for name in (backend, against) if name is not None))
+    most_pairs = HOST_PAIRS if host else CUDA_PAIRS
     problem = draw(seed, most_rows=most_rows, most_pairs=most_pairs, dtypes=dtypes)
     case, spec = problem.case, problem.case.spec
     told = f" (views of q, k, v, dout: {problem.views})"
     try:
-        numbers = numbers_on("numpy" if _on_host(backend) else "cuda", spec.dtype)
+        numbers = numbers_on("numpy" if host else "cuda", spec.dtype)
         pattern = carried_pattern(case.pattern, numbers.integers)
         counts, seen = count_visible(numbers, pattern, spec)
         if spec.poison:
             case = poisoned(case, counts, seen)
             problem = replace(problem, case=case)
-        got, plan = campaign.run(problem, backend)
-        verdicts = [
-            count_verdict(case, plan, counts),
-            *stretch_verdicts(case, got, evaluate(numbers, case, pattern)),
-        ]
-        complaints = [
-            f"{v.name}: {max(v.max_ratio, v.norm_ratio):.2f} of the allowed error; {v.detail}"
-            for v in verdicts
-            if not v.ok
-        ]
-        complaints += plan_differences(case, plan)
-        worst = max(max(v.max_ratio, v.norm_ratio) for v in verdicts)
+        answers = evaluate(numbers, case, pattern)
     except Exception as error:  # one bad problem must not hide its seed
         return crash(error, spec, told)
-    return Finding(seed, spec, worst, tuple(text + told for text in complaints))
+    return hold(
+        case,
+        (backend, against),
+        run=lambda name: campaign.run(problem, name),
+        judge=lambda got, plan: [
+            count_verdict(case, plan, counts),
+            *stretch_verdicts(case, got, answers),
+        ],
+        answers=answers,
+        told=told,
+    )

@@ -90,6 +90,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     verify = commands.add_parser("verify", help="random problems against the reference")
     verify.add_argument("--backend", choices=BACKEND_NAMES, default="numba-cpu")
+    verify.add_argument(
+        "--against",
+        choices=BACKEND_NAMES,
+        metavar="BACKEND",
+        help="a second one: each is held against the reference, and both against each other",
+    )
     verify.add_argument("--seed", type=_whole(0), default=0, help="first seed (%(default)s)")
     verify.add_argument("--count", type=_whole(1), default=100, help="problems (%(default)s)")
     verify.add_argument(
@@ -214,6 +220,7 @@ def run_verify(options: argparse.Namespace, terminal: Terminal) -> int:
 
     findings = verify(
         options.backend,
+        against=options.against,
         seed=options.seed,
         count=options.count,
         rows=options.rows,
@@ -224,7 +231,8 @@ def run_verify(options: argparse.Namespace, terminal: Terminal) -> int:
         workers=options.workers,
     )
     seen = Summary()
-    with terminal.progress(f"verify {options.backend}", options.count) as progress:
+    name = options.backend + (f" against {options.against}" if options.against else "")
+    with terminal.progress(f"verify {name}", options.count) as progress:
         for finding in findings:
             seen.add(finding)
             progress.advance(
@@ -236,11 +244,18 @@ def run_verify(options: argparse.Namespace, terminal: Terminal) -> int:
             terminal.print(f"  {complaint}")
         terminal.print(f"  reproduce: {reproduction(options, finding.seed)}")
     terminal.print(
-        f"{options.backend}: {seen.done} problems from seed {options.seed}, "
-        f"{len(seen.failed)} failed; largest error of the others {seen.worst:.2f} of the allowed"
+        f"{name}: {seen.done} problems from seed {options.seed}, {len(seen.failed)} failed; "
+        f"largest error of the others {seen.worst:.2f} of the allowed"
+        + (f", largest difference {seen.apart:.2f}" if options.against else "")
     )
     if options.json:
-        content = {"command": reproduction(options, None), "card": card_name(options.backend)}
+        content = {
+            "command": reproduction(options, None),
+            "backend": options.backend,
+            "against": options.against,
+            "card": card_name(options.backend)
+            or (card_name(options.against) if options.against else None),
+        }
         write_json(options.json, content | seen.as_json())
     return 1 if seen.failed else 0
 
@@ -269,7 +284,9 @@ def write_json(path: str, content: dict[str, Any]) -> None:
 def reproduction(options: argparse.Namespace, seed: int | None) -> str:
     """The one line that runs one problem of `scfa verify` again; all of them if `seed` is None."""
     first, count = (options.seed, options.count) if seed is None else (seed, 1)
-    line = f"scfa verify --backend {options.backend} --seed {first} --count {count}"
+    line = f"scfa verify --backend {options.backend}"
+    line += f" --against {options.against}" if options.against else ""
+    line += f" --seed {first} --count {count}"
     line += " --deep" if options.deep else ""
     line += f" --long {options.long}" if options.long else ""
     line += f" --rows {options.rows}" if options.rows else ""

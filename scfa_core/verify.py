@@ -1,7 +1,9 @@
 """Random problems on one backend against the reference: what ``scfa verify`` runs.
 
 The truth comes from the dense mask in float64 (`testing.truth`), never from a plan; the plan is
-compared entry by entry with the reference planner's. One seed is one problem, on every machine.
+compared entry by entry with the reference planner's. With two backends each is held against the
+truth, and then the one against the other (`verify_against`). One seed is one problem, on every
+machine.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +22,10 @@ from scfa_core import testing
 from scfa_core.api import attention, attention_backward, make_plan
 from scfa_core.dispatch import check_name, load_backend, unavailable_reason
 from scfa_core.errors import BackendUnavailable, ScfaError, UnknownBackend
+from scfa_core.verify_against import Fields, allowances_of, differing_entries, on_host, row_verdicts
+
+if TYPE_CHECKING:
+    from scfa_core.campaign_blocks import Answers
 
 HOST_DTYPES = ("float32", "float64", "float16", "bfloat16")
 CUDA_DTYPES = ("float16", "bfloat16", "float32")
@@ -29,13 +35,17 @@ DEFAULT_ROWS = 200
 
 @dataclass(frozen=True)
 class Finding:
-    """What one seed gave: no `complaints` if all is well; `worst` is error over allowed error."""
+    """What one seed gave: no `complaints` if all is well.
+
+    `worst` is error over allowed error, `apart` the same of the difference of two backends.
+    """
 
     seed: int
     spec: testing.Spec
     worst: float
     complaints: tuple[str, ...]
     fatal: bool = False  # nothing after it can run in this process
+    apart: float = 0.0
 
 
 class Summary:
@@ -43,7 +53,7 @@ class Summary:
 
     def __init__(self) -> None:
         self.done = 0
-        self.worst = 0.0  # of those that did not fail
+        self.worst = self.apart = 0.0  # of those that did not fail
         self.longest = 0  # seqlen
         self.seeds: tuple[int, int] | None = None  # first and last
         self.failed: list[Finding] = []
@@ -58,6 +68,7 @@ class Summary:
             self.failed.append(finding)
             return
         self.worst = max(self.worst, finding.worst)
+        self.apart = max(self.apart, finding.apart)
         for kind, name in (
             ("dtypes", finding.spec.dtype),
             ("patterns", finding.spec.parts[0].kind),
@@ -75,6 +86,7 @@ class Summary:
                 for x in self.failed
             ],
             "largest error of the allowed": round(self.worst, 3),
+            "largest difference of the allowed": round(self.apart, 3),
             "longest seqlen": self.longest,
         } | {
             kind: {
@@ -85,20 +97,28 @@ class Summary:
         }
 
 
-def drawn_dtypes(backend: str) -> tuple[str, ...]:
-    """The element types drawn for `backend`: on nothing else, so that seeds keep their meaning."""
-    check_name(backend)
-    if backend == "auto":
-        raise UnknownBackend("verify needs the name of one backend, got 'auto'")
-    found = load_backend(backend)
-    if isinstance(found, str):
-        raise BackendUnavailable(f"backend {backend!r} {found}")
-    return HOST_DTYPES if found.memory == "host" else CUDA_DTYPES
+def drawn_dtypes(*backends: str) -> tuple[str, ...]:
+    """The element types that all of the backends are given.
+
+    They depend on nothing else, so that seeds keep their meaning.
+    """
+    dtypes = HOST_DTYPES
+    for backend in backends:
+        check_name(backend)
+        if backend == "auto":
+            raise UnknownBackend("verify needs the name of one backend, got 'auto'")
+        found = load_backend(backend)
+        if isinstance(found, str):
+            raise BackendUnavailable(f"backend {backend!r} {found}")
+        if found.memory != "host":
+            dtypes = CUDA_DTYPES
+    return dtypes
 
 
 def verify(
     backend: str,
     *,
+    against: str | None = None,
     seed: int = 0,
     count: int = 100,
     rows: int | None = None,
@@ -116,6 +136,8 @@ def verify(
     ----------
     backend : str
         Name of one backend, not ``auto``.
+    against : str, optional
+        Name of another: it computes every problem too, and both must agree.
     seed, count : int
         Seeds ``seed .. seed + count - 1``.
     rows : int, optional
@@ -136,16 +158,30 @@ def verify(
     UnknownBackend, BackendUnavailable
         No such backend, or it cannot run here.
     ScfaError
-        A worker died; or long problems without deep ones.
+        A worker died; or long problems without deep ones; or a backend against itself.
     """
     if long and not deep:
         raise ScfaError("long problems are structured ones: ask for deep problems too (--deep)")
-    dtypes = drawn_dtypes(backend) if dtype is None else (dtype,)
-    reason = unavailable_reason(backend)
-    if reason is not None:
-        raise BackendUnavailable(f"backend {backend!r} cannot run here: {reason}")
+    if backend == against:
+        raise ScfaError(
+            f"backend {backend!r} always agrees with itself; compare it with another (--against)"
+        )
+    backends = (backend,) if against is None else (backend, against)
+    dtypes = drawn_dtypes(*backends) if dtype is None else (dtype,)
+    for name in backends:
+        reason = unavailable_reason(name)
+        if reason is not None:
+            raise BackendUnavailable(f"backend {name!r} cannot run here: {reason}")
     deadline = None if time_budget is None else time.monotonic() + time_budget
-    task = partial(verify_seed, backend=backend, rows=rows, dtypes=dtypes, deep=deep, long=long)
+    task = partial(
+        verify_seed,
+        backend=backend,
+        against=against,
+        rows=rows,
+        dtypes=dtypes,
+        deep=deep,
+        long=long,
+    )
     seeds = range(seed, seed + count)
     if workers > 1:
         from scfa_core.verify_workers import in_processes
@@ -176,36 +212,96 @@ def verify_seed(
     dtypes: tuple[str, ...],
     deep: bool,
     long: int = 0,
+    against: str | None = None,
 ) -> Finding:
     """Draw the problem of one seed, and run it."""
+    two: dict[str, Any] = {"dtypes": dtypes, "against": against}
     if deep and long and seed % long == 0:
         from scfa_core.campaign_long import LONG_ROWS, verify_long
 
-        return verify_long(backend, seed, most_rows=rows or LONG_ROWS, dtypes=dtypes)
+        return verify_long(backend, seed, most_rows=rows or LONG_ROWS, **two)
     if deep:
         from scfa_core.campaign import DEEP_ROWS, verify_deep
 
-        return verify_deep(backend, seed, most_rows=rows or DEEP_ROWS, dtypes=dtypes)
+        return verify_deep(backend, seed, most_rows=rows or DEEP_ROWS, **two)
     spec = testing.random_spec(seed, most_rows=rows or DEFAULT_ROWS, dtypes=dtypes)
-    return verify_one(backend, spec)
+    return verify_one(backend, spec, against)
 
 
-def verify_one(backend: str, spec: testing.Spec) -> Finding:
+def verify_one(backend: str, spec: testing.Spec, against: str | None = None) -> Finding:
     """Run one problem forward and backward, and hold everything against the truth."""
     case = testing.build(spec)
+    return hold(
+        case,
+        (backend, against),
+        run=lambda name: run_case(case, name),
+        judge=lambda got, _: testing.judge(case, got),
+    )
+
+
+def hold(
+    case: testing.Case,
+    backends: tuple[str, str | None],
+    *,
+    run: Callable[[str], tuple[testing.Results, Fields]],
+    judge: Callable[[testing.Results, Fields], list[testing.Verdict]],
+    answers: Answers | None = None,
+    told: str = "",
+) -> Finding:
+    """Hold what one backend, or each of two, makes of a problem against the truth; then the two.
+
+    Parameters
+    ----------
+    backends : (str, str or None)
+        The second one, if there is one, is compared with the first.
+    run, judge : callable
+        Results and plan of a backend; the verdicts on these.
+    answers : Answers, optional
+        For the comparison, if they are at hand.
+    told : str
+        Ends every complaint.
+    """
+    names = [name for name in backends if name is not None]
+    ran: list[tuple[testing.Results, Fields]] = []
+    complaints: list[str] = []
+    worst = apart = 0.0
     try:
-        got, plan = run_case(case, backend)
-        verdicts = testing.judge(case, got)
-        complaints = [
-            f"{v.name}: {max(v.max_ratio, v.norm_ratio):.2f} of the allowed error; {v.detail}"
-            for v in verdicts
-            if not v.ok
-        ]
-        complaints += plan_differences(case, plan)
-        worst = max((max(v.max_ratio, v.norm_ratio) for v in verdicts), default=0.0)
+        right = reference_fields(case)
+        for name in names:
+            got, plan = run(name)
+            ran.append((got, plan))
+            verdicts = judge(got, plan)
+            found = [
+                f"{v.name}: {_ratio(v):.2f} of the allowed error; {v.detail}"
+                for v in verdicts
+                if not v.ok
+            ]
+            found += plan_differences(case, plan, right)
+            complaints += found if len(names) == 1 else [f"{name}: {text}" for text in found]
+            worst = max([worst, *map(_ratio, verdicts)])
+        if len(names) == 2:
+            (one, one_plan), (two, two_plan) = ran
+            if answers is None:
+                answers = allowances_of(case, "numpy" if on_host(*names) else "cuda")
+            verdicts = row_verdicts(case, one, two, answers)
+            found = [
+                f"{v.name}: {_ratio(v):.2f} of the allowed difference; {v.detail}"
+                for v in verdicts
+                if not v.ok
+            ]
+            found += differing_entries(one_plan, two_plan)
+            complaints += [f"{names[0]} against {names[1]}: {text}" for text in found]
+            apart = max(map(_ratio, verdicts))
     except Exception as error:  # one bad problem must not hide its seed
-        return crash(error, spec)
-    return Finding(spec.seed, spec, worst, tuple(complaints))
+        which = f" (on {names[len(ran)]})" if len(names) == 2 and len(ran) < 2 else ""
+        return crash(error, case.spec, which + told)
+    return Finding(
+        case.spec.seed, case.spec, worst, tuple(x + told for x in complaints), apart=apart
+    )
+
+
+def _ratio(verdict: testing.Verdict) -> float:
+    return max(verdict.max_ratio, verdict.norm_ratio)
 
 
 def crash(error: Exception, spec: testing.Spec, told: str = "") -> Finding:
@@ -229,22 +325,21 @@ def broken_context() -> str | None:
     return None
 
 
-def plan_differences(case: testing.Case, plan: dict[str, np.ndarray]) -> list[str]:
-    """Fields in which the backend's plan is not the reference planner's."""
+def reference_fields(case: testing.Case) -> Fields:
+    """The reference planner's plan of a problem."""
     size = (case.spec.batch, case.spec.heads, case.spec.seqlen_q, case.spec.head_dim)
     size_kv = (case.spec.batch, case.spec.heads_kv, case.spec.seqlen_k, case.spec.head_dim)
     q, k = np.zeros(size, np.float32), np.zeros(size_kv, np.float32)
-    right = make_plan(case.pattern, q, k, backend="reference")
-    wrong = []
-    for name in PLAN_FIELDS:
-        expected = getattr(right, name)
-        differ = int((plan[name] != expected).sum())
-        if differ:
-            wrong.append(f"plan.{name}: {differ} of {expected.size} entries differ")
-    return wrong
+    plan = make_plan(case.pattern, q, k, backend="reference")
+    return {name: getattr(plan, name) for name in PLAN_FIELDS}
 
 
-def run_case(case: testing.Case, backend: str) -> tuple[testing.Results, dict[str, np.ndarray]]:
+def plan_differences(case: testing.Case, plan: Fields, right: Fields | None = None) -> list[str]:
+    """Fields in which the backend's plan is not the reference planner's (`right`, if at hand)."""
+    return differing_entries(plan, reference_fields(case) if right is None else right)
+
+
+def run_case(case: testing.Case, backend: str) -> tuple[testing.Results, Fields]:
     """Run `case` through the public API on arrays that the backend takes, all back in float64."""
     on_host = getattr(load_backend(backend), "memory", "host") == "host"
     if on_host and case.spec.dtype != "bfloat16":
@@ -260,9 +355,7 @@ def run_case(case: testing.Case, backend: str) -> tuple[testing.Results, dict[st
     return _run_cupy(case, backend)
 
 
-def _run_torch(
-    case: testing.Case, backend: str, device: str
-) -> tuple[testing.Results, dict[str, np.ndarray]]:
+def _run_torch(case: testing.Case, backend: str, device: str) -> tuple[testing.Results, Fields]:
     import torch
 
     def tensor(x: np.ndarray) -> Any:
@@ -273,7 +366,7 @@ def _run_torch(
     return _run(case, backend, tensor, lambda x: x.detach().double().cpu().numpy())
 
 
-def _run_cupy(case: testing.Case, backend: str) -> tuple[testing.Results, dict[str, np.ndarray]]:
+def _run_cupy(case: testing.Case, backend: str) -> tuple[testing.Results, Fields]:
     import cupy
 
     if case.spec.dtype == "bfloat16":
@@ -283,7 +376,7 @@ def _run_cupy(case: testing.Case, backend: str) -> tuple[testing.Results, dict[s
 
 def _run(
     case: testing.Case, backend: str, to_device: Any, to_host: Any
-) -> tuple[testing.Results, dict[str, np.ndarray]]:
+) -> tuple[testing.Results, Fields]:
     """Carry a case over to a library, call, and bring everything back."""
     spec = case.spec
     options: dict[str, Any] = {"layout": spec.layout, "backend": backend}
