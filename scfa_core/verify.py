@@ -102,7 +102,7 @@ def drawn_dtypes(*backends: str) -> tuple[str, ...]:
 
     They depend on nothing else, so that seeds keep their meaning.
     """
-    dtypes = HOST_DTYPES
+    dtypes: tuple[str, ...] = HOST_DTYPES
     for backend in backends:
         check_name(backend)
         if backend == "auto":
