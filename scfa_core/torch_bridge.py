@@ -23,8 +23,10 @@ from scfa_core.torch_calls import (
     NativePlan,
     Seven,
     check_backward,
+    count_changes,
     find_call,
     native_plan,
+    refuse_changed,
     run_backward,
     run_forward,
 )
@@ -58,7 +60,7 @@ def attention(
     backend: str | None = None,
 ) -> Any:
     """`scfa_core.attention` on torch tensors; gradients flow to q, k and v, from out and lse."""
-    eager = _is_plain(q, k, v)
+    eager = _is_plain(q, k, v) and _holds_plain(pattern)
     if not eager:
         one_framework(q, k=k, v=v)
     kind = "cuda" if q.is_cuda else q.device.type
@@ -90,7 +92,7 @@ def attention_backward(
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`scfa_core.attention_backward` on torch tensors."""
-    plain = _is_plain(q, k, v) and _is_plain(dout, out, lse)
+    plain = _is_plain(q, k, v) and _is_plain(dout, out, lse) and _holds_plain(pattern)
     if not plain:
         one_framework(q, k=k, v=v, dout=dout, out=out, lse=lse)
     if not plain or _wants_gradient(dout, q, k, v):
@@ -115,7 +117,7 @@ def make_plan(
 ) -> Plan:
     """`scfa_core.make_plan` for torch tensors."""
     _require_pattern(pattern)
-    if not _is_plain(q, k, k):
+    if not (_is_plain(q, k, k) and _holds_plain(pattern)):
         one_framework(q, k=k)
         return _traced_plan(q, k, k, pattern, layout, backend)[1]
     call = find_call(q, k, k, None, layout, True, requested_backend(backend))
@@ -139,6 +141,20 @@ def _is_plain(q: Any, k: Any, v: Any) -> bool:
         and not q.is_meta
         and not (q.is_neg() or k.is_neg() or v.is_neg())  # a lazy minus sign is not in memory
     )
+
+
+def _holds_plain(pattern: Any) -> bool:
+    """Whether what `pattern` holds of tensors are ordinary ones; the door judges what is none."""
+    if type(pattern) is Plan:
+        return type(pattern.q_index) is torch.Tensor
+    if not isinstance(pattern, Pattern):
+        return True
+    for part in pattern.parts:
+        for name in type(part).__slots__:
+            x = getattr(part, name)
+            if isinstance(x, torch.Tensor) and type(x) is not torch.Tensor:
+                return False
+    return True
 
 
 def _refuse_tangents(*tensors: Any) -> None:
@@ -195,7 +211,7 @@ class ScfaAttention(torch.autograd.Function):
     """Autograd node of an eager call; traced calls have the operator's own.
 
     A plan made for this call alone is saved like any activation (checkpointing drops and remakes
-    it); a plan given by the caller is only referred to.
+    it); a plan given by the caller is only referred to, and must stay as it is.
     """
 
     @staticmethod
@@ -212,6 +228,7 @@ class ScfaAttention(torch.autograd.Function):
         out, lse = run_forward(call, arrays, q, k, v)
         ctx.save_for_backward(q, k, v, out, lse, *own)
         ctx.call, ctx.given, ctx.monotone = call, given, arrays.monotone
+        ctx.changes = 0 if given is None else count_changes(given)
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -225,6 +242,8 @@ class ScfaAttention(torch.autograd.Function):
             return (None, None, None, *nothing)
         dout = torch.zeros_like(out) if dout is None else dout
         call, given = ctx.call, ctx.given
+        if given is not None:
+            refuse_changed(given, ctx.changes)
         if torch.is_grad_enabled() or not (_is_plain(dout, q, out) and _is_plain(k, v, lse)):
             plan = own_plan_tensors(own, call) if given is None else given.arrays
             scale, deterministic = call.problem.softmax_scale, call.problem.deterministic

@@ -12,6 +12,7 @@ from scfa_core.merging import merge_attention
 from scfa_core.patterns import Pattern
 from scfa_core.plan import Plan
 from scfa_core.torch_bridge import _AUTOCAST_KINDS, _autocast
+from scfa_core.torch_calls import count_changes, refuse_changed
 from scfa_core.torch_transforms import functorch_is_active
 
 
@@ -69,6 +70,7 @@ class _Union(torch.autograd.Function):
         out, lse = _merged(q, k, v, plans, options)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plans, ctx.options = plans, options
+        ctx.changes = [count_changes(plan) for plan in plans]
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -77,7 +79,8 @@ class _Union(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         wide = torch.promote_types(q.dtype, torch.float32)
         sums: list[Tensor] = []
-        for plan in ctx.plans:
+        for plan, changes in zip(ctx.plans, ctx.changes, strict=True):
+            refuse_changed(plan, changes)
             grads = attention_backward(dout, q, k, v, out, lse, plan, **ctx.options)
             if sums:
                 for total, grad in zip(sums, grads, strict=True):

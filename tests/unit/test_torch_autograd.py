@@ -9,6 +9,8 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import scfa_core as scfa  # noqa: E402
 from scfa_core import torch_bridge  # noqa: E402
+from scfa_core.merging import attention_over  # noqa: E402
+from scfa_core.plan import PlanArrays  # noqa: E402
 
 # torch's own modules warn when torch.func first imports them.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
@@ -73,8 +75,16 @@ def way(request, monkeypatch):
         monkeypatch.setattr(torch_bridge, "_is_plain", lambda *tensors: False)
 
 
-def attend(q, k, v, pattern=PATTERNS["hash"], **options):
-    return scfa.attention(q, k, v, pattern, backend=BACKEND, **options)
+def attend(q, k, v, pattern=PATTERNS["hash"], backend=BACKEND, **options):
+    return scfa.attention(q, k, v, pattern, backend=backend, **options)
+
+
+def attend_over(q, k, v, pattern, backend):
+    return attention_over(q, k, v, [pattern], backend=backend)
+
+
+def attend_checkpointed(q, k, v, pattern, backend):
+    return checkpoint(attend, q, k, v, pattern, backend, use_reentrant=False)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -173,6 +183,28 @@ def test_own_plan_is_an_activation_and_a_given_one_is_not():
         attend(q, k, v, scfa.make_plan(PATTERNS["hash"], q, k, backend=BACKEND))
     assert own == 7
     assert torch.int32 not in saved
+
+
+@pytest.mark.parametrize("name", PlanArrays._fields[:6])
+@pytest.mark.parametrize("how", [attend, attend_over, attend_checkpointed])
+def test_a_plan_changed_before_backward_is_noticed(name, how):
+    q, k, v = tensors(torch.float32)
+    plan = scfa.make_plan(PATTERNS["hash"], q, k, backend="numba-cpu")
+    changed = getattr(plan, name)
+    changed.copy_(changed.clone())  # before the forward it may change
+    out = how(q, k, v, plan, backend="numba-cpu")
+    out.sum().backward(retain_graph=True)
+    changed.zero_()
+    with pytest.raises(scfa.GradientError, match="changed in place after the forward"):
+        out.sum().backward()
+
+
+def test_a_plan_of_inference_mode_serves_training():
+    q, k, v = tensors()
+    with torch.inference_mode():
+        plan = scfa.make_plan(PATTERNS["hash"], q, k, backend=BACKEND)
+    want = torch.autograd.grad(attend(q, k, v, PATTERNS["hash"]).sum(), q)
+    assert torch.equal(*want, *torch.autograd.grad(attend(q, k, v, plan).sum(), q))
 
 
 @pytest.mark.usefixtures("way")
