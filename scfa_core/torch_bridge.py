@@ -146,15 +146,20 @@ def _is_plain(q: Any, k: Any, v: Any) -> bool:
 def _holds_plain(pattern: Any) -> bool:
     """Whether what `pattern` holds of tensors are ordinary ones; the door judges what is none."""
     if type(pattern) is Plan:
-        return type(pattern.q_index) is torch.Tensor
+        return not _is_odd(pattern.q_index)
     if not isinstance(pattern, Pattern):
         return True
     for part in pattern.parts:
-        for name in type(part).__slots__:
-            x = getattr(part, name)
-            if isinstance(x, torch.Tensor) and type(x) is not torch.Tensor:
+        names: tuple[str, ...] = type(part).__slots__
+        for name in names:
+            if _is_odd(getattr(part, name)):
                 return False
     return True
+
+
+def _is_odd(x: Any) -> bool:
+    """Whether `x` is a tensor of a kind that may have no memory of its own."""
+    return type(x) is not torch.Tensor and isinstance(x, torch.Tensor)
 
 
 def _refuse_tangents(*tensors: Any) -> None:
