@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,9 @@ import torch
 from torch.nn import functional
 
 import scfa_core as scfa
+from bench.flex import flex
 from bench.inputs import Inputs
-
-
-class CannotRun(Exception):  # noqa: N818 - a reason, not an error
-    """A method does not serve this case or this machine; the message is the reason."""
-
-
-@dataclass
-class Timed:
-    """What to time. Each callable does the whole work of its mode, ready to be repeated."""
-
-    forward: Callable[[], torch.Tensor]  # from raw inputs to out in the user's order
-    backward: Callable[[], tuple[torch.Tensor, ...]] | None = None  # from dout; forward done before
-    plan: Callable[[], Any] | None = None
-    planned: Callable[[], torch.Tensor] | None = None  # forward with the plan given
-    lse: Callable[[], torch.Tensor] | None = None
+from bench.timed import CannotRun, Timed, autograd
 
 
 def ours(backend: str) -> Callable[[Inputs], Timed]:
@@ -54,21 +40,6 @@ def ours(backend: str) -> Callable[[Inputs], Timed]:
     return prepare
 
 
-def _autograd(inputs: Inputs, run: Callable[..., torch.Tensor]) -> Timed:
-    """Time any differentiable function of q, k, v."""
-    leaves = [x.detach().clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
-    out = run(*leaves)
-
-    def backward() -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(out, leaves, inputs.dout, retain_graph=True)
-
-    def forward() -> torch.Tensor:
-        with torch.no_grad():
-            return run(inputs.q, inputs.k, inputs.v)
-
-    return Timed(forward, backward)
-
-
 def sdpa(kernel: str) -> Callable[[Inputs], Timed]:
     """Return torch's scaled_dot_product_attention held to one of its kernels; dense causal only."""
 
@@ -85,7 +56,7 @@ def sdpa(kernel: str) -> Callable[[Inputs], Timed]:
                 )
 
         try:
-            return _autograd(inputs, run)
+            return autograd(inputs, run)
         except RuntimeError as error:
             raise CannotRun(str(error).splitlines()[0]) from error
 
@@ -107,62 +78,7 @@ def naive(inputs: Inputs) -> Timed:
         scores = (q @ k.transpose(-1, -2) * case.head_dim**-0.5).masked_fill(hidden, float("-inf"))
         return torch.softmax(scores.float(), -1).nan_to_num(0.0).to(q.dtype) @ v
 
-    return _autograd(inputs, run)
-
-
-def flex(inputs: Inputs) -> Timed:
-    """FlexAttention as its user pays: rows permuted, mask built, attention, rows put back."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    case = inputs.case
-    if case.kind not in ("hash", "dense"):
-        raise CannotRun("only the hash and dense recipes are written for FlexAttention here")
-    compiled = torch.compile(flex_attention, dynamic=False)
-    build = torch.compile(create_block_mask, dynamic=False)
-    sizes = (case.batch, case.heads, case.seqlen, case.seqlen)
-    if case.kind == "dense":
-        mask = build(lambda b, h, i, j: i >= j, None, None, case.seqlen, case.seqlen)
-        return _autograd(inputs, lambda q, k, v: compiled(q, k, v, block_mask=mask))
-
-    if case.heads != case.heads_kv:
-        raise CannotRun("grouped heads are not written for FlexAttention's hash recipe here")
-    # The mask reads these four in place, so that a new pattern does not compile anew.
-    q_order, k_order, back = (torch.empty_like(inputs.q_ids, dtype=torch.int64) for _ in range(3))
-    q_sorted, k_sorted = torch.empty_like(inputs.q_ids), torch.empty_like(inputs.k_ids)
-    places = torch.arange(case.seqlen, device=case.device).expand_as(back)
-
-    def sort() -> None:
-        """What a new pattern costs before its mask is built."""
-        torch.sort(inputs.q_ids, stable=True, out=(q_sorted, q_order))
-        torch.sort(inputs.k_ids, stable=True, out=(k_sorted, k_order))
-        back.scatter_(-1, q_order, places)
-
-    def visible(b: Any, h: Any, i: Any, j: Any) -> Any:
-        same = q_sorted[b, h, i] == k_sorted[b, h, j]
-        return same & (q_order[b, h, i] >= k_order[b, h, j])
-
-    def rows(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-        return x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[-1]))
-
-    def plan() -> Any:
-        sort()
-        return build(visible, *sizes)
-
-    def permuted(mask: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = compiled(rows(q, q_order), rows(k, k_order), rows(v, k_order), block_mask=mask)
-        return rows(out, back)
-
-    block_mask = plan()
-    timed = _autograd(inputs, lambda q, k, v: permuted(block_mask, q, k, v))
-    timed.plan = plan
-    timed.planned = timed.forward
-
-    def whole() -> torch.Tensor:
-        with torch.no_grad():
-            return permuted(plan(), inputs.q, inputs.k, inputs.v)
-
-    timed.forward = whole
-    return timed
+    return autograd(inputs, run)
 
 
 FLASH = {
@@ -210,7 +126,7 @@ def flash(name: str | None) -> Callable[[Inputs], Timed]:
                 1, 2
             )
 
-        return _autograd(inputs, run)
+        return autograd(inputs, run)
 
     return prepare
 
@@ -250,7 +166,7 @@ def flash_varlen(inputs: Inputs) -> Timed:
         )
         return torch.empty_like(out).index_copy(0, rows, out).reshape(q.shape)
 
-    return _autograd(inputs, run)
+    return autograd(inputs, run)
 
 
 def xformers(inputs: Inputs) -> Timed:
@@ -265,7 +181,7 @@ def xformers(inputs: Inputs) -> Timed:
             1, 2
         )
 
-    return _autograd(inputs, run)
+    return autograd(inputs, run)
 
 
 def cudnn_frontend(inputs: Inputs) -> Timed:
@@ -336,7 +252,7 @@ def original(path: str) -> Callable[[Inputs], Timed]:
             out = module.dynamic_sparse_attention(*rows, *ids, sparsity_mode=case.kind)
             return out.transpose(1, 2)
 
-        return _autograd(inputs, run)
+        return autograd(inputs, run)
 
     return prepare
 

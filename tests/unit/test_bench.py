@@ -336,24 +336,43 @@ def test_tile_pairs_by_hand():
     assert tile_pairs(scfa.make_plan(scfa.QKSparse(none, none), q, q)) == 0
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_sorts_builds_and_permutes_in_the_timed_call(monkeypatch):
+@pytest.fixture
+def flex_on_host(monkeypatch):
+    """FlexAttention without its compiler and, as it has none on a CPU, without a backward."""
     import torch
 
-    from bench import methods
+    from bench import flex, timed
+
+    def forward_only(inputs, run):
+        return timed.Timed(lambda: run(inputs.q, inputs.k, inputs.v))
+
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
+    monkeypatch.setattr(flex, "autograd", forward_only)
+    return flex.flex
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_sorts_builds_and_permutes_in_the_timed_call(flex_on_host):
     from bench.cases import Case
     from bench.inputs import make_inputs, sampled_error
 
-    def forward_only(inputs, run):  # torch's own has no backward on a CPU
-        return methods.Timed(lambda: run(inputs.q, inputs.k, inputs.v))
-
-    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
-    monkeypatch.setattr(methods, "_autograd", forward_only)
     inputs = make_inputs(Case("x", 1, 2, 2, 256, 32, "hash4", "float32", "cpu"))
-    timed = methods.flex(inputs)
+    timed = flex_on_host(inputs)
     assert sampled_error(inputs, timed.forward()) < 1e-4
     inputs.q_ids.copy_(inputs.q_ids.flip(-1))  # a new pattern must reach the next whole call
     assert sampled_error(inputs, timed.forward()) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("pattern", ["dense", "samehash4", "qk50", "window64", "docs3", "ranges64"])
+def test_flex_serves_every_recipe(flex_on_host, pattern):
+    from bench.cases import Case
+    from bench.inputs import make_inputs, sampled_error
+
+    inputs = make_inputs(Case("x", 2, 2, 2, 256, 32, pattern, "float32", "cpu"))
+    timed = flex_on_host(inputs)
+    assert sampled_error(inputs, timed.forward()) < 1e-4
+    assert (timed.plan is None) == (pattern in ("dense", "window64"))
 
 
 def test_varlen_on_sorted_rows_against_float64(monkeypatch):
