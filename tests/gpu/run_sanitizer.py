@@ -2,6 +2,7 @@
 
     python tests/gpu/run_sanitizer.py [--tool racecheck ...] [--family hopper ...] [--seconds 90]
                                       [--total 600] [--jobs 16] [--json findings.json]
+                                      [--logs FOLDER]
 
 All tools and all families by default, side by side on one GPU, kernels compiled beforehand. What
 has not ended after `--seconds`, or when `--total` seconds are over, is stopped and said to be not
@@ -134,8 +135,12 @@ def run_all(
     most: int,
     program: str,
     deadline: float = float("inf"),
+    logs: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Run (backend, tool, family) jobs, `most` at once; name -> state and seconds."""
+    """Run (backend, tool, family) jobs, `most` at once; name -> state and seconds.
+
+    What the tools printed in runs that are not clean is copied to the folder `logs`.
+    """
     only = filter_options(program)
     waiting = list(enumerate(jobs))
     running: list[Run] = []
@@ -155,6 +160,8 @@ def run_all(
                 if state is None:
                     continue
                 running.remove(run)
+                if logs and state != "clean":
+                    shutil.copy(run.log, logs)
                 took = round(time.monotonic() - run.begin, 1)
                 name = f"{run.backend}, {run.tool}, {run.family}"
                 states[name] = {"state": state, "seconds": took}
@@ -196,6 +203,7 @@ def check(
     seconds: float,
     most: int,
     total: float = float("inf"),
+    logs: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Compile, run everything, and return the states."""
     deadline = time.monotonic() + total
@@ -205,7 +213,7 @@ def check(
         missing = {"state": "compute-sanitizer is not installed", "seconds": 0.0}
         return {", ".join(job): missing for job in jobs}
     compile_beforehand(backends, families)
-    return run_all(jobs, seconds, most, program, deadline)
+    return run_all(jobs, seconds, most, program, deadline, logs)
 
 
 def main() -> int:
@@ -217,9 +225,12 @@ def main() -> int:
     parser.add_argument("--total", type=float, default=600.0, help="seconds of all (%(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 4, help="runs at once")
     parser.add_argument("--json", type=Path, help="write the states there")
+    parser.add_argument("--logs", type=Path, help="folder for what the tools found")
     options = parser.parse_args()
+    if options.logs:
+        options.logs.mkdir(parents=True, exist_ok=True)
     backends = os.environ.get("SCFA_GPU_BACKENDS", "cupy").split(",")
-    limits = (options.seconds, options.jobs, options.total)
+    limits = (options.seconds, options.jobs, options.total, options.logs)
     states = check(backends, options.tool, options.family, *limits)
     if options.json:
         options.json.write_text(json.dumps(states, indent=1) + "\n")
