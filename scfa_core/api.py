@@ -22,6 +22,7 @@ from scfa_core.plan import Plan
 from scfa_core.problem import (
     Problem,
     build_problem,
+    check_flag,
     check_layout,
     check_like,
     one_framework,
@@ -93,7 +94,7 @@ def attention(
 
     Raises
     ------
-    ShapeError, DTypeError, DeviceError, LayoutError, ScaleError, PatternError
+    ShapeError, DTypeError, DeviceError, LayoutError, ScaleError, OptionError, PatternError
         Something does not fit; the message says what was expected, what came and what to do.
     BackendUnavailable
         The chosen backend cannot serve this call, with the reason.
@@ -104,6 +105,8 @@ def attention(
     of a tensor is made. Sums are accumulated in float32 (float64 for float64). Values of hashes and
     ranges are never inspected: see `validate`. Source: arXiv 2306.01160.
     """
+    check_flag("return_lse", return_lse)
+    check_flag("deterministic", deterministic)
     pattern = Causal() if pattern is None else pattern
     if is_torch_tensor(q):
         from scfa_core import torch_bridge
@@ -169,13 +172,14 @@ def attention_backward(
 
     Raises
     ------
-    ShapeError, DTypeError, DeviceError, LayoutError, ScaleError, PatternError, BackendUnavailable
+    ScfaError
         As `attention`.
 
     Notes
     -----
     Cost: 10 * visible pairs * head_dim flop by the usual count. Bitwise deterministic by default.
     """
+    check_flag("deterministic", deterministic)
     if is_torch_tensor(q):
         from scfa_core import torch_bridge
 

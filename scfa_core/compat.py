@@ -15,8 +15,9 @@ from torch.nn.functional import normalize
 
 from scfa_core.api import attention
 from scfa_core.errors import PatternError, ShapeError
-from scfa_core.hashing import angular_hash
+from scfa_core.hashing import angular_hash, check_buckets
 from scfa_core.patterns import HashSparse, Pattern, QKSparse
+from scfa_core.problem import check_share
 
 __all__ = [
     "compact",
@@ -221,19 +222,13 @@ def hash_attention_fn(
     out : Tensor, (batch, heads, seqlen, head_dim of V)
     """
     heads = Q.shape[1] if hashes_per_head else 1
-    shape = (1, heads, Q.shape[3], _even(nb_hash) // 2)
+    shape = (1, heads, Q.shape[3], check_buckets(nb_hash, "nb_hash") // 2)
     directions = normalize(torch.randn(shape, device=Q.device, generator=generator), dim=2)
     pattern = HashSparse(
         angular_hash(Q, directions)[0], angular_hash(K, directions)[0], include_self=False
     )
     out: Tensor = attention(Q, K, V, pattern)
     return out
-
-
-def _even(buckets: int) -> int:
-    if buckets < 2 or buckets % 2:
-        raise PatternError(f"nb_hash must be an even number of buckets, at least 2, got {buckets}")
-    return buckets
 
 
 def qk_attention_fn(
@@ -263,8 +258,7 @@ def qk_attention_fn(
     out : Tensor, (batch, seqlen, heads, head_dim of v)
         In q's dtype; the original always returns bfloat16.
     """
-    if not 0 <= sparsity <= 1:
-        raise PatternError(f"sparsity must be a probability from 0 to 1, got {sparsity!r}")
+    check_share("sparsity", sparsity)
     q_keep, k_keep = (
         torch.rand(x.shape[:3], device=x.device, generator=generator) >= sparsity for x in (q, k)
     )

@@ -112,7 +112,7 @@ _loaded: dict[str, Backend | str] = {}
 
 def check_name(name: str) -> str:
     """Return `name` if it is ``auto`` or a backend; raise `UnknownBackend` otherwise."""
-    if name != AUTO and name not in _HOMES:
+    if not isinstance(name, str) or (name != AUTO and name not in _HOMES):
         raise UnknownBackend(f"backend must be one of {(AUTO, *BACKEND_NAMES)}, got {name!r}")
     return name
 

@@ -22,7 +22,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 import scfa_core.distributed_rules  # noqa: F401  (registers them)
 from scfa_core.api import attention
-from scfa_core.errors import PatternError, ShapeError
+from scfa_core.errors import OptionError, PatternError, ShapeError
 from scfa_core.patterns import (
     Causal,
     Documents,
@@ -33,6 +33,7 @@ from scfa_core.patterns import (
     QKSparse,
     SlidingWindow,
 )
+from scfa_core.problem import as_size
 
 __all__ = [
     "distribute_pattern",
@@ -88,6 +89,7 @@ def ulysses_attention(
     pattern works unchanged, because no sequence is cut while attention runs. Source: arXiv
     2309.14509.
     """
+    _refuse_options("ulysses_attention", options)
     ranks = dist.get_world_size(group)
     if q.shape[1] % ranks or k.shape[1] % ranks:
         raise ShapeError(
@@ -139,6 +141,7 @@ def gathered_attention(
     Memory: k and v of the whole sequence on every rank. One all-gather of each, and one
     reduce-scatter of each gradient. Any number of heads.
     """
+    _refuse_options("gathered_attention", options)
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     seqlen = q.shape[2] * ranks
     k, v = (_AllGather.apply(x, 2, group) for x in (k, v))
@@ -150,6 +153,16 @@ def gathered_attention(
     local = queries_of(pattern, rows, seqlen, seqlen)
     out: Tensor = attention(q, k, v, local, **options)
     return out
+
+
+def _refuse_options(name: str, options: dict[str, Any]) -> None:
+    """Raise on options of `attention` that have no meaning here."""
+    for option in ("layout", "return_lse"):
+        if option in options:
+            raise OptionError(
+                f"{name} takes (batch, heads, seqlen, head_dim) tensors and returns out alone: it "
+                f"has no {option}"
+            )
 
 
 def zigzag_rows(
@@ -178,6 +191,7 @@ def zigzag_rows(
         A length that does not split evenly.
     """
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    seqlen = as_size("seqlen", seqlen)
     if seqlen % (2 * ranks):
         raise ShapeError(f"seqlen must be a multiple of {2 * ranks}, got {seqlen}")
     chunks = torch.arange(seqlen, device=device).view(2 * ranks, -1)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from scfa_core.api import attention
-from scfa_core.errors import PatternError, ShapeError
+from scfa_core.errors import OptionError, PatternError, ShapeError
 from scfa_core.patterns import Causal, Pattern, QKSparse
-from scfa_core.problem import check_layout
+from scfa_core.problem import as_size, check_flag, check_layout, check_share
 
 __all__ = ["drop_attention", "random_keep", "straight_through", "threshold_keep", "top_k_keep"]
 
@@ -47,10 +47,9 @@ def random_keep(
     Raises
     ------
     PatternError
-        `keep` outside [0, 1].
+        `keep` is no number from 0 to 1.
     """
-    if not 0 <= keep <= 1:
-        raise PatternError(f"keep must be a probability from 0 to 1, got {keep!r}")
+    check_share("keep", keep)
     return torch.rand(tuple(shape), device=device, generator=generator) < keep
 
 
@@ -73,15 +72,14 @@ def top_k_keep(scores: Tensor, k: int) -> Tensor:
     Raises
     ------
     PatternError
-        A negative `k`.
+        A `k` that is no int, or negative.
 
     Notes
     -----
     A causal model must not choose by comparing with later rows if it is to generate text: what a
     row sees then depends on the future. Use `threshold_keep` there.
     """
-    if k < 0:
-        raise PatternError(f"k must be a number of rows, at least 0, got {k}")
+    k = as_size("k", k, error=PatternError)
     order = torch.argsort(scores.detach(), dim=-1, descending=True, stable=True)
     flags = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     return flags.scatter_(-1, order[..., :k], True)
@@ -171,6 +169,9 @@ def drop_attention(
     weights shared between rows (a scoring layer). What a dropped row *would* have contributed is
     not computed; that costs dense attention.
     """
+    check_flag("include_self", include_self)
+    if "return_lse" in options:
+        raise OptionError("drop_attention returns out alone and takes no return_lse")
     if not causal and not include_self:
         raise PatternError("include_self=False means j < i and so needs causal=True")
     swap = check_layout(layout)

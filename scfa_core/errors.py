@@ -31,6 +31,10 @@ class ScaleError(ScfaError, ValueError):
     """`softmax_scale` is not a finite number."""
 
 
+class OptionError(ScfaError, TypeError):
+    """An option is of a kind that it cannot be, such as a word for a flag."""
+
+
 class GradientError(ScfaError, RuntimeError):
     """A gradient was asked for that this package does not compute."""
 

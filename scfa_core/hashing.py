@@ -8,6 +8,7 @@ NumPy and CuPy arrays; imports none of them but NumPy.
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from scfa_core.dispatch import load_backend
 from scfa_core.errors import PatternError, ShapeError
 from scfa_core.merging import namespace
 from scfa_core.patterns import HashSparse
+from scfa_core.problem import as_size
 
 __all__ = [
     "Balance",
@@ -59,18 +61,25 @@ def random_directions(
     Raises
     ------
     PatternError
-        An odd number of buckets, or a count below 1.
+        Buckets that are no even int of at least 2, or another count that is no int of at least 1.
     """
-    if buckets < 2 or buckets % 2:
-        raise PatternError(f"buckets must be even and at least 2, got {buckets}")
-    if min(heads, head_dim, rounds) < 1:
-        raise PatternError(
-            f"heads, head_dim and rounds must be at least 1, got {heads}, {head_dim}, {rounds}"
-        )
+    check_buckets(buckets)
+    heads, head_dim, rounds = (
+        as_size(name, size, 1, PatternError)
+        for name, size in (("heads", heads), ("head_dim", head_dim), ("rounds", rounds))
+    )
     shape = (rounds, heads, head_dim, buckets // 2)
     directions = np.random.default_rng(seed).standard_normal(shape, np.float32)
     length = np.linalg.norm(directions, axis=2, keepdims=True)
     return directions / np.maximum(length, np.finfo(np.float32).tiny)
+
+
+def check_buckets(buckets: Any, name: str = "buckets") -> int:
+    """Refuse what is no number of buckets of an angular hash, which come in pairs."""
+    whole = type(buckets) is not bool and isinstance(buckets, Integral)
+    if not whole or buckets < 2 or buckets % 2:
+        raise PatternError(f"{name} must be an even int of at least 2, got {buckets!r}")
+    return int(buckets)
 
 
 def angular_hash(x: Any, directions: Any, center: Any = None) -> Any:

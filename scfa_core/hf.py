@@ -20,11 +20,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from scfa_core.api import attention
 from scfa_core.errors import PatternError
-from scfa_core.hashing import angular_hash, random_directions
+from scfa_core.hashing import angular_hash, check_buckets, random_directions
 from scfa_core.hf_masks import Band, StructuredMask, read_mask
 from scfa_core.merging import attention_over
-from scfa_core.patterns import HashSparse, Pattern
+from scfa_core.patterns import HashSparse, Pattern, SlidingWindow
 from scfa_core.plan import Plan
+from scfa_core.problem import as_size
 
 __all__ = ["register"]
 
@@ -45,6 +46,15 @@ class Options(NamedTuple):
     buckets: int
     near: int
     seed: int
+
+    def checked(self) -> Options:
+        """Raise on what is no option; a config may hold anything."""
+        if self.window is not None:
+            SlidingWindow(self.window)
+        check_buckets(self.buckets)
+        as_size("near", self.near, error=PatternError)
+        as_size("seed", self.seed, error=PatternError)
+        return self
 
 
 def register(
@@ -80,7 +90,7 @@ def register(
     chunks and KV caches work; other masks, dropout of attention weights and modified scores raise
     `PatternError`. A padding query gives 0, where eager attention gives an average.
     """
-    options = Options(window, buckets, near, seed)
+    options = Options(window, buckets, near, seed).checked()
     kinds = {"scfa": None, "scfa_window": _window_patterns, "scfa_hash": _hash_patterns}
     for name, make in kinds.items():
         AttentionInterface.register(name, partial(_attend, make, options))
@@ -162,7 +172,7 @@ def _options_of(module: Any, registered: Options) -> Options:
         name: getattr(config, f"scfa_{name}", default)
         for name, default in registered._asdict().items()
     }
-    return Options(**values)
+    return Options(**values).checked()
 
 
 def _window_patterns(

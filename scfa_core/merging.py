@@ -15,7 +15,7 @@ from scfa_core.arrays import is_torch_tensor
 from scfa_core.errors import PatternError, ShapeError
 from scfa_core.patterns import Pattern
 from scfa_core.plan import Plan
-from scfa_core.problem import check_layout
+from scfa_core.problem import check_flag, check_layout
 
 __all__ = ["attention_over", "merge_attention", "namespace"]
 
@@ -143,7 +143,7 @@ def attention_over(
     Raises
     ------
     PatternError
-        No patterns.
+        No patterns, or one that is not in a list.
     ScfaError
         As `scfa_core.attention`.
 
@@ -153,7 +153,14 @@ def attention_over(
     the merged lse. Where a backend computes lse anew (float64, and the reference), or a gradient
     arrives at lse, each part is differentiated through its own lse instead, at thrice the cost.
     """
-    if len(patterns) == 0:
+    check_flag("return_lse", return_lse)
+    if isinstance(patterns, (Pattern, Plan)):
+        raise PatternError(
+            f"patterns must be a list of patterns, got {type(patterns).__name__}; "
+            "attention takes a single one"
+        )
+    patterns = list(patterns)
+    if not patterns:
         raise PatternError("attention_over needs at least one pattern")
     options: dict[str, Any] = {
         "softmax_scale": softmax_scale,
@@ -167,5 +174,5 @@ def attention_over(
         return (out, lse) if return_lse else out
     from scfa_core.torch_union import union_attention
 
-    out, lse = union_attention(q, k, v, list(patterns), options, return_lse)
+    out, lse = union_attention(q, k, v, patterns, options, return_lse)
     return (out, lse) if return_lse else out

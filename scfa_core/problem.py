@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from scfa_core.arrays import FLOAT_DTYPES, ArrayInfo, Framework, framework_of
@@ -12,7 +13,10 @@ from scfa_core.errors import (
     DeviceError,
     DTypeError,
     LayoutError,
+    OptionError,
+    PatternError,
     ScaleError,
+    ScfaError,
     ShapeError,
 )
 
@@ -59,16 +63,35 @@ def check_layout(layout: str) -> bool:
     return layout == "bthd"
 
 
-def check_scale(softmax_scale: float | None, head_dim: int, dtype: str) -> float:
+def check_flag(name: str, value: Any) -> bool:
+    """Refuse flags that are not flags: "no" would count as yes."""
+    if type(value) is not bool:
+        raise OptionError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    """Whether `value` is a real number of Python or NumPy, and not a flag."""
+    return type(value) is not bool and isinstance(value, Real)
+
+
+def check_share(name: str, value: Any) -> float:
+    """Refuse what is no number from 0 to 1."""
+    if not _is_number(value) or not 0 <= value <= 1:
+        raise PatternError(f"{name} must be a number from 0 to 1, got {value!r}")
+    return float(value)
+
+
+def check_scale(softmax_scale: Any, head_dim: int, dtype: str) -> float:
     """Return the scale in force; None means ``head_dim ** -0.5`` and 0.0 is kept."""
     if softmax_scale is None:
         return head_dim**-0.5 if head_dim else 1.0
-    try:
-        value = float(softmax_scale)
-    except (TypeError, ValueError):
+    if not _is_number(softmax_scale):
         raise ScaleError(
-            f"softmax_scale must be a finite number or None, got {softmax_scale!r}"
-        ) from None
+            "softmax_scale must be a finite number or None (multiply q by a scale that is learned "
+            f"or lies on a device), got {softmax_scale!r}"
+        )
+    value = float(softmax_scale)
     if not math.isfinite(value):
         raise ScaleError(f"softmax_scale must be finite, got {softmax_scale!r}")
     if dtype != "float64" and abs(value) > LARGEST_SCALE:
@@ -166,7 +189,7 @@ def build_problem(
         q.dtype,
         q.device,
         check_scale(softmax_scale, head_dim, q.dtype),
-        bool(deterministic),
+        check_flag("deterministic", deterministic),
     )
 
 
@@ -192,12 +215,14 @@ def one_framework(q: Any, **others: Any) -> Framework:
     return framework
 
 
-def as_size(name: str, value: Any, least: int = 0) -> int:
+def as_size(name: str, value: Any, least: int = 0, error: type[ScfaError] = ShapeError) -> int:
     """Read an integer size, refusing floats and bools."""
     try:
         size = operator.index(value)
     except TypeError:
-        raise ShapeError(f"{name} must be an int, got {value!r}") from None
+        raise error(f"{name} must be an int, got {value!r}") from None
+    if isinstance(value, bool):
+        raise error(f"{name} must be an int, got {value!r}")
     if size < least:
-        raise ShapeError(f"{name} must be at least {least}, got {size}")
+        raise error(f"{name} must be at least {least}, got {size}")
     return size

@@ -13,11 +13,17 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from scfa_core.dispatch import AUTO, choose_backend, choose_for_plan, requested_backend
+from scfa_core.dispatch import (
+    AUTO,
+    check_name,
+    choose_backend,
+    choose_for_plan,
+    requested_backend,
+)
 from scfa_core.errors import PatternError
 from scfa_core.patterns import Pattern
 from scfa_core.plan import Plan
-from scfa_core.problem import Problem, one_framework
+from scfa_core.problem import Problem, check_layout, check_scale, one_framework
 from scfa_core.torch_calls import (
     Call,
     NativePlan,
@@ -69,6 +75,7 @@ def attention(
     if eager:
         out, lse = _eager(q, k, v, pattern, softmax_scale, layout, deterministic, backend)
     else:
+        _check_scale_kind(softmax_scale)
         name, plan = _traced_plan(q, k, v, pattern, layout, backend)
         options = (plan.monotone, softmax_scale, deterministic, layout, name)
         transformed = not torch.compiler.is_compiling() and functorch_is_active()
@@ -96,6 +103,7 @@ def attention_backward(
     if not plain:
         one_framework(q, k=k, v=v, dout=dout, out=out, lse=lse)
     if not plain or _wants_gradient(dout, q, k, v):
+        _check_scale_kind(softmax_scale)
         name, plan = _traced_plan(q, k, v, pattern, layout, backend)
         options = (plan.monotone, softmax_scale, deterministic, layout, name)
         dq, dk, dv = BACKWARD(dout, None, q, k, v, out, lse, *plan.arrays, *options)
@@ -160,6 +168,12 @@ def _holds_plain(pattern: Any) -> bool:
 def _is_odd(x: Any) -> bool:
     """Whether `x` is a tensor of a kind that may have no memory of its own."""
     return type(x) is not torch.Tensor and isinstance(x, torch.Tensor)
+
+
+def _check_scale_kind(softmax_scale: Any) -> None:
+    """Refuse what an operator would take for a number; numbers are checked where it runs."""
+    if isinstance(softmax_scale, (str, bool, torch.Tensor)):
+        check_scale(softmax_scale, 1, "float64")
 
 
 def _refuse_tangents(*tensors: Any) -> None:
@@ -273,6 +287,9 @@ def _traced_plan(
     """Name the backend and make the plan by operators; v is k where only planning is asked for."""
     if hasattr(q, "placements"):  # a DTensor
         import scfa_core.distributed_rules  # noqa: F401  (registers them)
+    check_layout(layout)
+    if backend is not None:
+        check_name(backend)
     facts = (index(q.shape[-1]), index(v.shape[-1]), dtype_name(q.dtype), device_name(q.device))
     if isinstance(pattern, Plan):
         return _name_backend(*facts, backend, pattern.backend), pattern

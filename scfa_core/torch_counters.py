@@ -3,11 +3,16 @@
 Words of a block are taken once and never again, and only on the default stream: its handle is never
 another stream's, it cannot be captured into a graph that is replayed, and what is enqueued on it
 runs in order.
+
+A block outlives the call that makes it, so it must not lie in a pool of the caller's
+(`torch.cuda.use_mem_pool`): servers that sleep unmap pools whose memory is in use, and wake with
+other contents. A pool holds for the thread that chose it; blocks are made in another one.
 """
 
 from __future__ import annotations
 
 from itertools import count
+from threading import Thread
 
 import torch
 
@@ -29,6 +34,25 @@ class _Block:
 _blocks: dict[int, _Block] = {}
 
 
+def _new_block(ordinal: int) -> _Block:
+    """Make a block of GPU `ordinal` outside every pool."""
+    made: list[_Block | BaseException] = []
+
+    def make() -> None:
+        try:
+            with torch.cuda.device(ordinal):
+                made.append(_Block())
+        except BaseException as error:  # for the thread that waits
+            made.append(error)
+
+    thread = Thread(target=make, name="scfa-counters")
+    thread.start()
+    thread.join()
+    if isinstance(made[0], BaseException):
+        raise made[0]
+    return made[0]
+
+
 def take_counters(ordinal: int) -> tuple[int, torch.Tensor]:
     """Return the address of two zeroed int32, and their memory, to be kept until the launch.
 
@@ -37,6 +61,6 @@ def take_counters(ordinal: int) -> tuple[int, torch.Tensor]:
     block = _blocks.get(ordinal)
     ticket = TICKETS if block is None else next(block.tickets)
     if block is None or ticket >= TICKETS:
-        block = _blocks[ordinal] = _Block()
+        block = _blocks[ordinal] = _new_block(ordinal)
         ticket = next(block.tickets)
     return block.address + 4 * WORDS * ticket, block.memory

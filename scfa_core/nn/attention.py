@@ -10,12 +10,13 @@ from torch.nn.functional import normalize
 
 from scfa_core.api import attention
 from scfa_core.dropping import random_keep, straight_through, threshold_keep, top_k_keep
-from scfa_core.errors import PatternError, ShapeError
+from scfa_core.errors import OptionError, PatternError, ShapeError
 from scfa_core.hashing import disjoint_rounds
 from scfa_core.merging import attention_over
 from scfa_core.nn.hashing import AngularHash
 from scfa_core.patterns import Causal, Documents, Pattern, QKSparse, SlidingWindow
 from scfa_core.plan import Plan
+from scfa_core.problem import as_size, check_flag, check_share
 
 MakePattern = Callable[[Tensor, Tensor], Pattern]
 
@@ -57,7 +58,9 @@ class SparseSelfAttention(nn.Module):
     Raises
     ------
     ShapeError
-        Heads that do not divide, or `shared_qk` with fewer key heads.
+        Heads that do not divide, `shared_qk` with fewer key heads, or sizes that are none.
+    OptionError
+        A flag that is not a bool, a hook that cannot be called.
     """
 
     def __init__(
@@ -77,7 +80,21 @@ class SparseSelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         heads_kv = heads if heads_kv is None else heads_kv
-        if heads < 1 or heads_kv < 1 or heads % heads_kv or (head_dim is None and width % heads):
+        for name, size in (("width", width), ("heads", heads), ("heads_kv", heads_kv)):
+            as_size(name, size, 1)
+        for name, flag in (
+            ("shared_qk", shared_qk),
+            ("include_self", include_self),
+            ("bias", bias),
+        ):
+            check_flag(name, flag)
+        for name, hook in (("pattern", pattern), ("rotary", rotary)):
+            if hook is not None and not callable(hook):
+                raise OptionError(
+                    f"{name} must be a function, got {type(hook).__name__}; a fixed pattern goes "
+                    "as lambda q, k: pattern"
+                )
+        if heads % heads_kv or (head_dim is None and width % heads):
             raise ShapeError(
                 "heads must be a multiple of heads_kv and divide width (or pass head_dim), got "
                 f"{width=}, {heads=}, {heads_kv=}"
@@ -87,7 +104,7 @@ class SparseSelfAttention(nn.Module):
         self.width = width
         self.heads = heads
         self.heads_kv = heads_kv
-        self.head_dim = width // heads if head_dim is None else head_dim
+        self.head_dim = width // heads if head_dim is None else as_size("head_dim", head_dim, 1)
         self.pattern = pattern
         self.shared_qk = shared_qk
         self.include_self = include_self
@@ -205,7 +222,7 @@ class WindowSelfAttention(SparseSelfAttention):
 
     def __init__(self, width: int, heads: int, window: int, **options: Any) -> None:
         super().__init__(width, heads, **options)
-        self.window = window
+        self.window = SlidingWindow(window).window  # says what is wrong with it
 
     def make_patterns(self, q: Tensor, k: Tensor) -> list[Pattern]:
         """One window."""
@@ -312,8 +329,8 @@ class DropSelfAttention(SparseSelfAttention):
         super().__init__(width, heads, **options)
         if how not in ("random", "top-k", "threshold"):
             raise PatternError(f"how must be 'random', 'top-k' or 'threshold', got {how!r}")
-        if not 0 <= keep <= 1:
-            raise PatternError(f"keep must be a share from 0 to 1, got {keep!r}")
+        check_share("keep", keep)
+        check_flag("always", always)
         self.keep = keep
         self.how = how
         self.always = always

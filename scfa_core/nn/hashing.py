@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from scfa_core.errors import PatternError
-from scfa_core.hashing import angular_hash, random_directions
+from scfa_core.hashing import angular_hash, check_buckets, random_directions
+from scfa_core.problem import check_flag, check_share
 
 ADAPTS = ("none", "center", "whiten")
 _RIDGE = 0.01  # of the mean variance, added to every variance: no axis is stretched beyond tenfold
@@ -77,11 +78,15 @@ class AngularHash(nn.Module):
         momentum: float = 0.1,
     ) -> None:
         super().__init__()
+        check_flag("center", center)
         if adapt not in ADAPTS or (center and adapt == "whiten"):
             raise PatternError(
                 f"adapt must be one of {ADAPTS}, and center=True means 'center', got {adapt=}, "
                 f"{center=}"
             )
+        check_flag("redraw", redraw)
+        check_share("momentum", momentum)
+        check_buckets(buckets)
         self.adapt = "center" if center else adapt
         self.momentum = momentum
         self.buckets = buckets

@@ -19,6 +19,7 @@ from scfa_core.errors import ShapeError
 from scfa_core.hashing import disjoint_rounds
 from scfa_core.merging import merge_attention
 from scfa_core.nn.hashing import AngularHash
+from scfa_core.problem import as_size
 
 
 class Coverage(NamedTuple):
@@ -85,11 +86,10 @@ class ReformerAttention(nn.Module):
         rotary: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        if chunk < 1 or (head_dim is None and width % heads):
-            raise ShapeError(
-                f"chunk must be at least 1 and heads divide width (or pass head_dim), got "
-                f"{chunk=}, {width=}, {heads=}"
-            )
+        for name, size in (("width", width), ("heads", heads), ("chunk", chunk)):
+            as_size(name, size, 1)
+        if head_dim is None and width % heads:
+            raise ShapeError(f"heads must divide width (or pass head_dim), got {width=}, {heads=}")
         self.heads = heads
         self.head_dim = width // heads if head_dim is None else head_dim
         self.chunk = chunk

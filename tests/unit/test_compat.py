@@ -160,7 +160,7 @@ def test_qk_attention_fn_without_and_with_dropping():
     assert torch.equal(*halves)
     gone = (halves[0] == 0).all(dim=-1).float().mean()
     assert 0.3 < gone < 0.75
-    with pytest.raises(scfa.PatternError, match="probability"):
+    with pytest.raises(scfa.PatternError, match="from 0 to 1"):
         compat.qk_attention_fn(q, k, v, sparsity=1.5)
 
 

@@ -285,7 +285,7 @@ def test_shares_are_equal_or_none():
         assert _splits_evenly(size, mesh) is even
 
 
-def test_a_pattern_goes_on_a_mesh_by_batch_or_heads(tmp_path):
+def test_mistakes_are_told(tmp_path):
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -293,6 +293,12 @@ def test_a_pattern_goes_on_a_mesh_by_batch_or_heads(tmp_path):
         for wrong in (Shard(2), Shard(3), [Shard(0), Shard(1)], []):
             with pytest.raises(scfa.PatternError, match="1 dimensions"):
                 distributed.distribute_pattern(patterns()["hash"], mesh, wrong)
+        for attend in (distributed.ulysses_attention, distributed.gathered_attention):
+            for wrong in ({"layout": "bthd"}, {"return_lse": True}):
+                with pytest.raises(scfa.OptionError, match="returns out alone"):
+                    attend(*draw()[:3], scfa.Causal(), **wrong)
+        with pytest.raises(scfa.ShapeError, match="must be an int"):
+            distributed.zigzag_rows(8.0)
     finally:
         dist.destroy_process_group()
 

@@ -19,7 +19,7 @@ def test_random_keep_has_its_rate_and_seed():
     assert calls[0].float().mean() == pytest.approx(0.3, abs=0.02)
     assert dropping.random_keep((100,), 1.0).all()
     assert not dropping.random_keep((100,), 0.0).any()
-    with pytest.raises(scfa.PatternError, match="probability"):
+    with pytest.raises(scfa.PatternError, match="from 0 to 1"):
         dropping.random_keep((3,), 1.2)
 
 

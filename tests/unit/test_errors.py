@@ -126,6 +126,7 @@ def test_mistake_is_named(name):
         (scfa.LayoutError, ValueError),
         (scfa.PatternError, ValueError),
         (scfa.ScaleError, ValueError),
+        (scfa.OptionError, TypeError),
         (scfa.GradientError, RuntimeError),
         (scfa.BackendUnavailable, RuntimeError),
         (scfa.UnknownBackend, ValueError),

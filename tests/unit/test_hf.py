@@ -232,6 +232,27 @@ def test_what_is_not_supported_raises():
         hf.register(window=7, buckets=4, near=3, seed=0)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"window": -3}, "window must be an int >= 0, got -3"),
+        ({"window": "7"}, "window must be an int"),
+        ({"buckets": 5}, "buckets must be an even int"),
+        ({"near": -1}, "near must be at least 0"),
+        ({"near": 2.5}, "near must be an int"),
+        ({"seed": None}, "seed must be an int"),
+    ],
+)
+def test_options_that_are_none_raise(wrong, words):
+    with pytest.raises(scfa.PatternError, match=words):
+        hf.register(**wrong)
+    q, k, v = qkv()
+    (name, value), *_ = wrong.items()
+    module = SimpleNamespace(is_causal=True, config=SimpleNamespace(**{f"scfa_{name}": value}))
+    with pytest.raises(scfa.PatternError, match=words):
+        call("scfa_hash", module, q, k, v, None)
+
+
 def test_custom_four_axis_mask_raises_in_a_model(model):
     model.set_attn_implementation("scfa")
     with pytest.raises(scfa.PatternError, match="custom masks"):

@@ -201,7 +201,7 @@ def test_misfits_raise():
         nn.HashSelfAttention(WIDTH, 4, 8, heads_kv=2, shared_qk=True)
     with pytest.raises(scfa.PatternError, match="how"):
         nn.DropSelfAttention(WIDTH, 4, how="luck")
-    with pytest.raises(scfa.PatternError, match="share"):
+    with pytest.raises(scfa.PatternError, match="from 0 to 1"):
         nn.DropSelfAttention(WIDTH, 4, 2.0)
     with pytest.raises(scfa.PatternError, match="even"):
         nn.HashSelfAttention(WIDTH, 4, 7)

@@ -1,9 +1,11 @@
 """Eager calls on tensors: what crosses to a backend, which one, what is remembered, host time."""
 
+import contextlib
 import copy
 import ctypes
 import gc
 import statistics
+import threading
 import time
 
 import numpy as np
@@ -202,7 +204,14 @@ def test_counters_are_zero_and_taken_once(monkeypatch):
     """On the default stream from blocks, which live as long as a launch may need them."""
     monkeypatch.setattr(torch_framework, "empty_cuda", empty)
     plain_zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda size, dtype, device: plain_zeros(size, dtype=dtype))
+    makers = []
+
+    def zeros(size, dtype, device):
+        makers.append((device, threading.current_thread()))
+        return plain_zeros(size, dtype=dtype)
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setattr(torch.cuda, "device", lambda ordinal: contextlib.nullcontext())
     monkeypatch.setattr(torch_counters, "TICKETS", 3)
     monkeypatch.setattr(torch_counters, "_blocks", {})
     contexts = [TorchContext(ordinal, 0) for ordinal in (0, 1, 0, 0, 0, 1, 0, 0)]
@@ -214,6 +223,20 @@ def test_counters_are_zero_and_taken_once(monkeypatch):
     assert len(set(addresses)) == len(addresses)
     assert addresses[2] == addresses[0] + 8
     assert len(torch_counters._blocks) == 2
+    # a pool of the caller's holds for the caller's thread alone
+    assert threading.current_thread() not in [thread for _, thread in makers]
+
+
+def test_no_memory_for_counters_is_told_to_the_caller(monkeypatch):
+    def zeros(size, dtype, device):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setattr(torch.cuda, "device", lambda ordinal: contextlib.nullcontext())
+    monkeypatch.setattr(torch_counters, "_blocks", {})
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        TorchContext(0, 0).counters()
+    assert not torch_counters._blocks
 
 
 def test_argument_beats_context_beats_environment_beats_auto(recorder, monkeypatch):
