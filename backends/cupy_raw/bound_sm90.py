@@ -114,7 +114,8 @@ def _ways(problem: Problem, asked: str | None) -> tuple[bool, bool]:
         return True, False
     if asked == "fused":
         return False, True
-    return True, problem.seqlen_k > sm90._LONG_KEYS  # shorter ranges would not be worth asking
+    # No range is longer than all keys: where those are few there is nothing to ask.
+    return True, problem.seqlen_k > sm90._LONG_KEYS.get(problem.head_dim, problem.seqlen_k)
 
 
 class _Backward:
@@ -197,7 +198,7 @@ class _Backward:
     def _choose(self) -> Launch:
         params = self._params(2, self._key_tiles(sm90._FUSED[self.problem.head_dim]),
                               self.problem.heads_kv)  # fmt: skip
-        kernel = sm90._choose_kernel(self.device)
+        kernel = sm90._choose_kernel(self.device, self.problem.head_dim)
         return self.marked.bind(params, kernel.bind((1, 1, 1), 1024, 0))
 
     def _split(self) -> list[Launch]:
@@ -222,5 +223,5 @@ class _Backward:
         prepare = self.marked.bind(params, kernel.bind((blocks, 1, 1), 256, 0))
         return [
             prepare,
-            self._tiled("bwd_fused_sm90", shape, 4, tiles, self.problem.heads_kv),
+            self._tiled(sm90._FUSED_KERNELS[head_dim], shape, 4, tiles, self.problem.heads_kv),
         ]

@@ -33,7 +33,9 @@ _SUM_ROWS = 64  # query rows of one dq tile in the fused kernel
 _SUM_BYTES = 32 << 20  # for sums of dq; they should stay in L2
 _SUM_BYTES_PER_ROW = 8  # and so much more for each query row
 _BACKWARDS = ("auto", "fused", "split")  # $SCFA_CUPY_BACKWARD
-_LONG_KEYS = 3840  # keys of a query tile from which the fused kernel is faster; hopper.md
+# head_dim -> keys of a query tile from which "auto" takes the fused kernel, which is faster then
+# (hopper.md); a head_dim that is not here goes the split way unless told otherwise
+_LONG_KEYS = {64: 3840}
 _PREPARE_BLOCKS = 8  # of the preparing kernel, for each multiprocessor
 _CHOICE_WORDS = 8  # before those of the heads: choice_sm90.cuh
 _CHOICE_COUNTERS = 2  # the first of three tile counters among them
@@ -97,7 +99,11 @@ _DQ = _Shapes(
 _DKDV = _Shapes(
     {64: Shape(2, 64, 11, 1), 128: Shape(2, 64, 3, 1), 256: Shape(1, 64, 2, 1, parts=2)}
 )
-_FUSED = {64: Shape(2, 64, 4, 3)}  # query_buffers: of dS
+_FUSED = {  # stages: of q and dout together, or at 128 of either; query_buffers: of dS
+    64: Shape(2, 64, 4, 3),
+    128: Shape(2, 64, 5, 2),
+}
+_FUSED_KERNELS = {64: "bwd_fused_sm90", 128: "bwd_fused128_sm90"}
 _PREPARE = {head_dim: Shape(0, 64, 0, 0) for head_dim in _FUSED}
 
 
@@ -140,12 +146,29 @@ def _fused_shared(head_dim: int, shape: Shape) -> int:
     return tiles + changes + sums + data + 8 * barriers + _SHARED_SLACK
 
 
+def _fused128_shared(head_dim: int, shape: Shape) -> int:
+    """Bytes of dynamic shared memory of bwd_fused128_sm90.cu."""
+    rows, change_buffers = 64 * shape.warpgroups, shape.query_buffers
+    tiles = 2 * head_dim * (2 * rows + shape.stages * shape.block_n)
+    changes = change_buffers * 2 * rows * shape.block_n
+    sums = 4 * shape.block_n * head_dim
+    data = 3 * 16 * shape.block_n + 16 * _MAX_GROUP + 2 * 16 + 16
+    barriers = 2 + 2 * change_buffers + 4 * 2 + 1 + 2 * shape.stages
+    return tiles + changes + sums + data + 8 * barriers + _SHARED_SLACK
+
+
 _WIDTHS = {"fwd_sm90": _FORWARD, "bwd_dq_sm90": _DQ, "bwd_dkdv_sm90": _DKDV}
+_TABLES: dict[str, dict[int, Shape]] = {  # every kernel with a tile shape
+    **_WIDTHS,
+    **{name: {head_dim: _FUSED[head_dim]} for head_dim, name in _FUSED_KERNELS.items()},
+    "bwd_prepare_sm90": _PREPARE,
+}
 _SHARED = {
     "fwd_sm90": _forward_shared,
     "bwd_dq_sm90": _dq_shared,
     "bwd_dkdv_sm90": _dkdv_shared,
     "bwd_fused_sm90": _fused_shared,
+    "bwd_fused128_sm90": _fused128_shared,
     "bwd_prepare_sm90": lambda head_dim, shape: 0,
 }  # each kernel compares it with its own layout when compiled
 
@@ -288,15 +311,16 @@ def _kernel(name: str, device: int, dtype: str, head_dim: int, shape: Shape) -> 
         ("STAGES", shape.stages),
         ("QUERY_BUFFERS", shape.query_buffers),
         ("PARTS", shape.parts),
+        ("CHOICE", int(head_dim in _LONG_KEYS)),
         ("SHARED_BYTES", _SHARED[name](head_dim, shape)),
     )
     return get_kernel(f"scfa_{name}", f"{name}.cu", constants, device, arch_suffix="a")
 
 
 @cache
-def _choose_kernel(device: int) -> Kernel:
+def _choose_kernel(device: int, head_dim: int) -> Kernel:
     """The kernel that chooses between the two ways of the backward."""
-    constants = (("LONG_KEYS", _LONG_KEYS),)
+    constants = (("LONG_KEYS", _LONG_KEYS[head_dim]),)
     return get_kernel(
         "scfa_bwd_choose_sm90", "bwd_choose_sm90.cu", constants, device, arch_suffix="a"
     )
@@ -308,13 +332,19 @@ def _tiles(rows: int, per_tile: int, heads: int) -> tuple[int, int]:
     return per_head, per_head * heads
 
 
+def _threads(name: str, shape: Shape) -> int:
+    """Threads of a block of a kernel with multiplying warpgroups."""
+    others = 2 if name == "bwd_fused_sm90" else 1  # warpgroups that do not multiply keys
+    return 128 * (shape.warpgroups * shape.parts + others)
+
+
 def _persistent(
     kernel: Kernel, device: int, shape: Shape, shared: int, tiles: int
 ) -> Callable[[int, bytes], None]:
     """One persistent block per multiprocessor, or fewer if there are fewer tiles."""
     blocks = min(tiles, _multiprocessors(device))
-    others = 2 if kernel.name == "scfa_bwd_fused_sm90" else 1  # warpgroups that do not multiply
-    return kernel.bind((blocks, 1, 1), 128 * (shape.warpgroups * shape.parts + others), shared)
+    threads = _threads(kernel.name.removeprefix("scfa_"), shape)
+    return kernel.bind((blocks, 1, 1), threads, shared)
 
 
 def _sums_fit(problem: Problem) -> bool:

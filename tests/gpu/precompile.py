@@ -62,13 +62,7 @@ def compile_hopper():
     """Compile every kernel of Hopper's own, in both 16-bit types."""
     from scfa_core.backends.cupy_raw import launch_sm90
 
-    tables = {
-        "fwd_sm90": launch_sm90._FORWARD,
-        "bwd_dq_sm90": launch_sm90._DQ,
-        "bwd_dkdv_sm90": launch_sm90._DKDV,
-        "bwd_prepare_sm90": launch_sm90._PREPARE,
-        "bwd_fused_sm90": launch_sm90._FUSED,
-    }
+    tables = launch_sm90._TABLES
     jobs = [
         (name, 0, dtype, head_dim, shape)
         for name, table in tables.items()

@@ -44,6 +44,20 @@ def test_patterns(kernels, call, hold, name, dtype):
     check(call, hold, spec)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns_of_wide_rows_in_one_pass(call, hold, backend, monkeypatch, name, dtype):
+    """The fused backward at head_dim 128, with room for the sums of one group of heads at a time."""
+    if backend != "cupy":
+        pytest.skip("only cupy has a fused backward")
+    from scfa_core.backends.cupy_raw import launch_sm90
+
+    monkeypatch.setenv("SCFA_CUPY_BACKWARD", "fused")
+    monkeypatch.setattr(launch_sm90, "_sum_slots", lambda problem: problem.group_size)
+    spec = Spec(2, 4, 2, 430, 600, 128, 128, dtype, parts=PATTERNS[name], poison=True, seed=13)
+    check(call, hold, spec)
+
+
 @pytest.mark.parametrize(
     ("dtype", "head_dim"),
     [("bfloat16", dim) for dim in (16, 32, 40, 64, 80, 96, 112, 128, 136, 192, 256)]

@@ -56,16 +56,9 @@ def hopper_builds() -> list[Build]:
         assert arch_suffix == "a"
         asked.append(Build(source, constants, HOPPER))
 
-    tables = {
-        "fwd_sm90": launch_sm90._FORWARD,
-        "bwd_dq_sm90": launch_sm90._DQ,
-        "bwd_dkdv_sm90": launch_sm90._DKDV,
-        "bwd_fused_sm90": launch_sm90._FUSED,
-        "bwd_prepare_sm90": launch_sm90._PREPARE,
-    }
     loaded, launch_sm90.get_kernel = launch_sm90.get_kernel, overhear
     try:
-        for name, table in tables.items():
+        for name, table in launch_sm90._TABLES.items():
             several = isinstance(table, launch_sm90._Shapes)
             partial = [
                 head_dim
@@ -75,7 +68,7 @@ def hopper_builds() -> list[Build]:
             for head_dim in [*table, *partial]:
                 for dtype in ("bfloat16", "float16"):
                     launch_sm90._kernel.__wrapped__(name, 0, dtype, head_dim, table[head_dim])
-        launch_sm90._choose_kernel.__wrapped__(0)
+        launch_sm90._choose_kernel.__wrapped__(0, 64)
     finally:
         launch_sm90.get_kernel = loaded
     return asked

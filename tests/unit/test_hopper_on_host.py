@@ -26,7 +26,9 @@ COMPILER = shutil.which("g++") or shutil.which("clang++")
 PLAYED = (  # functions of the shipped headers that the host has its own of
     *("copy_chunk", "copy_word", "exp2_fast", "log2_fast", "pack_pair", "unpack_pair"),
     *("wgmma_fence", "wgmma_commit", "wgmma_wait", "pin", "wgmma_shared", "wgmma_issue"),
-    *("wgmma_registers", "store_fragments", "new_product_of_rows", "new_product_of_columns"),
+    *("wgmma_registers", "load_acquire", "store_release", "wait_until", "global_proxy_fence"),
+    *("start_sum", "wait_until_read", "wait_until_added", "fetch_sum", "shared_store_four"),
+    *("load_sum_four",),
 )
 DRIVER = """
 extern "C" void run(const Params* p, int blocks, int threads, int shared_bytes, int order) {
@@ -75,6 +77,9 @@ def for_the_host(name, text):
     registers = r"load_matrices_of(\1, address);"
     text = re.sub(fragment, registers, text, flags=re.S)
     text = re.sub(r'\), "=r"\(|\),\s+"=r"\(', ", ", text)
+    fragment = r'asm volatile\("stmatrix.*?: ?"r"\(address\),\s*(.*?)\s*: "memory"\);'
+    text = re.sub(fragment, r"store_matrices(address, \1);", text, flags=re.S)
+    text = re.sub(r'"r"\((a\[4 \* step[^)]*\])\)', r"\1", text)
     words = r'asm volatile\("ld\.shared\.v4\.u32[^:]*: "=r"\((\w+)\[0\].*?: "r"\(([^)]*)\)\);'
     text = re.sub(words, r"load_words(\1, \2);", text, flags=re.S)
     assert "asm volatile" not in re.sub(r"^#define.*?[^\\]$", "", text, flags=re.S | re.M), name
@@ -86,7 +91,7 @@ def build(tmp_path_factory):
     """Return (kernel, dtype, head_dim) -> its compiled host function, shape and shared bytes."""
     folder = tmp_path_factory.mktemp("hopper")
     for name, text in nvrtc.read_sources().items():
-        if re.search("sm90|wgmma", name) and "fused" not in name and "prepare" not in name:
+        if re.search("sm90|wgmma", name):
             (folder / name).write_text(for_the_host(name, text))
     (folder / "types.cuh").write_text(TYPES)
     (folder / "mbarrier.cuh").write_text("#pragma once\n")
@@ -139,8 +144,30 @@ def described(x, dtype):
     return DeviceArray(x.ctypes.data, x.shape, strides, dtype, 0)
 
 
-def run(build, case, order=0, blocks=1):
-    """Results of one case."""
+def passes(spec, fused):
+    """Kernels of one call: name, shape, tiles of one head and of all, heads, threads."""
+    per_query, per_key = (spec.seqlen_q, spec.heads), (spec.seqlen_k, spec.heads_kv)
+    head_dim = spec.head_dim
+    backward = (
+        ("bwd_prepare_sm90", launch_sm90._FUSED, *per_key),
+        (launch_sm90._FUSED_KERNELS.get(head_dim), launch_sm90._FUSED, *per_key),
+    )
+    if not fused:
+        backward = (
+            ("bwd_dq_sm90", launch_sm90._DQ, *per_query),
+            ("bwd_dkdv_sm90", launch_sm90._DKDV, *per_key),
+        )
+    for kernel, shapes, rows, heads in (("fwd_sm90", launch_sm90._FORWARD, *per_query), *backward):
+        shape = shapes[head_dim]
+        tiles = launch_sm90._tiles(rows, 64 * shape.warpgroups, spec.batch * heads)
+        if kernel == "bwd_prepare_sm90":
+            yield kernel, launch_sm90._PREPARE[head_dim], tiles, heads, 256
+        else:
+            yield kernel, shape, tiles, heads, launch_sm90._threads(kernel, shape)
+
+
+def run(build, case, order=0, blocks=1, fused=False, slots=None):
+    """Results of one case; `slots` query heads have room for sums of dq, all by default."""
     spec = case.spec
     problem = Problem(
         *(spec.batch, spec.heads, spec.heads_kv, spec.seqlen_q, spec.seqlen_k),
@@ -157,22 +184,18 @@ def run(build, case, order=0, blocks=1):
     arrays = tuple(described(x, spec.dtype) for x in (q, k, v, out, dout, dq, dk, dv))
     statistics = np.full(2 * lse.size + 1, np.nan, np.float32)
     at = statistics.ctypes.data + 4
-    per_query, per_key = (spec.seqlen_q, spec.heads), (spec.seqlen_k, spec.heads_kv)
-    kernels = (
-        ("fwd_sm90", launch_sm90._FORWARD, *per_query),
-        ("bwd_dq_sm90", launch_sm90._DQ, *per_query),
-        ("bwd_dkdv_sm90", launch_sm90._DKDV, *per_key),
-    )
-    for kernel, shapes, rows, heads in kernels:
-        shape = shapes[spec.head_dim]
-        tiles = launch_sm90._tiles(rows, 64 * shape.warpgroups, spec.batch * heads)
+    slots = slots or spec.batch * spec.heads
+    query_tiles = launch_sm90._tiles(spec.seqlen_q, 64, 1)[0]
+    added = np.full(spec.batch * spec.heads * query_tiles, -1, np.int32)
+    sum_of_dq = np.full((slots, query_tiles, 64, spec.head_dim), np.nan, np.float32)
+    sums = launch_sm90.Sums(sum_of_dq.ctypes.data, added.ctypes.data, slots, query_tiles)
+    for kernel, shape, tiles, heads, threads in passes(spec, fused):
         counter = np.zeros(1, np.int32)
         params = launch_sm90._params(
             *(problem, plan, arrays, described(lse, "float32")),
-            *((at, at + 4 * lse.size), counter.ctypes.data, tiles, heads),
+            *((at, at + 4 * lse.size), counter.ctypes.data, tiles, heads, sums),
         )
         shared = launch_sm90._SHARED[kernel](spec.head_dim, shape)
-        threads = 128 * (shape.warpgroups * shape.parts + 1)
         build(kernel, spec.dtype, spec.head_dim, shape)(params, blocks, threads, shared, order)
     wide = (testing.widen(x, spec.dtype) for x in (out, dq, dk, dv))
     out, dq, dk, dv = wide
@@ -206,3 +229,28 @@ def test_wide_rows(build, head_dim):
 def test_a_window_in_float16(build, head_dim):
     spec = Spec(1, 1, 1, 200, 200, head_dim, head_dim, "float16", parts=WINDOW, seed=3)
     check(build, spec, order=2, blocks=2)
+
+
+@pytest.mark.parametrize("head_dim", sorted(launch_sm90._FUSED))
+@pytest.mark.parametrize("seqlen", [1, 63, 64, 65, 127, 129, 331])
+def test_causal_in_one_pass(build, head_dim, seqlen):
+    causal = (Part("causal", number=0),)
+    spec = Spec(1, 1, 1, seqlen, seqlen, head_dim, head_dim, "bfloat16", parts=causal, seed=seqlen)
+    check(build, spec, fused=True, order=seqlen % 3)
+
+
+IN_ONE_PASS = {
+    "hash": HASH,
+    "all together": (*HASH, Part("keep", "uniform", 80), Part("window", number=90)),
+    "window": WINDOW,
+    "keep none": (Part("keep", "none"),),
+}
+
+
+@pytest.mark.parametrize("head_dim", sorted(launch_sm90._FUSED))
+@pytest.mark.parametrize("name", IN_ONE_PASS)
+def test_patterns_in_one_pass(build, head_dim, name):
+    """Grouped heads, and sums of dq whose room is used again."""
+    sizes = (1, 4, 2, 150, 277, head_dim, head_dim, "float16")
+    spec = Spec(*sizes, parts=IN_ONE_PASS[name], poison=True, seed=5)
+    check(build, spec, fused=True, order=2, blocks=2, slots=2)

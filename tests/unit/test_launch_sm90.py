@@ -13,14 +13,12 @@ from scfa_core.problem import Problem
 
 LARGEST = 2**31 - 1
 BLOCK_LIMIT = 232_448  # bytes of shared memory a block may have on sm_90
-TABLES = {
-    "fwd_sm90": launch_sm90._FORWARD,
-    "bwd_dq_sm90": launch_sm90._DQ,
-    "bwd_dkdv_sm90": launch_sm90._DKDV,
-    "bwd_fused_sm90": launch_sm90._FUSED,
-}
 PARTIAL = [dim for dim in range(16, 257, 8) if dim % 64]
-SHAPES = [(name, dim, shape) for name, table in TABLES.items() for dim, shape in table.items()]
+SHAPES = [
+    (name, dim, shape)
+    for name, table in launch_sm90._TABLES.items()
+    for dim, shape in table.items()
+]
 
 
 @given(st.integers(1, LARGEST), st.integers(0, LARGEST))

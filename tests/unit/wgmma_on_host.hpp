@@ -144,6 +144,19 @@ void wgmma_registers(float (&d)[kCount], unsigned a0, unsigned a1, unsigned a2, 
   host::wait_warp();
 }
 
+// kTransposed of wgmma_issue: both operands' rows are reduced over.
+template <auto kReduce, bool kSum, int kCount>
+void wgmma_issue(float (&d)[kCount], unsigned long long a, unsigned long long b) {
+  const int warp = host::current % 128 / 32;
+  const bool rows = (int)kReduce == 1;  // ReduceOver::kRows
+  const auto element = [&](unsigned long long descriptor, int column, int k) {
+    return rows ? described_element(descriptor, k, column) : described_element(descriptor, column, k);
+  };
+  multiply_on_host(
+      d, kSum, [&](int row, int k) { return element(a, 16 * warp + row, k); },
+      [&](int column, int k) { return element(b, column, k); });
+}
+
 inline void wgmma_fence() {}
 inline void wgmma_commit() {}
 template <int kPending>
@@ -158,3 +171,61 @@ inline void load_matrices_of(unsigned& a0, unsigned& a1, unsigned& a2, unsigned&
   a0 = r[0], a1 = r[1], a2 = r[2], a3 = r[3];
 }
 inline void load_words(unsigned (&r)[4], unsigned address) { std::memcpy(r, dynamic_shared + address, 16); }
+
+// store_fragments of products_sm90.cuh: lane l holds row l / 4, columns 2 (l % 4) and + 1 of each 8 x 8 matrix.
+inline void store_matrices(unsigned address, unsigned a0, unsigned a1, unsigned a2, unsigned a3) {
+  const int lane = host::current % 32, first = host::current - lane;
+  const unsigned a[4] = {a0, a1, a2, a3};
+  host::slots[host::current] = address;
+  host::wait_warp();
+  for (int m = 0; m < 4; ++m) {
+    std::memcpy(dynamic_shared + host::slots[first + 8 * m + lane / 4] + 4 * (lane % 4), &a[m], 4);
+  }
+  host::wait_warp();
+}
+
+// Sums of bwd_fused_sm90_sums.cuh. Bulk copies read, and add, as late as their waits allow.
+struct BulkCopy {
+  float* target = nullptr;
+  unsigned source = 0;
+  bool first = false;
+  std::vector<float> values;
+};
+static std::map<int, BulkCopy> bulk_copies;  // one per thread
+
+inline int load_acquire(const int* address) { return *(const volatile int*)address; }
+inline void store_release(int* address, int value) {
+  *(volatile int*)address = value;
+  ++host::progress;
+}
+inline void wait_until(const int* address, int value) {
+  while (load_acquire(address) != value) host::yield();
+}
+inline void global_proxy_fence() {}
+inline void start_sum_on_host(float* target, unsigned source, bool first, int floats) {
+  bulk_copies[host::current] = {target, source, first, std::vector<float>(floats)};
+}
+inline void wait_until_read() {
+  host::yield();
+  BulkCopy& copy = bulk_copies.at(host::current);
+  std::memcpy(copy.values.data(), dynamic_shared + copy.source, copy.values.size() * 4);
+}
+inline void wait_until_added() {
+  for (int i = 0; i < 3; ++i) host::yield();
+  BulkCopy& copy = bulk_copies.at(host::current);
+  for (size_t i = 0; i < copy.values.size(); ++i) {
+    copy.target[i] = copy.first ? copy.values[i] : copy.target[i] + copy.values[i];
+  }
+}
+inline void fetch_sum_on_host(unsigned tile, const float* source, unsigned barrier, int floats) {
+  std::memcpy(dynamic_shared + tile, source, floats * 4);
+  host::arrive(barrier);
+}
+template <class T>
+void shared_store_four(unsigned address, T a, T b, T c, T d) {
+  const T values[4] = {a, b, c, d};
+  std::memcpy(dynamic_shared + address, values, 16);
+}
+inline void load_sum_four(const float* address, float (&values)[4]) { std::memcpy(values, address, 16); }
+#define start_sum(target, source, first) start_sum_on_host(target, source, first, kSumFloats)
+#define fetch_sum(tile, source, barrier) fetch_sum_on_host(tile, source, barrier, kSumFloats)

@@ -34,9 +34,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
   const auto announce = [&](int query_tile, int number, int lowest, int beyond) {
     if (group == 0 && warp == 0) {  // all lanes write the same
       const unsigned job = shared.job(change.slot);
-      asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(job), "r"(query_tile),
-                   "r"(number), "r"(lowest), "r"(beyond)
-                   : "memory");
+      shared_store_four(job, query_tile, number, lowest, beyond);
       shared_store(job + 16, key.slot);
     }
   };

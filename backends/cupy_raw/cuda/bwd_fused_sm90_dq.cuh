@@ -2,75 +2,12 @@
 // complete, and the warps that add the rest to its sums in a fixed order.
 #pragma once
 
-// Values of Params::added: the sum has been read and its room is free; at most one key tile visits,
-// and there is no sum in memory.
-constexpr int kComplete = 0x7FFFFFFF;
-constexpr int kNoSum = 0x7FFFFFFE;
+#include "bwd_fused_sm90_sums.cuh"
+
 constexpr int kQueryThreads = 128;
 // In place of a query tile: this key tile is done; there are no more.
 constexpr int kTileDone = -1;
 constexpr int kAllDone = -2;
-
-__device__ __forceinline__ int load_acquire(const int* address) {
-  int value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
-  return value;
-}
-
-__device__ __forceinline__ void store_release(int* address, int value) {
-  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
-}
-
-__device__ __forceinline__ void wait_until(const int* address, int value) {
-#if SCFA_DEBUG_WAIT
-  const long long begin = clock64();
-#endif
-  while (load_acquire(address) != value) {
-#if SCFA_DEBUG_WAIT
-    if (clock64() - begin > 4000000000LL) asm volatile("trap;");
-#endif
-  }
-}
-
-// What others did to global memory, seen by this thread, comes before its bulk copies.
-__device__ __forceinline__ void global_proxy_fence() {
-  asm volatile("fence.proxy.async.global;" ::: "memory");
-}
-
-// The room of this tile's sum is that of the head `slots` before, which may still be in use.
-__device__ __forceinline__ void wait_for_room(const Params& p, int tile, int z) {
-  for (int other = z - p.slots; other >= 0; other -= p.slots) {
-    tile -= p.slots * p.query_tiles;
-    if (load_acquire(p.added + tile) == kNoSum) continue;  // look at the one before that
-    wait_until(p.added + tile, kComplete);
-    return;
-  }
-}
-
-// Send a dq tile to memory (the first) or add it (the others).
-__device__ __forceinline__ void start_sum(float* target, unsigned tile, bool first) {
-  if (first) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target),
-                 "r"(tile), "n"(kSumBytes)
-                 : "memory");
-  } else {
-    asm volatile(
-        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(target),
-        "r"(tile), "n"(kSumBytes)
-        : "memory");
-  }
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-
-// The tile in shared memory may be overwritten.
-__device__ __forceinline__ void wait_until_read() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
-
-// The sum in memory is complete, as if this thread had written it.
-__device__ __forceinline__ void wait_until_added() {
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-}
 
 // Warps 2 and 3, in turn, so that one tile's way to memory hides the other's: add dq tiles to their
 // sums.
@@ -138,9 +75,7 @@ __device__ __forceinline__ void sum_queries(const Params& p, Shared shared) {
       const unsigned target = shared.sum(sum.slot) + 16 * thread;
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; i += 4) {
-        asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(target + 512 * i),
-                     "f"(grad[i]), "f"(grad[i + 1]), "f"(grad[i + 2]), "f"(grad[i + 3])
-                     : "memory");
+        shared_store_four(target + 512 * i, grad[i], grad[i + 1], grad[i + 2], grad[i + 3]);
       }
       if (thread == 0) {
         shared_store(shared.load(sum.slot), tile);
@@ -160,10 +95,7 @@ __device__ __forceinline__ void sum_queries(const Params& p, Shared shared) {
 #pragma unroll
         for (int i = 0; i < kHeadDim / 2; i += 4) {
           float other[4];
-          asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-                       : "=f"(other[0]), "=f"(other[1]), "=f"(other[2]), "=f"(other[3])
-                       : "l"(source + 128 * i)
-                       : "memory");
+          load_sum_four(source + 128 * i, other);
 #pragma unroll
           for (int j = 0; j < 4; ++j) grad[i + j] += other[j];
         }

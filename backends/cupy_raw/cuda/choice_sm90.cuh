@@ -9,8 +9,8 @@ enum Share { kNone = 0, kAll = 1, kSome = 2 };  // of the heads that go one way
 constexpr int kChoiceCounters = 2;
 constexpr int kChoiceHeads = 8;
 
-#ifdef SCFA_COLUMNS
-constexpr bool kHasChoice = SCFA_COLUMNS == 64;  // the only head_dim that has two ways
+#ifdef SCFA_CHOICE
+constexpr bool kHasChoice = SCFA_CHOICE;  // whether this head_dim has a choice of two ways
 #else
 constexpr bool kHasChoice = true;
 #endif

@@ -1,0 +1,236 @@
+// First part of bwd_fused128_sm90.cu: its tile shape, its shared memory, and the gathering warps.
+#pragma once
+
+#if !defined(SCFA_HEAD_DIM) || !defined(SCFA_BLOCK_N) || !defined(SCFA_WARPGROUPS) || \
+    !defined(SCFA_STAGES) || !defined(SCFA_QUERY_BUFFERS) || !defined(SCFA_SHARED_BYTES)
+#error "the tile shape and SCFA_SHARED_BYTES: set by launch_sm90.py"
+#endif
+#include "mbarrier.cuh"
+#include "products_sm90.cuh"
+#include "params_sm90.cuh"
+#include "choice_sm90.cuh"
+#include "gather_sm90.cuh"
+#include "softmax_sm90.cuh"
+
+constexpr int kHeadDim = SCFA_HEAD_DIM;
+constexpr int kPanels = kHeadDim / kPanelColumns;
+constexpr int kWarpgroups = SCFA_WARPGROUPS;  // that multiply: 64 keys and half of dq's columns each
+constexpr int kRing = SCFA_STAGES;            // buffers of a q or a dout block
+constexpr int kBlockN = 64 * kWarpgroups;     // keys of a tile
+constexpr int kBlockM = SCFA_BLOCK_N;         // queries of a step
+constexpr int kRowThreads = 64;  // two warps gather; the other two of their warpgroup carry sums
+constexpr int kCarriers = 2;
+constexpr int kThreads = 128 * (kWarpgroups + 1);
+constexpr int kRowRegisters = 40, kConsumerRegisters = 232;
+static_assert(kRowRegisters + kWarpgroups * kConsumerRegisters <= launched_registers(kThreads),
+              "registers are shared out, not made");
+constexpr int kChanges = SCFA_QUERY_BUFFERS;  // buffers of dS
+constexpr int kDataSlots = 3;                 // buffers of what else belongs to a block of queries
+static_assert(kHeadDim == 128 && kBlockM == 64 && kWarpgroups == 2,
+              "dq of a step is two products of 64 x 64, dk and dv of 64 keys fill the registers");
+static_assert(kChanges == 2, "dS of a step is stored before dq of the step before is there");
+static_assert(4 <= kRing && kRing <= 6,
+              "scores of the next block start before this one is done; its data outlive it");
+
+constexpr int kKeyBytes = kBlockN * kHeadDim * 2;
+constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
+constexpr int kChangeBytes = kBlockN * kBlockM * 2;
+constexpr int kSumFloats = kBlockM * kHeadDim;  // of one dq tile
+constexpr int kSumBytes = 4 * kSumFloats;
+constexpr int kChangeBase = 2 * kKeyBytes;
+constexpr int kSumBase = kChangeBase + kChanges * kChangeBytes;
+constexpr int kQueryBase = kSumBase + kSumBytes;
+constexpr int kDataBase = kQueryBase + kRing * kQueryBytes;
+constexpr int kDataBytes = 16 * kBlockM;  // lse, delta, key_start, key_end of the block's queries
+constexpr int kMaxGroup = 16;  // query heads of one kv head; launch_sm90.py sends larger elsewhere
+constexpr int kBounds = 4;     // of one query head: see find_bounds
+constexpr int kBoundsBase = kDataBase + kDataSlots * kDataBytes;
+constexpr int kJobBase = kBoundsBase + 4 * kMaxGroup * kBounds;
+constexpr int kJobBytes = 16;
+constexpr int kTileBase = kJobBase + kJobBytes * kCarriers;
+constexpr int kBarrierBase = kTileBase + 16;
+constexpr int kBarriers = 2 + 2 * kChanges + 4 * kCarriers + 1 + 2 * kRing;
+constexpr int kSharedBytes = kBarrierBase + 8 * kBarriers + 1024;  // 1024: room to align the base
+static_assert(kSharedBytes <= 232448, "more shared memory than a block can have");
+static_assert(kSharedBytes == SCFA_SHARED_BYTES, "launch_sm90.py asks for as much as is laid out");
+
+constexpr int kSeesNothing = 0x7FFFFFFF;  // a range start beyond every key
+constexpr int kProducerBarrier = 1;       // named barrier of the gathering warps
+
+struct Shared {
+  unsigned base;
+  __device__ __forceinline__ unsigned key() const { return base; }
+  __device__ __forceinline__ unsigned value() const { return base + kKeyBytes; }
+  __device__ __forceinline__ unsigned changes(unsigned i) const {
+    return base + kChangeBase + i * kChangeBytes;
+  }
+  __device__ __forceinline__ unsigned sum() const { return base + kSumBase; }
+  __device__ __forceinline__ unsigned rows(unsigned i) const {  // q and dout of a block in turn
+    return base + kQueryBase + i * kQueryBytes;
+  }
+  __device__ __forceinline__ unsigned lse(unsigned i) const {
+    return base + kDataBase + i * kDataBytes;
+  }
+  __device__ __forceinline__ unsigned delta(unsigned i) const { return lse(i) + 4 * kBlockM; }
+  __device__ __forceinline__ unsigned starts(unsigned i) const { return lse(i) + 8 * kBlockM; }
+  __device__ __forceinline__ unsigned ends(unsigned i) const { return lse(i) + 12 * kBlockM; }
+  __device__ __forceinline__ unsigned bound(unsigned, int member, int i) const {
+    return base + kBoundsBase + 4 * (member * kBounds + i);
+  }
+  __device__ __forceinline__ unsigned job(unsigned i) const {
+    return base + kJobBase + kJobBytes * i;
+  }
+  __device__ __forceinline__ unsigned tile() const { return base + kTileBase; }
+  __device__ __forceinline__ unsigned share() const { return base + kTileBase + 8; }
+  __device__ __forceinline__ unsigned barrier(unsigned i) const {
+    return base + kBarrierBase + 8 * i;
+  }
+  __device__ __forceinline__ unsigned key_full() const { return barrier(0); }
+  __device__ __forceinline__ unsigned key_empty() const { return barrier(1); }
+  __device__ __forceinline__ unsigned changes_full(unsigned i) const { return barrier(2 + i); }
+  __device__ __forceinline__ unsigned changes_empty(unsigned i) const {
+    return changes_full(kChanges + i);
+  }
+  __device__ __forceinline__ unsigned job_full(unsigned i) const {
+    return changes_full(2 * kChanges + i);
+  }
+  __device__ __forceinline__ unsigned job_empty(unsigned i) const {
+    return job_full(kCarriers + i);
+  }
+  __device__ __forceinline__ unsigned sum_full(unsigned i) const {
+    return job_full(2 * kCarriers + i);
+  }
+  __device__ __forceinline__ unsigned sum_empty(unsigned i) const {
+    return job_full(3 * kCarriers + i);
+  }
+  __device__ __forceinline__ unsigned sum_loaded() const { return job_full(4 * kCarriers); }
+  __device__ __forceinline__ unsigned rows_full(unsigned i) const {
+    return job_full(4 * kCarriers + 1 + i);
+  }
+  __device__ __forceinline__ unsigned rows_empty(unsigned i) const {
+    return rows_full(kRing + i);
+  }
+};
+
+#include "bwd_fused_sm90_tiles.cuh"
+
+// Warps 0 and 1: for each tile gather keys and values, then every block of queries that may see one
+// of them.
+__device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
+  const int thread = threadIdx.x, warp = uniform(thread / 32), lane = thread % 32;
+  const int lane_bytes = (thread % kLanesPerRow) * 16;
+  unsigned key_parity = 0;
+  Ring<kRing> ring;
+  Ring<kDataSlots> data;
+  if (thread == 0) shared_store(shared.share(), share_of(p, kFused));
+  for (;; key_parity ^= 1) {
+    barrier_wait(shared.key_empty(), key_parity ^ 1);
+    // Not one tile ahead: others would wait for its sums as long as this block is at the last one.
+    if (thread == 0) {
+      const int next = atomicAdd(p.counter, 1);
+      shared_store(shared.tile(), own_tile<false>(p, kFused, shared.share(), next, 0));
+    }
+    named_barrier_sync(kProducerBarrier, kRowThreads);  // the tile number is written
+    const int tile = uniform(shared_load(shared.tile()));
+    if (tile >= p.tiles) break;
+    const KeyTile at = locate_key_tile(p, tile);
+    const int key0 = at.number * kBlockN, key1 = min(key0 + kBlockN, p.seqlen_k);
+    const int first_z = at.b * p.heads + at.h_kv * p.group_size;
+
+    int sorted_keys[2], rows[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      sorted_keys[i] = key0 + gather_owned_row<kRowThreads>(thread, i);
+      rows[i] = sorted_keys[i] < key1
+                    ? p.k_index[static_cast<long long>(at.z) * p.seqlen_k + sorted_keys[i]]
+                    : -1;
+    }
+    gather_rows<kBlockN, kPanels, kRowThreads>(
+        shared.value(), p.v.of_head(at.b, at.h_kv) + lane_bytes, p.v.row, rows, thread);
+    for (int member = 0; member < p.group_size; ++member) {
+      const int z = first_z + member;
+      find_bounds(p, shared, 0, member, static_cast<long long>(z) * p.seqlen_q, p.q_count[z], key0,
+                  warp, lane);
+    }
+    named_barrier_sync(kProducerBarrier, kRowThreads);  // the bounds are written
+
+    // dq adds up products with all keys of the tile, with those that nobody sees by zero: they must
+    // be numbers.
+    bool all = false;
+    for (int member = 0; member < p.group_size; ++member) {
+      all |= uniform(shared_load(shared.bound(0, member, 3))) <
+             uniform(shared_load(shared.bound(0, member, 2)));
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      bool seen = all;
+      for (int member = 0; member < p.group_size && !seen; ++member) {
+        const int z = first_z + member, low = shared_load(shared.bound(0, member, 0));
+        const long long list = static_cast<long long>(z) * p.seqlen_q;
+        seen = seen_by_rows(p.key_start + list, p.key_end + list, low,
+                            shared_load(shared.bound(0, member, 3)), p.q_count[z], sorted_keys[i]);
+      }
+      if (!seen) rows[i] = -1;
+    }
+    __syncwarp();
+    gather_rows<kBlockN, kPanels, kRowThreads>(
+        shared.key(), p.k.of_head(at.b, at.h_kv) + lane_bytes, p.k.row, rows, thread);
+    barrier_arrive_after_copies(shared.key_full());
+    if (thread == 0) barrier_arrive(shared.key_full());  // releases tile number and bounds
+
+    for (int member = 0; member < p.group_size; ++member) {
+      const int h = at.h_kv * p.group_size + member, z = first_z + member;
+      const int count = uniform(p.q_count[z]);
+      const long long list = static_cast<long long>(z) * p.seqlen_q;
+      const int *starts = p.key_start + list, *ends = p.key_end + list, *indices = p.q_index + list;
+      const int low = uniform(shared_load(shared.bound(0, member, 0)));
+      const int end_query = uniform(shared_load(shared.bound(0, member, 1)));
+      const char* q = p.q.of_head(at.b, h) + lane_bytes;
+      const char* dout = p.dout.of_head(at.b, h) + lane_bytes;
+      // Range and original row of the query this thread owns in a block, loaded one block ahead and
+      // looked at only then.
+      struct Query {
+        int start, end, row;
+      };
+      const auto load_query = [&](int first) {
+        const int sorted = first + gather_owned_row<kRowThreads>(thread, 0);
+        const int row = min(sorted, count - 1);
+        return Query{sorted < count ? starts[row] : kSeesNothing, ends[row], indices[row]};
+      };
+      int first = low & ~(kBlockM - 1);
+      if (first >= end_query) continue;
+      Query upcoming = load_query(first);
+      for (; first < end_query; first += kBlockM) {
+        const Query own = upcoming;
+        upcoming = load_query(first + kBlockM);
+        const bool sees = own.start < own.end && own.end > key0 && own.start < key1;
+        // A query that sees no key of the tile becomes zeros.
+        const int current[1] = {sees ? own.row : -1};
+        barrier_wait(shared.rows_empty(ring.slot), ring.parity ^ 1);
+        // Rows past the last kept one repeat its range, with lse +inf (before row_lse's first
+        // element) and delta 0: their weights are 0. Whoever let go of a buffer three blocks on
+        // has done with the data of this slot.
+        const int sorted = min(first + thread, count - 1);
+        const bool kept = first + thread < count;
+        copy_word(shared.lse(data.slot) + 4 * thread,
+                  kept ? p.row_lse + list + sorted : p.row_lse - 1, true);
+        copy_word(shared.delta(data.slot) + 4 * thread, p.row_delta + list + sorted, kept);
+        copy_word(shared.starts(data.slot) + 4 * thread, starts + sorted, true);
+        copy_word(shared.ends(data.slot) + 4 * thread, ends + sorted, true);
+        data.advance();
+        gather_rows<kBlockM, kPanels, kRowThreads>(shared.rows(ring.slot), q, p.q.row, current,
+                                                   thread);
+        barrier_arrive_after_copies(shared.rows_full(ring.slot));
+        ring.advance();
+        barrier_wait(shared.rows_empty(ring.slot), ring.parity ^ 1);
+        gather_rows<kBlockM, kPanels, kRowThreads>(shared.rows(ring.slot), dout, p.dout.row,
+                                                   current, thread);
+        barrier_arrive_after_copies(shared.rows_full(ring.slot));
+        ring.advance();
+      }
+    }
+  }
+  // No more tiles: let the others read the tile number and leave.
+  barrier_arrive_after_copies(shared.key_full());
+  if (thread == 0) barrier_arrive(shared.key_full());
+}

@@ -1,0 +1,91 @@
+// Sums of dq in memory, added to by one key tile after another: whose turn it is, and the bulk copies.
+// Include after params_sm90.cuh and kSumBytes.
+#pragma once
+
+// Values of Params::added: the sum has been read and its room is free; at most one key tile visits,
+// and there is no sum in memory.
+constexpr int kComplete = 0x7FFFFFFF;
+constexpr int kNoSum = 0x7FFFFFFE;
+
+__device__ __forceinline__ int load_acquire(const int* address) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_release(int* address, int value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void wait_until(const int* address, int value) {
+#if SCFA_DEBUG_WAIT
+  const long long begin = clock64();
+#endif
+  while (load_acquire(address) != value) {
+#if SCFA_DEBUG_WAIT
+    if (clock64() - begin > 4000000000LL) asm volatile("trap;");
+#endif
+  }
+}
+
+// What others did to global memory, seen by this thread, comes before its bulk copies.
+__device__ __forceinline__ void global_proxy_fence() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+// The room of this tile's sum is that of the head `slots` before, which may still be in use.
+__device__ __forceinline__ void wait_for_room(const Params& p, int tile, int z) {
+  for (int other = z - p.slots; other >= 0; other -= p.slots) {
+    tile -= p.slots * p.query_tiles;
+    if (load_acquire(p.added + tile) == kNoSum) continue;  // look at the one before that
+    wait_until(p.added + tile, kComplete);
+    return;
+  }
+}
+
+// Send a dq tile to memory (the first) or add it (the others).
+__device__ __forceinline__ void start_sum(float* target, unsigned tile, bool first) {
+  if (first) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target),
+                 "r"(tile), "n"(kSumBytes)
+                 : "memory");
+  } else {
+    asm volatile(
+        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(target),
+        "r"(tile), "n"(kSumBytes)
+        : "memory");
+  }
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// The tile in shared memory may be overwritten.
+__device__ __forceinline__ void wait_until_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// The sum in memory is complete, as if this thread had written it.
+__device__ __forceinline__ void wait_until_added() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// Four numbers to shared memory at once.
+__device__ __forceinline__ void shared_store_four(unsigned address, int a, int b, int c, int d) {
+  asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
+
+__device__ __forceinline__ void shared_store_four(unsigned address, float a, float b, float c,
+                                                  float d) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c),
+               "f"(d)
+               : "memory");
+}
+
+// Four floats of a sum that others have added to.
+__device__ __forceinline__ void load_sum_four(const float* address, float (&values)[4]) {
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
+               : "l"(address)
+               : "memory");
+}
