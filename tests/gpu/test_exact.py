@@ -47,7 +47,7 @@ def test_patterns(kernels, call, hold, name, dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", PATTERNS)
 def test_patterns_of_wide_rows_in_one_pass(call, hold, backend, monkeypatch, name, dtype):
-    """The fused backward at head_dim 128, with room for the sums of one group of heads at a time."""
+    """The fused backward at head_dim 128, with room for one group of heads at a time."""
     if backend != "cupy":
         pytest.skip("only cupy has a fused backward")
     from scfa_core.backends.cupy_raw import launch_sm90
