@@ -15,9 +15,9 @@ import pytest
 from scfa_core.backends.cupy_raw import nvrtc, params, variants
 
 import scfa_core as scfa
-from scfa_core import testing
+from scfa_core import campaign, testing, verify
 from scfa_core.problem import Problem
-from scfa_core.testing import Part, Results, Spec
+from scfa_core.testing import Case, Part, Results, Spec
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -193,3 +193,46 @@ def test_a_poisoned_row_reaches_only_those_who_see_it(build, dtype):
         unspoilt = np.isfinite(getattr(right, name))
         assert np.isfinite(getattr(got, name))[unspoilt].all(), name
         assert np.isnan(getattr(got, name))[np.isnan(getattr(right, name))].all(), name
+
+
+MARGIN = 0.3  # of the allowed error; each of the sums below took 0.4 to 1.3 when added row by row
+
+
+def assert_margin(case, got):
+    verdicts = testing.judge(case, got)
+    thin = [v for v in verdicts if max(v.max_ratio, v.norm_ratio) > MARGIN]
+    assert not thin, f"{case.spec}: {thin}"
+
+
+@pytest.mark.parametrize("seed", [1694, 8058])
+def test_float32_sums_over_many_rows(build, seed):
+    """Keys that 300 to 1000 queries of a group see: problems of the campaign that failed."""
+    case = campaign.draw(seed, most_rows=4096, dtypes=verify.CUDA_DTYPES).case
+    assert case.spec.dtype == "float32"
+    assert_margin(case, Machine(build, case).results())
+
+
+@pytest.mark.parametrize(("heads", "seqlen_q", "seqlen_k"), [(8, 500, 20), (2, 70, 2000)])
+def test_float32_sums_that_are_made_anew(build, heads, seqlen_q, seqlen_k):
+    """Hidden NaN in every tile: all rows are recomputed one by one, and sum as well as tiles do."""
+    spec = Spec(1, heads, 1, seqlen_q, seqlen_k, 16, 32, "float32", softmax_scale=0.0)
+    rng = np.random.default_rng(7)
+    q_hash, k_hash = (np.zeros((1, n, rows), int) for n, rows in ((heads, seqlen_q), (1, seqlen_k)))
+    q_hash[..., 1:3], k_hash[..., 1:3] = 1, 2  # nobody's
+    q_hash[..., 3:5] = k_hash[..., 3:5] = 3  # so that tiles reach over those
+    lengths = ((heads, seqlen_q, 16), (1, seqlen_k, 16), (1, seqlen_k, 32), (heads, seqlen_q, 32))
+    arrays = [rng.standard_normal((1, *shape), np.float32) for shape in lengths]
+    for x in arrays:
+        x[:, :, 1:3] = np.nan
+    mask = q_hash[..., :, None] == k_hash[..., None, :]
+    case = Case(spec, *arrays, scfa.HashSparse(q_hash, k_hash, causal=False), mask)
+    assert_margin(case, Machine(build, case).results())
+
+
+def test_float32_infinity_stays_infinite(build):
+    case = testing.build(Spec(1, 1, 1, 150, 150, 16, 16, "float32", seed=6))
+    case.v[:, :, 60] = np.inf
+    got, right = Machine(build, case).results(), testing.truth(case)
+    assert np.isinf(right.out[:, :, 60:]).all()
+    np.testing.assert_array_equal(got.out[:, :, 60:], right.out[:, :, 60:])
+    assert np.isfinite(got.out[:, :, :60]).all()

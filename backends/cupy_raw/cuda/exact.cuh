@@ -4,6 +4,9 @@
 // Kernels therefore check their accumulators at the end (NaN and Inf never go away again) and recompute a tainted row
 // here from its visible pairs alone. So every result depends on visible pairs only, bit for bit, and the check costs one
 // fused multiply-add per accumulator. A row stops early once all it computes is NaN. All threads of the block take part.
+//
+// Long sums of float32 rows are made of chains of kChain terms, joined with what the additions before them lost. Where rows are
+// of half precision, the roundings of their weights outweigh those of the sums, which are made as tiles make them.
 #pragma once
 #include "mma.cuh"
 #include "params.cuh"
@@ -24,24 +27,50 @@ SCFA_DEVICE float dot_rows(const Element* a, const Element* b) {
 
 SCFA_DEVICE bool is_nan(float x) { return x != x; }
 
+constexpr bool kMindsLoss = SCFA_ELEMENT == 0;
+constexpr int kChain = kMindsLoss ? 32 : kIntMax;  // terms that are added one to the next before their sum joins a long one
+
+// sum += term (Kahan's summation): `lost` is what roundings have added to the sum so far. Inf and NaN stay what they are.
+SCFA_DEVICE void add_with_loss(float& sum, float& lost, float term) {
+  if (!kMindsLoss) {
+    sum += term;
+    return;
+  }
+  const float corrected = term - lost;
+  const float moved = sum + corrected;
+  const float excess = (moved - sum) - corrected;
+  lost = is_nan(excess) ? 0.0f : excess;
+  sum = moved;
+}
+
+// Whether a chain ends with term j of `count`.
+SCFA_DEVICE bool ends_chain(int j, int count) { return j % kChain == kChain - 1 || j == count - 1; }
+
 // Columns threadIdx.x, threadIdx.x + kThreads, ... of one row.
 template <int kDim, int kThreads>
 struct RowSlice {
   static constexpr int kColumns = ceil_div(kDim, kThreads);
-  float value[kColumns];
+  float value[kColumns], lost[kColumns], chain[kColumns];
 
   SCFA_DEVICE void init() {
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) value[c] = 0.0f;
+    for (int c = 0; c < kColumns; ++c) value[c] = lost[c] = chain[c] = 0.0f;
   }
   SCFA_DEVICE void scale(float factor) {
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) value[c] *= factor;
+    for (int c = 0; c < kColumns; ++c) value[c] *= factor, lost[c] *= factor;
   }
   SCFA_DEVICE void add(float factor, const Element* row) {
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c)
-      if (column(c) < kDim) value[c] = fmaf(factor, to_float(row[column(c)]), value[c]);
+    for (int c = 0; c < kColumns; ++c) {
+      float& sum = kMindsLoss ? chain[c] : value[c];
+      if (column(c) < kDim) sum = fmaf(factor, to_float(row[column(c)]), sum);
+    }
+  }
+  SCFA_DEVICE void join_chain() {
+    if (!kMindsLoss) return;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) add_with_loss(value[c], lost[c], chain[c]), chain[c] = 0.0f;
   }
   SCFA_DEVICE void store(Element* row) const {
 #pragma unroll
@@ -63,7 +92,7 @@ SCFA_DEVICE void block_exact_out(const Element* q_row, const Element* k, const E
                                  const Params& p, float* scratch, Element* out_row, float* lse) {
   RowSlice<kHeadDimV, kThreads> acc;
   acc.init();
-  float reference = -infinity(), row_sum = 0.0f;
+  float reference = -infinity(), row_sum = 0.0f, row_lost = 0.0f;
   for (int first = start; first < end; first += kThreads) {
     const int count = min(kThreads, end - first);
     const int mine = first + threadIdx.x;
@@ -78,14 +107,18 @@ SCFA_DEVICE void block_exact_out(const Element* q_row, const Element* k, const E
     const float factor = moved == reference ? 1.0f : exp2_fast(reference - moved);
     acc.scale(factor);
     row_sum *= factor;
+    row_lost *= factor;
     reference = moved;
-    float round_sum = 0.0f;  // one by one, small terms would vanish beside the sum of a long row
+    float chain = 0.0f;
     for (int j = 0; j < count; ++j) {
       const float probability = exp2_fast(scratch[j] - reference);
-      round_sum += probability;
+      chain += probability;
       acc.add(probability, v + k_index[first + j] * p.v_strides.row);
+      if (!ends_chain(j, count)) continue;
+      add_with_loss(row_sum, row_lost, chain);
+      acc.join_chain();
+      chain = 0.0f;
     }
-    row_sum += round_sum;
     if (__syncthreads_and(acc.all_nan() && is_nan(row_sum))) break;
   }
   const bool empty = reference == -infinity() && !is_nan(row_sum);
@@ -111,7 +144,10 @@ SCFA_DEVICE void block_exact_dq(const Element* q_row, const Element* dout_row, f
       scratch[threadIdx.x] = exp2_fast(score - lse_log2) * (dp - delta);
     }
     __syncthreads();  // gradients of the scores are complete
-    for (int j = 0; j < count; ++j) acc.add(scratch[j], k + k_index[first + j] * p.k_strides.row);
+    for (int j = 0; j < count; ++j) {
+      acc.add(scratch[j], k + k_index[first + j] * p.k_strides.row);
+      if (ends_chain(j, count)) acc.join_chain();
+    }
     if (__syncthreads_and(acc.all_nan())) break;
   }
   acc.scale(p.softmax_scale);
@@ -151,9 +187,11 @@ struct ExactKeyRow {
       }
       __syncthreads();  // probabilities and gradients are complete
       for (int j = 0; j < count; ++j) {
-        if (probabilities[j] == -1.0f) continue;
-        acc_dk.add(gradients[j], q + q_index[first + j] * p.q_strides.row);
-        acc_dv.add(probabilities[j], dout + q_index[first + j] * p.dout_strides.row);
+        if (probabilities[j] != -1.0f) {
+          acc_dk.add(gradients[j], q + q_index[first + j] * p.q_strides.row);
+          acc_dv.add(probabilities[j], dout + q_index[first + j] * p.dout_strides.row);
+        }
+        if (ends_chain(j, count)) acc_dk.join_chain(), acc_dv.join_chain();
       }
       if (__syncthreads_and(acc_dk.all_nan() && acc_dv.all_nan())) return;
     }

@@ -49,9 +49,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scfa_fwd_fp32(const __
 
   RowTile<kHeadDimV, kR> acc_o;
   acc_o.init();
-  float reference[kR], sum[kR];
+  float reference[kR], sum[kR], sum_lost[kR];
 #pragma unroll
-  for (int r = 0; r < kR; ++r) reference[r] = -infinity(), sum[r] = 0.0f;
+  for (int r = 0; r < kR; ++r) reference[r] = -infinity(), sum[r] = sum_lost[r] = 0.0f;
 #pragma unroll 1
   for (int key = keys.first; key < keys.last; key += kBlockN) {
     block_load_rows<kBlockN, kHeadDim>(shared.kv, k, p.k_strides.row, k_index + key, keys.last - key);
@@ -77,14 +77,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scfa_fwd_fp32(const __
       reference[r] = moved;
       acc_o.scale_row(r, factor);
       sum[r] *= factor;
-      float tile_sum = 0.0f;  // one by one, small terms would vanish beside the sum of a long row
+      sum_lost[r] *= factor;
+      float tile_sum = 0.0f;
 #pragma unroll
       for (int c = 0; c < kC; ++c) {
         const float probability = exp2_fast(acc_s[r][c] - (moved == -infinity() ? 0.0f : moved));
         tile_sum += probability;
         shared.p[row * (kBlockN + 1) + thread_x() + kSide * c] = probability;
       }
-      sum[r] += tile_sum;
+      add_with_loss(sum[r], sum_lost[r], tile_sum);
     }
     __syncthreads();  // p is complete, and k has been read
 

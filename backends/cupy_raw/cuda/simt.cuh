@@ -55,11 +55,12 @@ SCFA_DEVICE void thread_dots(float (&acc)[kR][kC], const float* own, const float
   }
 }
 
-// Output rows of one thread: columns 4 * x + 64 * c .. + 3.
+// Output rows of one thread: columns 4 * x + 64 * c .. + 3. Each tile is summed by itself, and joins with what sums before it lost:
+// one by one, the terms of a long row would vanish beside their sum.
 template <int kDim, int kR>
 struct RowTile {
   static constexpr int kBlocks = ceil_div(kDim, 4 * kSide);
-  float value[kR][kBlocks][4];
+  float value[kR][kBlocks][4], lost[kR][kBlocks][4];
 
   SCFA_DEVICE static int column(int block) { return 4 * thread_x() + 4 * kSide * block; }
 
@@ -71,11 +72,21 @@ struct RowTile {
 #pragma unroll
     for (int c = 0; c < kBlocks; ++c)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) value[r][c][i] = clear ? 0.0f : value[r][c][i] * factor;
+      for (int i = 0; i < 4; ++i) {
+        value[r][c][i] = clear ? 0.0f : value[r][c][i] * factor;
+        lost[r][c][i] = clear ? 0.0f : lost[r][c][i] * factor;
+      }
   }
   // value += weights (rows of kCount + 1) @ streamed
   template <int kCount>
   SCFA_DEVICE void add_product(const float* weights, const float* streamed) {
+    float chain[kR][kBlocks][4];
+#pragma unroll
+    for (int r = 0; r < kR; ++r)
+#pragma unroll
+      for (int c = 0; c < kBlocks; ++c)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) chain[r][c][i] = 0.0f;
 #pragma unroll 2
     for (int j = 0; j < kCount; ++j) {
       float w[kR];
@@ -87,13 +98,19 @@ struct RowTile {
         const float4 x = *reinterpret_cast<const float4*>(streamed + j * pitch(kDim) + column(c));
 #pragma unroll
         for (int r = 0; r < kR; ++r) {
-          value[r][c][0] = fmaf(w[r], x.x, value[r][c][0]);
-          value[r][c][1] = fmaf(w[r], x.y, value[r][c][1]);
-          value[r][c][2] = fmaf(w[r], x.z, value[r][c][2]);
-          value[r][c][3] = fmaf(w[r], x.w, value[r][c][3]);
+          chain[r][c][0] = fmaf(w[r], x.x, chain[r][c][0]);
+          chain[r][c][1] = fmaf(w[r], x.y, chain[r][c][1]);
+          chain[r][c][2] = fmaf(w[r], x.z, chain[r][c][2]);
+          chain[r][c][3] = fmaf(w[r], x.w, chain[r][c][3]);
         }
       }
     }
+#pragma unroll
+    for (int r = 0; r < kR; ++r)
+#pragma unroll
+      for (int c = 0; c < kBlocks; ++c)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) add_with_loss(value[r][c][i], lost[r][c][i], chain[r][c][i]);
   }
   SCFA_DEVICE void store_row(int r, float* row, float factor) const {
 #pragma unroll
