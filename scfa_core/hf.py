@@ -150,7 +150,14 @@ def _structured(
     kwargs: dict[str, Any],
 ) -> StructuredMask:
     """Return the mask that the model made, or the one that its absence means."""
+    batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
     if isinstance(attention_mask, StructuredMask):
+        if attention_mask.shape[2:] != (queries, keys):
+            raise PatternError(
+                f"the layer has {queries} queries and {keys} keys, its mask is of "
+                f"{attention_mask.shape[2]} and {attention_mask.shape[3]}; the model cuts its mask "
+                "or its keys apart from each other: use attn_implementation='sdpa'"
+            )
         return attention_mask
     if attention_mask is not None:
         raise PatternError(
@@ -160,8 +167,15 @@ def _structured(
         )
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
     band = Band(hi=1) if causal else Band()
+    window = kwargs.get("sliding_window")
+    if window is not None:
+        if not causal:
+            raise PatternError(
+                "a sliding window both ways must come as a mask, got sliding_window="
+                f"{window} without one; let the model make its mask"
+            )
+        band = band.narrowed(Band(lo=1 - window))
     return StructuredMask((batch, queries, keys), keys - queries, band, [], None)
 
 

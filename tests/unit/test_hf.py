@@ -32,6 +32,38 @@ FAMILIES = {
         vocab_size=61, n_embd=64, n_layer=2, n_head=4, n_positions=128, attn_pdrop=0.0
     ),
 }
+SCALED = {
+    "by layer": {"scale_attn_by_inverse_layer_idx": True},
+    "none": {"scale_attn_weights": False},
+    "upcast": {"reorder_and_upcast_attn": True},
+}
+OTHERS = {  # chunks, windows of several kinds of layers, cross attention
+    "llama4": lambda: transformers.Llama4TextConfig(
+        **ROPE,
+        num_key_value_heads=2,
+        head_dim=16,
+        attention_chunk_size=6,
+        num_local_experts=2,
+        intermediate_size_mlp=96,
+    ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **ROPE, num_key_value_heads=2, head_dim=16, sliding_window=6, sliding_window_pattern=2
+    ),
+    "bart": lambda: transformers.BartConfig(
+        vocab_size=61,
+        d_model=64,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=96,
+        decoder_ffn_dim=96,
+        max_position_embeddings=64,
+        attention_dropout=0.0,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+    ),
+}
 NAMES = hf.register(window=7, buckets=4, near=3, seed=0)
 
 
@@ -107,6 +139,53 @@ def test_generated_text_is_the_same(model, cache, padded):
     assert torch.equal(*texts)
 
 
+def same_text(model, options=lambda name: {}, **common):
+    """Greedy or beam text by eager and by ours, the first row padded on the left."""
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[0, :6] = 0
+    common |= {"max_new_tokens": 8, "do_sample": False, "attention_mask": mask, "pad_token_id": 0}
+    texts = []
+    for name in ("eager", "scfa"):
+        model.set_attn_implementation(name)
+        texts.append(model.generate(tokens(), **common, **options(name)))
+    return torch.equal(*texts)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("name", OTHERS)
+def test_generated_text_of_other_families(name, beams, cache):
+    torch.manual_seed(0)
+    kind = transformers.AutoModelForCausalLM
+    if name == "bart":
+        kind, cache = transformers.AutoModelForSeq2SeqLM, "dynamic"
+    model = kind.from_config(OTHERS[name]()).eval()
+    assert same_text(model, num_beams=beams, cache_implementation=cache)
+
+
+@pytest.mark.slow
+def test_compiled_generation_with_a_static_cache_is_one_graph():
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(FAMILIES["qwen"]()).eval()
+
+    def compiled(name):
+        config = transformers.CompileConfig(backend="eager", mode=None, fullgraph=True)
+        config._compile_all_devices = True  # or a CPU would not compile
+        return {"compile_config": config} if name == "scfa" else {}
+
+    assert same_text(model, compiled, cache_implementation="static")
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_scales_of_gpt2(name):
+    torch.manual_seed(0)
+    config = FAMILIES["gpt2"]()
+    config.update(SCALED[name])
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    assert all(hasattr(config, option) for option in SCALED[name])
+    compare(model, input_ids=tokens())
+
+
 def test_decoding_in_pieces_equals_one_call(model):
     for name in NAMES:
         model.set_attn_implementation(name)
@@ -119,11 +198,23 @@ def test_decoding_in_pieces_equals_one_call(model):
         torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-5, msg=name)
 
 
-def test_training_with_checkpointing():
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_training_with_checkpointing(use_reentrant):
+    """With padding and windows; the first real token is predicted from a row of padding."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(FAMILIES["qwen"]()).train()
-    model.activation_checkpointing_enable()
-    compare(model, input_ids=tokens())
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    real = torch.arange(20).expand(2, -1) >= torch.tensor([[6], [0]])
+    labels = tokens().masked_fill(~real, -100)
+    labels[0, 6] = -100
+    results = []
+    for name in ("eager", "scfa"):
+        model.set_attn_implementation(name)
+        model.zero_grad()
+        model(tokens(), attention_mask=real.long(), labels=labels).loss.backward()
+        results.append([x.grad.clone() for x in model.parameters()])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -209,6 +300,26 @@ def test_no_mask_means_what_the_module_says():
     ):
         out = call("scfa", module, q, k, v, None, **kwargs)
         torch.testing.assert_close(out, dense(q, k, v, mask.expand(5, 20), 0.2), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["scfa", "scfa_window", "scfa_hash"])
+def test_a_window_without_a_mask_is_honoured(name):
+    q, k, v = qkv(queries=5)
+    module = SimpleNamespace(is_causal=True, config=SimpleNamespace(scfa_window=20, scfa_near=20))
+    i, j = torch.arange(5)[:, None] + 15, torch.arange(20)[None]
+    out = call(name, module, q, k, v, None, sliding_window=3)
+    right = dense(q, k, v, (j <= i) & (j > i - 3), 0.2)
+    torch.testing.assert_close(out, right, rtol=0, atol=1e-5)
+    module.is_causal = False
+    with pytest.raises(scfa.PatternError, match="both ways must come as a mask"):
+        call(name, module, q, k, v, None, sliding_window=3)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(8, 20), (20, 8), (19, 19)])
+def test_a_mask_of_other_sizes_raises(queries, keys):
+    q, k, v = qkv(queries=queries, keys=keys)
+    with pytest.raises(scfa.PatternError, match=f"{queries} queries and {keys} keys"):
+        call("scfa", SimpleNamespace(is_causal=True), q, k, v, read_mask(2, 20, 20))
 
 
 def test_what_is_not_supported_raises():
