@@ -1,5 +1,6 @@
 """The language-model trainer: variants take steps, resumed runs are the same, results are kept."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -152,6 +153,45 @@ def test_commands_keep_their_results_and_the_page_is_made_of_them(tmp_path):
     assert "| hash4 | 2 | 12 |" in text
     for theme in ("light", "dark"):
         assert (tmp_path / "img" / f"lm-quality-0-{theme}.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("variant", "adapt"), [("hash8", "none"), ("hash8c", "center"), ("hash8w", "whiten")]
+)
+def test_the_model_hashes_as_the_public_module_does(variant, adapt, monkeypatch):
+    """Same queries, same draws: the variants of the page are `AngularHash(adapt=...)`."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.lm.config import PRESETS
+    from bench.lm.model import LanguageModel
+    from scfa_core.hashing import angular_hash
+    from scfa_core.nn import AngularHash
+
+    config = dataclasses.replace(PRESETS["tiny"], attention=variant, seqlen=96)
+    torch.manual_seed(0)
+    model = LanguageModel(config)
+    sizes = (config.heads, config.head_dim, config.buckets)
+    own = [AngularHash(*sizes, adapt=adapt) for _ in model.blocks]
+    generator = torch.Generator().manual_seed(1)
+    for step in range(4):
+        text = torch.randint(0, 256, (2, 96), generator=generator)
+        for layer, q in enumerate(model.queries(text, model.directions())):
+            own[layer](q)
+        model.adapt(max(1 / (step + 1), 0.5))
+        if adapt != "none":
+            for one in own:
+                one.move_centers(0.5)
+    torch.manual_seed(2)
+    directions = model.directions()
+    torch.manual_seed(2)
+    drawn = torch.randn(directions.shape)
+    drawn = drawn / drawn.norm(dim=3, keepdim=True)
+    for layer, q in enumerate(model.queries(text, directions)):
+        own[layer].directions.copy_(drawn[layer])
+        mine = angular_hash(q, *model._hash_of(layer, directions))
+        (public,) = own[layer].eval()(q)
+        assert (mine == public).float().mean() > 0.999  # moments are summed in another order
+        plain = angular_hash(q, drawn[layer])
+        assert torch.equal(mine, plain) is (adapt == "none")
 
 
 def test_rates_of_learning():
