@@ -13,7 +13,7 @@ from numba import cuda, int32, uint8
 from scfa_core.backends.numba_cuda.compiling import kernel
 from scfa_core.backends.numba_cuda.convert import ELEMENTS
 from scfa_core.backends.numba_cuda.schedule import key_span, query_span, tile_is_wanted
-from scfa_core.backends.numba_cuda.tiles import Shape, tile_functions
+from scfa_core.backends.numba_cuda.tiles import Shape, loss_count, tile_functions
 
 
 @cache
@@ -25,11 +25,13 @@ def build_bwd_dkdv(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> 
     element = ELEMENTS[dtype]
     acc, narrow, exp = element.acc, element.narrow, element.exp
     log_unit = element.log_unit
-    load_rows, multiply, accumulate = tile_functions(dtype, shape)
+    load_rows, multiply, accumulate, _ = tile_functions(dtype, shape)
     ty_count, tx_count, rows, columns = shape
     per_row, per_column = rows // ty_count, columns // tx_count
     per_dk, per_dv = -(-head_dim // tx_count), -(-head_dim_v // tx_count)
     score_count, dk_count, dv_count = per_row * per_column, per_row * per_dk, per_row * per_dv
+    lost_dk_count, lost_dv_count = loss_count(dtype, dk_count), loss_count(dtype, dv_count)
+    tile_count = max(lost_dk_count, lost_dv_count)
     k_shape, v_shape = (rows, head_dim + 1), (rows, head_dim_v + 1)
     q_shape, dout_shape = (columns, head_dim + 1), (columns, head_dim_v + 1)
     weight_shape = (rows, columns + 1)
@@ -61,6 +63,9 @@ def build_bwd_dkdv(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> 
         acc_dp = cuda.local.array(score_count, acc)
         acc_dk = cuda.local.array(dk_count, acc)
         acc_dv = cuda.local.array(dv_count, acc)
+        lost_dk = cuda.local.array(lost_dk_count, acc)
+        lost_dv = cuda.local.array(lost_dv_count, acc)
+        tile_sums = cuda.local.array(tile_count, acc)
         thread = cuda.threadIdx.x
         ty = thread // tx_count
         tx = thread % tx_count
@@ -84,6 +89,10 @@ def build_bwd_dkdv(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> 
                 acc_dk[e] = acc(0)
             for e in range(dv_count):
                 acc_dv[e] = acc(0)
+            for e in range(lost_dk_count):
+                lost_dk[e] = acc(0)
+            for e in range(lost_dv_count):
+                lost_dv[e] = acc(0)
 
             for h in range(g * group, g * group + group):
                 first, last = query_span(key_start, key_end, b, h, n0, n1, seqlen_q, monotone)
@@ -123,8 +132,14 @@ def build_bwd_dkdv(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> 
                     cuda.syncthreads()  # weights are there
 
                     # dv += p^T dout, dk += ds^T q
-                    accumulate(acc_dv, per_dv, weights_p, seen, dout_tile, head_dim_v, ty, tx)
-                    accumulate(acc_dk, per_dk, weights_ds, seen, q_tile, head_dim, ty, tx)
+                    accumulate(
+                        acc_dv, lost_dv, tile_sums, per_dv,
+                        weights_p, seen, dout_tile, head_dim_v, ty, tx,
+                    )  # fmt: skip
+                    accumulate(
+                        acc_dk, lost_dk, tile_sums, per_dk,
+                        weights_ds, seen, q_tile, head_dim, ty, tx,
+                    )  # fmt: skip
             cuda.syncthreads()  # the last tile is consumed before the next loads k
 
             for i in range(per_row):

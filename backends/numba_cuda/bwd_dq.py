@@ -13,7 +13,7 @@ from scfa_core.backends.numba_cuda.compiling import INFINITY, kernel
 from scfa_core.backends.numba_cuda.convert import ELEMENTS
 from scfa_core.backends.numba_cuda.schedule import key_span, tile_is_wanted
 from scfa_core.backends.numba_cuda.softmax import softmax_functions
-from scfa_core.backends.numba_cuda.tiles import Shape, tile_functions
+from scfa_core.backends.numba_cuda.tiles import Shape, loss_count, tile_functions
 
 
 @cache
@@ -26,13 +26,14 @@ def build_bwd_dq(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> An
     element = ELEMENTS[dtype]
     acc, widen, narrow, exp = element.acc, element.widen, element.narrow, element.exp
     log_unit = element.log_unit
-    load_rows, multiply, accumulate = tile_functions(dtype, shape)
+    load_rows, multiply, accumulate, _ = tile_functions(dtype, shape)
     shift_of, rescale_factor, log_of = softmax_functions(dtype)
     exact_lse = dtype == "float64"  # lse comes rounded to float32, too coarse for float64
     ty_count, tx_count, rows, columns = shape
     per_row, per_column = rows // ty_count, columns // tx_count
     per_width = -(-head_dim // tx_count)
     score_count, out_count = per_row * per_column, per_row * per_width
+    lost_count = loss_count(dtype, out_count)
     qk_shape = (max(rows, columns), head_dim + 1)
     v_shape = (max(rows, columns), head_dim_v + 1)
     weight_shape = (rows, max(columns, tx_count) + 1)
@@ -64,6 +65,8 @@ def build_bwd_dq(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> An
         scores = cuda.local.array(score_count, acc)
         acc_dp = cuda.local.array(score_count, acc)
         acc_dq = cuda.local.array(out_count, acc)
+        lost_dq = cuda.local.array(lost_count, acc)
+        tile_dq = cuda.local.array(lost_count, acc)
         row_lse = cuda.local.array(per_row, acc)
         row_delta = cuda.local.array(per_row, acc)
         row_sum = cuda.local.array(per_row, acc)
@@ -88,6 +91,8 @@ def build_bwd_dq(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> An
             load_rows(dout_tile, rows, dout, b, h, q_index, h, m0, m1, head_dim_v, thread)
             for e in range(out_count):
                 acc_dq[e] = acc(0)
+            for e in range(lost_count):
+                lost_dq[e] = acc(0)
             cuda.syncthreads()  # dout is there
 
             # delta = rowsum(dout * out): each thread a part, then all parts
@@ -181,7 +186,9 @@ def build_bwd_dq(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> An
                 cuda.syncthreads()  # weights are there
 
                 # dq += ds k
-                accumulate(acc_dq, per_width, weights, seen, k_tile, head_dim, ty, tx)
+                accumulate(
+                    acc_dq, lost_dq, tile_dq, per_width, weights, seen, k_tile, head_dim, ty, tx
+                )
             cuda.syncthreads()  # the last tile is consumed before the next loads q
 
             for i in range(per_row):

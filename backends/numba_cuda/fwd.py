@@ -14,7 +14,7 @@ from scfa_core.backends.numba_cuda.compiling import INFINITY, kernel
 from scfa_core.backends.numba_cuda.convert import ELEMENTS
 from scfa_core.backends.numba_cuda.schedule import key_span, tile_is_wanted
 from scfa_core.backends.numba_cuda.softmax import softmax_functions
-from scfa_core.backends.numba_cuda.tiles import Shape, tile_functions
+from scfa_core.backends.numba_cuda.tiles import Shape, loss_count, tile_functions
 
 
 @cache
@@ -27,11 +27,13 @@ def build_fwd(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> Any:
     acc, narrow, exp = element.acc, element.narrow, element.exp
     log_unit = element.log_unit
     shift_of, rescale_factor, log_of = softmax_functions(dtype)
-    load_rows, multiply, accumulate = tile_functions(dtype, shape)
+    load_rows, multiply, accumulate, add_with_loss = tile_functions(dtype, shape)
     ty_count, tx_count, rows, columns = shape
     per_row, per_column = rows // ty_count, columns // tx_count
     per_width = -(-head_dim_v // tx_count)
     score_count, out_count = per_row * per_column, per_row * per_width
+    lost_count, lost_rows = loss_count(dtype, out_count), loss_count(dtype, per_row)
+    loses = dtype != "float64"
     # One column more than needed: threads of a warp then read different banks.
     q_shape = (rows, head_dim + 1)
     kv_shape = (columns, max(head_dim, head_dim_v) + 1)
@@ -58,8 +60,11 @@ def build_fwd(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> Any:
         seen = cuda.shared.array(weight_shape, uint8)
         scores = cuda.local.array(score_count, acc)
         acc_o = cuda.local.array(out_count, acc)
+        lost_o = cuda.local.array(lost_count, acc)
+        tile_o = cuda.local.array(lost_count, acc)
         row_max = cuda.local.array(per_row, acc)
         row_sum = cuda.local.array(per_row, acc)
+        row_lost = cuda.local.array(lost_rows, acc)
         thread = cuda.threadIdx.x
         ty = thread // tx_count
         tx = thread % tx_count
@@ -83,6 +88,10 @@ def build_fwd(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> Any:
                 row_sum[i] = acc(0)
             for e in range(out_count):
                 acc_o[e] = acc(0)
+            for e in range(lost_count):
+                lost_o[e] = acc(0)
+            for i in range(lost_rows):
+                row_lost[i] = acc(0)
 
             for n0 in range(first, last, columns):
                 cuda.syncthreads()  # the tile before is consumed
@@ -120,6 +129,10 @@ def build_fwd(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> Any:
                     row_sum[i] *= factor
                     for c in range(per_width):
                         acc_o[i * per_width + c] *= factor
+                    if loses:
+                        row_lost[i] *= factor
+                        for c in range(per_width):
+                            lost_o[i * per_width + c] *= factor
                 cuda.syncthreads()  # maxima are read before weights take the scores' place
 
                 # P = exp(S - m')
@@ -131,14 +144,16 @@ def build_fwd(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> Any:
                         weights[r, c] = exp(weights[r, c] - shift)
                 cuda.syncthreads()  # weights and values are there
 
-                # O += P v, l += rowsum(P): a tile by itself, small weights would vanish one by one
+                # O += P v, l += rowsum(P)
                 for i in range(per_row):
                     r = ty + ty_count * i
                     tile_sum = acc(0)
                     for c in range(columns):
                         tile_sum += weights[r, c]
-                    row_sum[i] += tile_sum
-                accumulate(acc_o, per_width, weights, seen, kv_tile, head_dim_v, ty, tx)
+                    add_with_loss(row_sum, row_lost, i, tile_sum)
+                accumulate(
+                    acc_o, lost_o, tile_o, per_width, weights, seen, kv_tile, head_dim_v, ty, tx
+                )
             cuda.syncthreads()  # the last tile is consumed before the next loads q
 
             for i in range(per_row):

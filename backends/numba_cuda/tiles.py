@@ -3,6 +3,9 @@
 A block of TY x TX threads works on tiles. Thread (ty, tx) owns rows ty, ty + TY, ... of the result
 and columns tx, tx + TX, ... of it. Sizes are compile-time constants, fixed when `tile_functions`
 builds the device functions; a fresh set is compiled for each (dtype, head_dim, head_dim_v).
+
+Float32 sums over many rows are made tile by tile, and a tile's sum joins with what the additions
+before it lost: one by one, the terms of a long row would vanish beside their sum.
 """
 
 from __future__ import annotations
@@ -60,6 +63,12 @@ class TileFunctions(NamedTuple):
     load_rows: Any
     multiply: Any
     accumulate: Any
+    add_with_loss: Any
+
+
+def loss_count(dtype: str, sums: int) -> int:
+    """Places for what `sums` sums have lost: none are needed in float64, but an array has one."""
+    return 1 if dtype == "float64" else sums
 
 
 @cache
@@ -109,4 +118,34 @@ def tile_functions(dtype: str, shape: Shape) -> TileFunctions:
                         if column < width:
                             out[i * per_width + c] += weight * values[n, column]
 
-    return TileFunctions(load_rows, multiply, accumulate)
+    @device
+    def accumulate_double(out, lost, tile, per_width, weights, seen, values, width, ty, tx):
+        """`accumulate` in float64, where nothing vanishes."""
+        accumulate(out, per_width, weights, seen, values, width, ty, tx)
+
+    @device
+    def add_double(sums, lost, place, term):
+        """`add_with_loss` in float64, where nothing vanishes."""
+        sums[place] += term
+
+    @device
+    def add_with_loss(sums, lost, place, term):
+        """sums[place] += term; `lost` is what roundings have added so far (Kahan's summation)."""
+        corrected = term - lost[place]
+        moved = sums[place] + corrected
+        excess = (moved - sums[place]) - corrected
+        lost[place] = excess if excess == excess else acc(0)  # infinite sums stay so
+        sums[place] = moved
+
+    @device
+    def accumulate_with_loss(out, lost, tile, per_width, weights, seen, values, width, ty, tx):
+        """`accumulate`, the sums of one tile by themselves first."""
+        for e in range(per_row * per_width):
+            tile[e] = acc(0)
+        accumulate(tile, per_width, weights, seen, values, width, ty, tx)
+        for e in range(per_row * per_width):
+            add_with_loss(out, lost, e, tile[e])
+
+    if dtype == "float64":
+        return TileFunctions(load_rows, multiply, accumulate_double, add_double)
+    return TileFunctions(load_rows, multiply, accumulate_with_loss, add_with_loss)
