@@ -72,7 +72,7 @@ def for_the_host(name, text):
     text = text.replace("extern __shared__ char dynamic[]", "char* dynamic = dynamic_shared")
     for function in PLAYED:
         text = without_function(text, function)
-    text = re.sub(r'asm volatile\("(prefetch|" : "\+l")[^;]*(;"[^;]*)?;', "", text)
+    text = re.sub(r'asm volatile\("(prefetch|" : "\+[lr]")[^;]*(;"[^;]*)?;', "", text)
     fragment = r'asm volatile\("ldmatrix.*?: "=r"\((.*?)\)\s*: "r"\(address\)\s*: "memory"\);'
     registers = r"load_matrices_of(\1, address);"
     text = re.sub(fragment, registers, text, flags=re.S)

@@ -48,23 +48,31 @@ __device__ __forceinline__ void add_fetched(float (&grad)[32], Shared shared, co
   barrier_release(shared.sum_empty(turn.carrier), lane);
 }
 
-// Write this warpgroup's half of the columns of a complete dq tile of query head z.
-__device__ __forceinline__ void write_queries(const Params& p, const float (&grad)[32], int z,
-                                              int query_tile, int group, int warp, int lane) {
-  const int b = p.by_query_heads.quotient(z), h = z - b * p.heads;
-  const long long list = static_cast<long long>(z) * p.seqlen_q;
-  const int sorted = (query_tile - z * p.query_tiles) * kBlockM + 16 * warp + lane / 4;
+// Where rows of a dq tile go that is to be written: looked up while its product is made.
+struct QueryRows {
   int index[2];
   float scale[2];
+
+  // `own`: the first of this thread's two rows of the tile.
+  __device__ __forceinline__ void look_up(const Params& p, int z, int query_tile, int own) {
+    const long long list = static_cast<long long>(z) * p.seqlen_q;
+    const int sorted = (query_tile - z * p.query_tiles) * kBlockM + own;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const bool there = sorted + 8 * i < p.seqlen_q;
-    index[i] = there ? p.q_index[list + sorted + 8 * i] : -1;
-    // Rows that see nothing become exact zeros.
-    scale[i] = there && p.row_lse[list + sorted + 8 * i] != SCFA_INFINITY ? p.scale : 0.0f;
+    for (int i = 0; i < 2; ++i) {
+      const bool there = sorted + 8 * i < p.seqlen_q;
+      index[i] = there ? p.q_index[list + sorted + 8 * i] : -1;
+      // Rows that see nothing become exact zeros.
+      scale[i] = there && p.row_lse[list + sorted + 8 * i] != SCFA_INFINITY ? p.scale : 0.0f;
+    }
   }
-  scatter_rows(grad, scale, p.dq.of_head(b, h) + group * kRowBytes, p.dq.row, index, lane);
-}
+
+  // This warpgroup's half of the columns of query head z.
+  __device__ __forceinline__ void write(const Params& p, const float (&grad)[32], int z, int group,
+                                        int lane) {
+    const int b = p.by_query_heads.quotient(z), h = z - b * p.heads;
+    scatter_rows(grad, scale, p.dq.of_head(b, h) + group * kRowBytes, p.dq.row, index, lane);
+  }
+};
 
 // Warpgroups 1 and 2: dk and dv of 64 keys of each tile, half the columns of dq.
 __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, int group) {
@@ -72,19 +80,20 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
   const unsigned key_tile = shared.key() + group * 64 * kRowBytes;
   const unsigned value_tile = shared.value() + group * 64 * kRowBytes;
   const unsigned key_panel = shared.key() + group * kBlockN * kRowBytes;
-  unsigned key_parity = 0;
+  unsigned buffer = 0;  // of tile number and bounds: the parity of the tile
   int fetch = 0;  // parity of the next sum that is fetched
   Ring<kRing> ring;
   Ring<kDataSlots> data;
   Ring<kChanges> change;
   Ring<kCarriers> carrier;
-  for (;; key_parity ^= 1) {
-    barrier_wait(shared.key_full(), key_parity);
-    const int tile = uniform(shared_load(shared.tile()));
+  for (;; buffer ^= 1) {
+    barrier_wait(shared.key_full(), buffer);
+    const int tile = uniform(shared_load(shared.tile(buffer)));
     if (tile >= p.tiles) break;
     const KeyTile at = locate_key_tile(p, tile);
     const int key0 = at.number * kBlockN + 64 * group;  // first key of this warpgroup
-    const int own = key0 + 16 * warp + lane / 4;        // this thread's keys: own and own + 8
+    int own = key0 + 16 * warp + lane / 4;              // this thread's keys: own and own + 8
+    asm volatile("" : "+r"(own));  // or own - key0 is kept in memory as well
 
     float scores[kBlockM / 2], slopes[kBlockM / 2], grad_q[kHeadDim / 4];
     float grad_k[kHeadDim / 2], grad_v[kHeadDim / 2];
@@ -93,8 +102,8 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
     for (int i = 0; i < kHeadDim / 2; ++i) grad_k[i] = grad_v[i] = 0.0f;
 
     for (int member = 0; member < p.group_size; ++member) {
-      const int low = uniform(shared_load(shared.bound(0, member, 0))) / kBlockM;
-      const int high = (uniform(shared_load(shared.bound(0, member, 1))) + kBlockM - 1) / kBlockM;
+      const int low = uniform(shared_load(shared.bound(buffer, member, 0))) / kBlockM;
+      const int high = (uniform(shared_load(shared.bound(buffer, member, 1))) + kBlockM - 1) / kBlockM;
       if (low >= high) continue;
       const int z = at.b * p.heads + at.h_kv * p.group_size + member;
       const int first = z * p.query_tiles + low;  // query tile, of all heads
@@ -122,15 +131,16 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
         new_product_of_columns<kBlockN>(grad_q, shared.changes(slot), key_panel);
         wgmma_commit();
       };
+      QueryRows query_rows;
       // dq of a step has come: what takes it further, up to the fence that must follow.
-      const auto finish_grad_q = [&](const Turn& turn, unsigned slot, int query_tile) {
+      const auto finish_grad_q = [&](const Turn& turn, unsigned slot) {
         pin(grad_q);
         barrier_release(shared.changes_empty(slot), lane);
         if (turn.kind == kAdd) {
           stage_sum(grad_q, shared, turn, group, thread);
         } else {
           if (turn.kind == kFetch) add_fetched(grad_q, shared, turn, group, thread, lane);
-          write_queries(p, grad_q, z, query_tile, group, warp, lane);
+          query_rows.write(p, grad_q, z, group, lane);
         }
       };
 
@@ -182,12 +192,13 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
           carrier.advance();
           if (next.kind == kFetch) fetch ^= 1;
         }
+        if (block > first && turn.kind != kAdd) query_rows.look_up(p, z, block - 1, own - key0);
         wgmma_wait<2>();
         pin(grad_v);
         pin(weights);
         barrier_release(shared.rows_empty(dout_slot), lane);
         wgmma_wait<1>();
-        if (block > first) finish_grad_q(turn, change_before, block - 1);
+        if (block > first) finish_grad_q(turn, change_before);
         const bool more = block + 1 < last;
         const unsigned query_before = query_slot;
         if (more) wait_for_rows();
@@ -209,12 +220,13 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       barrier_wait(shared.changes_full(change_before), change.parity ^ (change.slot == 0));
       wgmma_fence();
       issue_grad_q(change_before);
+      if (turn.kind != kAdd) query_rows.look_up(p, z, last - 1, own - key0);
       wgmma_wait<1>();
       pin(grad_k);
       pin(changes);
       barrier_release(shared.rows_empty(query_slot), lane);
       wgmma_wait<0>();
-      finish_grad_q(turn, change_before, last - 1);
+      finish_grad_q(turn, change_before);
       if (turn.kind == kAdd) {
         shared_writes_fence();
         barrier_release(shared.sum_full(turn.carrier), lane);

@@ -44,8 +44,8 @@ constexpr int kDataBase = kQueryBase + kRing * kQueryBytes;
 constexpr int kDataBytes = 16 * kBlockM;  // lse, delta, key_start, key_end of the block's queries
 constexpr int kMaxGroup = 16;  // query heads of one kv head; launch_sm90.py sends larger elsewhere
 constexpr int kBounds = 4;     // of one query head: see find_bounds
-constexpr int kBoundsBase = kDataBase + kDataSlots * kDataBytes;
-constexpr int kJobBase = kBoundsBase + 4 * kMaxGroup * kBounds;
+constexpr int kBoundsBase = kDataBase + kDataSlots * kDataBytes;  // of two tiles
+constexpr int kJobBase = kBoundsBase + 2 * 4 * kMaxGroup * kBounds;
 constexpr int kJobBytes = 16;
 constexpr int kTileBase = kJobBase + kJobBytes * kCarriers;
 constexpr int kBarrierBase = kTileBase + 16;
@@ -74,13 +74,15 @@ struct Shared {
   __device__ __forceinline__ unsigned delta(unsigned i) const { return lse(i) + 4 * kBlockM; }
   __device__ __forceinline__ unsigned starts(unsigned i) const { return lse(i) + 8 * kBlockM; }
   __device__ __forceinline__ unsigned ends(unsigned i) const { return lse(i) + 12 * kBlockM; }
-  __device__ __forceinline__ unsigned bound(unsigned, int member, int i) const {
-    return base + kBoundsBase + 4 * (member * kBounds + i);
+  __device__ __forceinline__ unsigned bound(unsigned buffer, int member, int i) const {
+    return base + kBoundsBase + 4 * ((buffer * kMaxGroup + member) * kBounds + i);
   }
   __device__ __forceinline__ unsigned job(unsigned i) const {
     return base + kJobBase + kJobBytes * i;
   }
-  __device__ __forceinline__ unsigned tile() const { return base + kTileBase; }
+  __device__ __forceinline__ unsigned tile(unsigned buffer) const {
+    return base + kTileBase + 4 * buffer;
+  }
   __device__ __forceinline__ unsigned share() const { return base + kTileBase + 8; }
   __device__ __forceinline__ unsigned barrier(unsigned i) const {
     return base + kBarrierBase + 8 * i;
@@ -119,62 +121,58 @@ struct Shared {
 __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
   const int thread = threadIdx.x, warp = uniform(thread / 32), lane = thread % 32;
   const int lane_bytes = (thread % kLanesPerRow) * 16;
-  unsigned key_parity = 0;
+  unsigned buffer = 0;  // of tile number and bounds: the parity of the tile
   Ring<kRing> ring;
   Ring<kDataSlots> data;
   if (thread == 0) shared_store(shared.share(), share_of(p, kFused));
-  for (;; key_parity ^= 1) {
-    barrier_wait(shared.key_empty(), key_parity ^ 1);
+  for (;; buffer ^= 1) {
     // Not one tile ahead: others would wait for its sums as long as this block is at the last one.
+    // The multiplying warpgroups are at the last blocks of that.
     if (thread == 0) {
       const int next = atomicAdd(p.counter, 1);
-      shared_store(shared.tile(), own_tile<false>(p, kFused, shared.share(), next, 0));
+      shared_store(shared.tile(buffer), own_tile<false>(p, kFused, shared.share(), next, 0));
     }
     named_barrier_sync(kProducerBarrier, kRowThreads);  // the tile number is written
-    const int tile = uniform(shared_load(shared.tile()));
+    const int tile = uniform(shared_load(shared.tile(buffer)));
     if (tile >= p.tiles) break;
     const KeyTile at = locate_key_tile(p, tile);
     const int key0 = at.number * kBlockN, key1 = min(key0 + kBlockN, p.seqlen_k);
     const int first_z = at.b * p.heads + at.h_kv * p.group_size;
 
-    int sorted_keys[2], rows[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      sorted_keys[i] = key0 + gather_owned_row<kRowThreads>(thread, i);
-      rows[i] = sorted_keys[i] < key1
-                    ? p.k_index[static_cast<long long>(at.z) * p.seqlen_k + sorted_keys[i]]
-                    : -1;
-    }
-    gather_rows<kBlockN, kPanels, kRowThreads>(
-        shared.value(), p.v.of_head(at.b, at.h_kv) + lane_bytes, p.v.row, rows, thread);
     for (int member = 0; member < p.group_size; ++member) {
       const int z = first_z + member;
-      find_bounds(p, shared, 0, member, static_cast<long long>(z) * p.seqlen_q, p.q_count[z], key0,
-                  warp, lane);
+      find_bounds(p, shared, buffer, member, static_cast<long long>(z) * p.seqlen_q, p.q_count[z],
+                  key0, warp, lane);
     }
     named_barrier_sync(kProducerBarrier, kRowThreads);  // the bounds are written
 
-    // dq adds up products with all keys of the tile, with those that nobody sees by zero: they must
-    // be numbers.
+    // Keys that nobody sees become zeros: dq adds up products with all keys of the tile, with those
+    // by zero, and they must be numbers.
     bool all = false;
     for (int member = 0; member < p.group_size; ++member) {
-      all |= uniform(shared_load(shared.bound(0, member, 3))) <
-             uniform(shared_load(shared.bound(0, member, 2)));
+      all |= uniform(shared_load(shared.bound(buffer, member, 3))) <
+             uniform(shared_load(shared.bound(buffer, member, 2)));
     }
+    int rows[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+      const int key = key0 + gather_owned_row<kRowThreads>(thread, i);
       bool seen = all;
       for (int member = 0; member < p.group_size && !seen; ++member) {
-        const int z = first_z + member, low = shared_load(shared.bound(0, member, 0));
+        const int z = first_z + member, low = shared_load(shared.bound(buffer, member, 0));
         const long long list = static_cast<long long>(z) * p.seqlen_q;
         seen = seen_by_rows(p.key_start + list, p.key_end + list, low,
-                            shared_load(shared.bound(0, member, 3)), p.q_count[z], sorted_keys[i]);
+                            shared_load(shared.bound(buffer, member, 3)), p.q_count[z], key);
       }
-      if (!seen) rows[i] = -1;
+      seen &= key < key1;
+      rows[i] = seen ? p.k_index[static_cast<long long>(at.z) * p.seqlen_k + key] : -1;
     }
     __syncwarp();
+    barrier_wait(shared.key_empty(), buffer ^ 1);
     gather_rows<kBlockN, kPanels, kRowThreads>(
         shared.key(), p.k.of_head(at.b, at.h_kv) + lane_bytes, p.k.row, rows, thread);
+    gather_rows<kBlockN, kPanels, kRowThreads>(
+        shared.value(), p.v.of_head(at.b, at.h_kv) + lane_bytes, p.v.row, rows, thread);
     barrier_arrive_after_copies(shared.key_full());
     if (thread == 0) barrier_arrive(shared.key_full());  // releases tile number and bounds
 
@@ -183,8 +181,8 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
       const int count = uniform(p.q_count[z]);
       const long long list = static_cast<long long>(z) * p.seqlen_q;
       const int *starts = p.key_start + list, *ends = p.key_end + list, *indices = p.q_index + list;
-      const int low = uniform(shared_load(shared.bound(0, member, 0)));
-      const int end_query = uniform(shared_load(shared.bound(0, member, 1)));
+      const int low = uniform(shared_load(shared.bound(buffer, member, 0)));
+      const int end_query = uniform(shared_load(shared.bound(buffer, member, 1)));
       const char* q = p.q.of_head(at.b, h) + lane_bytes;
       const char* dout = p.dout.of_head(at.b, h) + lane_bytes;
       // Range and original row of the query this thread owns in a block, loaded one block ahead and
@@ -231,6 +229,7 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
     }
   }
   // No more tiles: let the others read the tile number and leave.
+  barrier_wait(shared.key_empty(), buffer ^ 1);
   barrier_arrive_after_copies(shared.key_full());
   if (thread == 0) barrier_arrive(shared.key_full());
 }
