@@ -18,6 +18,7 @@ import scfa_core as scfa
 from bench.lm.config import Config
 from bench.lm.data import document_ids
 from scfa_core.hashing import angular_hash
+from scfa_core.merging import attention_over
 
 # q, k, v, what is hashed, the hash's directions and center, documents
 Attend = Callable[
@@ -52,6 +53,12 @@ def _part(
 def sparse(config: Config) -> Attend:
     """Attention through this package."""
     parts = [_parse(name) for name in config.attention.split("+")]
+    if len(parts) > 2 or (len(parts) == 2 and (parts[1][0] != "window" or parts[0][0] == "window")):
+        raise SystemExit(
+            "a sum is of one sparse attention and a window, such as hash16+window128, got "
+            f"{config.attention!r}"
+        )
+    near = parts[1][1] if len(parts) == 2 else 0
 
     def attend(
         q: Tensor,
@@ -62,13 +69,19 @@ def sparse(config: Config) -> Attend:
         center: Tensor | None,
         documents: Tensor | None,
     ) -> Tensor:
-        pattern = _part(*parts[0], hashed, directions, center)
-        for part in parts[1:]:
-            pattern = pattern & _part(*part, hashed, directions, center)
+        patterns = [_part(*parts[0], hashed, directions, center)]
+        if near:  # the window's keys, and those before it that the other pattern shows
+            end = torch.arange(1 - near, 1 - near + q.shape[2], device=q.device)
+            end = end.clamp(min=0)[None, None]
+            before = scfa.KeyRanges(torch.zeros_like(end), end)
+            patterns = [patterns[0] & before, scfa.SlidingWindow(near)]
         if documents is not None:
-            pattern = pattern & scfa.Documents(documents)
-        out: Tensor = scfa.attention(
-            q, k, v, pattern, softmax_scale=config.softmax_scale, backend=config.backend
+            patterns = [pattern & scfa.Documents(documents) for pattern in patterns]
+        options = {"softmax_scale": config.softmax_scale, "backend": config.backend}
+        out: Tensor = (
+            attention_over(q, k, v, patterns, **options)
+            if near
+            else scfa.attention(q, k, v, patterns[0], **options)
         )
         return out
 

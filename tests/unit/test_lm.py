@@ -12,10 +12,11 @@ torch = pytest.importorskip("torch", reason="the language model needs torch (ext
 ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
-import dataclasses, pathlib, sys
+import dataclasses, pathlib, sys, torch
 from bench.lm.config import PRESETS
 from bench.lm.data import as_words, load_corpus
 from bench.lm.train import Trainer, World
+from scfa_core.hashing import angular_hash
 
 folder = pathlib.Path(sys.argv[1])
 text = folder / "text.py"
@@ -57,6 +58,20 @@ halves = dataclasses.replace(whole.config, micro_batch=1)
 torch_loss = float(Trainer(halves, corpus, here).train_step())
 assert abs(torch_loss - float(losses[0])) < 0.05  # other sequences of the same text
 
+both = dataclasses.replace(tiny, attention="hash4+window16")
+model = Trainer(both, corpus, here).model
+q, v = (torch.randn(2, 2, 64, 32) for _ in range(2))
+k = torch.nn.functional.normalize(q, dim=-1)
+directions = model.directions()[0]
+bucket = angular_hash(q, directions)[0]
+ago = torch.arange(64)[:, None] - torch.arange(64)
+same = (bucket[..., :, None] == bucket[..., None, :]) & (ago > 0)
+seen = ((ago >= 0) & (ago < 16)) | same
+wanted = torch.softmax((q @ k.mT * 32**-0.5).masked_fill(~seen, -torch.inf), -1) @ v
+got = model.blocks[0].mix.attend(q, k, v, q, directions, None, None)
+torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+assert bool((same & (ago >= 16)).any()) and bool((~same & (ago > 0) & (ago < 16)).any())
+
 words = as_words(corpus, 1000)
 assert words.train.max() < 1000 and len(words.train) < len(corpus.train)
 assert len(set(words.train[:7].tolist())) == len({"def", " ", "f", "(", "x", ")", ":"})
@@ -73,7 +88,7 @@ from bench.lm.train import Trainer, World
 corpus = load_corpus(pathlib.Path("bench/lm/model.py"))
 tiny = dataclasses.replace(PRESETS["tiny"], seqlen=64, tokens_per_step=128, layers=3)
 for scope, graphs in (("blocks", 3), ("model", 1)):
-    for name in ("hash4", "hash4w", "drop50"):
+    for name in ("hash4", "hash4w", "drop50", "hash4+window16"):
         config = dataclasses.replace(tiny, attention=name, compile=scope)
         trainer = Trainer(config, corpus, World(0, 1, "cpu"))
         counter = CompileCounterWithBackend("aot_eager")
