@@ -14,8 +14,9 @@ class Config:
 
     `attention` is ``dense``, ``hash<buckets>``, ``drop<percent>``, ``window<keys>``,
     ``hash<buckets>+window<keys>`` (keys of the same bucket and the last so many; ``drop`` as well),
-    ``naive``, ``reformer<buckets>`` or ``none``: q + k + v, the bound on speed. ``hash<buckets>c`` hashes queries about their mean of earlier steps, and
-    ``hash<buckets>w`` divides by their covariance as well, so that buckets become even.
+    ``naive``, ``reformer<buckets>`` or ``none``: q + k + v, the bound on speed.
+    ``hash<buckets>c`` hashes queries about their mean of earlier steps, and ``hash<buckets>w``
+    divides by their covariance as well, so that buckets become even.
 
     `compile` is ``blocks`` (embedding, one block, loss: each compiled once and used by all layers),
     ``model`` (one graph of everything, several times slower to compile) or ``none``.

@@ -19,8 +19,9 @@ trains its model: a decoder whose keys are the normalised queries, so that query
 share a bucket, hashed with fresh directions at every step; a token does not see itself in hash
 mode. Variants differ by attention alone: `dense` (torch SDPA, on a GPU cuDNN's kernel),
 `hash<buckets>`, `drop<percent>` (random queries and keys dropped), `window<keys>`,
-`hash...+window...` (keys of the same bucket and the nearest ones), `naive` (masked, all scores in memory), `reformer<buckets>`, and `none`:
-attention replaced by q + k + v, which nothing can beat in speed.
+`hash...+window...` (keys of the same bucket and the nearest ones), `naive` (masked, all scores in
+memory), `reformer<buckets>`, and `none`: attention replaced by q + k + v, which nothing can beat in
+speed.
 
 The queries of a layer have much in common, so that an angular hash puts most of them into few
 buckets, and the more so the deeper the layer: the work is then a multiple of what even buckets
