@@ -160,3 +160,11 @@ def test_batch_and_heads_do_not_decide_which_kernels_run(batch, heads_kv, group,
         assert bound_sm90._ways(among, asked) == bound_sm90._ways(alone, asked)
     if launch_sm90._sums_fit(among):
         assert launch_sm90._sum_slots(among) >= group
+
+
+@pytest.mark.parametrize("head_dim", sorted(launch_sm90._FUSED))
+def test_where_no_length_is_given_only_asking_takes_the_fused_way(head_dim):
+    sizes = (1, 1, 50_000, 50_000, head_dim, head_dim)
+    long_ranges = Problem(1, *sizes, "bfloat16", "cuda:0", 0.1)
+    assert bound_sm90._ways(long_ranges, "fused") == (False, True)
+    assert bound_sm90._ways(long_ranges, None) == (True, head_dim in launch_sm90._LONG_KEYS)
