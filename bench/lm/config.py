@@ -16,7 +16,8 @@ class Config:
     ``hash<buckets>+window<keys>`` (keys of the same bucket and the last so many; ``drop`` as well),
     ``naive``, ``reformer<buckets>`` or ``none``: q + k + v, the bound on speed.
     ``hash<buckets>c`` hashes queries about their mean of earlier steps, and ``hash<buckets>w``
-    divides by their covariance as well, so that buckets become even.
+    divides by their covariance as well, so that buckets become even; ``hash<buckets>r`` subtracts
+    the running mean of the sequence's earlier rows, which does not lag behind moving weights.
 
     `compile` is ``blocks`` (embedding, one block, loss: each compiled once and used by all layers),
     ``model`` (one graph of everything, several times slower to compile) or ``none``.
@@ -60,16 +61,20 @@ class Config:
         first = self.attention.partition("+")[0]
         if not first.startswith("hash"):
             return 0
-        count = int(first.removeprefix("hash").rstrip("cw"))
+        count = int(first.removeprefix("hash").rstrip("cwr"))
         if count < 2 or count % 2:
             raise ValueError(f"buckets must be even and at least 2, got {count}")
         return count
 
     @property
     def adapts(self) -> str:
-        """How a hash follows the queries: "c" their mean, "w" their covariance too, "" not."""
+        """How a hash follows the queries.
+
+        "c" their mean of earlier steps, "w" their covariance too, "r" that covariance about the
+        mean of a sequence's earlier rows, "" not.
+        """
         first = self.attention.partition("+")[0]
-        return first[-1] if first.startswith("hash") and first[-1] in "cw" else ""
+        return first[-1] if first.startswith("hash") and first[-1] in "cwr" else ""
 
     def accumulation(self, processes: int) -> int:
         """Forward passes of one process per step."""

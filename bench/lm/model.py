@@ -27,11 +27,13 @@ Attend = Callable[
 ROTARY_BASE = 10000.0
 SAMPLED = 2048  # about so many queries of a batch count for mean and covariance
 RIDGE = 0.01  # of the mean variance, added to all before dividing by the covariance
+PAST_BLOCK = 64  # rows that share a mean of those before them
+PAST_START = 16  # rows that the mean of the last batch counts for at the start of a sequence
 
 
 def _parse(name: str) -> tuple[str, int]:
     """Kind and number of one pattern, e.g. of ``hash16``; torch.compile need not trace it."""
-    match = re.fullmatch(r"(hash|drop|window|dense)(\d*)[cw]?", name)
+    match = re.fullmatch(r"(hash|drop|window|dense)(\d*)[cwr]?", name)
     if match is None:
         raise SystemExit(f"no such attention: {name!r}")
     return match[1], int(match[2] or 0)
@@ -126,12 +128,29 @@ def rotate(x: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
+def less_past(x: Tensor, start: Tensor) -> Tensor:
+    """Rows (batch, heads, seqlen, head_dim) less the mean of those before them.
+
+    Of rows in earlier blocks of `PAST_BLOCK`, and of `start` (heads, head_dim) as so many rows
+    more: no row knows a later one.
+    """
+    seqlen = x.shape[2]
+    blocks = -(-seqlen // PAST_BLOCK)
+    whole = x[:, :, : (blocks - 1) * PAST_BLOCK].unflatten(2, (blocks - 1, PAST_BLOCK))
+    total = functional.pad(whole.sum(3, dtype=torch.float32).cumsum(2), (0, 0, 1, 0))
+    rows = PAST_BLOCK * torch.arange(blocks, device=x.device)[:, None]
+    mean = (total + PAST_START * start[:, None]) / (rows + PAST_START)
+    of_row = mean.unsqueeze(3).expand(-1, -1, -1, PAST_BLOCK, -1).flatten(2, 3)[:, :, :seqlen]
+    return (x.float() - of_row).to(x.dtype)
+
+
 class Mix(nn.Module):
     """Queries and values projected, keys the normalised queries, attention, output projected."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.heads = config.heads
+        self.follows_past = config.adapts == "r"
         self.attend = attend_for(config)
         self.rotary = config.positions == "rotary"
         self.query_value = nn.Linear(config.width, 2 * config.width, bias=False)
@@ -162,21 +181,31 @@ class Mix(nn.Module):
         q, v = self.project(x)
         k = functional.normalize(q, dim=-1).to(q.dtype)
         turned = (rotate(q), rotate(k)) if self.rotary else (q, k)
-        out = self.attend(*turned, v, q, directions, center, documents)
-        self._note(q.detach())
+        hashed, center = self.hashed(q.detach(), center)
+        out = self.attend(*turned, v, hashed, directions, center, documents)
+        self._note(q.detach(), hashed)
         out = out.transpose(1, 2).flatten(2)
         mixed_back: Tensor = self.output(out)
         return mixed_back
 
-    def _note(self, q: Tensor) -> None:
+    def hashed(self, q: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Rows to hash, and about which center."""
+        if center is None or not self.follows_past:
+            return q, center
+        with torch.autocast(q.device.type, enabled=False):
+            return less_past(q, center), None
+
+    def _note(self, q: Tensor, hashed: Tensor) -> None:
         """Store moments of a batch; overwritten, not added up, so that it may be recomputed."""
         if self.mean is None or self.square is None:
             return
         with torch.autocast(q.device.type, enabled=False):
             each = max(q.shape[0] * q.shape[2] // SAMPLED, 1)
-            rows = q[:, :, ::each].transpose(0, 1).flatten(1, 2).float()
+            rows, about = (
+                x[:, :, ::each].transpose(0, 1).flatten(1, 2).float() for x in (q, hashed)
+            )
             self.mean.copy_(rows.mean(1))
-            self.square.copy_(rows.transpose(1, 2) @ rows / rows.shape[1])
+            self.square.copy_(about.transpose(1, 2) @ about / about.shape[1])
 
 
 def _reformer(config: Config) -> nn.Module:
@@ -276,9 +305,9 @@ class LanguageModel(nn.Module):
         self.turn: Tensor | None
         means = (config.layers, config.heads, config.head_dim)
         for name, shape, kinds in (
-            ("center", means, "cw"),
-            ("spread", (*means, config.head_dim), "w"),
-            ("turn", (*means, config.head_dim), "w"),
+            ("center", means, "cwr"),
+            ("spread", (*means, config.head_dim), "wr"),
+            ("turn", (*means, config.head_dim), "wr"),
         ):
             used = bool(config.adapts) and config.adapts in kinds
             self.register_buffer(name, torch.zeros(shape) if used else None)
@@ -339,7 +368,8 @@ class LanguageModel(nn.Module):
     def adapt(self, share: float) -> None:
         """Move what the hashes know of the queries by `share` of its way to the last batch.
 
-        After a step: buckets of a sequence must not depend on its own later rows.
+        After a step: buckets of a sequence must not depend on its own later rows. In variant "r"
+        the mean only begins a sequence, and its latest value serves best.
         """
         if self.center is None:
             return
@@ -347,10 +377,13 @@ class LanguageModel(nn.Module):
             torch.stack([getattr(block.mix, name) for block in self.blocks])
             for name in ("mean", "square")
         )
-        self.center.lerp_(mean, share)
+        follows_past = self.config.adapts == "r"
+        self.center.lerp_(mean, 1.0 if follows_past else share)
         if self.spread is None or self.turn is None:
             return
-        self.spread.lerp_(square - mean.unsqueeze(-1) * mean.unsqueeze(-2), share)
+        if not follows_past:
+            square = square - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+        self.spread.lerp_(square, share)
         size = self.spread.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         one = torch.eye(mean.shape[-1], device=mean.device)
         root, _ = torch.linalg.cholesky_ex(self.spread / size.clamp(min=1e-20) + RIDGE * one)
@@ -380,7 +413,10 @@ class LanguageModel(nn.Module):
             return []
         costs = []
         for layer, q in enumerate(self.queries(text, directions)):
-            bucket = angular_hash(q, *self._hash_of(layer, directions))[0].long()
+            drawn, center = self._hash_of(layer, directions)
+            if isinstance(self.blocks[layer].mix, Mix):
+                q, center = self.blocks[layer].mix.hashed(q, center)
+            bucket = angular_hash(q, drawn, center)[0].long()
             count = functional.one_hot(bucket, self.config.buckets).sum(2).double()
             share = count / bucket.shape[-1]
             costs.append(float((share**2).sum(-1).mean()) * self.config.buckets)

@@ -26,9 +26,12 @@ speed.
 The queries of a layer have much in common, so that an angular hash puts most of them into few
 buckets, and the more so the deeper the layer: the work is then a multiple of what even buckets
 would cost. `hash<buckets>c` hashes queries about the running mean of earlier steps, and
-`hash<buckets>w` divides by their covariance as well; both choose buckets without a look at later
-rows of the sequence. The tables name the multiple (bucket cost; 1 is even, the number of buckets is
-dense attention).
+`hash<buckets>w` divides by their covariance as well. From step to step that mean moves by a good
+part of the queries' spread, so that both come too late. `hash<buckets>r` subtracts the mean of
+the earlier rows of the same sequence (by blocks of 64 rows; the last step's mean counts as 16 rows
+more, to begin with) and divides by the covariance, of earlier steps, of what is left. None looks at
+later rows of the sequence. The tables name the multiple (bucket cost; 1 is even, the number of
+buckets is dense attention).
 
 Text is the standard library of Python and the installed packages of the machine, by bytes,
 deduplicated, split by file; a run records the hash of its corpus. Packages copy from each other, so

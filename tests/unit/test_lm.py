@@ -24,36 +24,37 @@ text.write_text("def f(x):\\n    return x + 1\\n" * 400)
 corpus = load_corpus(text)
 tiny = dataclasses.replace(PRESETS["tiny"], seqlen=64, tokens_per_step=128, steps=4)
 here = World(0, 1, "cpu")
-names = "dense hash4 hash4c hash4w drop50 window16 hash4+window16 naive reformer4 none"
+names = "dense hash4 hash4c hash4w hash4r drop50 window16 hash4+window16 naive reformer4 none"
 for name in names.split():
     trainer = Trainer(dataclasses.replace(tiny, attention=name), corpus, here)
     assert trainer.train_step() < 6.0, name
     assert trainer.validate(1) < 6.0, name
     assert (trainer.bucket_cost() >= 1.0) == ("hash" in name), name
 costs = {}
-for name in ("hash4", "hash4c", "hash4w"):
+for name in ("hash4", "hash4c", "hash4w", "hash4r"):
     config = dataclasses.replace(tiny, attention=name, layers=4, seqlen=256, tokens_per_step=512)
     trainer = Trainer(dataclasses.replace(config, steps=40, learning_rate=3e-3), corpus, here)
     for _ in range(25):
         trainer.train_step()
     costs[name] = trainer.bucket_cost()
-assert max(costs["hash4w"], costs["hash4c"]) < 0.9 * costs["hash4"], costs
+assert max(costs["hash4w"], costs["hash4c"], costs["hash4r"]) < 0.9 * costs["hash4"], costs
 short = corpus._replace(validation=corpus.validation[:40])  # less than one sequence
 assert Trainer(dataclasses.replace(tiny, attention="hash4"), short, here).bucket_cost() >= 1.0
 packed = dataclasses.replace(tiny, attention="hash4", packed=True)
 assert Trainer(packed, corpus, here).train_step() < 6.0
 
-whole = Trainer(dataclasses.replace(tiny, attention="hash4"), corpus, here)
-losses = [whole.train_step() for _ in range(4)]
-first = Trainer(whole.config, corpus, here)
-first.warm_up()
-assert [first.train_step() for _ in range(2)] == losses[:2]
-first.save(folder / "checkpoint.pt")
-second = Trainer(whole.config, corpus, here)
-second.resume(folder / "checkpoint.pt")
-assert [second.train_step() for _ in range(2)] == losses[2:]
-assert losses[-1] < losses[0]
-assert second.seconds > 0
+for name in ("hash4", "hash4r"):
+    whole = Trainer(dataclasses.replace(tiny, attention=name), corpus, here)
+    losses = [whole.train_step() for _ in range(4)]
+    first = Trainer(whole.config, corpus, here)
+    first.warm_up()
+    assert [first.train_step() for _ in range(2)] == losses[:2]
+    first.save(folder / "checkpoint.pt")
+    second = Trainer(whole.config, corpus, here)
+    second.resume(folder / "checkpoint.pt")
+    assert [second.train_step() for _ in range(2)] == losses[2:]
+    assert losses[-1] < losses[0]
+    assert second.seconds > 0
 halves = dataclasses.replace(whole.config, micro_batch=1)
 torch_loss = float(Trainer(halves, corpus, here).train_step())
 assert abs(torch_loss - float(losses[0])) < 0.05  # other sequences of the same text
@@ -88,7 +89,7 @@ from bench.lm.train import Trainer, World
 corpus = load_corpus(pathlib.Path("bench/lm/model.py"))
 tiny = dataclasses.replace(PRESETS["tiny"], seqlen=64, tokens_per_step=128, layers=3)
 for scope, graphs in (("blocks", 3), ("model", 1)):
-    for name in ("hash4", "hash4w", "drop50", "hash4+window16"):
+    for name in ("hash4", "hash4w", "hash4r", "drop50", "hash4+window16"):
         config = dataclasses.replace(tiny, attention=name, compile=scope)
         trainer = Trainer(config, corpus, World(0, 1, "cpu"))
         counter = CompileCounterWithBackend("aot_eager")
@@ -207,6 +208,70 @@ def test_the_model_hashes_as_the_public_module_does(variant, adapt, monkeypatch)
         assert (mine == public).float().mean() > 0.999  # moments are summed in another order
         plain = angular_hash(q, drawn[layer])
         assert torch.equal(mine, plain) is (adapt == "none")
+
+
+@pytest.mark.parametrize("seqlen", [1, 40, 64, 200])
+def test_rows_are_hashed_less_the_mean_of_those_before(monkeypatch, seqlen):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.lm import model
+
+    torch.manual_seed(0)
+    x, start = torch.randn(2, 3, seqlen, 4) + 5, torch.randn(3, 4)
+    less = model.less_past(x, start)
+    for row in range(seqlen):
+        known = row - row % model.PAST_BLOCK  # rows of earlier blocks
+        total = x[:, :, :known].sum(2) + model.PAST_START * start
+        mean = total / (known + model.PAST_START)
+        torch.testing.assert_close(less[:, :, row], x[:, :, row] - mean, rtol=1e-4, atol=1e-4)
+    if seqlen > 1:
+        cut = seqlen // 2
+        other = torch.cat((x[:, :, :cut], torch.randn(2, 3, seqlen - cut, 4)), dim=2)
+        assert torch.equal(model.less_past(other, start)[:, :, :cut], less[:, :, :cut])
+
+
+def test_buckets_stay_even_when_queries_move_at_once(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.lm.model import less_past
+    from scfa_core.hashing import angular_hash, bucket_balance, random_directions
+
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 2048, 32) + 4 * torch.randn(1, 2, 1, 32)  # a mean that none knew before
+    directions = torch.from_numpy(random_directions(2, 32, 16, seed=0))
+    bucket = angular_hash(less_past(x, torch.zeros(2, 32)), directions)
+    assert bucket_balance(bucket, 16).effective_buckets > 13
+    assert bucket_balance(angular_hash(x, directions), 16).effective_buckets < 5
+
+
+@pytest.mark.parametrize("name", ["hash4", "hash4w", "hash4r"])
+def test_no_bucket_knows_a_later_token(monkeypatch, name):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.lm.config import PRESETS
+    from bench.lm.model import LanguageModel
+    from scfa_core.hashing import angular_hash
+
+    torch.manual_seed(0)
+    config = dataclasses.replace(PRESETS["tiny"], attention=name, seqlen=200)
+    model = LanguageModel(config)
+    text = torch.randint(256, (2, 200))
+    for _ in range(3):
+        model(text, text)
+        model.adapt(0.5)
+    model.requires_grad_(False)
+    other = torch.cat((text[:, :150], torch.randint(256, (2, 50))), dim=1)
+
+    def buckets(tokens):
+        torch.manual_seed(1)
+        directions = model.directions()
+        found = []
+        for layer, q in enumerate(model.queries(tokens, directions)):
+            drawn, center = model._hash_of(layer, directions)
+            rows, center = model.blocks[layer].mix.hashed(q, center)
+            found.append(angular_hash(rows, drawn, center))
+        return torch.stack(found)
+
+    first, second = buckets(text), buckets(other)
+    assert torch.equal(first[..., :150], second[..., :150])
+    assert not torch.equal(first, second)
 
 
 def test_rates_of_learning():
