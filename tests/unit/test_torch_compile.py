@@ -1,11 +1,17 @@
 """torch.compile: whole graphs, one compilation for all batches, the eager numbers."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="the torch bridge needs torch (extra 'torch')")
 
 from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
+from torch.utils.checkpoint import (  # noqa: E402
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import scfa_core as scfa  # noqa: E402
 from scfa_core import arrays  # noqa: E402
@@ -261,3 +267,33 @@ def test_one_hash_for_queries_and_keys_is_passed_once():
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(q, hashes), run(q, hashes))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("keeps", [False, True])
+def test_checkpointing_may_keep_what_operators_return(monkeypatch, keeps, compiled):
+    """A policy that names the operators: hashing, planning and attention run once."""
+    from scfa_core import torch_bridge, torch_ops
+    from scfa_core.nn import HashSelfAttention
+
+    runs = []
+    for module in (torch_bridge, torch_ops):
+        plain = module.run_forward
+        monkeypatch.setattr(module, "run_forward", lambda *a, f=plain: runs.append(1) or f(*a))
+    torch.manual_seed(0)
+    layer = HashSelfAttention(64, heads=4, buckets=4, seed=0, backend=BACKEND)
+    x = torch.randn(2, 20, 64)
+    right = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    operators = torch.ops.scfa
+    kept = [f.default for f in (operators.angular_hash, operators.make_plan, operators.forward)]
+    policy = partial(create_selective_checkpoint_contexts, kept if keeps else [])
+
+    def step(x):
+        return checkpoint(layer, x, use_reentrant=False, context_fn=policy)
+
+    if compiled:
+        step, _ = counted(step)
+    runs.clear()
+    mine = torch.autograd.grad(step(x).square().sum(), list(layer.parameters()))
+    assert len(runs) == (1 if keeps else 2)
+    torch.testing.assert_close(mine, right)
