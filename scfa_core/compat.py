@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from scfa_core.api import attention
+from scfa_core.arrays import is_torch_tensor
 from scfa_core.errors import PatternError, ShapeError
 from scfa_core.hashing import angular_hash, check_buckets
+from scfa_core.merging import namespace
 from scfa_core.patterns import HashSparse, Pattern, QKSparse
-from scfa_core.problem import check_share
+from scfa_core.problem import HEAD_DIM_STEP, MAX_HEAD_DIM, MIN_HEAD_DIM, check_share
 
 __all__ = [
     "compact",
@@ -51,7 +53,8 @@ def dynamic_sparse_attention(
     Parameters
     ----------
     q : array, (batch, seqlen_q, heads, head_dim)
-        Any dtype and library that `scfa_core.attention` takes.
+        Any dtype and library that `scfa_core.attention` takes, and any head_dim up to 256; other
+        than multiples of 8 from 16 on cost a copy with zeros behind.
     k, v : array, (batch, seqlen_k, heads_kv, head_dim)
         As there; v may have its own head_dim.
     q_idx : array, (batch, seqlen_q, heads)
@@ -109,8 +112,27 @@ def qk_sparse_attention(
     return _attend(q, k, v, QKSparse(*_heads_before_rows(q_keep=q_keep, k_keep=k_keep)), sm_scale)
 
 
-def _attend(q: Any, k: Any, v: Any, pattern: Pattern, sm_scale: float | None) -> Any:
-    return attention(q, k, v, pattern, softmax_scale=sm_scale, layout="bthd")
+def _attend(
+    q: Any, k: Any, v: Any, pattern: Pattern, sm_scale: float | None, layout: str = "bthd"
+) -> Any:
+    """Attention with any head_dim: columns of zeros change no score, and are cut off again."""
+    if not all(hasattr(x, "shape") and 0 < x.shape[-1] <= MAX_HEAD_DIM for x in (q, k, v)):
+        return attention(q, k, v, pattern, softmax_scale=sm_scale, layout=layout)  # it says why
+    scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
+    wide_q, wide_k, wide_v = (_widened(x) for x in (q, k, v))
+    out = attention(wide_q, wide_k, wide_v, pattern, softmax_scale=scale, layout=layout)
+    return out if out.shape[-1] == v.shape[-1] else out[..., : v.shape[-1]]
+
+
+def _widened(x: Any) -> Any:
+    """`x`, or a copy with zeros up to the next head_dim that is served."""
+    head_dim = x.shape[-1]
+    missing = max(MIN_HEAD_DIM, -(-head_dim // HEAD_DIM_STEP) * HEAD_DIM_STEP) - head_dim
+    if missing == 0:
+        return x
+    if is_torch_tensor(x):
+        return pad(x, (0, missing))
+    return namespace(x).pad(x, [(0, 0)] * (len(x.shape) - 1) + [(0, missing)])
 
 
 def _heads_before_rows(**indices: Any) -> tuple[Any, ...]:
@@ -227,7 +249,7 @@ def hash_attention_fn(
     pattern = HashSparse(
         angular_hash(Q, directions)[0], angular_hash(K, directions)[0], include_self=False
     )
-    out: Tensor = attention(Q, K, V, pattern)
+    out: Tensor = _attend(Q, K, V, pattern, None, "bhtd")
     return out
 
 

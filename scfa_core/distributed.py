@@ -90,6 +90,11 @@ def ulysses_attention(
     2309.14509.
     """
     _refuse_options("ulysses_attention", options)
+    if not isinstance(pattern, Pattern) and not callable(pattern):
+        raise PatternError(
+            "ulysses_attention takes the pattern of the whole sequence, or a function of q and k, "
+            f"got {type(pattern).__name__}"
+        )
     ranks = dist.get_world_size(group)
     if q.shape[1] % ranks or k.shape[1] % ranks:
         raise ShapeError(
@@ -142,6 +147,11 @@ def gathered_attention(
     reduce-scatter of each gradient. Any number of heads.
     """
     _refuse_options("gathered_attention", options)
+    if not isinstance(pattern, Pattern):
+        raise PatternError(
+            "gathered_attention takes the pattern of the whole sequence, got "
+            f"{type(pattern).__name__}"
+        )
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     seqlen = q.shape[2] * ranks
     k, v = (_AllGather.apply(x, 2, group) for x in (k, v))

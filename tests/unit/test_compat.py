@@ -91,6 +91,35 @@ def test_gradients_where_buckets_cluster_in_time():
     same_with_gradients(out, right, (q, k, v), tolerance=2e-5)
 
 
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(1, 1), (5, 20), (16, 3), (100, 64)])
+@pytest.mark.parametrize("sm_scale", [None, 0.3])
+def test_any_head_dim(head_dim, head_dim_v, sm_scale):
+    q, k, _ = draw(head_dim=head_dim)
+    v = draw(head_dim=head_dim_v, seed=1)[2]
+    scale = head_dim**-0.5 if sm_scale is None else sm_scale
+    q_idx, k_idx = (torch.randint(0, 3, x.shape[:3], dtype=torch.int32) for x in (q, k))
+    a, b = pairs(q_idx, k_idx)
+    for mode, visible in (("hash", a == b), ("qk", (a > 0) & (b > 0))):
+        out = compat.dynamic_sparse_attention(q, k, v, q_idx, k_idx, sm_scale, mode)
+        right = by_definition(q, k, v, visible & causal(37, 37), scale)
+        same_with_gradients(out, right, (q, k, v))
+        arrays = [x.detach().numpy() for x in (q, k, v)] + [q_idx.numpy(), k_idx.numpy()]
+        mine = compat.dynamic_sparse_attention(*arrays, sm_scale, mode)
+        torch.testing.assert_close(torch.from_numpy(mine), out.detach(), rtol=0, atol=1e-10)
+    odd = [x.detach().transpose(1, 2) for x in (q, k, v)]
+    assert compat.hash_attention_fn(*odd).shape == odd[2].shape
+
+
+def test_head_dims_that_no_padding_helps_raise():
+    index = torch.zeros(1, 2, 1, dtype=torch.int32)
+    for head_dim in (0, 257):
+        x = torch.zeros(1, 2, 1, head_dim)
+        with pytest.raises(scfa.ShapeError, match=f"from 16 to 256, got {head_dim}"):
+            compat.dynamic_sparse_attention(x, x, x, index, index)
+    with pytest.raises(scfa.DTypeError, match="must be an array"):
+        compat.dynamic_sparse_attention([1.0], [1.0], [1.0], index, index)
+
+
 def test_unknown_mode_and_flat_indices_raise():
     q, k, v = draw()
     with pytest.raises(scfa.PatternError, match="sparsity_mode"):

@@ -297,6 +297,9 @@ def test_mistakes_are_told(tmp_path):
             for wrong in ({"layout": "bthd"}, {"return_lse": True}):
                 with pytest.raises(scfa.OptionError, match="returns out alone"):
                     attend(*draw()[:3], scfa.Causal(), **wrong)
+            plan = scfa.make_plan(scfa.Causal(), *draw()[:2])
+            with pytest.raises(scfa.PatternError, match="pattern of the whole sequence"):
+                attend(*draw()[:3], plan)
         with pytest.raises(scfa.ShapeError, match="must be an int"):
             distributed.zigzag_rows(8.0)
     finally:
