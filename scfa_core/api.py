@@ -259,6 +259,7 @@ def make_plan(
     -----
     Near-linear time and O(seqlen) memory, on the device, without host synchronisation.
     """
+    require_pattern("make_plan", pattern)
     if is_torch_tensor(q):
         from scfa_core import torch_bridge
 
@@ -267,6 +268,15 @@ def make_plan(
     framework = one_framework(q, k=k)
     problem = build_problem(framework.info(q), framework.info(k), None, layout=layout)
     return prepare(pattern, problem, framework, backend)[1]
+
+
+def require_pattern(verb: str, pattern: Any) -> None:
+    """Refuse what is no pattern, a plan among it, where one is to be read."""
+    if not isinstance(pattern, Pattern):
+        raise PatternError(
+            f"{verb} takes a scfa_core pattern (Causal(), HashSparse(...), ...), "
+            f"got {type(pattern).__name__}"
+        )
 
 
 def prepare(
@@ -334,6 +344,7 @@ def validate(pattern: Pattern, q: Any, k: Any, *, layout: str = "bhtd") -> None:
     ShapeError, DTypeError, DeviceError
         As `attention`.
     """
+    require_pattern("validate", pattern)
     q, k, pattern = adopt(q), adopt(k), adopt_pattern(pattern)
     framework = one_framework(q, k=k)
     problem = build_problem(framework.info(q), framework.info(k), None, layout=layout)

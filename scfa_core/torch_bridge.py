@@ -20,7 +20,6 @@ from scfa_core.dispatch import (
     choose_for_plan,
     requested_backend,
 )
-from scfa_core.errors import PatternError
 from scfa_core.patterns import Pattern
 from scfa_core.plan import Plan
 from scfa_core.problem import Problem, check_layout, check_scale, one_framework
@@ -124,7 +123,6 @@ def make_plan(
     pattern: Pattern, q: Any, k: Any, *, layout: str = "bhtd", backend: str | None = None
 ) -> Plan:
     """`scfa_core.make_plan` for torch tensors."""
-    _require_pattern(pattern)
     if not (_is_plain(q, k, k) and _holds_plain(pattern)):
         one_framework(q, k=k)
         return _traced_plan(q, k, k, pattern, layout, backend)[1]
@@ -181,14 +179,6 @@ def _refuse_tangents(*tensors: Any) -> None:
     for x in tensors:
         if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
             refuse_forward_mode(None)
-
-
-def _require_pattern(pattern: Any) -> None:
-    if not isinstance(pattern, Pattern):
-        raise PatternError(
-            "pattern must be a scfa_core pattern (Causal(), HashSparse(...), ...), "
-            f"got {type(pattern).__name__}"
-        )
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -89,6 +89,16 @@ def mistakes(x, attend):
             "patterns must be a list of patterns, got Causal",
             lambda: merging.attention_over(x, x, x, scfa.Causal()),
         ),
+        "plan of a plan": (
+            scfa.PatternError,
+            "make_plan takes a scfa_core pattern (Causal(), HashSparse(...), ...), got Plan",
+            lambda: scfa.make_plan(scfa.make_plan(scfa.Causal(), x, x), x, x),
+        ),
+        "values of a plan": (
+            scfa.PatternError,
+            "validate takes a scfa_core pattern (Causal(), HashSparse(...), ...), got Plan",
+            lambda: scfa.validate(scfa.make_plan(scfa.Causal(), x, x), x, x),
+        ),
         "window of a flag": (scfa.PatternError, "int >= 0", lambda: scfa.SlidingWindow(True)),
         "context": (scfa.UnknownBackend, "got None", lambda: scfa.use_backend(None).__enter__()),
         "half a bucket": (
