@@ -16,7 +16,7 @@ import numpy as np
 from scfa_core import patterns as pt
 from scfa_core.campaign_judge import entries, visible
 from scfa_core.reference.backend import narrow, widen
-from scfa_core.testing import Case, Results, Spec
+from scfa_core.testing import Case, Results, Spec, reads_stored_out
 
 ROWS = 1024  # queries whose keys are looked for together
 HOST_PAIRS, CUDA_PAIRS = 2**20, 2**23  # (query, key) pairs of one block: 1 GB on a GPU
@@ -248,6 +248,28 @@ def evaluate(numbers: Numbers, case: Case, pattern: pt.Pattern) -> Answers:
         for x in (answers.size.dk, answers.size.dv):  # heads add up squares
             x[b, g] = np.sqrt(x[b, g])
     return answers
+
+
+def stored_out_sizes(numbers: Numbers, case: Case, pattern: pt.Pattern) -> dict[str, np.ndarray]:
+    """`testing.stored_out_sizes` by blocks."""
+    if not reads_stored_out(case):
+        return {}
+    spec, scale = case.spec, abs(case.softmax_scale)
+    empty = _empty(spec)
+    for b, h in np.ndindex(spec.batch, spec.heads):
+        g = h // (spec.heads // spec.heads_kv)
+        rows = case.q[b, h], case.k[b, g], case.v[b, g], case.dout[b, h]
+        head = Head(*(numbers.to(numbers.wide(x), "float32") for x in rows))
+        dq, dk = numbers.zeros(head.q.shape), numbers.zeros(head.k.shape)
+        for block in blocks(numbers, pattern, spec, b, h):
+            x = head.of(block)
+            p, _ = _softmax(numbers, case.softmax_scale * (x.q @ x.k.T), block.mask)
+            delta = numbers.xp.sqrt(((x.dout * (p @ x.v)) ** 2).sum(-1))[:, None]
+            dq[block.rows] = numbers.to(scale * delta * abs(p @ x.k), "float64")
+            dk[block.keys] += numbers.to(scale**2 * ((p * delta) ** 2).T @ x.q**2, "float64")
+        empty.dq[b, h] = numbers.host(dq)
+        empty.dk[b, g] += numbers.host(dk)
+    return {"dq": empty.dq, "dk": np.sqrt(empty.dk)}
 
 
 def _empty(spec: Spec) -> Results:

@@ -116,7 +116,7 @@ def _of_keys(case: Case, got: Results, b: int, g: int, keys: np.ndarray) -> list
     group = spec.heads // spec.heads_kv
     k, v = (widen(x[b, g], spec.dtype) for x in (case.k, case.v))
     shapes = (keys.size, spec.head_dim), (keys.size, spec.head_dim_v)
-    dk, plain_dk, size_dk = (np.zeros(shapes[0]) for _ in range(3))
+    dk, plain_dk, size_dk, out_dk = (np.zeros(shapes[0]) for _ in range(4))
     dv, plain_dv, size_dv = (np.zeros(shapes[1]) for _ in range(3))
 
     acc = np.float64 if spec.dtype == "float64" else np.float32
@@ -151,10 +151,15 @@ def _of_keys(case: Case, got: Results, b: int, g: int, keys: np.ndarray) -> list
             size_ds = size_p * (np.sqrt(dout**2 @ v[keys].T ** 2) + np.abs(delta))
             size_dk += (size_ds**2).T @ q**2 * scale**2
             size_dv += (size_p**2).T @ dout**2
+            if testing.reads_stored_out(case):
+                of_out = np.sqrt(((dout * (every_p @ v)) ** 2).sum(axis=-1, keepdims=True))
+                out_dk += ((p * of_out) ** 2).T @ q**2 * scale**2
         plain_dk += step(step(head_dk) * acc(scale))
         plain_dv += step(head_dv)
     judge = testing.judge_tensor
     return [
-        judge("dk", got.dk[b, g, keys], dk, step(plain_dk), np.sqrt(size_dk), case),
+        judge(
+            "dk", got.dk[b, g, keys], dk, step(plain_dk), size_dk**0.5, case, from_out=out_dk**0.5
+        ),
         judge("dv", got.dv[b, g, keys], dv, step(plain_dv), np.sqrt(size_dv), case),
     ]

@@ -16,7 +16,13 @@ import numpy as np
 from scfa_core import campaign, testing
 from scfa_core import patterns as pt
 from scfa_core.campaign import DeepProblem, Shapes
-from scfa_core.campaign_blocks import Answers, count_visible, evaluate, numbers_on
+from scfa_core.campaign_blocks import (
+    Answers,
+    count_visible,
+    evaluate,
+    numbers_on,
+    stored_out_sizes,
+)
 from scfa_core.campaign_judge import visible
 from scfa_core.reference.backend import narrow
 from scfa_core.testing import Case, Part, Results, Spec, Verdict
@@ -169,8 +175,10 @@ def poisoned(case: Case, counts: np.ndarray, seen: np.ndarray) -> Case:
     return replace(case, q=q, k=k, v=v, dout=dout)
 
 
-def stretch_verdicts(case: Case, got: Results, answers: Answers) -> Iterator[Verdict]:
-    """The worst stretch of rows of each result."""
+def stretch_verdicts(
+    case: Case, got: Results, answers: Answers, of_out: dict[str, np.ndarray]
+) -> Iterator[Verdict]:
+    """The worst stretch of rows of each result; `of_out` as `stored_out_sizes` finds it."""
     for name in Results._fields:
         tensors = [np.asarray(getattr(x, name), np.float64) for x in (got, *answers)]
         if tensors[0].shape != tensors[1].shape:
@@ -181,7 +189,8 @@ def stretch_verdicts(case: Case, got: Results, answers: Answers) -> Iterator[Ver
         for b, h in np.ndindex(tensors[0].shape[:2]):
             for first in range(0, tensors[0].shape[2], length):
                 mine, true, plain, size = (x[b, h, first : first + length] for x in tensors)
-                found = testing.judge_tensor(name, mine, true, plain, size, case)
+                from_out = of_out[name][b, h, first : first + length] if name in of_out else None
+                found = testing.judge_tensor(name, mine, true, plain, size, case, from_out=from_out)
                 where = f"; head {h}, rows from {first}"
                 verdicts.append(found._replace(detail=found.detail + where))
         yield max(verdicts, key=lambda v: max(v.max_ratio, v.norm_ratio))
@@ -219,6 +228,7 @@ def verify_long(
             case = poisoned(case, counts, seen)
             problem = replace(problem, case=case)
         answers = evaluate(numbers, case, pattern)
+        of_out = stored_out_sizes(numbers, case, pattern)
     except Exception as error:  # one bad problem must not hide its seed
         return crash(error, spec, told)
     return hold(
@@ -227,7 +237,7 @@ def verify_long(
         run=lambda name: campaign.run(problem, name),
         judge=lambda got, plan: [
             count_verdict(case, plan, counts),
-            *stretch_verdicts(case, got, answers),
+            *stretch_verdicts(case, got, answers, of_out),
         ],
         answers=answers,
         told=told,

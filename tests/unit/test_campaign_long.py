@@ -99,8 +99,18 @@ def far():
     return case, answers, scfa.make_plan(case.pattern, q, q, backend="numba-cpu")
 
 
+_OF_OUT = {}  # by case: computed once
+
+
+def verdicts(case, got, answers):
+    if id(case) not in _OF_OUT:
+        numbers = campaign_blocks.numbers_on("numpy", case.spec.dtype)
+        _OF_OUT[id(case)] = case, campaign_blocks.stored_out_sizes(numbers, case, case.pattern)
+    return list(long.stretch_verdicts(case, got, answers, _OF_OUT[id(case)][1]))
+
+
 def wrong(case, got, answers):
-    return {v.name for v in long.stretch_verdicts(case, got, answers) if not v.ok}
+    return {v.name for v in verdicts(case, got, answers) if not v.ok}
 
 
 def test_what_is_right_passes(far):
@@ -226,3 +236,55 @@ def test_a_failure_is_reported_with_its_views(monkeypatch):
     (finding,) = verify.verify("reference", count=1, rows=100, deep=True, long=1)
     assert "ZeroDivisionError" in finding.complaints[0]
     assert "views of q, k, v, dout" in finding.complaints[0]
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_the_reach_of_a_rounded_out_is_the_dense_one(library, monkeypatch):
+    monkeypatch.setattr(campaign_blocks, "ROWS", 40)
+    for seed in range(7):
+        case = campaign.draw(seed, most_rows=90, dtypes=("bfloat16",)).case
+        numbers = numbers_of(library, "bfloat16")
+        pattern = verify.carried_pattern(case.pattern, numbers.integers)
+        mine = campaign_blocks.stored_out_sizes(numbers, case, pattern)
+        for name, right in testing.stored_out_sizes(case).items():
+            np.testing.assert_allclose(mine[name], right, rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture(scope="module", params=["float16", "bfloat16"])
+def dominated(request):
+    """1100 queries whose first key has all but 4e-5 of the weight: case, answers, arguments."""
+    spec = Spec(1, 1, 1, 1100, 1100, 32, 32, request.param, seed=12)
+    rng = np.random.default_rng(0)
+    tensors = [rng.standard_normal((1, 1, 1100, 32), np.float32) for _ in range(4)]
+    long._add_sinks(spec, tensors[0], tensors[1])
+    arrays = [testing.narrow(x, spec.dtype) for x in tensors]
+    case = Case(spec, *arrays, scfa.Causal(), np.zeros((0,), bool))
+    _, _, answers = answers_of(case, campaign_blocks.numbers_on("numpy", spec.dtype))
+    q, k, v, dout = (testing.as_numpy_kind(x, spec.dtype) for x in arrays)
+    out, lse = scfa.attention(q, k, v, case.pattern, return_lse=True, backend="numba-cpu")
+    return case, answers, (dout, q, k, v, out, lse)
+
+
+def refused(dominated, out):
+    """Gradients that are refused when `out` is what the backward reads."""
+    case, answers, (dout, q, k, v, right, lse) = dominated
+    grads = scfa.attention_backward(dout, q, k, v, out, lse, case.pattern, backend="numba-cpu")
+    return wrong(case, Results(*(x.astype(np.float64) for x in (right, lse, *grads))), answers)
+
+
+def test_the_rounding_of_out_reaches_delta_and_no_more(dominated):
+    """What any flash backward reads is accepted; eight roundings up or down are a fault."""
+    case, _, (*_, out, _) = dominated
+    signs = np.random.default_rng(1).choice([-1, 1], out.shape)
+    moved = out.astype(np.float32) * (1 + 8 * testing.ROUNDOFF[case.spec.dtype] * signs)
+    assert refused(dominated, out) == set()
+    assert refused(dominated, moved.astype(out.dtype)) == {"dq", "dk"}
+
+
+def test_a_dominated_gradient_that_is_lost_is_refused(dominated):
+    """Two queries of 1100 whose gradients lose the leading key."""
+    case, answers, (dout, q, k, v, out, lse) = dominated
+    grads = scfa.attention_backward(dout, q, k, v, out, lse, case.pattern, backend="numba-cpu")
+    got = Results(*(x.astype(np.float64) for x in (out, lse, *grads)))
+    got.dv[0, 0, 0] -= case.wide()[3][0, 0, [700, 701]].sum(axis=0)
+    assert wrong(case, got, answers) == {"dv"}
