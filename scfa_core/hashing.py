@@ -320,7 +320,10 @@ def disjoint_rounds(
         prefixes = [(q[r], k[r])]  # one pair of ids per choice of first differing bits
         for earlier in range(r):
             prefixes = [
-                ((a << bits) | ((q[earlier] >> t) ^ 1), (b << bits) | (k[earlier] >> t))
+                (
+                    _joined(a, bits, _from_bit(q[earlier], t) ^ 1),
+                    _joined(b, bits, _from_bit(k[earlier], t)),
+                )
                 for a, b in prefixes
                 for t in range(bits)
             ]
@@ -328,6 +331,17 @@ def disjoint_rounds(
             HashSparse(a, b, causal=causal, include_self=include_self) for a, b in prefixes
         ]
     return patterns
+
+
+# No shift operators: those of DTensors (torch 2.13) give back what they were to shift.
+def _from_bit(x: Any, bit: int) -> Any:
+    """Buckets without their lowest bits."""
+    return x // (1 << bit)
+
+
+def _joined(high: Any, bits: int, low: Any) -> Any:
+    """One id of two, `low` of so many bits."""
+    return high * (1 << bits) + low
 
 
 def _as_int64(x: Any) -> Any:

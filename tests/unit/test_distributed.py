@@ -18,6 +18,11 @@ from torch.distributed.tensor import (  # noqa: E402
     distribute_module,
     distribute_tensor,
 )
+from torch.distributed.tensor.parallel import (  # noqa: E402
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 import scfa_core as scfa  # noqa: E402
 from scfa_core import distributed, hashing, nn  # noqa: E402
@@ -44,6 +49,7 @@ def patterns(heads_kv=2):
     return {
         "causal": scfa.Causal(),
         "strict": scfa.Causal(include_self=False),
+        "far": scfa.Causal(lag=9),
         "hash": scfa.HashSparse(ints(2, 4, SEQLEN), ints(2, heads_kv, SEQLEN), include_self=False),
         "one hash for all": scfa.HashSparse(ints(1, 1, SEQLEN), ints(1, 1, SEQLEN), causal=False),
         "drop": scfa.QKSparse(ints(2, 4, SEQLEN), ints(2, heads_kv, SEQLEN)),
@@ -112,6 +118,44 @@ def whitened(x, place):
     own(x)
     own.move_centers()
     return own(x)[0]
+
+
+LAYERS = {
+    "dense": lambda: nn.DenseSelfAttention(64, 4, heads_kv=2),
+    "window": lambda: nn.WindowSelfAttention(64, 4, 5),
+    "hash": lambda: nn.HashSelfAttention(64, 4, 8, heads_kv=2, seed=0),
+    "rounds": lambda: nn.HashSelfAttention(64, 4, 8, seed=0, rounds=2),
+    "whitened": lambda: nn.HashSelfAttention(
+        64, 4, 8, seed=0, shared_qk=True, include_self=False, adapt="whiten"
+    ),
+    "learned drop": lambda: nn.DropSelfAttention(64, 4, how="threshold"),
+}
+
+
+def layer_of(name):
+    """A layer, its out and the gradients of its weights by a function that may spread it."""
+    torch.manual_seed(0)
+    layer = LAYERS[name]()
+    x = torch.randn(2, SEQLEN, 64, generator=torch.Generator().manual_seed(6))
+
+    def run():
+        out = layer(x)
+        out.square().sum().backward()
+        return [out.detach(), *(p.grad for p in layer.parameters())]
+
+    return layer, run
+
+
+def through_tensor_parallelism(name, mesh):
+    """Heads of a layer spread by the styles of torch, activations as DTensors."""
+    layer, run = layer_of(name)
+    inward = [part for part, _ in layer.named_children() if part not in ("output", "hash")]
+    styles = {part: ColwiseParallel(use_local_output=False) for part in inward}
+    parallelize_module(layer, mesh, {**styles, "output": RowwiseParallel()})
+    if hasattr(layer, "hash"):
+        distribute_module(layer.hash, mesh)
+    out, *grads = run()  # out may be waited for yet; grads are DTensors
+    return [out + 0, *(x.full_tensor() for x in grads)]
 
 
 def whiten_through_dtensor(mesh, placement):
@@ -183,6 +227,8 @@ def in_a_line(rank, ranks):
         for name in HASHES:
             results[name, str(placement)] = hash_through_dtensor(name, mesh, placement)
         results["whiten", str(placement)] = whiten_through_dtensor(mesh, placement)
+    for name in LAYERS:
+        results["layer", name] = through_tensor_parallelism(name, mesh)
     results["called"] = through_sequence(
         lambda q, k, v: distributed.ulysses_attention(
             q, k, v, lambda q, k: scfa.HashSparse(*((x[..., 0] > 0).long() for x in (q, k)))
@@ -272,6 +318,14 @@ def test_a_hash_adapts_to_sharded_rows(results, placement):
     right = whitened(draw()[0].float() + 2, lambda module: module)
     same = results["whiten", str(placement)] == right
     assert same.float().mean() > 0.99  # means of shares sum in another order
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_under_tensor_parallelism(results, name):
+    right = layer_of(name)[1]()
+    for mine, one in zip(results["layer", name], right, strict=True):
+        torch.testing.assert_close(mine, one, rtol=1e-4, atol=1e-5)
 
 
 def test_shares_are_equal_or_none():
