@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -31,7 +33,7 @@ class AngularHash(nn.Module):
         Of the directions. By default drawn from torch's generator, so `torch.manual_seed` rules.
     redraw : bool
         Draw directions anew at every call, as the paper's language models do, by torch's generator
-        on the input's device. Nothing is stored then.
+        on the input's device. Nothing is stored then. Of DTensors, the first rank draws for all.
     center : bool
         The same as ``adapt="center"``.
     query_heads : int, optional
@@ -117,6 +119,8 @@ class AngularHash(nn.Module):
         directions = self.directions
         if directions is None:
             directions = normalize(torch.randn(self._shape, device=rows[0].device), dim=2)
+            if hasattr(rows[0], "device_mesh"):
+                directions = _same_on_all_ranks(directions, rows[0].device_mesh)
         if not self.centers:
             return tuple(angular_hash(x, directions) for x in rows)
         if self.turn is not None:  # rows times a root of the inverse: the directions take it
@@ -176,6 +180,14 @@ class AngularHash(nn.Module):
             f"heads={heads}, head_dim={head_dim}, buckets={self.buckets}, rounds={rounds}, "
             f"redraw={self.redraw}, adapt={self.adapt!r}"
         )
+
+
+def _same_on_all_ranks(x: Tensor, mesh: Any) -> Tensor:
+    """What the first rank drew, as a replicated DTensor."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    spread: Tensor = distribute_tensor(x, mesh, [Replicate()] * mesh.ndim)
+    return spread
 
 
 def _local(x: Tensor) -> Tensor:

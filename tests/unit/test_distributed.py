@@ -128,6 +128,7 @@ LAYERS = {
     "whitened": lambda: nn.HashSelfAttention(
         64, 4, 8, seed=0, shared_qk=True, include_self=False, adapt="whiten"
     ),
+    "redrawn": lambda: nn.HashSelfAttention(64, 4, 8, redraw=True),
     "learned drop": lambda: nn.DropSelfAttention(64, 4, how="threshold"),
 }
 
@@ -154,6 +155,7 @@ def through_tensor_parallelism(name, mesh):
     parallelize_module(layer, mesh, {**styles, "output": RowwiseParallel()})
     if hasattr(layer, "hash"):
         distribute_module(layer.hash, mesh)
+    torch.rand(dist.get_rank())  # generators of ranks need not agree
     out, *grads = run()  # out may be waited for yet; grads are DTensors
     return [out + 0, *(x.full_tensor() for x in grads)]
 
