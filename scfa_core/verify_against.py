@@ -105,7 +105,10 @@ def _worst_row(name: str, case: Case, tensors: list[np.ndarray]) -> Verdict:
 
 
 def _slack(name: str, case: Case, true: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """What `testing.judge_tensor` allows beside the plain formula's error: a row is small."""
+    """What `testing.judge_tensor` allows beside the plain formula's error: a row is small.
+
+    That allowance, several roundings of all terms, covers the rounded out in delta as well.
+    """
     spec = case.spec
     accumulator = ROUNDOFF["float64" if spec.dtype == "float64" else "float32"]
     stored = ROUNDOFF["float32" if name == "lse" else spec.dtype]
