@@ -20,6 +20,7 @@ from typing import Any
 from scfa_core.backends.cupy_raw import disk_cache, nvrtc
 from scfa_core.backends.cupy_raw.nvrtc import Constants, compile_to_cubin
 
+from scfa_core.environment import Variable
 from scfa_core.errors import BackendUnavailable
 
 __all__ = [
@@ -38,6 +39,7 @@ _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 _MAJOR, _MINOR = 75, 76  # cudaDevAttrComputeCapability{Major,Minor}
 _SHARED_OPTIN = 97  # cudaDevAttrMaxSharedMemoryPerBlockOptin
 _MULTIPROCESSORS = 16  # cudaDevAttrMultiProcessorCount
+_sanitize = Variable("SCFA_CUPY_SANITIZE")
 
 
 def _cuda_error(what: str, error: Any) -> Exception:
@@ -237,6 +239,17 @@ def _cubin(source: str, constants: Constants, arch: str) -> bytes:
     return cubin
 
 
+def _of_this_build(constants: Constants, arch_suffix: str) -> Constants:
+    """Return the constants of a kernel in the build that $SCFA_CUPY_SANITIZE asks for.
+
+    "1" is Hopper's kernels made of what compute-sanitizer can follow: kSanitize in mbarrier.cuh.
+    """
+    asked = _sanitize.get() or "0"
+    if asked not in ("0", "1"):
+        raise ValueError(f"$SCFA_CUPY_SANITIZE must be 0 or 1, got {asked!r}")
+    return (*constants, ("SANITIZE", 1)) if arch_suffix and asked == "1" else constants
+
+
 _kernels: dict[tuple[str, str, Constants, int, str], Kernel] = {}
 _locks: dict[tuple[str, str, Constants, int, str], threading.Lock] = {}
 _registry_lock = threading.Lock()
@@ -276,6 +289,7 @@ def get_kernel(
     MemoryError
         The card has no memory left for the code.
     """
+    constants = _of_this_build(constants, arch_suffix)
     request = (name, source, constants, device, arch_suffix)
     kernel = _kernels.get(request)
     if kernel is not None:

@@ -147,6 +147,21 @@ def test_compiles_clean(compiler, build):
     assert re.search(r"Used \d+ registers", compiled.log), "ptxas reported nothing"
 
 
+def builds_for_the_sanitizer() -> list[Build]:
+    """One of each Hopper kernel, or all, as $SCFA_CUPY_SANITIZE=1 asks for them."""
+    builds = hopper_builds()
+    chosen = builds if EVERYTHING else {build.source: build for build in builds[::-1]}.values()
+    return [build._replace(constants=(*build.constants, ("SANITIZE", 1))) for build in chosen]
+
+
+@pytest.mark.parametrize("build", builds_for_the_sanitizer(), ids=lambda build: build.label)
+def test_the_build_for_the_sanitizer_compiles(compiler, build):
+    compiled = nvrtc.compile_to_cubin(build.source, build.constants, build.arch, compiler)
+    assert compiled.cubin.startswith(b"\x7fELF")
+    # It may spill. But where one setmaxnreg is not heeded, the others wait for ever.
+    assert "setmaxnreg" not in compiled.log
+
+
 def test_the_sample_holds_every_source_and_architecture():
     builds = all_builds()
     assert {build.source for build in BUILDS} == {build.source for build in builds}

@@ -180,3 +180,32 @@ def test_threads_share_one_compilation(folder, monkeypatch):
     assert compiler.count == 1
     assert len(got) == 8
     assert len(set(map(id, got))) == 1
+
+
+def test_the_build_for_the_sanitizer_is_another_kernel(monkeypatch):
+    """A constant more for Hopper's kernels, none for others; a wrong word is refused."""
+    asked = []
+
+    def compile_nothing(source, constants, arch):
+        asked.append((arch, constants))
+        return b""
+
+    monkeypatch.setattr(loader, "_cubin", compile_nothing)
+    monkeypatch.setattr(loader, "_target", lambda device, suffix: f"90{suffix}")
+    monkeypatch.setattr(loader, "_kernels", {})
+    monkeypatch.setattr(loader, "Kernel", lambda name, cubin, device: object())
+    got = []
+    for value in ("0", "1"):
+        monkeypatch.setenv("SCFA_CUPY_SANITIZE", value)
+        for suffix in ("", "a", "a"):
+            got.append(loader.get_kernel("n", "n.cu", (("K", 3),), 0, arch_suffix=suffix))
+    portable, shipped, again, portable_too, watched, watched_again = got
+    assert portable is portable_too
+    assert shipped is again
+    assert watched is watched_again
+    assert watched is not shipped
+    plain = (("K", 3),)
+    assert asked == [("90", plain), ("90a", plain), ("90a", (*plain, ("SANITIZE", 1)))]
+    monkeypatch.setenv("SCFA_CUPY_SANITIZE", "yes")
+    with pytest.raises(ValueError, match="SCFA_CUPY_SANITIZE must be 0 or 1, got 'yes'"):
+        loader.get_kernel("n", "n.cu", (), 0)

@@ -88,7 +88,7 @@ def for_the_host(name, text):
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
-    """Return (kernel, dtype, head_dim) -> its compiled host function, shape and shared bytes."""
+    """Return (kernel, dtype, head_dim, shape, sanitize) -> its compiled host function."""
     folder = tmp_path_factory.mktemp("hopper")
     for name, text in nvrtc.read_sources().items():
         if re.search("sm90|wgmma", name):
@@ -99,8 +99,9 @@ def build(tmp_path_factory):
         shutil.copy(HERE / name, folder)
     built = {}
 
-    def build(kernel, dtype, head_dim, shape):
+    def build(kernel, dtype, head_dim, shape, sanitize=False):
         constants = overheard_constants(kernel, dtype, head_dim, shape)
+        constants += (("SANITIZE", int(sanitize)),)
         if constants not in built:
             source = folder / f"{kernel}-{len(built)}.cpp"
             headers = ("cuda_on_host.hpp", "ptx_on_host.hpp", "wgmma_on_host.hpp", f"{kernel}.cu")
@@ -166,7 +167,7 @@ def passes(spec, fused):
             yield kernel, shape, tiles, heads, launch_sm90._threads(kernel, shape)
 
 
-def run(build, case, order=0, blocks=1, fused=False, slots=None):
+def run(build, case, order=0, blocks=1, fused=False, slots=None, sanitize=False):
     """Results of one case; `slots` query heads have room for sums of dq, all by default."""
     spec = case.spec
     problem = Problem(
@@ -196,7 +197,8 @@ def run(build, case, order=0, blocks=1, fused=False, slots=None):
             *((at, at + 4 * lse.size), counter.ctypes.data, tiles, heads, sums),
         )
         shared = launch_sm90._SHARED[kernel](spec.head_dim, shape)
-        build(kernel, spec.dtype, spec.head_dim, shape)(params, blocks, threads, shared, order)
+        function = build(kernel, spec.dtype, spec.head_dim, shape, sanitize)
+        function(params, blocks, threads, shared, order)
     wide = (testing.widen(x, spec.dtype) for x in (out, dq, dk, dv))
     out, dq, dk, dv = wide
     return Results(out, lse, dq, dk, dv)
@@ -254,3 +256,11 @@ def test_patterns_in_one_pass(build, head_dim, name):
     sizes = (1, 4, 2, 150, 277, head_dim, head_dim, "float16")
     spec = Spec(*sizes, parts=IN_ONE_PASS[name], poison=True, seed=5)
     check(build, spec, fused=True, order=2, blocks=2, slots=2)
+
+
+@pytest.mark.parametrize(("head_dim", "fused"), [(64, False), (64, True), (128, True)])
+def test_the_build_for_the_sanitizer(build, head_dim, fused):
+    """It has arrivals, copies and sums of its own."""
+    parts = (Part("window", number=200),)
+    spec = Spec(1, 2, 2, 270, 270, head_dim, head_dim, "bfloat16", parts=parts, seed=6)
+    check(build, spec, fused=fused, order=1, slots=1, sanitize=True)

@@ -51,7 +51,7 @@ def test_only_a_run_that_ended_without_a_word_is_clean(runner, output, code, beg
 
 
 PROGRAM = f"""#!{sys.executable}
-import sys, time
+import os, sys, time
 arguments = sys.argv[1:]
 if arguments == ["--help"]:
     print("  --kernel-name arg  which kernels")
@@ -59,6 +59,8 @@ if arguments == ["--help"]:
 tool = arguments[arguments.index("--tool") + 1]
 family = arguments[-1]
 assert ("--kernel-name" in arguments) == (tool != "initcheck"), arguments
+own_build = tool in ("racecheck", "initcheck")
+assert os.environ["SCFA_CUPY_SANITIZE"] == str(int(own_build)), tool
 print("{BANNER.strip()}")
 print("call 1 of 1: x", flush=True)
 if tool == "racecheck":
@@ -112,7 +114,7 @@ def test_command_line_writes_the_states(runner, program, tmp_path, monkeypatch, 
         for family in ("planner", "long-lists", "portable", "float32")
     }
     assert written["numba-cuda, synccheck, planner"]["state"] == "clean"
-    assert compiled == [(["numba-cuda"], list(runner.FAMILIES))]
+    assert compiled == [(["numba-cuda"], ["synccheck"], list(runner.FAMILIES))]
     assert "3 of 4 clean" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*line, "--family", "planner", "portable"])
     assert runner.main() == 0
@@ -138,7 +140,27 @@ def test_kernels_are_compiled_before_any_tool(runner, monkeypatch):
     monkeypatch.setattr(
         runner.subprocess, "run", lambda line, **options: seen.append((line, options["env"]))
     )
-    runner.compile_beforehand(["cupy"], ["planner"])
+    runner.compile_beforehand(["cupy"], list(runner.TOOLS), ["planner"])
     ((line, environment),) = seen
     assert line[1:] == [str(SOURCE.with_name("sanitize.py")), "--compile", "planner"]
     assert environment["SCFA_GPU_BACKENDS"] == "cupy"
+
+
+@pytest.mark.parametrize(
+    ("tools", "builds"),
+    [
+        (["racecheck", "initcheck"], ["1"]),
+        (["synccheck", "memcheck"], ["0"]),
+        (["racecheck", "memcheck"], ["0", "1"]),
+    ],
+)
+def test_each_tool_finds_its_build_of_the_hopper_kernels(runner, monkeypatch, tools, builds):
+    seen = []
+    monkeypatch.setattr(
+        runner.subprocess,
+        "run",
+        lambda line, **options: seen.append(options["env"]["SCFA_CUPY_SANITIZE"]),
+    )
+    runner.compile_beforehand(["cupy"], tools, ["planner", "fused"])
+    assert seen == builds
+    assert sorted({runner.build_of(tool) for tool in tools}) == builds

@@ -6,6 +6,13 @@
 #pragma once
 #include <map>
 
+#ifndef SCFA_SANITIZE
+#define SCFA_SANITIZE 0
+#endif
+constexpr bool kSanitize = SCFA_SANITIZE;  // as in mbarrier.cuh: each thread arrives for itself
+constexpr int kReleases = kSanitize ? 32 : 1;
+constexpr int publications(int threads) { return kSanitize ? threads : 1; }
+
 namespace host {
 
 struct PhaseBarrier {
@@ -34,7 +41,10 @@ inline void barrier_init_done() {}
 inline void barrier_arrive(unsigned address) { host::arrive(address); }
 inline void barrier_release(unsigned address, int lane) {
   __syncwarp();
-  if (lane == 0) host::arrive(address);
+  if (kSanitize || lane == 0) host::arrive(address);
+}
+inline void barrier_publish(unsigned address, int thread) {
+  if (kSanitize || thread == 0) host::arrive(address);
 }
 inline void barrier_arrive_after_copies(unsigned address) {
   copies_commit();
@@ -94,7 +104,10 @@ template <int kPanels>
 void copy_chunk(unsigned target, const char* source, int row) {
   copy16_async(target, row >= 0 ? source : nullptr, row >= 0);
 }
-inline void copy_word(unsigned target, const void* source, bool valid) { copy4_async(target, source, valid); }
+inline void copy_word(unsigned target, const void* source, bool valid) {
+  if (kSanitize) return shared_store(target, valid ? *(const int*)source : 0);
+  copy4_async(target, source, valid);
+}
 
 // Element of a tile read through a descriptor: `row` counts the tile's stored rows, `column` what lies along them.
 inline float described_element(unsigned long long descriptor, int row, int column) {
@@ -207,11 +220,13 @@ inline void start_sum_on_host(float* target, unsigned source, bool first, int fl
 }
 inline void wait_until_read() {
   host::yield();
+  if (kSanitize) return;
   BulkCopy& copy = bulk_copies.at(host::current);
   std::memcpy(copy.values.data(), dynamic_shared + copy.source, copy.values.size() * 4);
 }
 inline void wait_until_added() {
   for (int i = 0; i < 3; ++i) host::yield();
+  if (kSanitize) return __syncwarp();
   BulkCopy& copy = bulk_copies.at(host::current);
   for (size_t i = 0; i < copy.values.size(); ++i) {
     copy.target[i] = copy.first ? copy.values[i] : copy.target[i] + copy.values[i];
@@ -227,5 +242,10 @@ void shared_store_four(unsigned address, T a, T b, T c, T d) {
   std::memcpy(dynamic_shared + address, values, 16);
 }
 inline void load_sum_four(const float* address, float (&values)[4]) { std::memcpy(values, address, 16); }
+#if SCFA_SANITIZE
+#define start_sum add_by_warp
+#define fetch_sum fetch_by_warp
+#else
 #define start_sum(target, source, first) start_sum_on_host(target, source, first, kSumFloats)
 #define fetch_sum(tile, source, barrier) fetch_sum_on_host(tile, source, barrier, kSumFloats)
+#endif

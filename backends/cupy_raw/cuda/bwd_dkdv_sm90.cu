@@ -201,11 +201,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ char dynamic[];
   const Shared shared{(shared_address(dynamic) + 1023) & ~1023u};
   if (threadIdx.x == 0) {
-    barrier_init(shared.key_full(), kGatherThreads + 1);
-    barrier_init(shared.key_empty(), 4 * kWarpgroups);
+    barrier_init(shared.key_full(), kGatherThreads + publications(kGatherThreads));
+    barrier_init(shared.key_empty(), 4 * kWarpgroups * kReleases);
     for (int i = 0; i < kStages; ++i) {
       barrier_init(shared.query_full(i), kGatherThreads);
-      barrier_init(shared.query_empty(i), 4 * kWarpgroups);
+      barrier_init(shared.query_empty(i), 4 * kWarpgroups * kReleases);
     }
     barrier_init_done();
   }

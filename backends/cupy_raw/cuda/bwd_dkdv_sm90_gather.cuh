@@ -138,7 +138,7 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
       }
     }
     named_barrier_sync(kProducerBarrier, kGatherThreads);  // the bounds are written
-    if (thread == 0) barrier_arrive(shared.key_full());    // releases tile number and bounds
+    barrier_publish(shared.key_full(), thread);            // tile number and bounds
 
     for (int member = 0; member < p.group_size; ++member) {
       const int h = h_kv * p.group_size + member;
@@ -189,5 +189,5 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
   }
   barrier_arrive_after_copies(
       shared.key_full());  // no more tiles: let the others read the tile number and leave
-  if (thread == 0) barrier_arrive(shared.key_full());
+  barrier_publish(shared.key_full(), thread);
 }

@@ -188,11 +188,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     if (blockIdx.x == 0) p.row_lse[-1] = SCFA_INFINITY;  // the lse of queries that are not there
     for (int i = 0; i < kQueryBuffers; ++i) {
       barrier_init(shared.query_full(i), 2 * kGatherThreads);
-      barrier_init(shared.query_empty(i), 4 * kWarpgroups);
+      barrier_init(shared.query_empty(i), 4 * kWarpgroups * kReleases);
     }
     for (int i = 0; i < kStages; ++i) {
       barrier_init(shared.key_full(i), kGatherThreads);
-      barrier_init(shared.key_empty(i), 4 * kWarpgroups);
+      barrier_init(shared.key_empty(i), 4 * kWarpgroups * kReleases);
     }
     barrier_init_done();
   }

@@ -255,23 +255,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ char dynamic[];
   const Shared shared{(shared_address(dynamic) + 1023) & ~1023u};
   if (threadIdx.x == 0) {
-    constexpr int kWarps = 4 * kWarpgroups;  // that multiply
-    barrier_init(shared.key_full(), kRowThreads + 1);
-    barrier_init(shared.key_empty(), kWarps);
+    constexpr int kAll = 4 * kWarpgroups * kReleases;  // each multiplying warp arrives
+    barrier_init(shared.key_full(), kRowThreads + publications(kRowThreads));
+    barrier_init(shared.key_empty(), kAll);
     for (int i = 0; i < kChanges; ++i) {
-      barrier_init(shared.changes_full(i), kWarps);
-      barrier_init(shared.changes_empty(i), kWarps);
+      barrier_init(shared.changes_full(i), kAll);
+      barrier_init(shared.changes_empty(i), kAll);
     }
     for (int i = 0; i < kCarriers; ++i) {
-      barrier_init(shared.job_full(i), 1);
-      barrier_init(shared.job_empty(i), 1);
-      barrier_init(shared.sum_full(i), kWarps);
-      barrier_init(shared.sum_empty(i), kWarps);
+      barrier_init(shared.job_full(i), kReleases);
+      barrier_init(shared.job_empty(i), kReleases);
+      barrier_init(shared.sum_full(i), kAll);
+      barrier_init(shared.sum_empty(i), kAll);
     }
-    barrier_init(shared.sum_loaded(), 1);
+    barrier_init(shared.sum_loaded(), kReleases);
     for (int i = 0; i < kRing; ++i) {
       barrier_init(shared.rows_full(i), kRowThreads);
-      barrier_init(shared.rows_empty(i), kWarps);
+      barrier_init(shared.rows_empty(i), kAll);
     }
     barrier_init_done();
   }

@@ -42,16 +42,42 @@ __device__ __forceinline__ void announce(const Shared& shared, const Turn& turn,
   barrier_release(shared.job_full(turn.carrier), lane);
 }
 
+// What fetch_sum does, by all lanes of a warp.
+__device__ __forceinline__ void fetch_by_warp(unsigned tile, const float* source,
+                                              unsigned barrier) {
+#pragma unroll 1
+  for (int i = 4 * (threadIdx.x % 32); i < kSumFloats; i += 4 * 32) {
+    float sum[4];
+    load_sum_four(source + i, sum);
+    shared_store_four(tile + 4 * i, sum[0], sum[1], sum[2], sum[3]);
+  }
+  barrier_arrive(barrier);
+}
+
 // Bring a sum to the room in shared memory; it arrives at Shared::sum_loaded.
 __device__ __forceinline__ void fetch_sum(unsigned tile, const float* source, unsigned barrier) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-               "n"(kSumBytes)
-               : "memory");
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(tile),
-      "l"(source), "n"(kSumBytes), "r"(barrier)
-      : "memory");
+  if constexpr (kSanitize) {
+    fetch_by_warp(tile, source, barrier);
+  } else {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+                 "n"(kSumBytes)
+                 : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+        "[%3];" ::"r"(tile),
+        "l"(source), "n"(kSumBytes), "r"(barrier)
+        : "memory");
+  }
+}
+
+// Let go of the room for a dq tile in place of the multiplying warps, by as many arrivals.
+__device__ __forceinline__ void release_for_all(unsigned barrier, int lane) {
+  constexpr int kWarps = 4 * kWarpgroups;
+  if constexpr (kSanitize) {
+    for (int i = 0; i < kWarps; ++i) barrier_arrive(barrier);
+  } else if (lane < kWarps) {
+    barrier_arrive(barrier);
+  }
 }
 
 // Warps 2 and 3, in turn, so that one tile's way to memory hides the other's.
@@ -67,7 +93,7 @@ __device__ __forceinline__ void carry_sums(const Params& p, Shared shared, int c
     const int z = p.by_query_tiles.quotient(tile), part = tile - z * p.query_tiles;
     const int slot = z - p.by_slots.quotient(z) * p.slots;
     float* sum = p.dq_sum + static_cast<long long>(slot * p.query_tiles + part) * kSumFloats;
-    if (lane == 0) {
+    if (carries(lane)) {
       if (before == 0) {
         wait_for_room(p, tile, z);
       } else {
@@ -79,22 +105,22 @@ __device__ __forceinline__ void carry_sums(const Params& p, Shared shared, int c
     if (kind == kAdd) {
       barrier_wait(shared.sum_full(carrier), full_parity);
       full_parity ^= 1;
-      if (lane == 0) {
+      if (carries(lane)) {
         start_sum(sum, shared.sum(), before == 0);
         wait_until_read();
       }
       __syncwarp();
-      if (lane < 4 * kWarpgroups) barrier_arrive(shared.sum_empty(carrier));
-      if (lane == 0) {
+      release_for_all(shared.sum_empty(carrier), lane);
+      if (carries(lane)) {
         wait_until_added();  // from here on it is seen as if this thread had written it
-        store_release(p.added + tile, before + 1);
+        if (lane == 0) store_release(p.added + tile, before + 1);
       }
     } else {
       wait_for_room_here(shared, carrier, parity);
-      if (lane == 0) {
+      if (carries(lane)) {
         fetch_sum(shared.sum(), sum, shared.sum_loaded());
         barrier_wait(shared.sum_loaded(), fetch);
-        store_release(p.added + tile, kComplete);
+        if (lane == 0) store_release(p.added + tile, kComplete);
       }
     }
     __syncwarp();

@@ -174,7 +174,7 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
     gather_rows<kBlockN, kPanels, kRowThreads>(
         shared.value(), p.v.of_head(at.b, at.h_kv) + lane_bytes, p.v.row, rows, thread);
     barrier_arrive_after_copies(shared.key_full());
-    if (thread == 0) barrier_arrive(shared.key_full());  // releases tile number and bounds
+    barrier_publish(shared.key_full(), thread);  // tile number and bounds
 
     for (int member = 0; member < p.group_size; ++member) {
       const int h = at.h_kv * p.group_size + member, z = first_z + member;
@@ -231,5 +231,5 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
   // No more tiles: let the others read the tile number and leave.
   barrier_wait(shared.key_empty(), buffer ^ 1);
   barrier_arrive_after_copies(shared.key_full());
-  if (thread == 0) barrier_arrive(shared.key_full());
+  barrier_publish(shared.key_full(), thread);
 }

@@ -170,20 +170,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const Shared shared{(shared_address(dynamic) + 1023) & ~1023u};
   if (threadIdx.x == 0) {
     for (int i = 0; i < kKeyBuffers; ++i) {
-      barrier_init(shared.key_full(i), kRowThreads + 1);
-      barrier_init(shared.key_empty(i), 4 * kWarpgroups + 4);
+      barrier_init(shared.key_full(i), kRowThreads + publications(kRowThreads));
+      barrier_init(shared.key_empty(i), (4 * kWarpgroups + 4) * kReleases);
     }
     for (int i = 0; i < kChanges; ++i) {
-      barrier_init(shared.changes_full(i), 4 * kWarpgroups);
-      barrier_init(shared.changes_empty(i), 4);
+      barrier_init(shared.changes_full(i), 4 * kWarpgroups * kReleases);
+      barrier_init(shared.changes_empty(i), 4 * kReleases);
     }
     for (int i = 0; i < kCarriers; ++i) {
-      barrier_init(shared.sum_full(i), 4);
-      barrier_init(shared.sum_empty(i), 1);
+      barrier_init(shared.sum_full(i), 4 * kReleases);
+      barrier_init(shared.sum_empty(i), kReleases);
     }
     for (int i = 0; i < kStages; ++i) {
       barrier_init(shared.query_full(i), kRowThreads);
-      barrier_init(shared.query_empty(i), 4 * kWarpgroups);
+      barrier_init(shared.query_empty(i), 4 * kWarpgroups * kReleases);
     }
     barrier_init_done();
   }

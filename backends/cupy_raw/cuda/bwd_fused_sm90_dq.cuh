@@ -16,7 +16,7 @@ __device__ __forceinline__ void carry_sums(const Params& p, Shared shared, int c
     barrier_wait(shared.sum_full(carrier), parity);
     const int tile = uniform(shared_load(shared.load(carrier)));
     if (tile < 0) return;
-    if (lane == 0) {
+    if (carries(lane)) {
       const int before = shared_load(shared.load(carrier) + 4);
       const int z = p.by_query_tiles.quotient(tile), part = tile - z * p.query_tiles;
       const int slot = z - p.by_slots.quotient(z) * p.slots;
@@ -31,7 +31,7 @@ __device__ __forceinline__ void carry_sums(const Params& p, Shared shared, int c
       wait_until_read();
       barrier_arrive(shared.sum_empty(carrier));
       wait_until_added();  // from here on it is seen as if this thread had written it
-      store_release(p.added + tile, before + 1);
+      if (lane == 0) store_release(p.added + tile, before + 1);
     }
     __syncwarp();
   }

@@ -180,7 +180,7 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
     gather_rows<kBlockN, 1, kRowThreads>(shared.key(key.slot), p.k.of_head(at.b, at.h_kv) + lane_bytes,
                                   p.k.row, rows, thread);
     barrier_arrive_after_copies(shared.key_full(key.slot));
-    if (thread == 0) barrier_arrive(shared.key_full(key.slot));  // releases tile number and bounds
+    barrier_publish(shared.key_full(key.slot), thread);  // tile number and bounds
 
     for (int member = 0; member < p.group_size; ++member) {
       const int h = at.h_kv * p.group_size + member, z = first_z + member;
@@ -230,5 +230,5 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
   }
   // No more tiles: let the others read the tile number and leave.
   barrier_arrive_after_copies(shared.key_full(key.slot));
-  if (thread == 0) barrier_arrive(shared.key_full(key.slot));
+  barrier_publish(shared.key_full(key.slot), thread);
 }

@@ -43,31 +43,6 @@ __device__ __forceinline__ void wait_for_room(const Params& p, int tile, int z) 
   }
 }
 
-// Send a dq tile to memory (the first) or add it (the others).
-__device__ __forceinline__ void start_sum(float* target, unsigned tile, bool first) {
-  if (first) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target),
-                 "r"(tile), "n"(kSumBytes)
-                 : "memory");
-  } else {
-    asm volatile(
-        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(target),
-        "r"(tile), "n"(kSumBytes)
-        : "memory");
-  }
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-
-// The tile in shared memory may be overwritten.
-__device__ __forceinline__ void wait_until_read() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
-
-// The sum in memory is complete, as if this thread had written it.
-__device__ __forceinline__ void wait_until_added() {
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-}
-
 // Four numbers to shared memory at once.
 __device__ __forceinline__ void shared_store_four(unsigned address, int a, int b, int c, int d) {
   asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
@@ -88,4 +63,50 @@ __device__ __forceinline__ void load_sum_four(const float* address, float (&valu
                : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
                : "l"(address)
                : "memory");
+}
+
+// The lanes of a carrying warp that carry: one starts bulk copies and waits for them, or all share
+// the work of their own loads and stores.
+__device__ __forceinline__ bool carries(int lane) { return kSanitize || lane == 0; }
+
+// What start_sum does, by all lanes of a warp.
+__device__ __forceinline__ void add_by_warp(float* target, unsigned tile, bool first) {
+#pragma unroll 1
+  for (int i = 4 * (threadIdx.x % 32); i < kSumFloats; i += 4 * 32) {
+    const int2 a = shared_load_pair(tile + 4 * i), b = shared_load_pair(tile + 4 * i + 8);
+    float sum[4] = {};
+    if (!first) load_sum_four(target + i, sum);
+    target[i] = sum[0] + __int_as_float(a.x);
+    target[i + 1] = sum[1] + __int_as_float(a.y);
+    target[i + 2] = sum[2] + __int_as_float(b.x);
+    target[i + 3] = sum[3] + __int_as_float(b.y);
+  }
+}
+
+// Send a dq tile to memory (the first) or add it (the others).
+__device__ __forceinline__ void start_sum(float* target, unsigned tile, bool first) {
+  if constexpr (kSanitize) {
+    add_by_warp(target, tile, first);
+  } else if (first) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(target),
+                 "r"(tile), "n"(kSumBytes)
+                 : "memory");
+  } else {
+    asm volatile(
+        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(target),
+        "r"(tile), "n"(kSumBytes)
+        : "memory");
+  }
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// The tile in shared memory may be overwritten.
+__device__ __forceinline__ void wait_until_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// The sum in memory is complete, as if this thread had written it.
+__device__ __forceinline__ void wait_until_added() {
+  if constexpr (kSanitize) __syncwarp();  // or as if it had written what all lanes did
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }

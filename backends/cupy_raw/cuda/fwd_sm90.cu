@@ -168,13 +168,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < kQueryBuffers; ++i) {
       barrier_init(shared.query_full(i), kGatherThreads + 1);
-      barrier_init(shared.query_empty(i), 4 * kWarpgroups);
+      barrier_init(shared.query_empty(i), 4 * kWarpgroups * kReleases);
     }
     for (int i = 0; i < kStages; ++i) {
       barrier_init(shared.key_full(i), kGatherThreads);
       barrier_init(shared.value_full(i), kGatherThreads);
-      barrier_init(shared.key_empty(i), 4 * kWarpgroups);
-      barrier_init(shared.value_empty(i), 4 * kWarpgroups);
+      barrier_init(shared.key_empty(i), 4 * kWarpgroups * kReleases);
+      barrier_init(shared.value_empty(i), 4 * kWarpgroups * kReleases);
     }
     barrier_init_done();
   }

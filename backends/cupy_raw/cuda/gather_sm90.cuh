@@ -100,8 +100,12 @@ __device__ __forceinline__ int first_greater(const int* values, int count, int b
 
 // Copy four bytes, or write zero if `valid` is false.
 __device__ __forceinline__ void copy_word(unsigned target, const void* source, bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(source),
-               "r"(valid ? 4 : 0));
+  if constexpr (kSanitize) {
+    shared_store(target, valid ? *static_cast<const int*>(source) : 0);
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(source),
+                 "r"(valid ? 4 : 0));
+  }
 }
 
 // Give lane t of each quad the values that the four lanes hold in their register t: a 4 x 4

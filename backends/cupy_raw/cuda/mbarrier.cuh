@@ -11,6 +11,17 @@
 #define SCFA_PROXY_FENCE \
   1  // 0: no proxy fence between cp.async data and wgmma (measured in docs/perf/hopper.md)
 #endif
+#ifndef SCFA_SANITIZE
+#define SCFA_SANITIZE 0  // 1: the build that racecheck and initcheck look at
+#endif
+
+// compute-sanitizer follows what a thread has read or written to the barriers at which this thread
+// arrives, but not on through __syncwarp() or a named barrier to where another thread arrives for
+// it; bulk copies it does not see, and what it makes of arrivals by cp.async depends on its version.
+// Its build has the same buffers, barriers, phases and waits, but each thread arrives for itself,
+// after its copies, and copies of words and of sums are loads and stores. What differs lies in the
+// functions that ask for kSanitize.
+constexpr bool kSanitize = SCFA_SANITIZE;
 
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
@@ -32,13 +43,26 @@ __device__ __forceinline__ void barrier_arrive(unsigned barrier) {
 // One warp is done with a buffer: all its lanes' reads and products of it are complete.
 __device__ __forceinline__ void barrier_release(unsigned barrier, int lane) {
   __syncwarp();
-  if (lane == 0) barrier_arrive(barrier);
+  if (kSanitize || lane == 0) barrier_arrive(barrier);
 }
+constexpr int kReleases = kSanitize ? 32 : 1;  // arrivals of one barrier_release
+
+// A group of threads has written something, and all have been at a named barrier since.
+__device__ __forceinline__ void barrier_publish(unsigned barrier, int thread) {
+  if (kSanitize || thread == 0) barrier_arrive(barrier);
+}
+// Arrivals of one barrier_publish by so many threads.
+__device__ constexpr int publications(int threads) { return kSanitize ? threads : 1; }
 
 // Arrive once every earlier cp.async of this thread has landed; counts against the initialised
 // arrivals.
 __device__ __forceinline__ void barrier_arrive_after_copies(unsigned barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+  if constexpr (kSanitize) {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    barrier_arrive(barrier);
+  } else {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+  }
 }
 
 __device__ __forceinline__ bool barrier_try_wait(unsigned barrier, unsigned parity) {
