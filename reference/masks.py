@@ -48,7 +48,7 @@ def _part_mask(part: Any, batch: int, heads: int, heads_kv: int, tq: int, tk: in
 
     if kind == "Causal":
         shift = tk - tq if part.align == "bottom-right" else 0
-        allowed = j <= i + shift if part.include_self else j < i + shift
+        allowed = j <= i + shift - part.lag
     elif kind == "HashSparse":
         q_hash = _python_ints(_spread(part.q_hash, q_shape, "q_hash"))
         k_hash = per_query_head(_python_ints(_spread(part.k_hash, k_shape, "k_hash")))

@@ -34,7 +34,7 @@ def visible(
     for part in pattern.parts:
         if isinstance(part, pt.Causal):
             shift = spec.seqlen_k - spec.seqlen_q if part.align == "bottom-right" else 0
-            mask &= j < i + shift + part.include_self
+            mask &= j <= i + shift - part.lag
         elif isinstance(part, pt.SlidingWindow):
             mask &= (i - part.window < j) & (j < i + (1 if part.causal else part.window))
         elif isinstance(part, pt.KeyRanges):

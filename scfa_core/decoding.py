@@ -87,7 +87,7 @@ def _moved(part: Pattern, q: Any, seqlen_q: int, seqlen_k: int) -> list[Pattern]
     if isinstance(part, KeyRanges):
         return [part]
     if isinstance(part, Causal):
-        return [Causal(part.include_self, align="bottom-right")]
+        return [Causal(align="bottom-right", lag=part.lag)]
     if isinstance(part, SlidingWindow):
         position = _positions(q, seqlen_q, seqlen_k)
         ahead = 1 if part.causal else part.window

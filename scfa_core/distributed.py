@@ -293,7 +293,9 @@ def queries_of(pattern: Pattern, rows: Tensor, seqlen_q: int, seqlen_k: int) -> 
         if isinstance(part, Causal) and part.align == "bottom-right":
             shift = seqlen_k - seqlen_q
         if causal:
-            end = torch.minimum(end, rows + shift + int(getattr(part, "include_self", True)))
+            lag = int(not getattr(part, "include_self", True))
+            lag = part.lag if isinstance(part, Causal) else lag
+            end = torch.minimum(end, rows + shift + 1 - lag)
         if isinstance(part, SlidingWindow):
             start = torch.maximum(start, rows + 1 - part.window)
             end = end if causal else torch.minimum(end, rows + part.window)

@@ -79,11 +79,12 @@ class _Lowering:
         """Add the clauses of one atomic pattern."""
         if isinstance(part, Causal):
             shift = self.problem.seqlen_k - self.problem.seqlen_q
-            self._causal(part.include_self, shift if part.align == "bottom-right" else 0)
+            lag = min(part.lag, self.problem.seqlen_q + self.problem.seqlen_k)  # as for windows
+            self._causal(lag, shift if part.align == "bottom-right" else 0)
         elif isinstance(part, HashSparse):
             self._group("HashSparse", "q_hash", part.q_hash, "k_hash", part.k_hash)
             if part.causal:
-                self._causal(part.include_self)
+                self._causal(int(not part.include_self))
         elif isinstance(part, QKSparse):
             self._keep("q_keep", part.q_keep, "q_keeps", self.q_shape)
             self._keep("k_keep", part.k_keep, "k_keeps", self.k_shape)
@@ -112,8 +113,8 @@ class _Lowering:
     def _below(self, offset: int) -> None:
         self.hi = offset if self.hi is None else min(self.hi, offset)
 
-    def _causal(self, include_self: bool = True, shift: int = 0) -> None:
-        self._below(shift + int(include_self))
+    def _causal(self, lag: int = 0, shift: int = 0) -> None:
+        self._below(shift + 1 - lag)
 
     def _view(self, name: str, x: Any, shape: tuple[int, ...], rank: int = 3) -> Any:
         """Check device and shape of one pattern array and broadcast it by strides of 0."""

@@ -29,7 +29,7 @@ from scfa_core.torch_framework import TorchFramework, dtype_name
 
 # Fields that hold arrays, and fields that hold flags and numbers. Subclasses are not known here.
 _FIELDS: dict[type[Pattern], tuple[tuple[str, ...], tuple[str, ...]]] = {
-    Causal: ((), ("include_self", "align")),
+    Causal: ((), ("lag", "align")),
     Documents: (("q_ids", "k_ids"), ("causal",)),
     HashSparse: (("q_hash", "k_hash"), ("causal", "include_self")),
     KeyRanges: (("start", "end"), ()),

@@ -73,10 +73,7 @@ def sparse(config: Config) -> Attend:
     ) -> Tensor:
         patterns = [_part(*parts[0], hashed, directions, center)]
         if near:  # the window's keys, and those before it that the other pattern shows
-            end = torch.arange(1 - near, 1 - near + q.shape[2], device=q.device)
-            end = end.clamp(min=0)[None, None]
-            before = scfa.KeyRanges(torch.zeros_like(end), end)
-            patterns = [patterns[0] & before, scfa.SlidingWindow(near)]
+            patterns = [patterns[0] & scfa.Causal(lag=near), scfa.SlidingWindow(near)]
         if documents is not None:
             patterns = [pattern & scfa.Documents(documents) for pattern in patterns]
         options = {"softmax_scale": config.softmax_scale, "backend": config.backend}

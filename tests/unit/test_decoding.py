@@ -25,6 +25,7 @@ def last(x, rows):
 PATTERNS = {
     "causal": lambda n: scfa.Causal(),
     "strict": lambda n: scfa.Causal(include_self=False),
+    "far": lambda n: scfa.Causal(lag=3),
     "hash": lambda n: scfa.HashSparse(last(Q_HASH, n), K_HASH),
     "hash, strict": lambda n: scfa.HashSparse(last(Q_HASH, n), K_HASH, include_self=False),
     "hash, not causal": lambda n: scfa.HashSparse(last(Q_HASH, n), K_HASH, causal=False),

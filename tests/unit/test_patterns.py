@@ -34,6 +34,12 @@ END = RNG.integers(0, TK + 3, (BATCH, HEADS, TQ))
 CASES = {
     "causal": (scfa.Causal(), lambda b, h, g, i, j: j <= i),
     "causal strict": (scfa.Causal(include_self=False), lambda b, h, g, i, j: j < i),
+    "causal, far keys": (scfa.Causal(lag=5), lambda b, h, g, i, j: j <= i - 5),
+    "causal, no key is so far": (scfa.Causal(lag=2**40), lambda b, h, g, i, j: False),
+    "hash, far keys": (
+        scfa.HashSparse(Q_HASH, K_HASH) & scfa.Causal(lag=3, align="bottom-right"),
+        lambda b, h, g, i, j: j <= min(i, i + TK - TQ - 3) and Q_HASH[b, h, i] == K_HASH[b, g, j],
+    ),
     "causal bottom-right": (
         scfa.Causal(align="bottom-right"),
         lambda b, h, g, i, j: j <= i + TK - TQ,

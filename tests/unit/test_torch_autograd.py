@@ -30,6 +30,7 @@ PATTERNS = {
     "causal": scfa.Causal(),
     "bottom-right": scfa.Causal(include_self=False, align="bottom-right"),
     "hash": scfa.HashSparse(Q_HASH, K_HASH),
+    "far hash": scfa.HashSparse(Q_HASH, K_HASH) & scfa.Causal(lag=7),
     "hash without self": scfa.HashSparse(Q_HASH, K_HASH, include_self=False),
     "keep": scfa.QKSparse(Q_KEEP, K_KEEP),
     "keep floats": scfa.QKSparse(Q_KEEP.float(), K_KEEP.float(), causal=False),

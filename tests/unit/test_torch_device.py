@@ -39,6 +39,7 @@ def patterns():
     return {
         "causal": scfa.Causal(),
         "window": scfa.SlidingWindow(3) & scfa.Causal(include_self=False),
+        "far": scfa.HashSparse(q_hash, k_hash) & scfa.Causal(lag=2),
         "int32": scfa.HashSparse(q_hash, k_hash),
         "int64": scfa.HashSparse(q_hash.long(), k_hash, causal=False),
         "int16": scfa.HashSparse(q_hash.short(), k_hash.byte()),
