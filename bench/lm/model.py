@@ -19,6 +19,7 @@ from bench.lm.config import Config
 from bench.lm.data import document_ids
 from scfa_core.hashing import angular_hash
 from scfa_core.merging import attention_over
+from scfa_core.nn.hashing import less_past
 
 # q, k, v, what is hashed, the hash's directions and center, documents
 Attend = Callable[
@@ -27,8 +28,6 @@ Attend = Callable[
 ROTARY_BASE = 10000.0
 SAMPLED = 2048  # about so many queries of a batch count for mean and covariance
 RIDGE = 0.01  # of the mean variance, added to all before dividing by the covariance
-PAST_BLOCK = 64  # rows that share a mean of those before them
-PAST_START = 16  # rows that the mean of the last batch counts for at the start of a sequence
 
 
 def _parse(name: str) -> tuple[str, int]:
@@ -125,22 +124,6 @@ def rotate(x: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
-def less_past(x: Tensor, start: Tensor) -> Tensor:
-    """Rows (batch, heads, seqlen, head_dim) less the mean of those before them.
-
-    Of rows in earlier blocks of `PAST_BLOCK`, and of `start` (heads, head_dim) as so many rows
-    more: no row knows a later one.
-    """
-    seqlen = x.shape[2]
-    blocks = -(-seqlen // PAST_BLOCK)
-    whole = x[:, :, : (blocks - 1) * PAST_BLOCK].unflatten(2, (blocks - 1, PAST_BLOCK))
-    total = functional.pad(whole.sum(3, dtype=torch.float32).cumsum(2), (0, 0, 1, 0))
-    rows = PAST_BLOCK * torch.arange(blocks, device=x.device)[:, None]
-    mean = (total + PAST_START * start[:, None]) / (rows + PAST_START)
-    of_row = mean.unsqueeze(3).expand(-1, -1, -1, PAST_BLOCK, -1).flatten(2, 3)[:, :, :seqlen]
-    return (x.float() - of_row).to(x.dtype)
-
-
 class Mix(nn.Module):
     """Queries and values projected, keys the normalised queries, attention, output projected."""
 
@@ -189,8 +172,7 @@ class Mix(nn.Module):
         """Rows to hash, and about which center."""
         if center is None or not self.follows_past:
             return q, center
-        with torch.autocast(q.device.type, enabled=False):
-            return less_past(q, center), None
+        return less_past(q, center), None
 
     def _note(self, q: Tensor, hashed: Tensor) -> None:
         """Store moments of a batch; overwritten, not added up, so that it may be recomputed."""

@@ -6,15 +6,37 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from scfa_core.errors import PatternError
 from scfa_core.hashing import angular_hash, check_buckets, random_directions
 from scfa_core.problem import check_flag, check_share
 
-ADAPTS = ("none", "center", "whiten")
+ADAPTS = ("none", "center", "whiten", "past")
 _RIDGE = 0.01  # of the mean variance, added to every variance: no axis is stretched beyond tenfold
 _TINY = 1e-20
+PAST_BLOCK = 64  # rows that share a mean of those before them
+PAST_START = 16  # rows that the start of a sequence counts for
+
+
+def less_past(x: Tensor, start: Tensor) -> Tensor:
+    """Rows (batch, heads, seqlen, head_dim) less the mean of those before them.
+
+    Of rows in earlier blocks of `PAST_BLOCK`, and of `start` (heads, head_dim) as `PAST_START` rows
+    more: no row knows a later one.
+    """
+    seqlen = x.shape[2]
+    if not seqlen:
+        return x
+    blocks = -(-seqlen // PAST_BLOCK)
+    x = x.detach()
+    with torch.autocast(x.device.type, enabled=False):
+        whole = x[:, :, : (blocks - 1) * PAST_BLOCK].unflatten(2, (blocks - 1, PAST_BLOCK))
+        total = pad(whole.sum(3, dtype=torch.float32).cumsum(2), (0, 0, 1, 0))
+        rows = _beside(x, PAST_BLOCK * torch.arange(blocks, device=x.device)[:, None])
+        mean = (total + PAST_START * start[:, None]) / (rows + PAST_START)
+        of_row = mean.unsqueeze(3).expand(-1, -1, -1, PAST_BLOCK, -1).flatten(2, 3)
+        return (x.float() - of_row[:, :, :seqlen]).to(x.dtype)
 
 
 class AngularHash(nn.Module):
@@ -38,11 +60,14 @@ class AngularHash(nn.Module):
         The same as ``adapt="center"``.
     query_heads : int, optional
         With `adapt` and grouped queries, how many heads the queries have.
-    adapt : "none" | "center" | "whiten"
+    adapt : "none" | "center" | "whiten" | "past"
         What is done about rows that have much in common, as in deep layers, where few buckets would
         hold most of them. ``"center"`` hashes queries and keys each about their mean. ``"whiten"``
         also divides both by one root of their common covariance, in each head of the directions, so
-        that no axis of much variance decides alone. Call `move_centers` after each step of the
+        that no axis of much variance decides alone. ``"past"`` takes instead of their mean of
+        earlier batches that of the earlier rows of the same sequence, and whitens what is left: in
+        training the mean moves from step to step by a good part of the rows' spread, so that the
+        others come late and buckets crowd all the same. Call `move_centers` after each step of the
         optimiser.
     momentum : float
         Share of the way to the last batch that `move_centers` goes by default.
@@ -58,11 +83,13 @@ class AngularHash(nn.Module):
     no forward pass reads from its own batch: what a pass notes is used from the next `move_centers`
     on. So no bucket depends on a later row of its sequence, in training as in evaluation, and a
     sequence gets the same buckets in one call as row by row. Moving within a step, by statistics of
-    the batch at hand, would break that.
+    the batch at hand, would break that. With ``"past"`` a bucket depends on earlier rows of its
+    sequence as well: give whole sequences from their first row on, not parts or single rows.
 
     Buffers are part of ``state_dict`` and of their size: head_dim per head for ``"center"``, twice
-    head_dim squared more for ``"whiten"``; none with ``"none"``. Under DistributedDataParallel each
-    process notes its own share of the batch, and the first one's buffers go to all.
+    head_dim squared more for ``"whiten"`` and ``"past"``; none with ``"none"``. Under
+    DistributedDataParallel each process notes its own share of the batch, and the first one's
+    buffers go to all.
     """
 
     def __init__(
@@ -81,7 +108,7 @@ class AngularHash(nn.Module):
     ) -> None:
         super().__init__()
         check_flag("center", center)
-        if adapt not in ADAPTS or (center and adapt == "whiten"):
+        if adapt not in ADAPTS or (center and adapt not in ("none", "center")):
             raise PatternError(
                 f"adapt must be one of {ADAPTS}, and center=True means 'center', got {adapt=}, "
                 f"{center=}"
@@ -101,9 +128,9 @@ class AngularHash(nn.Module):
         self.directions: Tensor | None
         self.register_buffer("directions", None if redraw else torch.from_numpy(drawn))
         heads_q = heads if query_heads is None else query_heads
-        whiten = self.adapt == "whiten"
+        whiten = self.adapt in ("whiten", "past")
         self.centers = nn.ModuleList(
-            _Center(size, head_dim, whiten)
+            _Center(size, head_dim, whiten, self.adapt == "past")
             for size in (() if self.adapt == "none" else (heads_q, heads))
         )
         self.turn: Tensor | None
@@ -129,17 +156,22 @@ class AngularHash(nn.Module):
         if len(rows) > len(self.centers):
             raise PatternError(f"an adapting hash takes queries and keys, got {len(rows)} tensors")
         pairs = list(zip(rows, self.centers, strict=False))
-        if self.training:
-            for x, center in pairs:
-                center.note(x)
-        return tuple(angular_hash(x, directions, center.place) for x, center in pairs)
+        found = []
+        for x, center in pairs:
+            hashed = less_past(x, center.place) if center.past else x
+            if self.training:
+                center.note(x, hashed)
+            place = None if center.past else center.place
+            found.append(angular_hash(hashed, directions, place))
+        return tuple(found)
 
     @torch.no_grad()
     def move_centers(self, share: float | None = None) -> None:
         """Move what is known by `share` (`momentum`) of its way to the last training batch.
 
         The first moves go further, so that soon it is a mean of the batches so far. With
-        ``adapt="whiten"`` covariances move as well, and are taken to pieces anew.
+        ``adapt="whiten"`` covariances move as well, and are taken to pieces anew; with ``"past"``
+        covariances alone, and the mean is the last batch's.
 
         Raises
         ------
@@ -148,7 +180,8 @@ class AngularHash(nn.Module):
         """
         if not self.centers:
             raise PatternError(
-                "move_centers needs AngularHash(..., center=True) or adapt='center' or 'whiten'"
+                "move_centers needs AngularHash(..., center=True) or adapt='center', 'whiten' or "
+                "'past'"
             )
         for center in self.centers:
             center.move(self.momentum if share is None else share)
@@ -196,6 +229,17 @@ def _local(x: Tensor) -> Tensor:
     return held
 
 
+def _beside(x: Tensor, own: Tensor) -> Tensor:
+    """`own`, which every rank has, on the mesh of `x` if that is a DTensor."""
+    if not hasattr(x, "placements"):
+        return own
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = x.device_mesh
+    whole: Tensor = DTensor.from_local(own, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return whole
+
+
 def _scaled(spread: Tensor) -> Tensor:
     """Covariances (heads, head_dim, head_dim) with a mean variance of 1, or 0 where all is 0."""
     size = spread.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
@@ -203,14 +247,18 @@ def _scaled(spread: Tensor) -> Tensor:
 
 
 class _Center(nn.Module):
-    """Running mean of the rows of each head, and their covariance if wanted."""
+    """Mean of the rows of each head, and their covariance if wanted.
+
+    With `past` that of the rows less those before them; the mean is then the last batch's.
+    """
 
     place: Tensor
     mean: Tensor
     moves: Tensor
 
-    def __init__(self, heads: int, head_dim: int, whiten: bool) -> None:
+    def __init__(self, heads: int, head_dim: int, whiten: bool, past: bool) -> None:
         super().__init__()
+        self.past = past
         self.register_buffer("place", torch.zeros(heads, head_dim))
         self.register_buffer("mean", torch.zeros(heads, head_dim))
         self.register_buffer("moves", torch.zeros(()))
@@ -221,7 +269,7 @@ class _Center(nn.Module):
         self.register_buffer("scatter", torch.zeros(square) if whiten else None)
 
     @torch.no_grad()
-    def note(self, x: Tensor) -> None:
+    def note(self, x: Tensor, hashed: Tensor) -> None:
         """Store mean and covariance of a batch; not added up, so that a layer may be recomputed."""
         with torch.autocast(x.device.type, enabled=False):
             rows = x.detach().float().transpose(0, 1).flatten(1, 2)
@@ -230,7 +278,10 @@ class _Center(nn.Module):
             mean = rows.mean(1)
             self.mean.copy_(mean)
             if self.scatter is not None:
-                rows = rows - mean[:, None]
+                if self.past:  # what is left is what must spread, its mean as well
+                    rows = hashed.detach().float().transpose(0, 1).flatten(1, 2)
+                else:
+                    rows = rows - mean[:, None]
                 self.scatter.copy_(rows.transpose(1, 2) @ rows / rows.shape[1])
 
     @torch.no_grad()
@@ -238,6 +289,6 @@ class _Center(nn.Module):
         """Go towards what was last stored."""
         self.moves += 1
         step = (1 / self.moves).clamp(min=share)
-        self.place += (self.mean - self.place) * step
+        self.place += (self.mean - self.place) * (1.0 if self.past else step)
         if self.spread is not None and self.scatter is not None:
             self.spread += (self.scatter - self.spread) * step

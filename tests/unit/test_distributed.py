@@ -112,9 +112,9 @@ def hash_through_dtensor(name, mesh, placement):
     return bucket.full_tensor(), str(bucket.placements)
 
 
-def whitened(x, place):
+def whitened(x, place, adapt):
     """Buckets of an adapting hash that saw the same rows twice; `place` puts tensors on a mesh."""
-    own = place(nn.AngularHash(4, 16, 8, seed=3, adapt="whiten"))
+    own = place(nn.AngularHash(4, 16, 8, seed=3, adapt=adapt))
     own(x)
     own.move_centers()
     return own(x)[0]
@@ -160,9 +160,14 @@ def through_tensor_parallelism(name, mesh):
     return [out + 0, *(x.full_tensor() for x in grads)]
 
 
-def whiten_through_dtensor(mesh, placement):
-    x = distribute_tensor(draw()[0].float() + 2, mesh, [placement])
-    return whitened(x, lambda module: distribute_module(module, mesh)).full_tensor()
+def adapting_rows():
+    """Long enough for `adapt="past"` to have a past."""
+    return draw()[0].float().repeat(1, 1, 4, 1) + 2
+
+
+def whiten_through_dtensor(mesh, placement, adapt):
+    x = distribute_tensor(adapting_rows(), mesh, [placement])
+    return whitened(x, lambda module: distribute_module(module, mesh), adapt).full_tensor()
 
 
 def through_sequence(attend, rows, heads_kv=2):
@@ -228,7 +233,8 @@ def in_a_line(rank, ranks):
     for placement in (Shard(0), Shard(1), Shard(2), Replicate()):
         for name in HASHES:
             results[name, str(placement)] = hash_through_dtensor(name, mesh, placement)
-        results["whiten", str(placement)] = whiten_through_dtensor(mesh, placement)
+        for adapt in ("whiten", "past"):
+            results[adapt, str(placement)] = whiten_through_dtensor(mesh, placement, adapt)
     for name in LAYERS:
         results["layer", name] = through_tensor_parallelism(name, mesh)
     results["called"] = through_sequence(
@@ -316,9 +322,10 @@ def test_rows_hash_on_a_square(square):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("placement", [Shard(0), Shard(1), Shard(2), Replicate()], ids=str)
-def test_a_hash_adapts_to_sharded_rows(results, placement):
-    right = whitened(draw()[0].float() + 2, lambda module: module)
-    same = results["whiten", str(placement)] == right
+@pytest.mark.parametrize("adapt", ["whiten", "past"])
+def test_a_hash_adapts_to_sharded_rows(results, placement, adapt):
+    right = whitened(adapting_rows(), lambda module: module, adapt)
+    same = results[adapt, str(placement)] == right
     assert same.float().mean() > 0.99  # means of shares sum in another order
 
 

@@ -110,11 +110,11 @@ def test_whitening_makes_buckets_even_where_a_center_does_not(heads_kv):
         own.eval()
         buckets = own(skewed(9), 0.01 * skewed(59, heads=heads_kv))
         costs[adapt] = [cost(bucket) for bucket in buckets]
-    for plain, center, whiten in zip(*costs.values(), strict=True):
-        assert whiten < 1.3 < 1.5 < center < plain
+    for plain, center, whiten, past in zip(*costs.values(), strict=True):
+        assert max(whiten, past) < 1.3 < 1.5 < center < plain
 
 
-@pytest.mark.parametrize("adapt", ["center", "whiten"])
+@pytest.mark.parametrize("adapt", ["center", "whiten", "past"])
 def test_a_bucket_depends_on_no_later_row_of_its_call(adapt):
     own = nn.AngularHash(4, DIM, BUCKETS, seed=3, adapt=adapt)
     for seed in range(2):
@@ -127,8 +127,36 @@ def test_a_bucket_depends_on_no_later_row_of_its_call(adapt):
     assert torch.equal(whole[..., :200], other[..., :200])
     assert not torch.equal(whole[..., 200:], other[..., 200:])
     own.eval()
+    assert torch.equal(own(x)[0], whole)  # evaluation hashes as training does
+    if adapt == "past":  # of whole sequences, or of what they begin with
+        assert torch.equal(own(x[:, :, :70])[0], whole[..., :70])
+        return
     parts = torch.cat([own(x[:, :, at : at + 40])[0] for at in range(0, 400, 40)], dim=-1)
     assert (parts == whole).float().mean() > 0.999  # products of other shapes sum in other orders
+
+
+@pytest.mark.parametrize("seqlen", [0, 1, 40, 64, 200])
+def test_rows_less_the_mean_of_those_before(seqlen):
+    x, start = rows(0, 2, 3, seqlen, 4) + 5, rows(1, 3, 4)
+    less = nn.hashing.less_past(x, start)
+    assert less.shape == x.shape
+    assert not less.requires_grad
+    for row in range(seqlen):
+        known = row - row % nn.hashing.PAST_BLOCK  # rows of earlier blocks
+        total = x[:, :, :known].sum(2) + nn.hashing.PAST_START * start
+        mean = total / (known + nn.hashing.PAST_START)
+        torch.testing.assert_close(less[:, :, row], x[:, :, row] - mean, rtol=1e-4, atol=1e-4)
+
+
+def test_buckets_stay_even_when_rows_move_at_once():
+    costs = {}
+    for adapt in ("whiten", "past"):
+        own = nn.AngularHash(2, DIM, BUCKETS, seed=3, adapt=adapt)
+        own(rows(0, 1, 2, 2000, DIM))
+        own.move_centers()
+        moved = rows(1, 1, 2, 2000, DIM) + 4 * rows(2, 1, 2, 1, DIM)  # a mean none knew before
+        costs[adapt] = cost(own(moved)[0])
+    assert costs["past"] < 1.2 < 2 < costs["whiten"]
 
 
 def test_whitening_travels_with_the_state_and_is_told_of_mistakes():
@@ -143,15 +171,20 @@ def test_whitening_travels_with_the_state_and_is_told_of_mistakes():
     assert torch.equal(copy(x)[0], own(x)[0])
     assert set(nn.AngularHash(2, DIM, BUCKETS).state_dict()) == {"directions"}
     assert "adapt='whiten'" in repr(own)
-    for wrong in ({"adapt": "both"}, {"adapt": "whiten", "center": True}):
+    for wrong in (
+        {"adapt": "both"},
+        {"adapt": "whiten", "center": True},
+        {"adapt": "past", "center": True},
+    ):
         with pytest.raises(scfa.PatternError, match="adapt must be"):
             nn.AngularHash(2, DIM, BUCKETS, **wrong)
 
 
+@pytest.mark.parametrize("adapt", ["whiten", "past"])
 @pytest.mark.parametrize("redraw", [True, False])
-def test_a_layer_adapts_and_compiles_whole(redraw):
+def test_a_layer_adapts_and_compiles_whole(redraw, adapt):
     layer = nn.HashSelfAttention(
-        32, 2, BUCKETS, shared_qk=True, include_self=False, adapt="whiten", redraw=redraw
+        32, 2, BUCKETS, shared_qk=True, include_self=False, adapt=adapt, redraw=redraw
     )
     x = rows(0, 2, 40, 32) + 3
     layer(x).sum().backward()
