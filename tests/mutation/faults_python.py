@@ -13,7 +13,7 @@ CALLS = "scfa_core/torch_calls.py"
 FAULTS = (
     # patterns, door, lowering
     Fault("causal-self", LOWERING,
-        "self._below(shift + int(include_self))", "self._below(shift + 1)",
+        "self._below(shift + 1 - lag)", "self._below(shift + 1)",
         "a query without self sees its own key", "lowering",
     ),
     Fault("bottom-right", LOWERING,
