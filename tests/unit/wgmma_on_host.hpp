@@ -108,6 +108,9 @@ inline void copy_word(unsigned target, const void* source, bool valid) {
   if (kSanitize) return shared_store(target, valid ? *(const int*)source : 0);
   copy4_async(target, source, valid);
 }
+inline void row_address(const char*& address, const char* source, int row, int row_bytes) {
+  address = source + (unsigned long long)(unsigned)row * (unsigned)row_bytes;
+}
 
 // Element of a tile read through a descriptor: `row` counts the tile's stored rows, `column` what lies along them.
 inline float described_element(unsigned long long descriptor, int row, int column) {

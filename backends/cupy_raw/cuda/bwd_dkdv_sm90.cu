@@ -85,7 +85,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
 
     QueryColumns columns;
     const auto weigh = [&](unsigned slot) {
-      columns.weigh(scores, slopes, shared, slot, q, key0, own, p.scale_log2);
+      columns.weigh<false>(scores, slopes, shared, slot, q, key0, own, p.scale_log2);
       pack_fragment(weights, scores);
       pack_fragment(changes, slopes);
     };

@@ -5,7 +5,7 @@
 
 struct Weighing {
   int key0, own, q;  // first key of the warpgroup; keys of this thread: own and own + 8; lane % 4
-  int2 column[kBlockM / 8];        // lse, then delta, of this thread's columns
+  int2 column[kBlockM / 8];        // lse, then ends or starts, of this thread's columns
   bool ends_inside, starts_inside;  // some pair is not seen
 
   __device__ __forceinline__ void load_columns(unsigned row) {
@@ -63,11 +63,11 @@ struct Weighing {
                                                const Shared& shared, unsigned slot) {
 #pragma unroll
     for (int i = 0; i < kBlockM / 2; i += 4) {
-      const int2 delta = shared_load_pair(shared.delta(slot) + 8 * i + 8 * q);
-      slopes[i] = weights[i] * (slopes[i] - __int_as_float(delta.x));
-      slopes[i + 1] = weights[i + 1] * (slopes[i + 1] - __int_as_float(delta.y));
-      slopes[i + 2] = weights[i + 2] * (slopes[i + 2] - __int_as_float(delta.x));
-      slopes[i + 3] = weights[i + 3] * (slopes[i + 3] - __int_as_float(delta.y));
+      const int2 less = shared_load_pair(shared.delta(slot) + 8 * i + 8 * q);  // -delta
+      slopes[i] = weights[i] * (slopes[i] + __int_as_float(less.x));
+      slopes[i + 1] = weights[i + 1] * (slopes[i + 1] + __int_as_float(less.y));
+      slopes[i + 2] = weights[i + 2] * (slopes[i + 2] + __int_as_float(less.x));
+      slopes[i + 3] = weights[i + 3] * (slopes[i + 3] + __int_as_float(less.y));
     }
     clear_unseen(slopes, shared, slot);
   }

@@ -60,11 +60,12 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
     for (int i = 0; i < kHeadDim / 2; ++i) grad_k[i] = grad_v[i] = 0.0f;
     async_proxy_fence();
 
-    // Issue S^T = K Q^T and dP^T = V dO^T of a slot, as two groups.
+    // Issue S^T = K Q^T and dP^T - delta = V dO^T - delta of a slot, as two groups; load_columns(slot)
+    // comes before.
     const auto issue_scores = [&](unsigned slot) {
       new_product_of_rows<kBlockN, kBlockM, kHeadDim>(scores, key_tile, shared.query(slot));
       wgmma_commit();
-      new_product_of_rows<kBlockN, kBlockM, kHeadDim>(slopes, value_tile, shared.dout(slot));
+      add_product_of_rows<kBlockN, kBlockM, kHeadDim>(slopes, value_tile, shared.dout(slot));
       wgmma_commit();
     };
     QueryColumns columns;
@@ -73,9 +74,10 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       first_start = shared_load(shared.starts(slot));
       last_end = shared_load(shared.ends(slot) + 4 * (kBlockM - 1));
       columns.load(shared, slot, q);
+      columns.start(slopes, shared, slot, q);
     };
     const auto weigh = [&](unsigned slot) {
-      columns.weigh(scores, slopes, shared, slot, q, key0, own, p.scale_log2);
+      columns.weigh<true>(scores, slopes, shared, slot, q, key0, own, p.scale_log2);
       pack_fragment(weights, scores);
       pack_fragment(changes, slopes);
     };

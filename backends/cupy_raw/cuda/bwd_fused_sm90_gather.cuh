@@ -20,7 +20,7 @@ constexpr int kBlockM = SCFA_BLOCK_N;         // queries of a step
 constexpr int kRowThreads = 64;  // two warps gather; the other two of their warpgroup carry sums
 constexpr int kCarriers = 2;     // and have a dq tile in shared memory each
 constexpr int kThreads = 128 * (kWarpgroups + 2);
-constexpr int kRowRegisters = 40, kQueryRegisters = 72, kConsumerRegisters = 200;
+constexpr int kRowRegisters = 48, kQueryRegisters = 64, kConsumerRegisters = 200;
 static_assert(kRowRegisters + kQueryRegisters + kWarpgroups * kConsumerRegisters <=
                   launched_registers(kThreads),
               "registers are shared out, not made");
@@ -39,7 +39,7 @@ constexpr int kChangeBase = 2 * kKeyBuffers * kKeyBytes;
 constexpr int kSumBase = kChangeBase + kChanges * kChangeBytes;
 constexpr int kQueryBase = kSumBase + kCarriers * kSumBytes;
 constexpr int kDataBase = kQueryBase + 2 * kStages * kQueryBytes;
-constexpr int kDataBytes = 16 * kBlockM;  // lse, delta, key_start, key_end of the block's queries
+constexpr int kDataBytes = 16 * kBlockM;  // lse, -delta, key_start, key_end of the block's queries
 constexpr int kMaxGroup = 16;  // query heads of one kv head; launch_sm90.py sends larger elsewhere
 constexpr int kBounds = 4;     // of one query head: see find_bounds
 constexpr int kBoundsBase = kDataBase + kStages * kDataBytes;  // of two tiles
@@ -117,6 +117,51 @@ struct Shared {
 
 #include "bwd_fused_sm90_tiles.cuh"
 
+// Element of a list by its offset in bytes: one offset serves several lists.
+template <class T>
+__device__ __forceinline__ const T* at_byte(const T* list, unsigned offset) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(list) + offset);
+}
+
+// Address of this thread's chunk of a row. Volatile, so that addresses of rows to come are made
+// before the copies of this one, in registers of their own: a copy reads its address late, and the
+// next address in the same registers would wait for that.
+__device__ __forceinline__ void row_address(const char*& address, const char* source, int row,
+                                            int row_bytes) {
+  asm volatile("mad.wide.u32 %0, %1, %2, %3;"
+               : "=l"(address)
+               : "r"(row), "r"(row_bytes), "l"(source));
+}
+
+// Start copying a block of queries, and of their output gradients behind it; `own` is the row whose
+// index this thread keeps (gather_owned_row), -1 for zeros.
+__device__ __forceinline__ void gather_queries(unsigned tile, const char* q, int q_bytes,
+                                               const char* dout, int dout_bytes, int own,
+                                               int thread) {
+  constexpr int kRowsPerPass = kRowThreads / kLanesPerRow, kPasses = kBlockM / kRowsPerPass;
+  constexpr int kAhead = 2;  // passes whose addresses are made early
+  const int lane = thread % kLanesPerRow, first = thread / kLanesPerRow;
+  const unsigned target = tile + first * kRowBytes + ((lane ^ (first & 7)) << 4);
+  asm volatile("" : "+l"(q), "+l"(dout));  // base register pairs, not sums of strides per row
+  const char *q_row[kPasses], *dout_row[kPasses];
+  int row[kPasses];
+#pragma unroll
+  for (int i = 0; i < kPasses; ++i) row[i] = __shfl_sync(0xFFFFFFFFu, own, i, kLanesPerRow);
+  const auto make_addresses = [&](int i) {
+    row_address(q_row[i], q, row[i], q_bytes);
+    row_address(dout_row[i], dout, row[i], dout_bytes);
+  };
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) make_addresses(i);
+#pragma unroll
+  for (int i = 0; i < kPasses; ++i) {
+    if (i + kAhead < kPasses) make_addresses(i + kAhead);
+    const unsigned to = target + i * kRowsPerPass * kRowBytes;
+    copy_chunk<1>(to, q_row[i], row[i]);
+    copy_chunk<1>(to + kQueryBytes, dout_row[i], row[i]);
+  }
+}
+
 // Warps 0 and 1: for each tile gather keys and values, then every block of queries that may see one
 // of them.
 __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
@@ -191,15 +236,18 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
       const int end_query = uniform(shared_load(shared.bound(buffer, member, 1)));
       const char* q = p.q.of_head(at.b, h) + lane_bytes;
       const char* dout = p.dout.of_head(at.b, h) + lane_bytes;
-      // Range and original row of the query this thread owns in a block, loaded one block ahead and
-      // looked at only then.
+      const float *lse = p.row_lse + list, *delta = p.row_delta + list;
+      // Range and original row of the query this thread owns in a block, and where they are listed;
+      // loaded one block ahead and looked at only then. Rows past the last kept one repeat its range.
       struct Query {
         int start, end, row;
+        unsigned offset;
       };
+      const int column = gather_owned_row<kRowThreads>(thread, 0);
       const auto load_query = [&](int first) {
-        const int sorted = first + gather_owned_row<kRowThreads>(thread, 0);
-        const int row = min(sorted, count - 1);
-        return Query{sorted < count ? starts[row] : kSeesNothing, ends[row], indices[row]};
+        const unsigned offset = 4u * static_cast<unsigned>(min(first + column, count - 1));
+        return Query{*at_byte(starts, offset), *at_byte(ends, offset), *at_byte(indices, offset),
+                     offset};
       };
       int first = low & ~(kBlockM - 1);
       if (first >= end_query) continue;
@@ -207,21 +255,19 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
       for (; first < end_query; first += kBlockM) {
         const Query own = upcoming;
         upcoming = load_query(first + kBlockM);
-        const bool sees = own.start < own.end && own.end > key0 && own.start < key1;
-        // A query that sees no key of the tile becomes zeros.
-        const int current[1] = {sees ? own.row : -1};
-        barrier_wait(shared.query_empty(query.slot), query.parity ^ 1);
-        gather_rows<kBlockM, 1, kRowThreads>(shared.query(query.slot), q, p.q.row, current, thread);
-        gather_rows<kBlockM, 1, kRowThreads>(shared.dout(query.slot), dout, p.dout.row, current, thread);
-        // Rows past the last kept one repeat its range, with lse +inf (before row_lse's first
-        // element) and delta 0: their weights are 0.
-        const int column = thread, sorted = min(first + column, count - 1);
         const bool kept = first + column < count;
-        copy_word(shared.lse(query.slot) + 4 * column,
-                  kept ? p.row_lse + list + sorted : p.row_lse - 1, true);
-        copy_word(shared.delta(query.slot) + 4 * column, p.row_delta + list + sorted, kept);
-        copy_word(shared.starts(query.slot) + 4 * column, starts + sorted, true);
-        copy_word(shared.ends(query.slot) + 4 * column, ends + sorted, true);
+        const bool sees = kept && own.start < own.end && own.end > key0 && own.start < key1;
+        // A query that sees no key of the tile becomes zeros.
+        const int row = sees ? own.row : -1;
+        barrier_wait(shared.query_empty(query.slot), query.parity ^ 1);
+        gather_queries(shared.query(query.slot), q, p.q.row, dout, p.dout.row, row, thread);
+        // Lse of rows past the last kept one is +inf (before row_lse's first element) and delta 0:
+        // their weights are 0.
+        const unsigned target = shared.lse(query.slot) + 4 * column;
+        copy_word(target, kept ? at_byte(lse, own.offset) : p.row_lse - 1, true);
+        copy_word(target + 4 * kBlockM, at_byte(delta, own.offset), kept);
+        copy_word(target + 8 * kBlockM, at_byte(starts, own.offset), true);
+        copy_word(target + 12 * kBlockM, at_byte(ends, own.offset), true);
         barrier_arrive_after_copies(shared.query_full(query.slot));
         query.advance();
       }

@@ -1,8 +1,8 @@
 // What bwd_fused_sm90.cu needs before it starts, per sorted query row and per tile of 64 of them.
 //
-// computes: row_lse = lse in base 2 (+inf where nothing is seen), row_delta[i] = dout[i] . out[i];
-//   added = 0, or kNoSum where fewer than two key tiles visit the query tile; dq = 0 where none
-//   does.
+// computes: row_lse = lse in base 2 (+inf where nothing is seen), row_delta[i] = -(dout[i] .
+//   out[i]), to which dout[i] . v[j] is added; added = 0, or kNoSum where fewer than two key tiles
+//   visit the query tile; dq = 0 where none does.
 // grid/block: blocks of 256 threads take query tiles in turn; 16 bytes of a row per thread and pass.
 //   Heads that go the other way (choice_sm90.cuh) have no sums and are left alone.
 // shared memory: none.
@@ -75,7 +75,7 @@ __device__ __forceinline__ void prepare_tile(const Params& p, int share, int til
                                 : *reinterpret_cast<const float*>(p.lse.of_head(b, h) +
                                                                   row * p.lse.row);
       p.row_lse[list + sorted] = given == -SCFA_INFINITY ? SCFA_INFINITY : given * kLog2E;
-      p.row_delta[list + sorted] = sum;
+      p.row_delta[list + sorted] = -sum;
     }
   }
 }

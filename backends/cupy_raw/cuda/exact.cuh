@@ -68,9 +68,10 @@ struct RowSlice {
     }
   }
   SCFA_DEVICE void join_chain() {
-    if (!kMindsLoss) return;
+    if constexpr (kMindsLoss) {
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) add_with_loss(value[c], lost[c], chain[c]), chain[c] = 0.0f;
+      for (int c = 0; c < kColumns; ++c) add_with_loss(value[c], lost[c], chain[c]), chain[c] = 0.0f;
+    }
   }
   SCFA_DEVICE void store(Element* row) const {
 #pragma unroll

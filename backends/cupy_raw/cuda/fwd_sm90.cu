@@ -57,15 +57,32 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
 
     float scores[kBlockN / 2], output[kWidth / 2];
     unsigned weights[kBlockN / 4];
-    OnlineSoftmax softmax;
+    typename SoftmaxOf<kFrugal>::Type softmax;
 #pragma unroll
     for (int i = 0; i < kWidth / 2; ++i) output[i] = 0.0f;
 
     const unsigned own_start = data.starts() + 4 * row, own_end = data.ends() + 4 * row;
     float decay[2];
+    bool decays = false;  // do earlier results shrink by it?
     const auto weigh = [&](int block) {
       mask_block<kBlockN>(scores, rows, own_start, own_end, first_key + block * kBlockN, lane % 4);
-      softmax.update(scores, decay, p.scale_log2);
+      decays = softmax.update(scores, decay, p.scale_log2);
+    };
+
+    // Issue S = Q K^T, as one group. Q as A operand from registers, where it fits beside the rest, is
+    // read from shared memory once a tile and not once a block.
+    unsigned queries[kDepth / 4];
+    if constexpr (kFrugal) {
+      load_fragments<kBlockM, kDepth>(queries, query_tile, warp, lane);
+      pin(queries);
+    }
+    const auto issue_scores = [&](unsigned slot) {
+      if constexpr (kFrugal) {
+        product_of_rows<kBlockN, kDepth>(scores, queries, shared.key(slot));
+      } else {
+        product_of_rows<kBlockM, kBlockN, kDepth>(scores, query_tile, shared.key(slot));
+      }
+      wgmma_commit();
     };
 
     for (; block >= high_block; --block) {
@@ -80,8 +97,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       async_proxy_fence();
       take_turn();
       wgmma_fence();
-      product_of_rows<kBlockM, kBlockN, kDepth>(scores, query_tile, shared.key(key.slot));
-      wgmma_commit();
+      issue_scores(key.slot);
       pass_turn();
       wgmma_wait<0>();
       pin(scores);
@@ -93,16 +109,18 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       // S of this block is computed while O += P V of the one before runs behind its softmax.
       for (--block; block >= low_block; --block) {
         barrier_wait(shared.key_full(key.slot), key.parity);
+        if constexpr (kFrugal) barrier_wait(shared.value_full(value.slot), value.parity);
         async_proxy_fence();
         take_turn();
         pin(scores);
         pin(output);
         pin(weights);
         wgmma_fence();
-        product_of_rows<kBlockM, kBlockN, kDepth>(scores, query_tile, shared.key(key.slot));
-        wgmma_commit();
-        barrier_wait(shared.value_full(value.slot), value.parity);
-        async_proxy_fence();
+        issue_scores(key.slot);
+        if constexpr (!kFrugal) {
+          barrier_wait(shared.value_full(value.slot), value.parity);
+          async_proxy_fence();
+        }
         accumulate_weighted_rows<kBlockN>(output, weights, shared.value(value.slot));
         wgmma_commit();
         pass_turn();
@@ -118,7 +136,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
         pin(weights);
         barrier_release(shared.value_empty(value.slot), lane);
         value.advance();
-        scale_rows(output, decay);
+        if (decays) scale_rows(output, decay);
         pack_fragment(weights, scores);
       }
 

@@ -26,7 +26,8 @@ struct Params {
   Array q, k, v, out, dout, dq, dk, dv, lse;
   const int *q_index, *q_count, *k_index, *k_count, *key_start, *key_end;
   float *row_lse, *row_delta;  // of each sorted query row, lse in base 2, +inf where nothing is
-                               // seen and before the first: dq kernel -> dk/dv kernel
+                               // seen and before the first: dq kernel -> dk/dv kernel; preparing
+                               // -> fused kernel, which is given -delta
   int* counter;  // tiles handed out so far beyond the first of each block; zeroed before the launch
   float scale, scale_log2;
   int heads, heads_kv, group_size, seqlen_q, seqlen_k;

@@ -60,6 +60,19 @@ __device__ __forceinline__ void new_product_of_rows(float (&d)[32], unsigned til
   }
 }
 
+// d += A B^T, likewise.
+template <int kRowsA, int kRowsB, int kHeadDim>
+__device__ __forceinline__ void add_product_of_rows(float (&d)[32], unsigned tile_a,
+                                                    unsigned tile_b) {
+  const unsigned long long a = tile_descriptor(tile_a), b = tile_descriptor(tile_b);
+#pragma unroll
+  for (int step = 0; step < kHeadDim / kStepColumns; ++step) {
+    wgmma_issue<ReduceOver::kColumns, true>(
+        d, a + (step_offset<kRowsA, ReduceOver::kColumns>(step) >> 4),
+        b + (step_offset<kRowsB, ReduceOver::kColumns>(step) >> 4));
+  }
+}
+
 // d = A^T B over kRows rows: A is one panel, B starts at `tile_b` within one.
 template <int kRows, int kCount>
 __device__ __forceinline__ void new_product_of_columns(float (&d)[kCount], unsigned tile_a,

@@ -4,7 +4,7 @@
 
 // What weighing needs of a block of queries.
 struct QueryColumns {
-  int2 column[kBlockM / 8];   // lse, then delta, of this thread's columns
+  int2 column[kBlockM / 8];   // lse, then (if it is still to come) delta, of this thread's columns
   int first_end, last_start;  // ranges are nondecreasing: the first query ends first
 
   // Before the products of the block are issued: this chain of loads would otherwise be waited for.
@@ -17,8 +17,22 @@ struct QueryColumns {
     }
   }
 
-  // P^T and dS^T of the block whose scores have come; waits for the slopes itself. The warpgroup
-  // owns keys key0 to key0 + 63, this thread `own` and own + 8.
+  // Slopes that start from the negative deltas which the fused kernels are given: their product with
+  // dO then ends in dP^T - delta.
+  __device__ __forceinline__ void start(float (&slopes)[kBlockM / 2], const Shared& shared,
+                                        unsigned slot, int q) {
+#pragma unroll
+    for (int i = 0; i < kBlockM / 2; i += 2) {
+      const int2 pair = shared_load_pair(shared.delta(slot) + 32 * (i / 4) + 8 * q);
+      slopes[i] = __int_as_float(pair.x);
+      slopes[i + 1] = __int_as_float(pair.y);
+    }
+  }
+
+  // P^T and dS^T of the block whose scores have come; waits for the slopes itself, from which delta
+  // has been taken already if they were started. The warpgroup owns keys key0 to key0 + 63, this
+  // thread `own` and own + 8.
+  template <bool kStarted>
   __device__ __forceinline__ void weigh(float (&scores)[kBlockM / 2], float (&slopes)[kBlockM / 2],
                                         const Shared& shared, unsigned slot, int q, int key0,
                                         int own, float scale_log2) {
@@ -30,16 +44,18 @@ struct QueryColumns {
       const int lse = i & 1 ? column[i / 4].y : column[i / 4].x;
       scores[i] = exp2_fast(scores[i] * scale_log2 - __int_as_float(lse));
     }
+    if constexpr (!kStarted) {
 #pragma unroll
-    for (int block = 0; block < kBlockM / 8; ++block) {
-      column[block] = shared_load_pair(shared.delta(slot) + 32 * block + 8 * q);
+      for (int block = 0; block < kBlockM / 8; ++block) {
+        column[block] = shared_load_pair(shared.delta(slot) + 32 * block + 8 * q);
+      }
     }
     wgmma_wait<0>();
     pin(slopes);
 #pragma unroll
     for (int i = 0; i < kBlockM / 2; ++i) {
       const int delta = i & 1 ? column[i / 4].y : column[i / 4].x;
-      slopes[i] = scores[i] * (slopes[i] - __int_as_float(delta));
+      slopes[i] = scores[i] * (kStarted ? slopes[i] : slopes[i] - __int_as_float(delta));
     }
     // Zero by selection, not by product: an unseen row may hold anything.
     if (ends_inside) {
