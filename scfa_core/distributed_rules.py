@@ -17,6 +17,7 @@ from torch.distributed.tensor.experimental import register_sharding
 from scfa_core.problem import check_layout
 from scfa_core.torch_hashing import ANGULAR_HASH
 from scfa_core.torch_ops import BACKWARD, FORWARD, MAKE_PLAN
+from scfa_core.torch_union_ops import ATTEND_UNION, ATTEND_UNION_BACKWARD
 
 Placements = list[Any]
 Rule = tuple[Placements, Placements]
@@ -69,6 +70,32 @@ def _shard_backward(dout: Any, dlse: Any, q: Any, k: Any, v: Any, *rest: Any) ->
         x, p = Shard(axis), Shard(plan_axis)
         inputs = [x, p if has_dlse else None, x, x, x, x, p, *_plan_placements(p), *tail]
         rules.append(([x] * 3, inputs))
+    return rules
+
+
+@register_sharding(ATTEND_UNION)
+def _shard_attend_union(q: Any, k: Any, v: Any, plans: Any, *rest: Any) -> Sequence[Rule]:
+    """Shardings of ``scfa::attend_union``: those of ``scfa::forward``, for all plans alike."""
+    tail: Placements = [None] * 5
+    parts = len(rest[0])
+    rules = [([Replicate()] * 2, [Replicate()] * (3 + len(plans)) + tail)]
+    for axis, plan_axis in _axes(q, k, rest[-2]):
+        x, p = Shard(axis), Shard(plan_axis)
+        rules.append(([x, p], [x, x, x, *_plan_placements(p) * parts, *tail]))
+    return rules
+
+
+@register_sharding(ATTEND_UNION_BACKWARD)
+def _shard_attend_union_backward(
+    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, plans: Any, *rest: Any
+) -> Sequence[Rule]:
+    """Shardings of ``scfa::attend_union_backward``."""
+    tail: Placements = [None] * 5
+    parts = len(rest[0])
+    rules = [([Replicate()] * 3, [Replicate()] * (6 + len(plans)) + tail)]
+    for axis, plan_axis in _axes(q, k, rest[-2]):
+        x, p = Shard(axis), Shard(plan_axis)
+        rules.append(([x] * 3, [*[x] * 5, p, *_plan_placements(p) * parts, *tail]))
     return rules
 
 

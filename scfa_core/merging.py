@@ -150,8 +150,11 @@ def attention_over(
     Notes
     -----
     One call per pattern, forward and backward: the gradient of a part is that of `attention` under
-    the merged lse. Where a backend computes lse anew (float64, and the reference), or a gradient
-    arrives at lse, each part is differentiated through its own lse instead, at thrice the cost.
+    the merged lse. Traced (torch.compile, torch.export), all parts are one operator,
+    ``scfa::attend_union``, at the same cost. Where a backend computes lse anew (float64, and the
+    reference), lse is asked for and has a gradient, parts have plans of several backends (traced),
+    or torch.func transforms the call, each part is differentiated through its own lse instead: its
+    backward then runs a forward and a second backward too.
     """
     check_flag("return_lse", return_lse)
     if isinstance(patterns, (Pattern, Plan)):

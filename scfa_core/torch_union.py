@@ -1,7 +1,8 @@
-"""Attention over disjoint patterns on torch tensors: the autograd node of `attention_over`."""
+"""Attention over disjoint patterns on torch tensors: the ways of `attention_over`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,9 +12,18 @@ from scfa_core.api import attention, attention_backward, make_plan
 from scfa_core.merging import merge_attention
 from scfa_core.patterns import Pattern
 from scfa_core.plan import Plan
-from scfa_core.torch_bridge import _AUTOCAST_KINDS, _autocast
+from scfa_core.problem import check_layout, one_framework
+from scfa_core.torch_bridge import (
+    _AUTOCAST_KINDS,
+    _autocast,
+    _check_scale_kind,
+    _holds_plain,
+    _is_plain,
+    _traced_plan,
+)
 from scfa_core.torch_calls import count_changes, refuse_changed
 from scfa_core.torch_transforms import functorch_is_active
+from scfa_core.torch_union_ops import ATTEND_UNION, add_gradients, merge_in_place
 
 
 def union_attention(
@@ -26,31 +36,53 @@ def union_attention(
 ) -> tuple[Tensor, Tensor]:
     """Merge one call per pattern; lse is differentiable only if `wants_lse`.
 
-    The cheap node below cannot pass a gradient that arrives at lse, tracers want operators only,
-    and the backward of the reference, like every one in float64, does not use the lse it is given;
-    in those cases every part is an ordinary call, differentiated through its own lse.
+    Plain tensors take the node below, what somebody watches (a compiler, a dispatch mode, the
+    profiler) the operator. Neither can pass a gradient that arrives at lse, functorch takes
+    neither, and the backward of the reference, like every one in float64, does not use the lse it
+    is given; in those cases every part is an ordinary call, differentiated through its own lse.
     """
+    eager = _is_plain(q, k, v)
+    for pattern in patterns:
+        eager = eager and _holds_plain(pattern)
+    if not eager:
+        one_framework(q, k=k, v=v)
     kind = q.device.type
     if kind in _AUTOCAST_KINDS and torch.is_autocast_enabled(kind):
         q, k, v = _autocast(q, k, v)  # here, so that the node saves what the backend saw
     layout, backend = options["layout"], options["backend"]
-    plans = [
-        p if isinstance(p, Plan) else make_plan(p, q, k, layout=layout, backend=backend)
-        for p in patterns
-    ]
+    if eager:
+        plans = [
+            p if isinstance(p, Plan) else make_plan(p, q, k, layout=layout, backend=backend)
+            for p in patterns
+        ]
+        names = {plan.backend for plan in plans}
+    else:
+        _check_scale_kind(options["softmax_scale"])
+        named = [_traced_plan(q, k, v, p, layout, backend) for p in patterns]
+        plans = [plan for _, plan in named]
+        names = {name for name, _ in named}
     tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    traced = torch.compiler.is_compiling() or functorch_is_active()
-    trusted = q.dtype != torch.float64 and all(plan.backend != "reference" for plan in plans)
-    if traced or (tracked and wants_lse) or not trusted:
+    trusted = q.dtype != torch.float64 and "reference" not in names
+    if not trusted or (tracked and wants_lse):
         return _merged(q, k, v, plans, options)
-    out, lse = _Union.apply(q, k, v, plans, options)
+    if eager:
+        out, lse = _Union.apply(q, k, v, plans, options)
+        return out, lse
+    transformed = not torch.compiler.is_compiling() and functorch_is_active()
+    if transformed or len(names) > 1:
+        return _merged(q, k, v, plans, options)
+    tensors = [x for plan in plans for x in plan.arrays]
+    monotone = [plan.monotone for plan in plans]
+    scale, deterministic = options["softmax_scale"], options["deterministic"]
+    how = (scale, deterministic, layout, next(iter(names)))
+    out, lse = ATTEND_UNION(q, k, v, tensors, monotone, *how)
     return out, lse
 
 
 def _merged(
     q: Tensor, k: Tensor, v: Tensor, plans: list[Plan], options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """Out and lse over all plans."""
+    """Out and lse over all plans, differentiated part by part."""
     parts = [attention(q, k, v, plan, return_lse=True, **options) for plan in plans]
     return merge_attention(*zip(*parts, strict=True), layout=options["layout"])
 
@@ -67,7 +99,9 @@ class _Union(torch.autograd.Function):
         plans: list[Plan],
         options: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _merged(q, k, v, plans, options)
+        parts = [attention(q, k, v, plan, return_lse=True, **options) for plan in plans]
+        outs, lses = zip(*parts, strict=True)
+        out, lse = merge_in_place(outs, lses, check_layout(options["layout"]))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plans, ctx.options = plans, options
         ctx.changes = [count_changes(plan) for plan in plans]
@@ -77,15 +111,10 @@ class _Union(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        wide = torch.promote_types(q.dtype, torch.float32)
-        sums: list[Tensor] = []
-        for plan, changes in zip(ctx.plans, ctx.changes, strict=True):
-            refuse_changed(plan, changes)
-            grads = attention_backward(dout, q, k, v, out, lse, plan, **ctx.options)
-            if sums:
-                for total, grad in zip(sums, grads, strict=True):
-                    total += grad
-            else:
-                sums = [grad.to(wide) for grad in grads]
-        dq, dk, dv = (x.to(q.dtype) for x in sums)
-        return dq, dk, dv, None, None
+
+        def gradients() -> Iterator[tuple[Tensor, ...]]:
+            for plan, changes in zip(ctx.plans, ctx.changes, strict=True):
+                refuse_changed(plan, changes)
+                yield attention_backward(dout, q, k, v, out, lse, plan, **ctx.options)
+
+        return (*add_gradients(gradients(), len(ctx.plans)), None, None)

@@ -1,0 +1,153 @@
+"""The operators ``scfa::attend_union`` and ``scfa::attend_union_backward``, and what they compute.
+
+One forward and one backward kernel a part; parts are merged here, outside of autograd. lse has no
+gradient: whoever wants one differentiates every part through its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scfa_core.dispatch import AUTO
+from scfa_core.problem import check_layout
+from scfa_core.torch_calls import (
+    Call,
+    NativePlan,
+    check_backward,
+    checked_plan_arrays,
+    find_call,
+    heads_first,
+    like_order,
+    run_backward,
+    run_forward,
+)
+from scfa_core.torch_ops import LIBRARY, PLAN_SIZE, Tensors, batched, refuse_double_backward
+
+_PLANS = "Tensor[] plans, bool[] monotone"  # the seven tensors of every part, one after another
+_OPTIONS = "float? softmax_scale, bool deterministic, str layout, str backend"
+
+LIBRARY.define(
+    f"attend_union(Tensor q, Tensor k, Tensor v, {_PLANS}, {_OPTIONS}) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "attend_union_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_PLANS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+)
+
+ATTEND_UNION = torch.ops.scfa.attend_union.default
+ATTEND_UNION_BACKWARD = torch.ops.scfa.attend_union_backward.default
+
+
+def merge_in_place(
+    outs: Sequence[Tensor], lses: Sequence[Tensor], swap: bool
+) -> tuple[Tensor, Tensor]:
+    """`merging.merge_attention` without gradients, in two passes over two parts.
+
+    Sums are float32, or wider like outs. The memory of ``outs[0]`` takes the result.
+    """
+    if len(outs) == 1:
+        return outs[0], lses[0]
+    lse = reduce(torch.logaddexp, lses)
+    # Where no part sees a key the softmax of nothing but -inf would be NaN.
+    shares = torch.softmax(torch.stack(list(lses)), 0).masked_fill_(torch.isneginf(lse), 0.0)
+    shares = (shares.transpose(2, 3) if swap else shares).unsqueeze(-1)
+    total = outs[0] * shares[0]
+    for out, share in zip(outs[1:-1], shares[1:-1], strict=True):
+        total.addcmul_(out, share)
+    return torch.addcmul(total, outs[-1], shares[-1], out=outs[0]), lse
+
+
+def add_gradients(gradients: Iterable[Tensors], parts: int) -> Tensors:
+    """Sum dq, dk, dv over parts, in float32 or wider; the memory of the first takes two of them.
+
+    A narrow sum of two is rounded once, as one in float32 that is narrowed would be.
+    """
+    totals: Tensors = ()
+    dtype = torch.float32
+    for grads in gradients:
+        if not totals:
+            dtype = grads[0].dtype
+            wide = dtype if parts <= 2 else torch.promote_types(dtype, torch.float32)
+            totals = tuple(x.to(wide) for x in grads)
+            continue
+        for total, grad in zip(totals, grads, strict=True):
+            total += grad
+    return tuple(x.to(dtype) for x in totals)
+
+
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Tensor], monotone: Sequence[bool], *rest: Any
+) -> tuple[Call, list[NativePlan]]:
+    """Check the call, and hand the plan of every part to the backend."""
+    scale, deterministic, layout, backend = rest
+    call = find_call(q, k, v, scale, layout, deterministic, backend or AUTO)
+    arrays = [
+        checked_plan_arrays(plans[PLAN_SIZE * at : PLAN_SIZE * (at + 1)], flag, call)
+        for at, flag in enumerate(monotone)
+    ]
+    return call, arrays
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensors:
+    """``scfa::attend_union`` on real tensors."""
+    call, arrays = _prepare(q, k, v, *rest)
+    outs, lses = zip(*[run_forward(call, plan, q, k, v) for plan in arrays], strict=True)
+    return merge_in_place(outs, lses, call.swap)
+
+
+def _attend_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> Tensors:
+    """``scfa::attend_union_backward`` on real tensors."""
+    call, arrays = _prepare(q, k, v, *rest)
+    check_backward(call, dout=dout, out=out, lse=lse)
+    each = (run_backward(call, plan, dout, None, q, k, v, out, lse) for plan in arrays)
+    return add_gradients(each, len(arrays))
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensors:
+    swap = check_layout(rest[-2])
+    shape = (*q.shape[:3], v.shape[3])
+    out = q.new_empty_strided(shape, like_order(q, shape))
+    return out, q.new_empty(heads_first(q.shape, swap)[:3], dtype=torch.float32)
+
+
+def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensors:
+    return tuple(x.new_empty_strided(x.shape, like_order(x, x.shape)) for x in (q, k, v))
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+    q, k, v, plans, *options = inputs
+    ctx.save_for_backward(q, k, v, *output, *plans)
+    ctx.options = options
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    """Gradients of q, k, v; None for the rest."""
+    q, k, v, out, lse, *plans = ctx.saved_tensors
+    nothing = ([None] * len(plans), *[None] * len(ctx.options))
+    if dout is None:
+        return (None, None, None, *nothing)
+    return (*ATTEND_UNION_BACKWARD(dout, q, k, v, out, lse, plans, *ctx.options), *nothing)
+
+
+for _name, _real, _imagined in (
+    ("attend_union", _attend, _fake),
+    ("attend_union_backward", _attend_backward, _fake_backward),
+):
+    for _key in ("CPU", "CUDA"):
+        LIBRARY.impl(_name, _real, _key)
+    torch.library.register_fake(f"scfa::{_name}", _imagined, lib=LIBRARY)
+torch.library.register_autograd(
+    "scfa::attend_union", _differentiate, setup_context=_save_for_backward, lib=LIBRARY
+)
+torch.library.register_autograd("scfa::attend_union_backward", refuse_double_backward, lib=LIBRARY)
+for _op in (ATTEND_UNION, ATTEND_UNION_BACKWARD):
+    torch.library.register_vmap(_op, batched(_op), lib=LIBRARY)

@@ -1,0 +1,113 @@
+"""DTensor: `attention_over` spread over batch or heads, eager and compiled, as one operator."""
+
+import subprocess
+import sys
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the torch bridge needs torch (extra 'torch')")
+dist = pytest.importorskip("torch.distributed", reason="needs torch built with distributed")
+if not dist.is_available():
+    pytest.skip("this torch has no distributed package", allow_module_level=True)
+
+from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor  # noqa: E402
+
+import scfa_core as scfa  # noqa: E402
+from scfa_core import distributed, torch_union_ops  # noqa: E402
+from scfa_core.merging import attention_over  # noqa: E402
+
+RANKS, SEQLEN, WINDOW = 2, 24, 5
+PLACEMENTS = {"batch": Shard(0), "heads": Shard(1), "whole": Replicate()}
+SHARES = {"batch": (1, 4), "heads": (2, 2), "whole": (2, 4)}  # batch and heads of a rank's calls
+
+
+def problem():
+    generator = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(2, h, SEQLEN, 16, generator=generator) for h in (4, 2, 2, 4)]
+    k_hash = torch.randint(0, 3, (2, 2, SEQLEN), generator=generator)
+    far = scfa.HashSparse(k_hash.repeat_interleave(2, 1), k_hash) & scfa.Causal(lag=WINDOW)
+    return tensors, [scfa.SlidingWindow(WINDOW), far]
+
+
+def gradients(function, tensors, dout):
+    """Out and the gradients of q, k, v."""
+    tensors = [x.detach().requires_grad_() for x in tensors]
+    out = function(*tensors)
+    return [out.detach(), *torch.autograd.grad(out, tensors, dout)]
+
+
+def spread(placement, traced):
+    """Results gathered, and how they lay."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    tensors, patterns = problem()
+    *inputs, dout = (distribute_tensor(x, mesh, [placement]) for x in tensors)
+    patterns = [distributed.distribute_pattern(p, mesh, (placement,)) for p in patterns]
+
+    def function(q, k, v):
+        return attention_over(q, k, v, patterns)
+
+    if traced:
+        torch._dynamo.reset()
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    results = gradients(function, inputs, dout)
+    return [x.full_tensor() for x in results], [str(x.placements) for x in results]
+
+
+def work(rank, folder):
+    """One process; the first writes down what it got and which sizes its backend met."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    sizes = []
+    for verb in ("run_forward", "run_backward"):
+        plain = getattr(torch_union_ops, verb)
+
+        def run(call, *arguments, plain=plain):
+            sizes.append((call.problem.batch, call.problem.heads))
+            return plain(call, *arguments)
+
+        setattr(torch_union_ops, verb, run)
+    results = {}
+    for name, placement in PLACEMENTS.items():
+        for traced in (False, True):
+            sizes.clear()
+            results[name, traced] = (*spread(placement, traced), list(sizes))
+    if rank == 0:
+        torch.save(results, f"{folder}/results.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    workers = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(folder)])
+        for rank in range(RANKS)
+    ]
+    try:
+        codes = [worker.wait(timeout=300) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    assert codes == [0] * RANKS
+    return torch.load(folder / "results.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_two_processes_equal_one(results, name, traced):
+    mine, lies, sizes = results[name, traced]
+    (*tensors, dout), patterns = problem()
+    right = gradients(lambda *x: attention_over(*x, patterns), tensors, dout)
+    for x, true in zip(mine, right, strict=True):
+        torch.testing.assert_close(x, true, rtol=0, atol=1e-6)
+    assert lies == [str((PLACEMENTS[name],))] * 4  # nothing was gathered
+    assert sizes == [SHARES[name]] * 4  # two parts, forward and backward
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), sys.argv[2])
