@@ -8,6 +8,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch bridge needs torch (extra 'torch')")
 
 from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
+from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 from torch.utils.checkpoint import (  # noqa: E402
     checkpoint,
     create_selective_checkpoint_contexts,
@@ -131,8 +132,8 @@ def test_gradients_through_lse_take_the_other_way(runs):
     inputs = tensors()
     whole, _ = compiled(function)
     torch.testing.assert_close(gradients(whole, inputs), gradients(function, inputs))
-    runs.clear()
     with torch.no_grad():
+        runs.clear()
         out, lse = compiled(partial(attend, return_lse=True))[0](*inputs)
     assert runs == ["forward"] * 2
     right, right_lse = attend(*inputs, return_lse=True)
@@ -150,12 +151,8 @@ def test_backends_that_compute_lse_anew_take_the_other_way(dtype):
     whole, _ = compiled(function)
     mine = gradients(whole, inputs)
     torch.testing.assert_close(mine, gradients(function, inputs))
-    names = {
-        str(node.target)
-        for node in torch.fx.experimental.proxy_tensor.make_fx(function)(
-            *(x.detach() for x in inputs)
-        ).graph.nodes
-    }
+    graph = make_fx(function)(*(x.detach() for x in inputs)).graph
+    names = {str(node.target) for node in graph.nodes}
     assert "scfa.forward.default" in names
     assert "scfa.attend_union.default" not in names
 
@@ -210,7 +207,7 @@ def test_plans_passed_in_and_changed():
     assert counter.frame_count == 1
 
 
-def test_plans_of_several_backends(runs):
+def test_plans_of_several_backends():
     """Each part is run by the backend that made its plan."""
     q, k, v = tensors()
     near, far = near_and_far(23)
@@ -280,15 +277,14 @@ def test_opcheck(layout):
     torch.library.opcheck(ATTEND_UNION_BACKWARD, (torch.ones_like(out), *saved, *arguments[3:]))
 
 
-def test_there_are_no_second_derivatives():
-    for inputs, function in ((tensors(), attend), (tensors(), compiled(attend)[0])):
-        if function is attend:
-            grads = torch.autograd.grad(function(*inputs).sum(), inputs, create_graph=True)
-            with pytest.raises(scfa.GradientError, match="first derivatives only"):
-                grads[0].sum().backward()
-    arguments = operator_arguments("bhtd")
-    out, _ = ATTEND_UNION(*arguments)
-    grads = torch.autograd.grad(out.sum(), arguments[:3], create_graph=True)
+def by_operator(q, k, v):
+    return ATTEND_UNION(q, k, v, *operator_arguments("bhtd")[3:])[0]
+
+
+@pytest.mark.parametrize("function", [attend, by_operator])
+def test_there_are_no_second_derivatives(function):
+    inputs = tensors()
+    grads = torch.autograd.grad(function(*inputs).sum(), inputs, create_graph=True)
     with pytest.raises(scfa.GradientError, match="first derivatives only"):
         grads[0].sum().backward()
 
