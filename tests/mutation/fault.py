@@ -28,6 +28,8 @@ SUITES = {
         ("tests/unit/test_torch_autograd.py", "tests/unit/test_torch_bridge.py"),
         ("tests/unit/test_faults.py", "tests/property/test_torch_exact.py"),
     ),
+    "torch-union": (("tests/unit/test_torch_union.py",),),
+    "torch-hash": (("tests/unit/test_hashing_torch.py",),),
     "cuda-plan": (
         ("tests/unit/test_cuda_host_heads.py",),
         ("tests/unit/test_cuda_host_logic.py",),
