@@ -41,6 +41,7 @@ def _part_mask(part: Any, batch: int, heads: int, heads_kv: int, tq: int, tk: in
     j = np.arange(tk)[None, :]
     q_shape, k_shape = (batch, heads, tq), (batch, heads_kv, tk)
     group = heads // heads_kv if heads_kv else 1
+    reach = tq + tk  # no two positions are further apart: larger numbers may not fit in 64 bits
     kind = type(part).__name__
 
     def per_query_head(x: NDArray[Any]) -> NDArray[Any]:
@@ -48,7 +49,7 @@ def _part_mask(part: Any, batch: int, heads: int, heads_kv: int, tq: int, tk: in
 
     if kind == "Causal":
         shift = tk - tq if part.align == "bottom-right" else 0
-        allowed = j <= i + shift - part.lag
+        allowed = j <= i + shift - min(part.lag, reach)
     elif kind == "HashSparse":
         q_hash = _python_ints(_spread(part.q_hash, q_shape, "q_hash"))
         k_hash = per_query_head(_python_ints(_spread(part.k_hash, k_shape, "k_hash")))
@@ -68,7 +69,8 @@ def _part_mask(part: Any, batch: int, heads: int, heads_kv: int, tq: int, tk: in
         if part.causal:
             allowed = allowed & (j <= i)
     elif kind == "SlidingWindow":
-        allowed = (i - part.window < j) & (j <= i if part.causal else j < i + part.window)
+        window = min(part.window, reach)
+        allowed = (i - window < j) & (j <= i if part.causal else j < i + window)
     elif kind == "KeyRanges":
         start = _spread(part.start, q_shape, "start")[..., None]
         end = _spread(part.end, q_shape, "end")[..., None]

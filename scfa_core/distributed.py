@@ -286,6 +286,7 @@ def queries_of(pattern: Pattern, rows: Tensor, seqlen_q: int, seqlen_k: int) -> 
 
     # Whatever depends on the query's position becomes a range of keys.
     start, end = torch.zeros_like(rows), torch.full_like(rows, seqlen_k)
+    reach = seqlen_q + seqlen_k  # no two positions are further apart
     others = []
     for part in pattern.parts:
         causal = getattr(part, "causal", isinstance(part, Causal))
@@ -294,11 +295,12 @@ def queries_of(pattern: Pattern, rows: Tensor, seqlen_q: int, seqlen_k: int) -> 
             shift = seqlen_k - seqlen_q
         if causal:
             lag = int(not getattr(part, "include_self", True))
-            lag = part.lag if isinstance(part, Causal) else lag
+            lag = min(part.lag, reach) if isinstance(part, Causal) else lag
             end = torch.minimum(end, rows + shift + 1 - lag)
         if isinstance(part, SlidingWindow):
-            start = torch.maximum(start, rows + 1 - part.window)
-            end = end if causal else torch.minimum(end, rows + part.window)
+            window = min(part.window, reach)
+            start = torch.maximum(start, rows + 1 - window)
+            end = end if causal else torch.minimum(end, rows + window)
         elif not isinstance(part, Causal):
             others.append(_rebuilt_part(part, take, lambda x: x, causal=False))
     narrowed: Pattern = KeyRanges(start.view(1, 1, -1), end.view(1, 1, -1))

@@ -392,6 +392,18 @@ def test_some_queries_see_what_they_saw(name):
     assert (mine == pattern.mask(SEQLEN, SEQLEN, **sizes)[:, :, rows]).all()
 
 
+def test_some_queries_of_windows_beyond_any_length():
+    rows = torch.tensor([2, 0], dtype=torch.int32)
+    for far in (2**31, 2**63 - 1, 10**30):
+        for pattern in (
+            scfa.Causal(lag=far, align="bottom-right"),
+            scfa.SlidingWindow(far),
+            scfa.SlidingWindow(far, causal=False),
+        ):
+            mine = distributed.queries_of(pattern, rows, 9, 4).mask(2, 4)
+            assert (mine == pattern.mask(9, 4)[:, :, [2, 0]]).all()
+
+
 def test_bottom_right_queries():
     pattern = scfa.Causal(align="bottom-right")
     mine = distributed.queries_of(pattern, torch.tensor([2, 0]), 4, 9).mask(2, 9)

@@ -36,6 +36,10 @@ CASES = {
     "causal strict": (scfa.Causal(include_self=False), lambda b, h, g, i, j: j < i),
     "causal, far keys": (scfa.Causal(lag=5), lambda b, h, g, i, j: j <= i - 5),
     "causal, no key is so far": (scfa.Causal(lag=2**40), lambda b, h, g, i, j: False),
+    "causal, nothing is so far": (
+        scfa.Causal(lag=2**63 - 1, align="bottom-right"),
+        lambda b, h, g, i, j: False,
+    ),
     "hash, far keys": (
         scfa.HashSparse(Q_HASH, K_HASH) & scfa.Causal(lag=3, align="bottom-right"),
         lambda b, h, g, i, j: j <= min(i, i + TK - TQ - 3) and Q_HASH[b, h, i] == K_HASH[b, g, j],
@@ -115,6 +119,16 @@ def test_any_integer_dtype_of_hashes(dtype):
     q, k = np.zeros((BATCH, HEADS, TQ, 16)), np.zeros((BATCH, HEADS_KV, TK, 16))
     plan = scfa.make_plan(pattern, q, k, backend="reference")
     np.testing.assert_array_equal(plan.to_dense(), dense(pattern))
+
+
+@pytest.mark.parametrize("align", ["top-left", "bottom-right"])
+@pytest.mark.parametrize("far", [2**63 - 1, 2**63, 10**30])
+def test_masks_of_numbers_beyond_64_bits(far, align):
+    for seqlen_q, seqlen_k in ((2, 9), (9, 2)):
+        assert not scfa.Causal(lag=far, align=align).mask(seqlen_q, seqlen_k).any()
+        assert scfa.SlidingWindow(far, causal=False).mask(seqlen_q, seqlen_k).all()
+        causal = scfa.SlidingWindow(far).mask(seqlen_q, seqlen_k)
+        assert (causal == scfa.Causal().mask(seqlen_q, seqlen_k)).all()
 
 
 def test_windows_beyond_any_length():
