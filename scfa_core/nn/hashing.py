@@ -32,11 +32,22 @@ def less_past(x: Tensor, start: Tensor) -> Tensor:
     x = x.detach()
     with torch.autocast(x.device.type, enabled=False):
         whole = x[:, :, : (blocks - 1) * PAST_BLOCK].unflatten(2, (blocks - 1, PAST_BLOCK))
-        total = pad(whole.sum(3, dtype=torch.float32).cumsum(2), (0, 0, 1, 0))
+        total = pad(_running_sum(whole.sum(3, dtype=torch.float32)), (0, 0, 1, 0))
         rows = _beside(x, PAST_BLOCK * torch.arange(blocks, device=x.device)[:, None])
         mean = (total + PAST_START * start[:, None]) / (rows + PAST_START)
         of_row = mean.unsqueeze(3).expand(-1, -1, -1, PAST_BLOCK, -1).flatten(2, 3)
         return (x.float() - of_row[:, :, :seqlen]).to(x.dtype)
+
+
+def _running_sum(x: Tensor) -> Tensor:
+    """Sums along axis 2 up to each place."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return x.cumsum(2)
+    step = 1  # cumsum raises then, on CUDA
+    while step < x.shape[2]:
+        x = x + pad(x[:, :, :-step], (0, 0, step, 0))
+        step *= 2
+    return x
 
 
 class AngularHash(nn.Module):
@@ -85,6 +96,7 @@ class AngularHash(nn.Module):
     sequence gets the same buckets in one call as row by row. Moving within a step, by statistics of
     the batch at hand, would break that. With ``"past"`` a bucket depends on earlier rows of its
     sequence as well: give whole sequences from their first row on, not parts or single rows.
+    Padding and other documents before a row count among them.
 
     Buffers are part of ``state_dict`` and of their size: head_dim per head for ``"center"``, twice
     head_dim squared more for ``"whiten"`` and ``"past"``; none with ``"none"``. Under

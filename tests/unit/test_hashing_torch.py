@@ -8,6 +8,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="about torch tensors")
 
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
 import scfa_core as scfa  # noqa: E402
 from scfa_core import hashing, nn  # noqa: E402
 from scfa_core.torch_hashing import ANGULAR_HASH, kernel_reason  # noqa: E402
@@ -135,7 +137,35 @@ def test_a_bucket_depends_on_no_later_row_of_its_call(adapt):
     assert (parts == whole).float().mean() > 0.999  # products of other shapes sum in other orders
 
 
-@pytest.mark.parametrize("seqlen", [0, 1, 40, 64, 200])
+@pytest.fixture(params=[False, True])
+def deterministic(request):
+    """Whether torch is told to raise on what differs from run to run, as cumsum on CUDA."""
+    torch.use_deterministic_algorithms(request.param)
+    yield request.param
+    torch.use_deterministic_algorithms(False)
+
+
+class Seen(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_past_is_known_where_only_deterministic_sums_are(deterministic):
+    x, start = rows(0, 2, 3, 700, 4), rows(1, 3, 4)
+    with Seen() as seen:
+        nn.hashing.less_past(x, start)
+    assert ("cumsum" in seen.names) is not deterministic
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("seqlen", [0, 1, 40, 64, 200, 700])
 def test_rows_less_the_mean_of_those_before(seqlen):
     x, start = rows(0, 2, 3, seqlen, 4) + 5, rows(1, 3, 4)
     less = nn.hashing.less_past(x, start)
