@@ -118,6 +118,11 @@ def _attend(
     """Attention with any head_dim: columns of zeros change no score, and are cut off again."""
     if not all(hasattr(x, "shape") and 0 < x.shape[-1] <= MAX_HEAD_DIM for x in (q, k, v)):
         return attention(q, k, v, pattern, softmax_scale=sm_scale, layout=layout)  # it says why
+    if q.shape[-1] != k.shape[-1]:  # the same once padded, perhaps
+        raise ShapeError(
+            f"q and k must have one head_dim, got q.shape={tuple(q.shape)} and "
+            f"k.shape={tuple(k.shape)}"
+        )
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
     wide_q, wide_k, wide_v = (_widened(x) for x in (q, k, v))
     out = attention(wide_q, wide_k, wide_v, pattern, softmax_scale=scale, layout=layout)

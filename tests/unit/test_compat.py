@@ -120,6 +120,13 @@ def test_head_dims_that_no_padding_helps_raise():
         compat.dynamic_sparse_attention([1.0], [1.0], [1.0], index, index)
 
 
+@pytest.mark.parametrize("dims", [(20, 24), (24, 20), (5, 16), (16, 32)])
+def test_padding_does_not_hide_head_dims_that_differ(dims):
+    q, k = (torch.zeros(1, 2, 1, dim) for dim in dims)
+    with pytest.raises(scfa.ShapeError, match=f"{dims[0]}.*{dims[1]}"):
+        compat.qk_sparse_attention(q, k, k, *torch.ones(2, 1, 2, 1))
+
+
 def test_unknown_mode_and_flat_indices_raise():
     q, k, v = draw()
     with pytest.raises(scfa.PatternError, match="sparsity_mode"):
