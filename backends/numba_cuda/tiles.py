@@ -134,7 +134,7 @@ def tile_functions(dtype: str, shape: Shape) -> TileFunctions:
         corrected = term - lost[place]
         moved = sums[place] + corrected
         excess = (moved - sums[place]) - corrected
-        lost[place] = excess if excess == excess else acc(0)  # infinite sums stay so
+        lost[place] = excess if excess - excess == acc(0) else acc(0)  # infinite sums stay so
         sums[place] = moved
 
     @device

@@ -239,6 +239,23 @@ def test_weights_that_outgrow_what_came_before(build):
     check(build, Spec(*sizes, softmax_scale=4.0, parts=(Part("causal", number=0),), seed=6))
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_scores_far_below_those_of_another_block(build, head_dim):
+    """Half of the keys at -1e6: differences of the other scores survive it, whichever come first."""
+    sizes = (1, 1, 1, 300, 300, head_dim, head_dim, "float16")
+    case = testing.build(Spec(*sizes, softmax_scale=1.0, parts=(Part("hash", "uniform", 1),)))
+    rng = np.random.default_rng(0)
+    q, k = np.zeros(case.q.shape), np.zeros(case.k.shape)
+    q[..., 0], q[..., 1] = 100.0, 2.0
+    k[..., 1] = rng.standard_normal(k.shape[:3]) * 2
+    k[:, :, 150:, 0] = -1e4
+    case.q[...], case.k[...] = q, k
+    got, right = run(build, case), testing.truth(case)
+    rows = case.mask[:, :, :, :150].sum(-1) > 1
+    assert np.abs(got.lse - right.lse)[rows].max() < 1e-5
+    assert all(verdict.ok for verdict in testing.judge(case, got))
+
+
 @pytest.mark.parametrize("head_dim", sorted(launch_sm90._FUSED))
 @pytest.mark.parametrize("seqlen", [1, 63, 64, 65, 127, 129, 331])
 def test_causal_in_one_pass(build, head_dim, seqlen):

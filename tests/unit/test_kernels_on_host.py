@@ -236,3 +236,14 @@ def test_float32_infinity_stays_infinite(build):
     assert np.isinf(right.out[:, :, 60:]).all()
     np.testing.assert_array_equal(got.out[:, :, 60:], right.out[:, :, 60:])
     assert np.isfinite(got.out[:, :, :60]).all()
+
+
+def test_float32_sums_that_overflow_are_infinite(build):
+    """Gradients of 400 queries whose sum no float32 can hold, tile after tile: Inf, not NaN."""
+    spec = Spec(1, 1, 1, 400, 1, 16, 16, "float32", softmax_scale=1.0, seed=7)
+    case = testing.build(spec)
+    case.q[...] = case.k[...] = 0.0
+    case.v[...] = 1.0
+    case.dout[...] = 4e36
+    got = Machine(build, case).results()
+    assert np.isposinf(got.dv).all()

@@ -39,7 +39,7 @@ SCFA_DEVICE void add_with_loss(float& sum, float& lost, float term) {
   const float corrected = term - lost;
   const float moved = sum + corrected;
   const float excess = (moved - sum) - corrected;
-  lost = is_nan(excess) ? 0.0f : excess;
+  lost = is_nan(excess - excess) ? 0.0f : excess;  // Inf - Inf: nothing finite was lost
   sum = moved;
 }
 

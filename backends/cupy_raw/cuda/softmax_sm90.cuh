@@ -94,28 +94,39 @@ __device__ __forceinline__ void mask_block(float (&scores)[kCount], const RowExt
   }
 }
 
+// kSteady: a row's reference is its maximum so far only once a weight would grow beyond 2^kSlack; until
+// then nothing is exchanged between threads, and earlier results need not shrink. Scores stay as they
+// came until they become weights: differences of large scores are exact either way.
+template <bool kSteady>
 struct OnlineSoftmax {
+  static constexpr float kSlack = 8.0f;
   float maximum[2] = {-SCFA_INFINITY, -SCFA_INFINITY};
   float sum[2] = {0.0f, 0.0f};  // this thread's columns only, until finalize()
 
   // Replace scores by exp2((score - running maximum) * scale_log2); `decay` is what earlier results
-  // shrink by, if they do.
+  // shrink by, if they do (the answer, the same for a whole warp).
   template <int kCount>
   __device__ __forceinline__ bool update(float (&scores)[kCount], float (&decay)[2],
                                          float scale_log2) {
     float top[2] = {maximum[0], maximum[1]};
 #pragma unroll
     for (int i = 0; i < kCount; ++i) top[half_of(i)] = fmaxf(top[half_of(i)], scores[i]);
+    const bool moves =
+        !kSteady || __any_sync(0xFFFFFFFFu, outgrows(0, top, scale_log2) ||
+                                                outgrows(1, top, scale_log2));
     float shift[2];
+    if (moves) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      top[half] = quad_max(top[half]);
-      // A row that has seen no key yet has maximum -inf: shift by 0, so that its weights are
-      // exp2(-inf) = 0.
-      shift[half] = top[half] == -SCFA_INFINITY ? 0.0f : top[half] * scale_log2;
-      decay[half] = exp2_fast(maximum[half] * scale_log2 - shift[half]);
-      maximum[half] = top[half];
-      sum[half] *= decay[half];
+      for (int half = 0; half < 2; ++half) {
+        top[half] = quad_max(top[half]);
+        shift[half] = shift_of(top[half], scale_log2);
+        decay[half] = exp2_fast(maximum[half] * scale_log2 - shift[half]);
+        maximum[half] = top[half];
+        sum[half] *= decay[half];
+      }
+    } else {
+      shift[0] = shift_of(maximum[0], scale_log2);
+      shift[1] = shift_of(maximum[1], scale_log2);
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
@@ -130,7 +141,19 @@ struct OnlineSoftmax {
     }
     sum[0] += even[0] + odd[0];
     sum[1] += even[1] + odd[1];
-    return true;
+    return moves;
+  }
+
+  // True of the first key that a row sees; false (NaN > kSlack) while it has seen none.
+  __device__ __forceinline__ bool outgrows(int half, const float (&top)[2],
+                                           float scale_log2) const {
+    return (top[half] - maximum[half]) * scale_log2 > kSlack;
+  }
+
+  // A row that has seen no key yet has maximum -inf: shift by 0, so that its weights are
+  // exp2(-inf) = 0.
+  __device__ __forceinline__ static float shift_of(float maximum, float scale_log2) {
+    return maximum == -SCFA_INFINITY ? 0.0f : maximum * scale_log2;
   }
 
   // What to multiply each row's accumulator by (0 for rows without keys), and its log-sum-exp in
@@ -143,96 +166,6 @@ struct OnlineSoftmax {
       lse[half] = total == 0.0f ? -SCFA_INFINITY : maximum[half] * scale + log2_fast(total) * kLn2;
     }
   }
-};
-
-// The same with a third less arithmetic a block, and more in the first: no row's maximum is looked
-// for as long as no weight grows beyond 2^kSlack.
-struct SteadySoftmax {
-  static constexpr float kSlack = 8.0f;
-  // Weights are exp2(score * scale_log2 - shift); a shift is of the row's scores once it has `seen`
-  // a key.
-  float shift[2] = {0.0f, 0.0f};
-  bool seen[2] = {false, false};
-  float sum[2] = {0.0f, 0.0f};  // this thread's columns only, until finalize()
-
-  // The answer is the same for the whole warp.
-  template <int kCount>
-  __device__ __forceinline__ bool update(float (&scores)[kCount], float (&decay)[2],
-                                         float scale_log2) {
-    static_assert(kCount % 8 == 0, "four chains of two");
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) scores[i] = scores[i] * scale_log2 - shift[half_of(i)];
-    // As integers, the bits of floats are in order wherever one of them is positive; Hopper takes the
-    // largest of three integers at once.
-    int most[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      most[i] = max(__float_as_int(scores[i]), __float_as_int(scores[i + 4]));
-    }
-#pragma unroll
-    for (int i = 8; i < kCount; i += 8) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        most[j] = max(max(most[j], __float_as_int(scores[i + j])),
-                      __float_as_int(scores[i + j + 4]));
-      }
-    }
-    const int largest = max(max(most[0], most[1]), max(most[2], most[3]));
-    const bool moves = __any_sync(
-        0xFFFFFFFFu, largest > __float_as_int(kSlack) || !seen[0] || !seen[1]);
-    if (moves) move(scores, decay);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) scores[i] = exp2_fast(scores[i]);
-    float even[2] = {0.0f, 0.0f}, odd[2] = {0.0f, 0.0f};  // as in OnlineSoftmax
-#pragma unroll
-    for (int i = 0; i < kCount; i += 2) {
-      even[half_of(i)] += scores[i];
-      odd[half_of(i)] += scores[i + 1];
-    }
-    sum[0] += even[0] + odd[0];
-    sum[1] += even[1] + odd[1];
-    return moves;
-  }
-
-  // Shift rows by their maxima so far. Scores are shifted already, as the row was.
-  template <int kCount>
-  __device__ __forceinline__ void move(float (&scores)[kCount], float (&decay)[2]) {
-    float step[2] = {-SCFA_INFINITY, -SCFA_INFINITY};
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) step[half_of(i)] = fmaxf(step[half_of(i)], scores[i]);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float top = quad_max(step[half]);
-      // A row that still sees no key keeps shift 0: its weights are exp2(-inf) = 0.
-      const bool first = !seen[half] && top != -SCFA_INFINITY;
-      step[half] = first ? top : seen[half] ? fmaxf(top, 0.0f) : 0.0f;
-      decay[half] = first ? 0.0f : exp2_fast(-step[half]);
-      shift[half] += step[half];
-      seen[half] |= first;
-      sum[half] *= decay[half];
-    }
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) scores[i] -= step[half_of(i)];
-  }
-
-  // As OnlineSoftmax::finalize.
-  __device__ __forceinline__ void finalize(float (&inverse)[2], float (&lse)[2], float) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float total = quad_sum(sum[half]);
-      inverse[half] = total == 0.0f ? 0.0f : 1.0f / total;
-      lse[half] = total == 0.0f ? -SCFA_INFINITY : (shift[half] + log2_fast(total)) * kLn2;
-    }
-  }
-};
-
-template <bool kSteady>
-struct SoftmaxOf {
-  using Type = OnlineSoftmax;
-};
-template <>
-struct SoftmaxOf<true> {
-  using Type = SteadySoftmax;
 };
 
 template <int kCount>
