@@ -14,7 +14,6 @@ from scfa_core.backends.numba_cuda.compiling import INFINITY, LOG2_E, device, ke
 from scfa_core.backends.numba_cuda.convert import pair_widener
 from scfa_core.backends.numba_cuda.fragments import (
     TileShape,
-    in_order,
     multiplications,
     ordinary_offset,
     origin_of,
@@ -26,6 +25,7 @@ from scfa_core.backends.numba_cuda.fragments import (
     row_gatherer,
     row_scatterer,
     sign_flipper,
+    twin_gatherer,
     value_copier,
 )
 from scfa_core.backends.numba_cuda.intrinsics import (
@@ -36,9 +36,9 @@ from scfa_core.backends.numba_cuda.intrinsics import (
 )
 from scfa_core.backends.numba_cuda.schedule import key_core, key_span
 
-# By the widest row, in order of preference.
+# By the widest row, in order of preference. Steps of 32 keys leave registers for q and dout.
 SHAPES = {
-    64: (TileShape(atoms=2, columns=64, step=64, in_registers=False, blocks=2),),
+    64: (TileShape(atoms=2, columns=64, step=32, in_registers=True, blocks=2),),
     128: (TileShape(atoms=1, columns=64, step=64, in_registers=False, blocks=1),),
 }
 
@@ -85,45 +85,6 @@ def row_multiplier(dtype: str, head_dim_v: int) -> Any:
 
 
 @cache
-def score_functions(atoms: int, blocks: int) -> tuple[Any, Any]:
-    """Build what is done with a warp's scores: weights and differences, and the mask."""
-
-    def weigh_row(i: int) -> Any:
-        first, down = i // 2 * blocks * 4 + i % 2 * 2, i // 2 * 16 + i % 2 * 8
-
-        @device
-        def weigh(scores, acc_dp, row_lse, row_delta, own_row, log2_scale):
-            """Turn S into ds = exp2(S - lse) * (dP - delta) in one of the lane's rows."""
-            row = own_row + down
-            lse, delta = row_lse[row], row_delta[row]
-            for n in range(blocks):
-                for c in range(2):
-                    e = first + n * 4 + c
-                    scores[e] = exp2_fast(scores[e] * log2_scale - lse) * (acc_dp[e] - delta)
-
-        return weigh
-
-    def mask_row(i: int) -> Any:
-        first, down = i // 2 * blocks * 4 + i % 2 * 2, i // 2 * 16 + i % 2 * 8
-
-        @device
-        def mask(scores, starts, lengths, own_row, key, quad):
-            """0 where one of the lane's rows does not see one of the keys from `key` on."""
-            row = own_row + down
-            place = int32(key + 2 * quad - starts[row])
-            length = uint32(lengths[row])
-            for n in range(blocks):
-                for c in range(2):
-                    if uint32(place + n * 8 + c) >= length:
-                        scores[first + n * 4 + c] = float32(0)
-
-        return mask
-
-    rows = range(2 * atoms)
-    return in_order([weigh_row(i) for i in rows]), in_order([mask_row(i) for i in rows])
-
-
-@cache
 def build_bwd_dq_mma(
     dtype: str, head_dim: int, head_dim_v: int, shape: TileShape | None = None
 ) -> Any:
@@ -131,14 +92,13 @@ def build_bwd_dq_mma(
     if shape is None:
         shape = dq_shape(head_dim, head_dim_v, 1 << 20)[0]
     atoms, rows, threads = shape.atoms, shape.rows, shape.threads
-    columns, in_registers = shape.columns, shape.in_registers
-    qk = multiplications(dtype, atoms, head_dim, columns, in_registers)
-    vo = multiplications(dtype, atoms, head_dim_v, columns, in_registers)
+    columns, step, in_registers = shape.columns, shape.step, shape.in_registers
+    qk = multiplications(dtype, atoms, head_dim, step, in_registers)
+    vo = multiplications(dtype, atoms, head_dim_v, step, in_registers)
     load_q, by_rows_q, by_columns = qk.load_left, qk.by_rows, qk.by_columns
-    load_dout, by_rows_dout = vo.load_left, vo.by_rows
+    load_dout, add_rows_dout = vo.load_left, vo.add_rows
     gather_q, gather_dout = (row_gatherer(x, rows, threads) for x in (head_dim, head_dim_v))
-    gather_k, gather_v = (row_gatherer(x, columns, threads) for x in (head_dim, head_dim_v))
-    weigh, mask = score_functions(atoms, columns // 8)
+    gather_keys, rounds = twin_gatherer(head_dim, head_dim_v, columns, threads)
     fetch_q = row_fetcher(rows, threads)
     copy_rows = value_copier(columns, threads)
     stage_rows, scatter_rows = row_scatterer(dtype, atoms, head_dim, threads, rows)
@@ -153,7 +113,8 @@ def build_bwd_dq_mma(
     q_count = atoms * (padded(head_dim) // 4 if in_registers else 4)
     dout_count = atoms * (padded(head_dim_v) // 4 if in_registers else 4)
     p_count = atoms * 4
-    score_count = atoms * columns // 2
+    blocks = step // 8
+    score_count = atoms * blocks * 4
     dq_count = atoms * padded(head_dim) // 2
     row_count, warp_rows = 2 * atoms, 16 * atoms
     slots, span_count = 2 * columns, 4 * shape.warps
@@ -195,6 +156,7 @@ def build_bwd_dq_mma(
         acc_dp = cuda.local.array(score_count, float32)
         acc_dq = cuda.local.array(dq_count, float32)
         factors = cuda.local.array(row_count, float32)
+        ahead = cuda.local.array(rounds, int32)
 
         thread = cuda.threadIdx.x & (threads - 1)  # lets the compiler know that it is small
         block = uint32(cuda.blockDim.x)
@@ -238,8 +200,10 @@ def build_bwd_dq_mma(
         gather_dout(tile, dout_base, dout, dout_origin, dout_step, q_rows, 0, there, thread, block)
         gather_dout(tile, out_base, out, out_origin, out_step, q_rows, 0, there, thread, block)
         there = int32(last - first)
-        gather_k(tile, keys_base, k, k_origin, k_step, k_rows, 0, there, thread, block)
-        gather_v(tile, keys_base + v_offset, v, v_origin, v_step, k_rows, 0, there, thread, block)
+        gather_keys(
+            tile, keys_base, keys_base + v_offset, k, v, k_origin, v_origin, k_step, v_step,
+            k_rows, ahead, 0, there, thread, block,
+        )  # fmt: skip
         commit_copies()
 
         w0 = m0 + warp_row
@@ -301,27 +265,55 @@ def build_bwd_dq_mma(
             if there > 0:
                 k_origin, v_origin, list_origin = origins[0], origins[1], origins[2]
                 base, slot = keys_base + other * stage_size, other * columns
-                gather_k(tile, base, k, k_origin, k_step, k_rows, slot, there, thread, block)
-                base += v_offset
-                gather_v(tile, base, v, v_origin, v_step, k_rows, slot, there, thread, block)
-                slot, ahead = stage * columns, n0 + 2 * columns
-                copy_rows(k_rows, slot, 1, k_index, list_origin, ahead, last, thread)
+                gather_keys(
+                    tile, base, base + v_offset, k, v, k_origin, v_origin, k_step, v_step,
+                    k_rows, ahead, slot, there, thread, block,
+                )  # fmt: skip
+                slot, later = stage * columns, n0 + 2 * columns
+                copy_rows(k_rows, slot, 1, k_index, list_origin, later, last, thread)
             commit_copies()
 
-            if n0 < spans[warp_span + 1] and n0 + columns > spans[warp_span]:
-                # S = q k^T, dP = dout v^T
-                k_now, v_now = k_place + now, v_place + now
-                by_rows_q(scores, left_q, right, tile, q_place, k_now)
-                by_rows_dout(acc_dp, left_dout, right, tile, dout_place, v_now)
+            sub = int32(0)
+            while sub < columns:
+                key = int32(n0 + sub)
+                if key < spans[warp_span + 1] and int32(key + step) > spans[warp_span]:
+                    # S = q k^T, dP - delta = dout v^T - delta
+                    k_now, v_now = k_place + now + sub * qk_pitch, v_place + now + sub * v_pitch
+                    by_rows_q(scores, left_q, right, tile, q_place, k_now)
+                    for i in range(row_count):
+                        begin = -row_delta[own_row + i // 2 * 16 + i % 2 * 8]
+                        for n in range(blocks):
+                            for c in range(2):
+                                acc_dp[(i // 2 * blocks + n) * 4 + i % 2 * 2 + c] = begin
+                    add_rows_dout(acc_dp, left_dout, right, tile, dout_place, v_now)
 
-                # ds = exp2(S - lse) * (dP - delta), 0 where not visible
-                weigh(scores, acc_dp, row_lse, row_delta, own_row, log2_scale)
-                if n0 < spans[warp_span + 2] or n0 + columns > spans[warp_span + 3]:
-                    mask(scores, starts, lengths, own_row, n0, quad)
+                    # ds = exp2(S - lse) * (dP - delta), 0 where not visible. The product comes
+                    # last, so that exponentials need not wait for dP.
+                    for i in range(row_count):
+                        row_shift = row_lse[own_row + i // 2 * 16 + i % 2 * 8]
+                        for n in range(blocks):
+                            for c in range(2):
+                                e = (i // 2 * blocks + n) * 4 + i % 2 * 2 + c
+                                scores[e] = exp2_fast(scores[e] * log2_scale - row_shift)
+                    if key < spans[warp_span + 2] or int32(key + step) > spans[warp_span + 3]:
+                        # Both factors are 0: a hidden pair's dP may be NaN.
+                        for i in range(row_count):
+                            r = own_row + i // 2 * 16 + i % 2 * 8
+                            place = int32(key + 2 * quad - starts[r])
+                            length = uint32(lengths[r])
+                            for n in range(blocks):
+                                for c in range(2):
+                                    e = (i // 2 * blocks + n) * 4 + i % 2 * 2 + c
+                                    if uint32(place + n * 8 + c) >= length:
+                                        scores[e] = float32(0)
+                                        acc_dp[e] = float32(0)
+                    for e in range(score_count):
+                        scores[e] *= acc_dp[e]
 
-                # dq += ds k
-                column_now = k_column_place + now
-                by_columns(acc_dq, scores, weights, right, tile, column_now)
+                    # dq += ds k
+                    column_now = k_column_place + now + sub * qk_pitch
+                    by_columns(acc_dq, scores, weights, right, tile, column_now)
+                sub = int32(sub + step)
 
             stage = other
             n0 = int32(n0 + columns)

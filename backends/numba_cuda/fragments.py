@@ -19,6 +19,7 @@ from scfa_core.backends.numba_cuda.compiling import SIMULATED, device
 from scfa_core.backends.numba_cuda.intrinsics import (
     copy_async_4,
     copy_async_16,
+    copy_row_piece,
     ldmatrix,
     ldmatrix_transposed,
     mma_bfloat16,
@@ -99,6 +100,7 @@ class Multiplications(NamedTuple):
     """Device functions for one dtype, one number of atoms and one width of rows."""
 
     load_left: Any
+    add_rows: Any
     by_rows: Any
     by_columns: Any
 
@@ -168,14 +170,15 @@ def multiplications(
 
         return multiply
 
-    multiply_all = in_order([rows_step(step) for step in range(steps)])
+    # acc[row, n] += sum_c left[row, c] * tile[n, c] for rows n of a tile
+    add_rows = in_order([rows_step(step) for step in range(steps)])
 
     @device
     def by_rows(acc, left, right, tile, left_place, place):
-        """acc[row, n] = sum_c left[row, c] * tile[n, c] for rows n of a tile."""
+        """As `add_rows`, from zero."""
         for e in range(atoms * blocks * 4):
             acc[e] = float32(0)
-        multiply_all(acc, left, right, tile, left_place, place)
+        add_rows(acc, left, right, tile, left_place, place)
 
     def columns_step(step: int) -> Any:
         @device
@@ -196,7 +199,7 @@ def multiplications(
     # acc[row, c] += sum_n weights[row, n] * tile[n, c], weights rounded to 16 bits
     by_columns = in_order([columns_step(step) for step in range(pairs)])
 
-    return Multiplications(load_left, by_rows, by_columns)
+    return Multiplications(load_left, add_rows, by_rows, by_columns)
 
 
 @cache
@@ -288,6 +291,51 @@ def row_gatherer(width: int, count: int, threads: int) -> Any:
                 place = uint32(place + block)
 
     return gather_rows
+
+
+@cache
+def twin_gatherer(width_x: int, width_y: int, count: int, threads: int) -> Any:
+    """Build the copy of the same `count` gathered rows of two arrays, each into a tile of its own.
+
+    Complete tiles of rows of one width read each row number once, all of them before the first
+    copy: a copy may touch any memory as far as the compiler knows, so that the next number would
+    be read after it, and waited for.
+    """
+    gather_x, gather_y = (row_gatherer(width, count, threads) for width in (width_x, width_y))
+    pitch, pieces = pitch_of(width_x), width_x // 8
+    is_even = (
+        width_x == width_y
+        and padded(width_x) == width_x
+        and count * pieces % threads == 0
+        and threads % pieces == 0
+    )
+    rounds = count * pieces // threads if is_even else 1
+    per_round = threads // pieces
+
+    @device
+    def gather_twins(
+        tile, x_base, y_base, x, y, x_origin, y_origin, x_stride, y_stride, rows, ahead, slot,
+        there, thread, block,
+    ):  # fmt: skip
+        """As `gather_rows` for x's and for y's rows; `ahead` holds a number for each round."""
+        if is_even and there >= count:
+            r = int32(thread // pieces)
+            piece = int32(thread % pieces)
+            target = int32(r * pitch + piece * 8)
+            x_start, y_start = x_origin + piece * 16, y_origin + piece * 16
+            for turn in range(rounds):
+                ahead[turn] = rows[slot + r + turn * per_round]
+            for turn in range(rounds):
+                place = int32(x_base + target + turn * per_round * pitch)
+                copy_row_piece(tile, place, x, x_start, ahead[turn], x_stride)
+            for turn in range(rounds):
+                place = int32(y_base + target + turn * per_round * pitch)
+                copy_row_piece(tile, place, y, y_start, ahead[turn], y_stride)
+        else:
+            gather_x(tile, x_base, x, x_origin, x_stride, rows, slot, there, thread, block)
+            gather_y(tile, y_base, y, y_origin, y_stride, rows, slot, there, thread, block)
+
+    return gather_twins, rounds
 
 
 @cache

@@ -12,6 +12,7 @@ bits_to_float = _home.bits_to_float
 commit_copies = _home.commit_copies
 copy_async_4 = _home.copy_async_4
 copy_async_16 = _home.copy_async_16
+copy_row_piece = _home.copy_row_piece
 exp_double = _home.exp_double
 exp2_fast = _home.exp2_fast
 exp2_float = _home.exp2_float

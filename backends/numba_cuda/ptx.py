@@ -238,6 +238,28 @@ copy_async_4 = _async_copier(4, "ca")
 
 
 @intrinsic
+def copy_row_piece(typingctx, tile, offset, x, start, row, row_bytes):
+    """Start copying 16 bytes of global x to tile[offset:], those from start + row * row_bytes on.
+
+    The address is one multiplication of 32-bit numbers, of which the compiler would make several.
+    """
+
+    def codegen(context, builder, signature, args):
+        tile_kind, _, x_kind, _, _, _ = signature.args
+        tile, offset, x, start, row, row_bytes = args
+        target = _shared_address(context, builder, tile_kind, tile, offset)
+        source = _global_address(context, builder, x_kind, x, start)
+        text = (
+            "{ .reg .b64 a; mad.wide.s32 a, $2, $3, $1; cp.async.cg.shared.global [$0], [a], 16; }"
+        )
+        operands = [target, source, row, row_bytes]
+        _assemble(builder, ir.VoidType(), text, "r,l,r,r,~{memory}", operands)
+        return context.get_dummy_value()
+
+    return types.void(tile, offset, x, start, types.int32, types.int32), codegen
+
+
+@intrinsic
 def commit_copies(typingctx):
     """Close the group of copies started so far."""
 

@@ -146,6 +146,11 @@ copy_async_16 = _async_copier(16)
 copy_async_4 = _async_copier(4)
 
 
+def copy_row_piece(tile: Any, offset: int, x: Any, start: int, row: int, row_bytes: int) -> None:
+    """Copy 16 bytes of global x to tile[offset:], those from start + row * row_bytes on."""
+    copy_async_16(tile, offset, x, int(start) + int(row) * int(row_bytes), True)
+
+
 def commit_copies() -> None:
     """Nothing to do: copies are done at once."""
 

@@ -98,6 +98,11 @@ def assemble(ptx, capability, folder):
     return None
 
 
+# Bytes, where they are more: places in a tile and counters, nine words of which are read back
+# for 128 mma.
+SPILLS = {((8, 0), "bwd_dkdv"): 80}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "name", "dtype"),
@@ -116,16 +121,16 @@ def test_tensor_core_kernels_live_in_registers(
 ):
     ptx = compile_to_ptx(tensor_core_kernel(name, dtype), capability)
     assert ".local .align" not in ptx
-    # A warp's products of 32 rows by 96 and by 32 keys, by 64 keys, by 32 queries, 16 x 8 x 16
+    # A warp's products of 32 rows by 96 and by 32 keys, by 32 keys, by 32 queries, 16 x 8 x 16
     # each: all loops are unrolled
-    assert len(re.findall("mma.sync", ptx)) == {"fwd": 256, "bwd_dq": 192, "bwd_dkdv": 128}[name]
+    assert len(re.findall("mma.sync", ptx)) == {"fwd": 256, "bwd_dq": 96, "bwd_dkdv": 128}[name]
     report = assemble(ptx, capability, tmp_path)
     if report is None:
         pytest.skip("compiled to PTX; no ptxas here takes its version")
     registers, spilled = report
     record_property("registers", registers)
     record_property("spilled_bytes", spilled)
-    assert spilled <= 64
+    assert spilled <= SPILLS.get((capability, name), 64)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (10, 0)])

@@ -49,6 +49,9 @@ CASES = {
     "tensor-cores": Spec(
         seqlen_q=35, seqlen_k=67, dtype="bfloat16", parts=(Part("hash", number=2),), seed=9
     ),
+    "tensor-cores-complete-tile": Spec(  # whose rows are gathered without checks
+        seqlen_q=5, seqlen_k=67, dtype="float16", parts=(Part("causal", number=1),), seed=11
+    ),
     "tensor-cores-everything": Spec(
         heads=2,
         heads_kv=1,
