@@ -241,7 +241,7 @@ def test_weights_that_outgrow_what_came_before(build):
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_scores_far_below_those_of_another_block(build, head_dim):
-    """Half of the keys at -1e6: differences of the other scores survive it, whichever come first."""
+    """Half of the keys at -1e6: differences of the other scores survive that."""
     sizes = (1, 1, 1, 300, 300, head_dim, head_dim, "float16")
     case = testing.build(Spec(*sizes, softmax_scale=1.0, parts=(Part("hash", "uniform", 1),)))
     rng = np.random.default_rng(0)
