@@ -193,17 +193,19 @@ def batched(op: Callable[..., Tensors]) -> Callable[..., Any]:
     return rule
 
 
-for _name, _real, _fake in (
-    ("make_plan", _make_plan, _fake_make_plan),
-    ("forward", _forward, _fake_forward),
-    ("backward", _backward, _fake_backward),
-):
-    for _key in ("CPU", "CUDA"):
-        LIBRARY.impl(_name, _real, _key)
-    torch.library.register_fake(f"scfa::{_name}", _fake, lib=LIBRARY)
+def register(name: str, real: Any, fake: Any) -> None:
+    """Give the operator ``scfa::name`` its body on every device, its fake and its vmap rule."""
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, real, key)
+    torch.library.register_fake(f"scfa::{name}", fake, lib=LIBRARY)
+    operator = getattr(torch.ops.scfa, name).default
+    torch.library.register_vmap(operator, batched(operator), lib=LIBRARY)
+
+
+register("make_plan", _make_plan, _fake_make_plan)
+register("forward", _forward, _fake_forward)
+register("backward", _backward, _fake_backward)
 torch.library.register_autograd(
     "scfa::forward", differentiate, setup_context=save_for_backward, lib=LIBRARY
 )
 torch.library.register_autograd("scfa::backward", refuse_double_backward, lib=LIBRARY)
-for _op in (MAKE_PLAN, FORWARD, BACKWARD):
-    torch.library.register_vmap(_op, batched(_op), lib=LIBRARY)

@@ -26,7 +26,7 @@ from scfa_core.torch_calls import (
     run_backward,
     run_forward,
 )
-from scfa_core.torch_ops import LIBRARY, PLAN_SIZE, Tensors, batched, refuse_double_backward
+from scfa_core.torch_ops import LIBRARY, PLAN_SIZE, Tensors, refuse_double_backward, register
 
 _PLANS = "Tensor[] plans, bool[] monotone"  # the seven tensors of every part, one after another
 _OPTIONS = "float? softmax_scale, bool deterministic, str layout, str backend"
@@ -138,16 +138,9 @@ def _differentiate(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Any
     return (*ATTEND_UNION_BACKWARD(dout, q, k, v, out, lse, plans, *ctx.options), *nothing)
 
 
-for _name, _real, _imagined in (
-    ("attend_union", _attend, _fake),
-    ("attend_union_backward", _attend_backward, _fake_backward),
-):
-    for _key in ("CPU", "CUDA"):
-        LIBRARY.impl(_name, _real, _key)
-    torch.library.register_fake(f"scfa::{_name}", _imagined, lib=LIBRARY)
+register("attend_union", _attend, _fake)
+register("attend_union_backward", _attend_backward, _fake_backward)
 torch.library.register_autograd(
     "scfa::attend_union", _differentiate, setup_context=_save_for_backward, lib=LIBRARY
 )
 torch.library.register_autograd("scfa::attend_union_backward", refuse_double_backward, lib=LIBRARY)
-for _op in (ATTEND_UNION, ATTEND_UNION_BACKWARD):
-    torch.library.register_vmap(_op, batched(_op), lib=LIBRARY)

@@ -16,8 +16,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import scfa_core as scfa
+from bench.lm.attend import Attend
 from bench.lm.config import Config
-from bench.lm.model import Attend, LanguageModel
+from bench.lm.model import LanguageModel
 from scfa_core import distributed
 from scfa_core.hashing import angular_hash
 

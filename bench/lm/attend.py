@@ -1,0 +1,101 @@
+"""How a variant of the language model attends, by its name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import scfa_core as scfa
+from bench.lm.config import Config
+from scfa_core.hashing import angular_hash
+from scfa_core.merging import attention_over
+
+# q, k, v, what is hashed, the hash's directions and center, documents
+Attend = Callable[
+    [Tensor, Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", "Tensor | None"], Tensor
+]
+
+
+def _parse(name: str) -> tuple[str, int]:
+    """Kind and number of one pattern, e.g. of ``hash16``; torch.compile need not trace it."""
+    match = re.fullmatch(r"(hash|drop|window|dense)(\d*)[cwr]?", name)
+    if match is None:
+        raise SystemExit(f"no such attention: {name!r}")
+    return match[1], int(match[2] or 0)
+
+
+def _part(
+    kind: str, number: int, q: Tensor, directions: Tensor | None, center: Tensor | None
+) -> scfa.Pattern:
+    """One pattern."""
+    if kind == "hash":
+        bucket = angular_hash(q, directions, center)[0]
+        return scfa.HashSparse(bucket, bucket, include_self=False)
+    if kind == "drop":
+        keep = torch.rand((2, *q.shape[:3]), device=q.device) * 100 >= number
+        return scfa.QKSparse(keep[0], keep[1])
+    return scfa.SlidingWindow(number) if kind == "window" else scfa.Causal()
+
+
+def sparse(config: Config) -> Attend:
+    """Attention through this package."""
+    parts = [_parse(name) for name in config.attention.split("+")]
+    if len(parts) > 2 or (len(parts) == 2 and (parts[1][0] != "window" or parts[0][0] == "window")):
+        raise SystemExit(
+            "a sum is of one sparse attention and a window, such as hash16+window128, got "
+            f"{config.attention!r}"
+        )
+    near = parts[1][1] if len(parts) == 2 else 0
+
+    def attend(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        hashed: Tensor,
+        directions: Tensor | None,
+        center: Tensor | None,
+        documents: Tensor | None,
+    ) -> Tensor:
+        patterns = [_part(*parts[0], hashed, directions, center)]
+        if near:  # the window's keys, and those before it that the other pattern shows
+            patterns = [patterns[0] & scfa.Causal(lag=near), scfa.SlidingWindow(near)]
+        if documents is not None:
+            patterns = [pattern & scfa.Documents(documents) for pattern in patterns]
+        options = {"softmax_scale": config.softmax_scale, "backend": config.backend}
+        out: Tensor = (
+            attention_over(q, k, v, patterns, **options)
+            if near
+            else scfa.attention(q, k, v, patterns[0], **options)
+        )
+        return out
+
+    return attend
+
+
+def attend_for(config: Config) -> Attend:
+    """Choose the attention of a configuration."""
+    scale = config.softmax_scale
+    if config.packed and config.attention in ("dense", "naive", "none"):
+        raise SystemExit(
+            f"packed=True is served by this package's attention, not {config.attention}"
+        )
+    if config.attention == "none":
+        return lambda q, k, v, *_: q + k + v
+    if config.attention == "dense":
+        return lambda q, k, v, *_: functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale
+        )
+    if config.attention == "naive":
+
+        def naive(q: Tensor, k: Tensor, v: Tensor, *_: Tensor | None) -> Tensor:
+            hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+            factor = q.shape[-1] ** -0.5 if scale is None else scale
+            scores = (q @ k.transpose(-1, -2) * factor).masked_fill(hidden, float("-inf"))
+            return torch.softmax(scores, -1) @ v
+
+        return naive
+    return sparse(config)
