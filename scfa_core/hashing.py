@@ -116,7 +116,8 @@ def angular_hash(x: Any, directions: Any, center: Any = None) -> Any:
     Products are summed in float32 whatever the dtype of `x`; of equal products the lowest bucket
     wins. Backends sum in different orders: where a row's two best products differ by less than the
     rounding of such a sum, its bucket may differ between backends, and between a hash of all rows
-    and one of some. A row with NaN or infinities gets some valid bucket.
+    and one of some. Where torch multiplies on a GPU, its own switch to TF32 for float32 products
+    (off unless set) holds here as well. A row with NaN or infinities gets some valid bucket.
 
     On a GPU that the backend ``cupy`` serves, one kernel does it all for float16, bfloat16 and
     float32 rows of head_dim up to 256 and up to 128 buckets, and writes nothing but buckets.

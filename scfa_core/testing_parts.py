@@ -30,6 +30,7 @@ GROUP_STYLES = (
 )
 KEEP_STYLES = ("uniform", "all", "none", "one-head", "blocks", "floats")
 RANGE_STYLES = ("random", "narrow", "reversed", "outside", "sorted", "empty")
+LEAST_LAG = 5  # a causal part's number is a lag from here on; below it chooses the alignment alone
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ def build_part(part: Part, spec: Spec, rng: np.random.Generator) -> pt.Pattern:
     int_dtype = np.int32 if part.style != "extreme" and rng.random() < 0.5 else np.int64
     if part.kind == "causal":
         align = "bottom-right" if part.number % 2 else "top-left"
-        return pt.Causal(include_self=part.causal, align=align)
+        lag = part.number if part.number >= LEAST_LAG else 0
+        return pt.Causal(include_self=part.causal, align=align, lag=lag)
     if part.kind == "hash":
         q_hash, k_hash = (
             _group_ids(part.style, rng, shape, part.number, side).astype(int_dtype)

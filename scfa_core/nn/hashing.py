@@ -23,7 +23,7 @@ def less_past(x: Tensor, start: Tensor) -> Tensor:
     """Rows (batch, heads, seqlen, head_dim) less the mean of those before them.
 
     Of rows in earlier blocks of `PAST_BLOCK`, and of `start` (heads, head_dim) as `PAST_START` rows
-    more: no row knows a later one.
+    more: no row knows a later one. A block that holds a NaN or an infinity counts for nothing.
     """
     seqlen = x.shape[2]
     if not seqlen:
@@ -32,8 +32,11 @@ def less_past(x: Tensor, start: Tensor) -> Tensor:
     x = x.detach()
     with torch.autocast(x.device.type, enabled=False):
         whole = x[:, :, : (blocks - 1) * PAST_BLOCK].unflatten(2, (blocks - 1, PAST_BLOCK))
-        total = pad(_running_sum(whole.sum(3, dtype=torch.float32)), (0, 0, 1, 0))
-        rows = _beside(x, PAST_BLOCK * torch.arange(blocks, device=x.device)[:, None])
+        sums = whole.sum(3, dtype=torch.float32)
+        known = sums.isfinite().all(-1, keepdim=True)
+        total = _running_sum(sums.where(known, 0.0))
+        rows = _running_sum(PAST_BLOCK * known.float())
+        total, rows = (pad(y, (0, 0, 1, 0)) for y in (total, rows))
         mean = (total + PAST_START * start[:, None]) / (rows + PAST_START)
         of_row = mean.unsqueeze(3).expand(-1, -1, -1, PAST_BLOCK, -1).flatten(2, 3)
         return (x.float() - of_row[:, :, :seqlen]).to(x.dtype)
@@ -97,6 +100,10 @@ class AngularHash(nn.Module):
     the batch at hand, would break that. With ``"past"`` a bucket depends on earlier rows of its
     sequence as well: give whole sequences from their first row on, not parts or single rows.
     Padding and other documents before a row count among them.
+
+    NaN and infinities. Such a row gets some valid bucket, and no other row another one, but that
+    with ``"past"`` its block of 64 rows counts for nothing in the mean of later rows. A sequence
+    that holds one is not noted in that head: a NaN would stay in the buffers for good.
 
     Buffers are part of ``state_dict`` and of their size: head_dim per head for ``"center"``, twice
     head_dim squared more for ``"whiten"`` and ``"past"``; none with ``"none"``. Under
@@ -241,17 +248,6 @@ def _local(x: Tensor) -> Tensor:
     return held
 
 
-def _beside(x: Tensor, own: Tensor) -> Tensor:
-    """`own`, which every rank has, on the mesh of `x` if that is a DTensor."""
-    if not hasattr(x, "placements"):
-        return own
-    from torch.distributed.tensor import DTensor, Replicate
-
-    mesh = x.device_mesh
-    whole: Tensor = DTensor.from_local(own, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return whole
-
-
 def _scaled(spread: Tensor) -> Tensor:
     """Covariances (heads, head_dim, head_dim) with a mean variance of 1, or 0 where all is 0."""
     size = spread.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
@@ -282,19 +278,28 @@ class _Center(nn.Module):
 
     @torch.no_grad()
     def note(self, x: Tensor, hashed: Tensor) -> None:
-        """Store mean and covariance of a batch; not added up, so that a layer may be recomputed."""
+        """Store mean and covariance of a batch; not added up, so that a layer may be recomputed.
+
+        Of those sequences of each head that are finite: one NaN would stay in the buffers for good.
+        """
         with torch.autocast(x.device.type, enabled=False):
-            rows = x.detach().float().transpose(0, 1).flatten(1, 2)
-            if not rows.shape[1]:
+            x = x.detach().float()
+            sums = x.sum(2, keepdim=True)
+            known = sums.isfinite().all(-1, keepdim=True)
+            number = x.shape[2] * known.sum(0)
+            mean = sums.where(known, 0.0).sum(0) / number
+            self._store(self.mean, mean[:, 0])
+            if self.scatter is None:
                 return
-            mean = rows.mean(1)
-            self.mean.copy_(mean)
-            if self.scatter is not None:
-                if self.past:  # what is left is what must spread, its mean as well
-                    rows = hashed.detach().float().transpose(0, 1).flatten(1, 2)
-                else:
-                    rows = rows - mean[:, None]
-                self.scatter.copy_(rows.transpose(1, 2) @ rows / rows.shape[1])
+            # with `past` what is left is what must spread, its mean as well
+            rows = hashed.detach().float() if self.past else x - mean
+            rows = rows.where(known, 0.0).transpose(0, 1).flatten(1, 2)
+            self._store(self.scatter, rows.transpose(1, 2) @ rows / number)
+
+    @staticmethod
+    def _store(buffer: Tensor, found: Tensor) -> None:
+        """Overwrite with what was found; NaN is 0 / 0, where there was no finite sequence."""
+        buffer.copy_(found.where(found.isfinite(), buffer))
 
     @torch.no_grad()
     def move(self, share: float) -> None:

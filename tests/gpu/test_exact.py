@@ -11,6 +11,9 @@ HASH = (Part("hash", "uniform", 5),)
 PATTERNS = {
     "causal": (Part("causal", number=0),),
     "bottom-right": (Part("causal", number=1),),
+    "far keys": (Part("causal", number=70),),
+    "far keys, bottom-right": (Part("causal", number=5),),
+    "far keys of a bucket": (Part("causal", number=70), Part("hash", "uniform", 3)),
     "hash": HASH,
     "hash, not causal": (Part("hash", "zipf", 5, causal=False),),
     "one bucket": (Part("hash", "single"),),
@@ -23,6 +26,7 @@ PATTERNS = {
     "window": (Part("window", number=70),),
     "ranges": (Part("ranges", "random"),),
     "sorted ranges": (Part("ranges", "sorted"),),
+    "ranges beyond the keys": (Part("ranges", "outside"),),
     "all together": (
         Part("hash", "uniform", 3),
         Part("keep", "uniform", 80),

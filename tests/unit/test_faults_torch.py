@@ -1,0 +1,93 @@
+"""NaN and infinities in rows that are hashed, and what a hash remembers of them."""
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="about torch tensors")
+
+from scfa_core import nn  # noqa: E402
+from scfa_core.nn.hashing import PAST_BLOCK, PAST_START, less_past  # noqa: E402
+
+BUCKETS, DIM, HEADS, SEQLEN = 8, 16, 4, 400
+BAD = {"NaN": float("nan"), "infinity": float("inf"), "both infinities": None}
+ROW = 100  # where it stands: in the second block of `less_past`
+
+
+def rows(seed, batch=2):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, HEADS, SEQLEN, DIM, generator=generator) + 2
+
+
+def spoiled(x, what):
+    """`x` with one bad row of its first sequence, in its second head."""
+    y = x.clone()
+    y[0, 1, ROW, 3] = float("inf") if BAD[what] is None else BAD[what]
+    if BAD[what] is None:
+        y[0, 1, ROW + 1, 3] = float("-inf")
+    return y
+
+
+def hash_of(adapt):
+    """A hash that has seen batches before."""
+    own = nn.AngularHash(HEADS, DIM, BUCKETS, seed=3, adapt=adapt)
+    for seed in range(2) if adapt != "none" else ():
+        own(rows(seed))
+        own.move_centers()
+    return own
+
+
+@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("adapt", nn.hashing.ADAPTS)
+def test_a_bad_row_does_not_reach_other_rows(adapt, what):
+    own, x = hash_of(adapt), rows(7)
+    (right,), (bad,) = own(x), own(spoiled(x, what))
+    assert ((bad >= 0) & (bad < BUCKETS)).all()
+    same = bad == right
+    same[0, 0, 1, ROW : ROW + 2] = True
+    if adapt != "past":
+        assert same.all()
+        return
+    # The mean of earlier rows does without the block of the bad one, and is known later.
+    later = same[0, 0, 1, PAST_BLOCK * (ROW // PAST_BLOCK + 1) :]
+    assert same.sum() == same.numel() - (~later).sum()
+    assert later.float().mean() > 0.7
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_the_past_is_that_of_blocks_without_bad_rows(what):
+    x = spoiled(rows(0), what)
+    start = torch.full((HEADS, DIM), 0.5)
+    less = less_past(x, start)
+    for row in (0, PAST_BLOCK, 2 * PAST_BLOCK, 3 * PAST_BLOCK + 9, SEQLEN - 1):
+        known = [at for at in range(row // PAST_BLOCK) if at != ROW // PAST_BLOCK]
+        blocks = [x[0, 1, PAST_BLOCK * at : PAST_BLOCK * (at + 1)] for at in known]
+        total = torch.cat([start[1].expand(PAST_START, DIM), *blocks])
+        torch.testing.assert_close(less[0, 1, row], x[0, 1, row] - total.mean(0))
+
+
+@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("adapt", ["center", "whiten", "past"])
+def test_a_bad_batch_does_not_stay_in_the_buffers(adapt, what):
+    """As a step that a loss scaler skips: the next ones must be as if it had not been."""
+    own, x = hash_of(adapt), rows(7)
+    own(spoiled(x, what))
+    own.move_centers()
+    assert all(buffer.isfinite().all() for buffer in own.buffers())
+    without = hash_of(adapt)
+    without(x[1:])  # in the second head only the second sequence counts
+    without.move_centers()
+    for mine, other in zip(own.centers, without.centers, strict=True):
+        torch.testing.assert_close(mine.place[1], other.place[1])
+        if mine.spread is not None and adapt == "whiten":
+            torch.testing.assert_close(mine.spread[1], other.spread[1])
+
+
+@pytest.mark.parametrize("adapt", ["center", "whiten", "past"])
+def test_a_head_without_a_finite_sequence_keeps_what_it_knew(adapt):
+    own = hash_of(adapt)
+    known = [buffer.clone() for buffer in (own.centers[0].mean, own.centers[0].place)]
+    own(torch.full((2, HEADS, SEQLEN, DIM), float("nan")))
+    assert torch.equal(own.centers[0].mean, known[0])
+    own.move_centers()
+    assert own.centers[0].place.isfinite().all()
+    (bucket,) = own(rows(8))
+    assert len(bucket.unique()) == BUCKETS
