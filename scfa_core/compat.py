@@ -7,6 +7,7 @@ original restricts (bfloat16, head_dim 64, equal head counts, CUDA) is free here
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from torch.nn.functional import normalize, pad
 
 from scfa_core.api import attention
 from scfa_core.arrays import is_torch_tensor
-from scfa_core.errors import PatternError, ShapeError
+from scfa_core.errors import DTypeError, OptionError, PatternError, ShapeError
 from scfa_core.hashing import angular_hash, check_buckets
 from scfa_core.merging import namespace
 from scfa_core.patterns import HashSparse, Pattern, QKSparse
 from scfa_core.problem import HEAD_DIM_STEP, MAX_HEAD_DIM, MIN_HEAD_DIM, check_share
+from scfa_core.torch_checks import check_tensor
 
 __all__ = [
     "compact",
@@ -32,6 +34,8 @@ __all__ = [
 ]
 
 _MODES = ("hash", "qk")
+_HEADS_FIRST = ("batch", "heads", "seqlen", "head_dim")
+_ROWS_FIRST = ("batch", "seqlen", "heads", "head_dim")
 
 
 def dynamic_sparse_attention(
@@ -118,15 +122,19 @@ def _attend(
     """Attention with any head_dim: columns of zeros change no score, and are cut off again."""
     if not all(hasattr(x, "shape") and 0 < x.shape[-1] <= MAX_HEAD_DIM for x in (q, k, v)):
         return attention(q, k, v, pattern, softmax_scale=sm_scale, layout=layout)  # it says why
-    if q.shape[-1] != k.shape[-1]:  # the same once padded, perhaps
-        raise ShapeError(
-            f"q and k must have one head_dim, got q.shape={tuple(q.shape)} and "
-            f"k.shape={tuple(k.shape)}"
-        )
+    _check_head_dims(q, k)  # the same once padded, perhaps
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
     wide_q, wide_k, wide_v = (_widened(x) for x in (q, k, v))
     out = attention(wide_q, wide_k, wide_v, pattern, softmax_scale=scale, layout=layout)
     return out if out.shape[-1] == v.shape[-1] else out[..., : v.shape[-1]]
+
+
+def _check_head_dims(q: Any, k: Any) -> None:
+    if q.shape[-1] != k.shape[-1]:
+        raise ShapeError(
+            f"q and k must have one head_dim, got q.shape={tuple(q.shape)} and "
+            f"k.shape={tuple(k.shape)}"
+        )
 
 
 def _widened(x: Any) -> Any:
@@ -171,7 +179,8 @@ def compact(
     x : Tensor, (batch, seqlen, heads, head_dim)
         Differentiable.
     index : Tensor, optional, (batch, rows, heads), int64
-        What an earlier call returned, to take the same rows of another tensor.
+        What an earlier call returned, to take the same rows of another tensor; `keep_tensor` is
+        not looked at then.
 
     Returns
     -------
@@ -182,16 +191,34 @@ def compact(
     count : Tensor or None, (batch, heads), int64
         Number of kept rows; None if `index` was given.
 
+    Raises
+    ------
+    ShapeError, DTypeError
+        Arguments that are no tensors of these shapes.
+
     Notes
     -----
     Waits for the device, because `rows` is a number on the host.
     """
+    batch, _, heads, _ = check_tensor("x", x, *_ROWS_FIRST).shape
     count = None
     if index is None:
+        if check_tensor("keep_tensor", keep_tensor, *_ROWS_FIRST[:3]).shape != x.shape[:3]:
+            raise ShapeError(
+                "keep_tensor must have a flag for each row and head of x, got "
+                f"{tuple(keep_tensor.shape)} for x.shape={tuple(x.shape)}"
+            )
         kept = keep_tensor.detach() != 0
         count = kept.sum(dim=1)
         rows = int(count.max()) if count.numel() else 0
         index = torch.argsort((~kept).to(torch.uint8), dim=1, stable=True)[:, :rows]
+    elif check_tensor("index", index, "batch", "rows", "heads").dtype is not torch.int64:
+        raise DTypeError(f"index must be int64, as compact returns it, got {index.dtype}")
+    elif (index.shape[0], index.shape[2]) != (batch, heads):
+        raise ShapeError(
+            f"index must be (batch, rows, heads) = ({batch}, rows, {heads}) for "
+            f"x.shape={tuple(x.shape)}, got {tuple(index.shape)}"
+        )
     return torch.take_along_dim(x, index.unsqueeze(-1), dim=1), index, count
 
 
@@ -211,9 +238,25 @@ def pad_index(index: Tensor, indices_per_head: Tensor, pad_idx: float = -1) -> T
     -------
     padded : Tensor, (batch, rows, heads), int32
         A copy.
+
+    Raises
+    ------
+    ShapeError, DTypeError
+        Arguments that are no tensors of these shapes.
+    OptionError
+        A `pad_idx` that is no whole number of 32 bits.
     """
+    batch, _, heads = check_tensor("index", index, "batch", "rows", "heads").shape
+    counts = check_tensor("indices_per_head", indices_per_head, "batch", "heads")
+    if counts.shape != (batch, heads):
+        raise ShapeError(
+            f"indices_per_head must be (batch, heads) = ({batch}, {heads}) for "
+            f"index.shape={tuple(index.shape)}, got {tuple(counts.shape)}"
+        )
+    if not isinstance(pad_idx, Real) or pad_idx % 1 or not -(2**31) <= pad_idx < 2**31:
+        raise OptionError(f"pad_idx must be a whole number of 32 bits, got {pad_idx!r}")
     place = torch.arange(index.shape[1], device=index.device).view(1, -1, 1)
-    return index.to(torch.int32).masked_fill(place >= indices_per_head.unsqueeze(1), int(pad_idx))
+    return index.to(torch.int32).masked_fill(place >= counts.unsqueeze(1), int(pad_idx))
 
 
 def hash_attention_fn(
@@ -234,11 +277,11 @@ def hash_attention_fn(
     Parameters
     ----------
     Q, K, V : Tensor, (batch, heads, seqlen, head_dim)
-        The original passes normalised queries as keys.
+        The original passes normalised queries as keys. K and V may have fewer heads.
     nb_hash : int
         Number of buckets, even.
     hashes_per_head : bool
-        Whether each head has its own directions.
+        Whether each head (of K) has its own directions.
     attention_dropout : float, optional
         Ignored, as in the original; dropout of attention weights is not supported.
     generator : torch.Generator, optional
@@ -247,8 +290,18 @@ def hash_attention_fn(
     Returns
     -------
     out : Tensor, (batch, heads, seqlen, head_dim of V)
+
+    Raises
+    ------
+    PatternError
+        An `nb_hash` that is no even int of at least 2.
+    ShapeError, DTypeError
+        Arguments that are no tensors of these shapes.
     """
-    heads = Q.shape[1] if hashes_per_head else 1
+    for name, x in (("Q", Q), ("K", K), ("V", V)):
+        check_tensor(name, x, *_HEADS_FIRST)
+    _check_head_dims(Q, K)
+    heads = K.shape[1] if hashes_per_head else 1
     shape = (1, heads, Q.shape[3], check_buckets(nb_hash, "nb_hash") // 2)
     directions = normalize(torch.randn(shape, device=Q.device, generator=generator), dim=2)
     pattern = HashSparse(
@@ -284,8 +337,17 @@ def qk_attention_fn(
     -------
     out : Tensor, (batch, seqlen, heads, head_dim of v)
         In q's dtype; the original always returns bfloat16.
+
+    Raises
+    ------
+    PatternError
+        A `sparsity` that is no number from 0 to 1.
+    ShapeError, DTypeError
+        Arguments that are no tensors of these shapes.
     """
     check_share("sparsity", sparsity)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x, *_ROWS_FIRST)
     q_keep, k_keep = (
         torch.rand(x.shape[:3], device=x.device, generator=generator) >= sparsity for x in (q, k)
     )

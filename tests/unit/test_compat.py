@@ -91,6 +91,25 @@ def test_gradients_where_buckets_cluster_in_time():
     same_with_gradients(out, right, (q, k, v), tolerance=2e-5)
 
 
+@pytest.mark.parametrize("mode", ["hash", "qk"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_as_near_as_a_dense_evaluation_of_its_own(dtype, mode):
+    tensors = draw(dtype=dtype)
+    q_idx, k_idx = (torch.randint(0, 3, x.shape[:3], dtype=torch.int32) for x in tensors[:2])
+    a, b = pairs(q_idx, k_idx)
+    visible = ((a == b) if mode == "hash" else (a > 0) & (b > 0)) & causal(37, 37)
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    runs = [
+        (compat.dynamic_sparse_attention(*tensors, q_idx, k_idx, None, mode), tensors),
+        (by_definition(*tensors, visible, 0.25), tensors),
+        (by_definition(*wide, visible, 0.25), wide),
+    ]
+    results = [(out, *torch.autograd.grad(out.square().sum(), x)) for out, x in runs]
+    for mine, dense, right in zip(*results, strict=True):
+        assert mine.dtype == dtype
+        assert (mine - right).abs().max() <= 2 * (dense - right).abs().max()
+
+
 @pytest.mark.parametrize(("head_dim", "head_dim_v"), [(1, 1), (5, 20), (16, 3), (100, 64)])
 @pytest.mark.parametrize("sm_scale", [None, 0.3])
 def test_any_head_dim(head_dim, head_dim_v, sm_scale):
@@ -159,6 +178,51 @@ def test_compact_keeps_order_and_scatters_back(kept):
     assert (dx[keep] == 1).all()
 
 
+def buckets_by_definition(x, directions):
+    """argmax over [xR, -xR]; x (batch, heads, seqlen, head_dim)."""
+    turned = x @ directions
+    return torch.cat([turned, -turned], dim=-1).argmax(dim=-1)
+
+
+@pytest.mark.parametrize("heads_kv", [4, 2])
+@pytest.mark.parametrize("hashes_per_head", [False, True])
+def test_hash_attention_fn_is_what_the_paper_defines(hashes_per_head, heads_kv):
+    q = draw(heads=4, dtype=torch.float32)[0]
+    k, v = draw(heads=heads_kv, dtype=torch.float32, seed=1)[1:]
+    out = compat.hash_attention_fn(
+        *(x.transpose(1, 2) for x in (q, k, v)),
+        nb_hash=6,
+        hashes_per_head=hashes_per_head,
+        generator=torch.Generator().manual_seed(3),
+    )
+    drawn = torch.randn(
+        (1, heads_kv if hashes_per_head else 1, 16, 3), generator=torch.Generator().manual_seed(3)
+    )
+    directions = drawn / drawn.norm(dim=2, keepdim=True)
+    leaves = (q, k, v)
+    k, v = (x.repeat_interleave(4 // heads_kv, dim=2) for x in (k, v))
+    own = directions.shape[1]
+    q_hash, k_hash = (
+        buckets_by_definition(x.transpose(1, 2), directions.repeat_interleave(4 // own, dim=1))
+        for x in (q, k)
+    )
+    visible = (q_hash[..., :, None] == k_hash[..., None, :]) & causal(37, 37, strict=True)
+    assert visible.any(dim=-1)[:, :, 1:].float().mean() > 0.5
+    right = by_definition(q, k, v, visible, 0.25)
+    same_with_gradients(out.transpose(1, 2), right, leaves, tolerance=2e-5)
+
+
+def test_qk_attention_fn_is_what_the_paper_defines():
+    q, k, v = draw(dtype=torch.float32)
+    out = compat.qk_attention_fn(q, k, v, 0.3, generator=torch.Generator().manual_seed(3))
+    again = torch.Generator().manual_seed(3)
+    q_keep, k_keep = (torch.rand(x.shape[:3], generator=again) >= 0.3 for x in (q, k))
+    a, b = pairs(q_keep, k_keep)
+    unit = k / k.norm(dim=-1, keepdim=True)
+    right = by_definition(q, unit, v, a & b & causal(37, 37), 0.25)
+    same_with_gradients(out, right, (q, k, v), tolerance=2e-5)
+
+
 def test_hash_attention_fn_is_strict_and_seeded():
     q, _, v = (x.transpose(1, 2) for x in draw(dtype=torch.float32))
     k = torch.nn.functional.normalize(q, dim=-1)
@@ -208,3 +272,41 @@ def test_numpy_arrays_pass_through():
     out = compat.dynamic_sparse_attention(x, x, x, ids, ids)
     assert out.shape == x.shape
     assert isinstance(out, np.ndarray)
+
+
+ROWS = torch.zeros(2, 5, 3, 16)  # (batch, seqlen, heads, head_dim)
+FLAGS = torch.ones(2, 5, 3)
+INDEX = torch.zeros(2, 4, 3, dtype=torch.int64)
+COUNT = torch.ones(2, 3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "error", "words"),
+    [
+        ("compact", (FLAGS, ROWS[0]), scfa.ShapeError, r"x must have 4 axes .*\(5, 3, 16\)"),
+        (
+            "compact",
+            (FLAGS[:, :3], ROWS),
+            scfa.ShapeError,
+            r"each row and head of x, got \(2, 3, 3",
+        ),
+        ("compact", (FLAGS[..., :1], ROWS), scfa.ShapeError, "each row and head of x"),
+        ("compact", (FLAGS.numpy(), ROWS), scfa.DTypeError, "must be a torch tensor .*got ndarray"),
+        ("compact", (FLAGS, ROWS, INDEX.int()), scfa.DTypeError, "int64, as compact returns it"),
+        ("compact", (FLAGS, ROWS, INDEX[..., :1]), scfa.ShapeError, r"rows, 3\) for x.shape"),
+        ("pad_index", (INDEX[0], COUNT), scfa.ShapeError, "index must have 3 axes"),
+        ("pad_index", (INDEX, COUNT[:1]), scfa.ShapeError, r"\(2, 3\) for .*got \(1, 3\)"),
+        ("pad_index", (INDEX, COUNT[0]), scfa.ShapeError, "indices_per_head must have 2 axes"),
+        ("pad_index", (INDEX, COUNT, "x"), scfa.OptionError, "whole number of 32 bits, got 'x'"),
+        ("pad_index", (INDEX, COUNT, 1e12), scfa.OptionError, "whole number of 32 bits"),
+        ("pad_index", (INDEX, COUNT, 0.5), scfa.OptionError, "whole number of 32 bits"),
+        ("hash_attention_fn", [ROWS[0]] * 3, scfa.ShapeError, "Q must have 4 axes"),
+        ("hash_attention_fn", [ROWS.numpy()] * 3, scfa.DTypeError, "Q must be a torch tensor"),
+        ("hash_attention_fn", (ROWS, ROWS[..., :8], ROWS), scfa.ShapeError, "one head_dim"),
+        ("qk_attention_fn", [ROWS[0]] * 3, scfa.ShapeError, "q must have 4 axes"),
+        ("qk_attention_fn", (ROWS, ROWS.numpy(), ROWS), scfa.DTypeError, "k must be a torch"),
+    ],
+)
+def test_what_is_held_wrong_is_told(function, arguments, error, words):
+    with pytest.raises(error, match=words):
+        getattr(compat, function)(*arguments)
