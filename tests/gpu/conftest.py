@@ -1,5 +1,6 @@
 """What every GPU test shares: backends, reasons to skip, guarded memory, the worst errors seen."""
 
+import math
 import os
 import sys
 
@@ -11,6 +12,8 @@ from scfa_core import testing
 BACKENDS = tuple(os.environ.get("SCFA_GPU_BACKENDS", "cupy").split(","))
 REQUIRED = "gpu" in os.environ.get("SCFA_REQUIRE", "").split(",")
 GUARD = 512  # elements before and after every tensor
+MARGIN = 1024  # bytes before and after plans, lse and workspace; keeps their 512-byte alignment
+MARGIN_BYTE, UNWRITTEN_BYTE = 0xA5, 0xFF  # the latter makes NaN and -1
 
 
 def pytest_collection_modifyitems(items):
@@ -94,6 +97,7 @@ class Arena:
     def __init__(self, torch):
         self.torch = torch
         self.held = []
+        self.rooms = []
 
     def tensor(self, shape, dtype, *, strides="bhtd", values=None, gap=0):
         """View of `shape` in a guarded buffer; without `values` it starts as NaN.
@@ -118,8 +122,21 @@ class Arena:
         self.held.append((buffer, view, values is None))
         return view
 
+    def words(self, shape, dtype):
+        """Contiguous tensor of NaN or -1 between margins: plans, lse, workspace."""
+        torch = self.torch
+        size = math.prod(shape) * dtype.itemsize
+        room = torch.full((size + 2 * MARGIN,), MARGIN_BYTE, dtype=torch.uint8, device="cuda")
+        inside = room[MARGIN : MARGIN + size].fill_(UNWRITTEN_BYTE)
+        self.rooms.append((room, size))
+        return inside.view(dtype).view(shape)
+
     def check(self):
-        """Raise unless everything outside of the views still is NaN."""
+        """Raise unless everything outside of the tensors is what it was."""
+        for room, size in self.rooms:
+            margins = (room[:MARGIN], room[MARGIN + size :])
+            touched = sum(int((x != MARGIN_BYTE).sum()) for x in margins)
+            assert touched == 0, f"{touched} bytes beside a tensor of {size} bytes were written"
         for buffer, view, _ in self.held:
             rest = buffer.clone()
             rest.as_strided(view.shape, view.stride(), GUARD).fill_(float("nan"))
@@ -127,6 +144,23 @@ class Arena:
             assert touched == 0, (
                 f"{touched} elements outside of a {tuple(view.shape)} tensor were written"
             )
+
+
+class GuardedContext:
+    """A backend's context whose workspace is garbage between margins."""
+
+    def __init__(self, context, arena):
+        self.context, self.arena = context, arena
+        self.asked = 0
+
+    def __getattr__(self, name):  # device, stream, counters
+        return getattr(self.context, name)
+
+    def empty(self, shape, dtype):
+        from scfa_core.torch_framework import DTYPES, TORCH_FRAMEWORK
+
+        self.asked += 1
+        return TORCH_FRAMEWORK.native(self.arena.words(shape, DTYPES[dtype]), "cuda")
 
 
 @pytest.fixture
@@ -164,7 +198,7 @@ def call(torch, backend, arena):
         problem = Problem(*sizes, *widths, spec.dtype, "cuda:0", scale, deterministic)
         assert engine.can_run(problem) is None
         native = lambda x: TORCH_FRAMEWORK.native(x, "cuda")  # noqa: E731
-        context = TORCH_FRAMEWORK.context("cuda:0")
+        context = GuardedContext(TORCH_FRAMEWORK.context("cuda:0"), arena)
         pattern = carried_pattern(
             case.pattern, lambda x: torch.from_numpy(np.ascontiguousarray(x)).cuda()
         )
@@ -173,10 +207,7 @@ def call(torch, backend, arena):
         clauses_native = clauses._replace(
             **{name: tuple(map(native, getattr(clauses, name))) for name in fields}
         )
-        arrays = [
-            torch.full(shape, -(2**31), dtype=torch.int32, device="cuda")
-            for shape in plan_shapes(problem, "cuda")
-        ]
+        arrays = [arena.words(shape, torch.int32) for shape in plan_shapes(problem, "cuda")]
         plan = PlanArrays(*map(native, arrays), clauses.monotone)
         engine.make_plan(problem, clauses_native, plan, context)
 
@@ -186,12 +217,13 @@ def call(torch, backend, arena):
             for x in (case.q, case.k, case.v, case.dout)
         )
         out = arena.tensor((*q.shape[:3], spec.head_dim_v), spec.dtype, **options)
-        lse = torch.full(q.shape[:3], float("nan"), device="cuda")
+        lse = arena.words(q.shape[:3], torch.float32)
         engine.forward(problem, plan, *map(native, (q, k, v, out, lse)), context)
         grads = [arena.tensor(x.shape, spec.dtype, **options) for x in (q, k, v)]
         inputs = map(native, (dout, q, k, v, out, lse))
         engine.backward(problem, plan, *inputs, *map(native, grads), context)
         torch.cuda.synchronize()
+        assert context.asked, "no workspace went through the margins"
         arena.check()
         plan_arrays = [x.cpu().numpy() for x in arrays[:6]]
         return testing.Results(*map(as_float64, (out, lse, *grads))), plan_arrays, clauses

@@ -92,6 +92,29 @@ def test_ties_take_the_lowest_and_bad_rows_a_valid_bucket(torch, dtype):
     assert all(0 <= one < 24 for one in bucket)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("adapt", ["none", "center", "whiten", "past"])
+def test_a_bad_row_does_not_reach_other_rows(torch, adapt, value):
+    """Nor stay in the buffers; tests/unit/test_faults_torch.py says what is left of the past."""
+    from scfa_core import nn
+
+    own = nn.AngularHash(4, 64, 16, seed=0, adapt=adapt).cuda()
+    x = drawn(torch, 2, 4, 300, 64)
+    (right,) = own(x)
+    bad = x.clone()
+    bad[0, 1, 100, 3] = value
+    (bucket,) = own(bad)
+    same = bucket == right
+    same[0, 0, 1, 100] = True
+    if adapt == "past":
+        assert float(same[0, 0, 1, 128:].float().mean()) > 0.5
+        same[0, 0, 1, 128:] = True
+    assert bool(same.all())
+    if adapt != "none":
+        own.move_centers()
+        assert all(bool(y.isfinite().all()) for y in own.buffers())
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 7, 64), (2, 4, 0, 64)])
 def test_nothing_to_hash(torch, shape):
     x = torch.zeros(shape, device="cuda", dtype=torch.bfloat16)

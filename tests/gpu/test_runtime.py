@@ -155,6 +155,75 @@ def test_memory_beyond_results(kernels, torch, backend, name):
     assert extra <= allowed, f"{extra / rows:.1f} bytes per query row"
 
 
+def test_workspace_of_a_backward_with_its_plan_given(kernels, torch, backend):
+    """8 bytes a query row (lse in base 2, delta); sums of dq may take 8 and 32 MiB more."""
+    shape = (2, 8, 32768, 64)
+    (q, k, v, dout), hashes = inputs(torch, shape, buckets=16)
+    plan = scfa.make_plan(scfa.HashSparse(*hashes), q, k, backend=backend)
+    out, lse = scfa.attention(q, k, v, plan, return_lse=True, backend=backend)
+
+    def backward():
+        return scfa.attention_backward(dout, q, k, v, out, lse, plan, backend=backend)
+
+    backward()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    grads = backward()
+    torch.cuda.synchronize()
+    results = sum(x.numel() * x.element_size() for x in grads)
+    extra = torch.cuda.max_memory_allocated() - before - results
+    rows = shape[0] * shape[1] * shape[2]
+    allowed = 8 * rows + 2**20
+    if backend == "cupy" and kernels != "sm80":
+        allowed += 8 * rows + 2**25
+    assert extra <= allowed, f"{extra / rows:.1f} bytes per query row"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", ["hash", "causal", "keep"])
+def test_a_head_has_the_same_bits_alone(kernels, torch, backend, name, head_dim, dtype):
+    """Nothing of a call but its own kv head of its own sequence decides a result."""
+    shape = (2, 4, 1100, head_dim)
+    tensors, hashes = inputs(torch, shape, 2, getattr(torch, dtype), buckets=4)
+    hashes[0][0, :2] = hashes[1][0, :1] = 3  # all in one bucket: work unlike that of the others
+
+    def pattern(batch, queries, keys):
+        q_hash, k_hash = hashes[0][batch, queries], hashes[1][batch, keys]
+        if name == "causal":
+            return scfa.Causal()
+        if name == "keep":
+            return scfa.QKSparse(q_hash > 0, k_hash > 0)
+        return scfa.HashSparse(q_hash, k_hash)
+
+    whole = slice(None)
+    together = everything(backend, tensors, pattern(whole, whole, whole))
+    for b in range(2):
+        for g in range(2):
+            batch, queries, keys = slice(b, b + 1), slice(2 * g, 2 * g + 2), slice(g, g + 1)
+            places = (queries, keys, keys, queries)
+            mine = [x[batch, heads] for x, heads in zip(tensors, places, strict=True)]
+            alone = everything(backend, mine, pattern(batch, queries, keys))
+            places = (queries, queries, queries, keys, keys)
+            others = [x[batch, heads] for x, heads in zip(together, places, strict=True)]
+            assert_same(torch, alone, others)
+
+
+def test_float32_stays_float32_where_torch_may_use_tf32(kernels, torch, backend):
+    tensors, hashes = inputs(torch, dtype=torch.float32)
+    pattern = scfa.HashSparse(*hashes)
+    right = everything(backend, tensors, pattern)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        again = everything(backend, tensors, pattern)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert_same(torch, right, again)
+
+
 def test_tensors_beyond_two_to_the_31_elements(kernels, torch, backend):
     """The last heads begin beyond 2^31 elements: every offset must be 64 bits wide."""
     free, _ = torch.cuda.mem_get_info()
@@ -206,6 +275,67 @@ def test_cupy_arrays(torch, backend):
     got = scfa.attention(*(cupy.from_dlpack(x) for x in (q, k, v)), pattern, backend=backend)
     assert isinstance(got, cupy.ndarray)
     assert torch.equal(torch.from_dlpack(got), right)
+
+
+def test_hashes_of_another_stream_once_it_is_waited_for(torch, backend):
+    """torch does not know on which stream a tensor is made: waiting is the caller's."""
+    tensors, hashes = inputs(torch)
+    right = everything(backend, tensors, scfa.HashSparse(*hashes))
+    late = [torch.zeros_like(x) for x in hashes]
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        for target, source in zip(late, hashes, strict=True):
+            target.copy_(source)
+    torch.cuda.current_stream().wait_stream(side)
+    assert_same(torch, right, everything(backend, tensors, scfa.HashSparse(*late)))
+
+
+class Foreign:
+    """An array of a library that works on a stream of its own, and speaks DLPack alone."""
+
+    def __init__(self, torch, tensor, stream):
+        self.torch, self.tensor, self.stream = torch, tensor, stream
+
+    def __dlpack_device__(self):
+        return self.tensor.__dlpack_device__()
+
+    def __dlpack__(self, **options):
+        with self.torch.cuda.stream(self.stream):
+            return self.tensor.__dlpack__(**options)
+
+
+def test_hashes_of_a_library_with_another_stream_are_waited_for(torch, backend):
+    """Where the protocol knows the stream, nobody else has to."""
+    cupy = pytest.importorskip("cupy", reason="DLPack arrays on a GPU are read through CuPy")
+    (q, k, v, _), hashes = inputs(torch, dtype=torch.float16)
+    right = scfa.attention(q, k, v, scfa.HashSparse(*hashes), backend=backend)
+    late = [torch.zeros_like(x) for x in hashes]
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    arrays = [cupy.from_dlpack(x) for x in (q, k, v)]
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        for target, source in zip(late, hashes, strict=True):
+            target.copy_(source)
+    pattern = scfa.HashSparse(*(Foreign(torch, x, side) for x in late))
+    got = scfa.attention(*arrays, pattern, backend=backend)
+    assert torch.equal(torch.from_dlpack(got), right)
+
+
+def test_numba_arrays(torch, backend):
+    cuda = pytest.importorskip("numba.cuda", reason="about Numba's device arrays")
+    pytest.importorskip("cupy", reason="they are read through CuPy")
+    (q, k, v, _), hashes = inputs(torch, dtype=torch.float16)
+    right = scfa.attention(q, k, v, scfa.HashSparse(*hashes), backend=backend)
+    torch.cuda.synchronize()
+    pattern = scfa.HashSparse(*map(cuda.as_cuda_array, hashes))
+    got = scfa.attention(*map(cuda.as_cuda_array, (q, k, v)), pattern, backend=backend)
+    assert cuda.is_cuda_array(got)
+    assert type(got).__module__.startswith("numba")
+    torch.cuda.synchronize()
+    assert torch.equal(torch.as_tensor(got, device="cuda"), right)
 
 
 def test_host_tensors_are_refused_by_name(torch, backend):

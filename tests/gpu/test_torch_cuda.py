@@ -1,0 +1,114 @@
+"""What torch builds around a call, on the card: compiled graphs, autocast, checkpoints."""
+
+import pytest
+
+import scfa_core as scfa
+
+# torch's compiler imports torch.jit; its autograd thread starts without a context, and says so
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),
+]
+
+
+def inputs(torch, rows=300, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    q, k, v = (
+        torch.randn(2, heads, rows, 64, device="cuda", generator=generator)
+        .bfloat16()
+        .requires_grad_()
+        for heads in (4, 2, 2)
+    )
+    q_hash, k_hash = (
+        torch.randint(0, 5, (2, heads, rows), device="cuda", generator=generator)
+        for heads in (4, 2)
+    )
+    return q, k, v, q_hash, k_hash
+
+
+def by_hash(backend):
+    def attend(q, k, v, q_hash, k_hash):
+        return scfa.attention(q, k, v, scfa.HashSparse(q_hash, k_hash), backend=backend)
+
+    return attend
+
+
+def with_gradients(torch, function, arguments):
+    out = function(*arguments)
+    return out, *torch.autograd.grad(out.float().square().sum(), arguments[:3])
+
+
+def assert_same(torch, left, right):
+    for mine, other in zip(left, right, strict=True):
+        assert torch.equal(mine, other)
+        assert mine.stride() == other.stride()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_whole(torch, backend, dynamic):
+    torch._dynamo.reset()
+    attend = by_hash(backend)
+    compiled = torch.compile(attend, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for rows, seed in ((300, 0), (300, 1), (190, 2)):
+        arguments = inputs(torch, rows, seed)
+        assert_same(
+            torch,
+            with_gradients(torch, compiled, arguments),
+            with_gradients(torch, attend, arguments),
+        )
+
+
+def test_compiled_and_captured(torch, backend):
+    """A compiled step in a graph, replayed with other hashes."""
+    torch._dynamo.reset()
+    attend = by_hash(backend)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    arguments = inputs(torch)
+    with torch.no_grad():
+        compiled(*arguments)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = compiled(*arguments)
+        *_, q_hash, k_hash = inputs(torch, seed=5)
+        arguments[3].copy_(q_hash)
+        arguments[4].copy_(k_hash)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(captured, attend(*arguments))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_autocast(torch, backend, dtype):
+    wide = [x.detach().float().requires_grad_() for x in inputs(torch)[:3]]
+    kind, hashes = getattr(torch, dtype), inputs(torch)[3:]
+    attend = by_hash(backend)
+    with torch.autocast("cuda", kind):
+        out = attend(*wide, *hashes)
+    assert out.dtype is kind
+    grads = torch.autograd.grad(out.float().square().sum(), wide)
+    narrow = [x.detach().to(kind).requires_grad_() for x in wide]
+    right, *right_grads = with_gradients(torch, attend, (*narrow, *hashes))
+    assert torch.equal(out, right)
+    for mine, other in zip(grads, right_grads, strict=True):
+        assert mine.dtype is torch.float32
+        assert torch.equal(mine, other.float())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoints(torch, backend, use_reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    attend = by_hash(backend)
+    arguments = inputs(torch)
+
+    def again(*arguments):
+        return checkpoint(attend, *arguments, use_reentrant=use_reentrant)
+
+    def grads(function):
+        leaves = [x.detach().requires_grad_() for x in arguments[:3]]
+        out = function(*leaves, *arguments[3:])
+        out.float().square().sum().backward()
+        return out.detach(), *(x.grad for x in leaves)
+
+    assert_same(torch, grads(again), grads(attend))
