@@ -70,7 +70,7 @@ def bind_forward(problem: Problem, monotone: bool, *described: DeviceArray) -> B
     arrays = (q, k, v, out, None, None, None, None)
     (counter,) = marked.workspace
     params = sm90._params(problem, marked.plan, arrays, lse, (0, 0), counter, tiles, problem.heads)
-    kernel = sm90._kernel("fwd_sm90", device, problem.dtype, head_dim, shape)
+    kernel = sm90._kernel("fwd_sm90", device, problem.dtype, head_dim, shape, monotone)
     shared = sm90._forward_shared(head_dim, shape)
     launch = marked.bind(params, sm90._persistent(kernel, device, shape, shared, tiles[1]))
 

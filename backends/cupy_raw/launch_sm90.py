@@ -265,7 +265,7 @@ def _params(
         *(scale, scale * LOG2_E),
         *(problem.heads, problem.heads_kv, problem.group_size),
         *(problem.seqlen_q, problem.seqlen_k),
-        *(*tiles, plan.monotone),
+        *(*tiles, 0),
         *(*_divisor(per_head), *_divisor(heads), *_divisor(problem.group_size)),
         *sums,
         *(*_divisor(sums.query_tiles), *_divisor(problem.heads), *_divisor(sums.slots)),
@@ -300,8 +300,10 @@ def _zero(pointer: int, size: int, stream: int, device: int) -> None:
 
 
 @cache
-def _kernel(name: str, device: int, dtype: str, head_dim: int, shape: Shape) -> Kernel:
-    """The compiled variant of one kernel."""
+def _kernel(
+    name: str, device: int, dtype: str, head_dim: int, shape: Shape, monotone: bool = True
+) -> Kernel:
+    """The compiled variant of one kernel; of ranges in any order unless they are `monotone`."""
     constants = (
         ("BFLOAT16", int(dtype == "bfloat16")),
         ("HEAD_DIM", _WIDTHS[name].width(head_dim) if name in _WIDTHS else head_dim),
@@ -311,6 +313,7 @@ def _kernel(name: str, device: int, dtype: str, head_dim: int, shape: Shape) -> 
         ("STAGES", shape.stages),
         ("QUERY_BUFFERS", shape.query_buffers),
         ("PARTS", shape.parts),
+        ("MONOTONE", int(monotone)),
         ("CHOICE", int(head_dim in _LONG_KEYS)),
         ("SHARED_BYTES", _SHARED[name](head_dim, shape)),
     )

@@ -49,6 +49,41 @@ TYPES = """
 typedef unsigned short u16;
 typedef unsigned int u32;
 constexpr bool kIsBf16 = SCFA_BFLOAT16;
+inline unsigned __reduce_or_sync(unsigned lanes, unsigned value) {
+  for (int other = 1; other < 32; other *= 2) value |= __shfl_xor_sync(lanes, value, other);
+  return value;
+}
+"""
+TILES_DRIVER = """
+// Which keys of its blocks the gathering warpgroup takes for seen, tile by tile.
+template <int kRows, int kBlock>
+void visit(const Params& p, int keys_of_tile, KeyUnion* unions, char* seen) {
+  const TileData<kRows> data{64};
+  const int thread = threadIdx.x, own = gather_owned_row(thread, 0);
+  for (int tile = 0; tile < p.tiles; ++tile) {
+    const KeyUnion keys = load_tile_rows(p, data, 0, locate_query_tile<kRows>(p, tile), thread);
+    if (thread == 0) unions[tile] = keys;
+    for (int first = keys.first; first < keys.end; first += kBlock) {
+      const int key = first + min(own, kBlock - 1);
+      const bool sees = seen_by_tile<kBlock>(data, keys, first, key, thread);
+      if (own < kBlock) seen[tile * keys_of_tile + key] = sees;
+    }
+    __syncthreads();
+  }
+}
+
+extern "C" void run(const int* starts, const int* ends, const int* indices, int rows, int tiles,
+                    int keys_of_tile, KeyUnion* unions, char* seen, int order) {
+  std::vector<char> shared(64 + TileData<SCFA_ROWS>::kBytes);
+  dynamic_shared = shared.data();
+  blockDim = {kGatherThreads, 1, 1};
+  Params p{};
+  p.key_start = starts, p.key_end = ends, p.q_index = indices;
+  p.seqlen_q = rows, p.tiles = p.tiles_per_head = tiles;
+  host::start_block(kGatherThreads);
+  host::body = [&] { visit<SCFA_ROWS, SCFA_BLOCK_N>(p, keys_of_tile, unions, seen); };
+  host::run_block(kGatherThreads, order);
+}
 """
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (g++ or clang++) here")
@@ -87,47 +122,57 @@ def for_the_host(name, text):
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory):
-    """Return (kernel, dtype, head_dim, shape, sanitize) -> its compiled host function."""
+def library(tmp_path_factory):
+    """Return (headers, driver, defines) -> the compiled function `run`."""
     folder = tmp_path_factory.mktemp("hopper")
     for name, text in nvrtc.read_sources().items():
         if re.search("sm90|wgmma", name):
             (folder / name).write_text(for_the_host(name, text))
     (folder / "types.cuh").write_text(TYPES)
     (folder / "mbarrier.cuh").write_text("#pragma once\n")
-    for name in ("cuda_on_host.hpp", "ptx_on_host.hpp", "wgmma_on_host.hpp"):
+    played = ("cuda_on_host.hpp", "ptx_on_host.hpp", "wgmma_on_host.hpp")
+    for name in played:
         shutil.copy(HERE / name, folder)
     built = {}
 
-    def build(kernel, dtype, head_dim, shape, sanitize=False):
-        constants = overheard_constants(kernel, dtype, head_dim, shape)
-        constants += (("SANITIZE", int(sanitize)),)
-        if constants not in built:
-            source = folder / f"{kernel}-{len(built)}.cpp"
-            headers = ("cuda_on_host.hpp", "ptx_on_host.hpp", "wgmma_on_host.hpp", f"{kernel}.cu")
-            lines = [f'#include "{header}"' for header in headers]
-            source.write_text("\n".join([*lines, f"#define KERNEL scfa_{kernel}", DRIVER]))
+    def library(headers, driver, constants):
+        if (driver, constants) not in built:
+            source = folder / f"driver-{len(built)}.cpp"
+            lines = [f'#include "{header}"' for header in (*played, *headers)]
+            source.write_text("\n".join([*lines, driver]))
             defines = [f"-DSCFA_{key}={value}" for key, value in constants]
             options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-ffp-contract=off"]
             options += ["-fsanitize=signed-integer-overflow,shift,bounds"]
             options += ["-fsanitize-undefined-trap-on-error"]
-            library = source.with_suffix(".so")
-            command = [COMPILER, *options, *defines, "-o", str(library), str(source)]
+            target = source.with_suffix(".so")
+            command = [COMPILER, *options, *defines, "-o", str(target), str(source)]
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr[:4000]
-            built[constants] = ctypes.CDLL(str(library)).run
-        return built[constants]
+            built[driver, constants] = ctypes.CDLL(str(target)).run
+        return built[driver, constants]
+
+    return library
+
+
+@pytest.fixture(scope="module")
+def build(library):
+    """Return (kernel, dtype, head_dim, shape, monotone, sanitize) -> its compiled host function."""
+
+    def build(kernel, dtype, head_dim, shape, monotone=True, sanitize=False):
+        constants = overheard_constants(kernel, dtype, head_dim, shape, monotone)
+        driver = f"#define KERNEL scfa_{kernel}{DRIVER}"
+        return library((f"{kernel}.cu",), driver, (*constants, ("SANITIZE", int(sanitize))))
 
     return build
 
 
-def overheard_constants(kernel, dtype, head_dim, shape):
+def overheard_constants(kernel, dtype, head_dim, shape, monotone):
     asked = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             launch_sm90, "get_kernel", lambda *request, arch_suffix: asked.append(request)
         )
-        launch_sm90._kernel.__wrapped__(kernel, 0, dtype, head_dim, shape)
+        launch_sm90._kernel.__wrapped__(kernel, 0, dtype, head_dim, shape, monotone)
     return asked[0][2]
 
 
@@ -168,7 +213,10 @@ def passes(spec, fused):
 
 
 def run(build, case, order=0, blocks=1, fused=False, slots=None, sanitize=False):
-    """Results of one case; `slots` query heads have room for sums of dq, all by default."""
+    """Results of one case; `slots` query heads have room for sums of dq, all by default.
+
+    Where ranges lie in any order these kernels make no gradients.
+    """
     spec = case.spec
     problem = Problem(
         *(spec.batch, spec.heads, spec.heads_kv, spec.seqlen_q, spec.seqlen_k),
@@ -191,13 +239,15 @@ def run(build, case, order=0, blocks=1, fused=False, slots=None, sanitize=False)
     sum_of_dq = np.full((slots, query_tiles, 64, spec.head_dim), np.nan, np.float32)
     sums = launch_sm90.Sums(sum_of_dq.ctypes.data, added.ctypes.data, slots, query_tiles)
     for kernel, shape, tiles, heads, threads in passes(spec, fused):
+        if kernel != "fwd_sm90" and not made.monotone:
+            return Results(testing.widen(out, spec.dtype), lse, None, None, None)
         counter = np.zeros(1, np.int32)
         params = launch_sm90._params(
             *(problem, plan, arrays, described(lse, "float32")),
             *((at, at + 4 * lse.size), counter.ctypes.data, tiles, heads, sums),
         )
         shared = launch_sm90._SHARED[kernel](spec.head_dim, shape)
-        function = build(kernel, spec.dtype, spec.head_dim, shape, sanitize)
+        function = build(kernel, spec.dtype, spec.head_dim, shape, made.monotone, sanitize)
         function(params, blocks, threads, shared, order)
     wide = (testing.widen(x, spec.dtype) for x in (out, dq, dk, dv))
     out, dq, dk, dv = wide
@@ -287,3 +337,106 @@ def test_the_build_for_the_sanitizer(build, head_dim, fused):
     parts = (Part("window", number=200),)
     spec = Spec(1, 2, 2, 270, 270, head_dim, head_dim, "bfloat16", parts=parts, seed=6)
     check(build, spec, fused=fused, order=1, slots=1, sanitize=True)
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
+@pytest.mark.parametrize("style", ["random", "narrow", "reversed", "outside", "empty"])
+def test_ranges_in_any_order(build, head_dim, style):
+    """Grouped heads, and more rows in the last tile than there are queries."""
+    parts = (Part("ranges", style),)
+    sizes = (1, 4, 2, 210, 333, head_dim, head_dim, "bfloat16")
+    check(build, Spec(*sizes, parts=parts, poison=True, seed=head_dim), order=1, blocks=2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ranges_in_any_order_within_groups(build, seed):
+    parts = (*HASH, Part("ranges", "random"), Part("keep", "uniform", 80))
+    sizes = (2, 2, 1, 260, 300, 64, 64, "float16")
+    check(build, Spec(*sizes, parts=parts, poison=True, seed=seed), order=seed)
+
+
+def ranges_of(style, rng, rows, keys):
+    """Ranges [start, end) of `rows` queries among `keys` keys."""
+    row = np.arange(rows)
+    start, end = rng.integers(0, keys + 1, (2, rows))
+    length = rng.integers(0, 200, rows)
+    if style == "short":
+        end = start + rng.integers(1, 40, rows)
+    elif style == "of few keys":
+        end = start + rng.integers(0, 3, rows)
+    elif style == "neighbours overlap":
+        start = row * keys // rows + rng.integers(-30, 31, rows)
+        end = start + 61 + length
+    elif style == "neighbours touch":  # up and down, some with a key between them
+        cuts = np.cumsum(rng.integers(-40, 41, rows + 1)) + keys // 2
+        cuts = cuts + np.linspace(0, rng.integers(-200, 201), rows + 1).astype(int)
+        start, end = np.minimum(cuts[:-1], cuts[1:]), np.maximum(cuts[:-1], cuts[1:])
+        start = start + (rng.random(rows) < 0.1)
+    elif style == "falling":
+        start = np.sort(start)[::-1]
+        end = start + length
+    elif style == "two places":
+        start = np.where(rng.random(rows) < 0.5, 5, keys - 210) + rng.integers(0, 9, rows)
+        end = start + length
+    elif style == "mostly empty":
+        end = np.where(rng.random(rows) < 0.05, end, start - rng.integers(0, 2, rows))
+    elif style == "edges of blocks":
+        start, end = 16 * rng.integers(0, 6, (2, rows)) + rng.integers(-1, 2, (2, rows))
+        start, end = start + 1, end + 64
+    elif style == "one":
+        end[:] = start[:] = keys // 2
+        at = rng.integers(0, rows)
+        start[at], end[at] = 0, keys
+    elif style == "rising":
+        start = np.sort(start)
+        end = np.maximum(np.sort(np.minimum(start + length // 4, keys)), start)
+    start, end = np.clip(start, 0, keys), np.clip(end, 0, keys)
+    return np.ascontiguousarray(start, np.int32), np.ascontiguousarray(end, np.int32)
+
+
+TILES_IN_ANY_ORDER = (
+    *("random", "short", "of few keys", "neighbours overlap", "neighbours touch", "falling"),
+    *("two places", "mostly empty", "edges of blocks", "one", "rising"),
+)
+TILE_HEADERS = ("products_sm90.cuh", "params_sm90.cuh", "gather_sm90.cuh", "tiles_sm90.cuh")
+
+
+def visited(library, shape, start, end, keys, monotone, order=0):
+    """What each tile visits of its keys, and what of them it takes for seen."""
+    rows_of_tile, block = shape
+    constants = (("ROWS", rows_of_tile), ("BLOCK_N", block), ("MONOTONE", int(monotone)))
+    run = library(TILE_HEADERS, TILES_DRIVER, (*constants, ("BFLOAT16", 1)))
+    rows = start.size
+    tiles, room = -(-rows // rows_of_tile), keys + block
+    unions, seen = np.full((tiles, 4), -7, np.int32), np.full((tiles, room), -1, np.int8)
+    index = np.arange(rows, dtype=np.int32)
+    pointers = [ctypes.c_void_p(x.ctypes.data) for x in (start, end, index, unions, seen)]
+    run(*pointers[:3], rows, tiles, room, *pointers[3:], order)
+    return unions[::-1], seen[::-1]  # the last rows are the first tile
+
+
+@pytest.mark.parametrize("shape", [(192, 128), (128, 96), (128, 80), (64, 48)], ids=str)
+@pytest.mark.parametrize("style", TILES_IN_ANY_ORDER)
+def test_keys_that_a_tile_sees(library, shape, style):
+    """Each key that a row of the tile sees, and no other; and doubt only where there are gaps."""
+    rng = np.random.default_rng(len(style))
+    for trial, rows in enumerate((1, 2, 63, 65, 191, 192, 193, 300, 400)):
+        keys = int(rng.choice([1, 47, 128, 129, 400, 900])) if trial < 8 else 900
+        start, end = ranges_of(style, rng, rows, keys)
+        for monotone in (False, True) if style == "rising" else (False,):
+            unions, seen = visited(library, shape, start, end, keys, monotone, order=trial % 3)
+            for tile, (first, last, gap_first, gap_end) in enumerate(unions):
+                of_tile = slice(tile * shape[0], (tile + 1) * shape[0])
+                key = np.arange(keys)
+                sees = (start[of_tile, None] <= key) & (key < end[of_tile, None])
+                some = np.flatnonzero(sees.any(0))
+                what = f"{style}, {rows} rows, {keys} keys, tile {tile}"
+                assert (first, last) == ((some[0], some[-1] + 1) if some.size else (0, 0)), what
+                blocks = -(-(last - first) // shape[1])
+                beyond = first + blocks * shape[1]
+                assert (seen[tile, :first] == -1).all(), what
+                assert (seen[tile, last:beyond] == 0).all(), what
+                assert (seen[tile, beyond:] == -1).all(), what
+                np.testing.assert_array_equal(seen[tile, first:last], sees.any(0)[first:last], what)
+                if style == "neighbours overlap":
+                    assert gap_first >= gap_end, what  # no key need be asked about

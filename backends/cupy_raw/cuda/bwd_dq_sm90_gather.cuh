@@ -99,11 +99,9 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
     const int* k_index =
         p.k_index + static_cast<long long>(at.b * p.heads_kv + at.h_kv) * p.seqlen_k;
     const auto key_row = [&](int block) {
-      const int sorted =
-          keys.first + block * kBlockN + min(gather_owned_row(thread, 0), kBlockN - 1);
-      const bool doubtful = sorted >= keys.gap_first && sorted < keys.gap_end;
-      const bool seen = sorted < keys.end && (!doubtful || seen_by_tile(data, sorted, p.monotone));
-      return seen ? k_index[sorted] : -1;
+      const int first = keys.first + block * kBlockN;
+      const int sorted = first + min(gather_owned_row(thread, 0), kBlockN - 1);
+      return seen_by_tile<kBlockN>(data, keys, first, sorted, thread) ? k_index[sorted] : -1;
     };
     int upcoming = blocks > 0 ? key_row(blocks - 1) : -1;
     for (int r = thread; r < kBlockM; r += kGatherThreads) {

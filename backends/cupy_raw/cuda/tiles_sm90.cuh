@@ -3,6 +3,14 @@
 // own query tiles (fwd_sm90.cu, bwd_dq_sm90.cu).
 #pragma once
 
+// Whether ranges are nondecreasing along the sorted queries. Those in any order have kernels of their
+// own, since what they ask of keys takes registers that the gathering warpgroup does not have.
+#ifdef SCFA_MONOTONE
+constexpr bool kMonotone = SCFA_MONOTONE;
+#else
+constexpr bool kMonotone = true;
+#endif
+
 constexpr int kProducerBarrier = 1;  // named barrier of the gathering warpgroup
 
 // Shared-memory addresses of one query buffer's row data: kRows ints each of key_start, key_end,
@@ -33,7 +41,9 @@ __device__ __forceinline__ QueryTile locate_query_tile(const Params& p, int tile
 }
 
 // The keys a query tile visits, [first, end) of the sorted list, and the part of them, [gap_first,
-// gap_end), outside which no key is unseen by every row of the tile.
+// gap_end), outside which no key is unseen by every row of the tile: a key that no row sees has rows
+// that end before it and rows that start after it, so somewhere one is the other's neighbour, and it
+// lies in the gap between their ranges.
 struct KeyUnion {
   int first, end, gap_first, gap_end;
 };
@@ -58,7 +68,7 @@ __device__ __forceinline__ KeyUnion load_tile_rows(const Params& p, TileData<kRo
     index[i] = wanted <= last ? indices[row] : -1;
     next[i] = starts[min(wanted + 1, last)];
   }
-  KeyUnion keys{kNone, 0, p.monotone ? kNone : 0, p.monotone ? 0 : kNone};
+  KeyUnion keys{kNone, 0, kNone, 0};
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const int r = thread + i * kGatherThreads;
@@ -71,6 +81,16 @@ __device__ __forceinline__ KeyUnion load_tile_rows(const Params& p, TileData<kRo
       keys.end = sees ? max(keys.end, end[i]) : keys.end;
       keys.gap_first = gap ? min(keys.gap_first, end[i]) : keys.gap_first;
       keys.gap_end = gap ? max(keys.gap_end, next[i]) : keys.gap_end;
+    }
+  }
+  if constexpr (!kMonotone) {  // then the later of two neighbours may also see the earlier keys
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int r = thread + i * kGatherThreads;
+      const int next_end = ends[min(tile.first_row + r + 1, last)];
+      const bool gap = r + 1 < kRows && start[i] > next_end;
+      keys.gap_first = gap ? min(keys.gap_first, next_end) : keys.gap_first;
+      keys.gap_end = gap ? max(keys.gap_end, start[i]) : keys.gap_end;
     }
   }
   keys.first = __reduce_min_sync(0xFFFFFFFFu, keys.first);
@@ -97,6 +117,10 @@ __device__ __forceinline__ KeyUnion load_tile_rows(const Params& p, TileData<kRo
   }
   keys.first = uniform(keys.first);
   keys.end = uniform(keys.end);
+  if constexpr (!kMonotone) {
+    keys.gap_first = uniform(keys.gap_first);
+    keys.gap_end = uniform(keys.gap_end);
+  }
   if (keys.first >= keys.end) keys.first = keys.end = 0;
   return keys;
 }
@@ -117,25 +141,69 @@ __device__ __forceinline__ void prefetch_tile_rows(const Params& p, int number, 
   }
 }
 
-// Is this key seen by any row of the tile? Exact, so that rows nobody sees are never multiplied,
-// not even by zero.
+// Where ranges are nondecreasing: is this key seen by a row of the tile?
 template <int kRows>
-__device__ __forceinline__ bool seen_by_tile(TileData<kRows> data, int key, bool monotone) {
-  if (monotone) {
-    int row = 0;  // lower bound: the first row whose range ends beyond the key
+__device__ __forceinline__ bool seen_in_order(TileData<kRows> data, int key) {
+  int row = 0;  // lower bound: the first row whose range ends beyond the key
 #pragma unroll 1
-    for (int count = kRows; count > 0;) {
-      const int half = count / 2;
-      const bool beyond = shared_load(data.ends() + 4 * (row + half)) > key;
-      row = beyond ? row : row + half + 1;
-      count = beyond ? half : count - half - 1;
+  for (int count = kRows; count > 0;) {
+    const int half = count / 2;
+    const bool beyond = shared_load(data.ends() + 4 * (row + half)) > key;
+    row = beyond ? row : row + half + 1;
+    count = beyond ? half : count - half - 1;
+  }
+  return row < kRows && shared_load(data.starts() + 4 * row) <= key;
+}
+
+// A bit for each of the 32 rows of a block that the lanes of a warp own (gather_owned_row), in the
+// order of these rows: is it before `row`? Both count from the warp's first.
+__device__ __forceinline__ unsigned owned_before(int row) {
+  constexpr int kPass = kGatherThreads / kLanesPerRow, kRun = 32 / kLanesPerRow;
+  const int clipped = min(max(row, 0), kGatherThreads - 1);
+  return (1u << min(clipped % kPass, kRun) << clipped / kPass * kRun) - 1;
+}
+
+// Where ranges lie in any order: is the key that this thread owns in the block [first, end) seen by
+// a row of the tile? All lanes of a warp call it.
+template <int kRows>
+__device__ __forceinline__ bool seen_in_any_order(TileData<kRows> data, int first, int end,
+                                                  int thread) {
+  const int lane = thread % 32;
+  bool whole = false, part = false;
+#pragma unroll 1
+  for (int row = 0; row < kRows; row += 32) {
+    const int start = shared_load(data.starts() + 4 * (row + lane)),
+              stop = shared_load(data.ends() + 4 * (row + lane));
+    whole |= start <= first && end <= stop;
+    part |= start < end && first < stop;
+  }
+  if (__any_sync(0xFFFFFFFFu, whole)) return true;
+  if (!__any_sync(0xFFFFFFFFu, part)) return false;
+  const int origin = first + gather_owned_row(thread - lane, 0);
+  unsigned seen = 0;
+#pragma unroll 1
+  for (int row = 0; row < kRows; row += 32) {
+    seen |= owned_before(shared_load(data.ends() + 4 * (row + lane)) - origin) &
+            ~owned_before(shared_load(data.starts() + 4 * (row + lane)) - origin);
+  }
+  seen = __reduce_or_sync(0xFFFFFFFFu, seen);
+  return seen >> (lane % kLanesPerRow * (32 / kLanesPerRow) + lane / kLanesPerRow) & 1;
+}
+
+// Is `key`, the one that this thread owns in the block of kBlock keys from `first` on, seen by any
+// row of the tile? Exact, so that rows nobody sees are never multiplied, not even by zero.
+template <int kBlock, int kRows>
+__device__ __forceinline__ bool seen_by_tile(TileData<kRows> data, const KeyUnion& keys, int first,
+                                             int key, int thread) {
+  if constexpr (kMonotone) {
+    const bool doubtful = key >= keys.gap_first && key < keys.gap_end;
+    return key < keys.end && (!doubtful || seen_in_order(data, key));
+  } else {
+    const int end = min(first + kBlock, keys.end);
+    bool seen = true;
+    if (first < keys.gap_end && end > keys.gap_first) {
+      seen = seen_in_any_order(data, first, end, thread);
     }
-    return row < kRows && shared_load(data.starts() + 4 * row) <= key;
+    return seen & (key < keys.end);
   }
-  bool seen = false;
-#pragma unroll 1
-  for (int row = 0; row < kRows; ++row) {
-    seen |= shared_load(data.starts() + 4 * row) <= key && key < shared_load(data.ends() + 4 * row);
-  }
-  return seen;
 }
