@@ -26,7 +26,6 @@ from scfa_core.backends.numba_cuda.fragments import (
     row_gatherer,
     row_scatterer,
     sign_flipper,
-    twin_gatherer,
     value_copier,
 )
 from scfa_core.backends.numba_cuda.intrinsics import (
@@ -76,7 +75,7 @@ def build_bwd_dkdv_mma(
     load_k, by_rows_k, by_columns_q = qk.load_left, qk.by_rows, qk.by_columns
     load_v, by_rows_v, by_columns_dout = vo.load_left, vo.by_rows, vo.by_columns
     gather_k, gather_v = (row_gatherer(x, rows, threads) for x in (head_dim, head_dim_v))
-    gather_queries, rounds = twin_gatherer(head_dim, head_dim_v, columns, threads)
+    gather_q, gather_dout = (row_gatherer(x, columns, threads) for x in (head_dim, head_dim_v))
     fetch_k = row_fetcher(rows, threads)
     copy_values = value_copier(columns, threads)
     stage_dk, scatter_dk = row_scatterer(dtype, atoms, head_dim, threads, rows)
@@ -133,7 +132,6 @@ def build_bwd_dkdv_mma(
         facts = cuda.local.array(2, float32)
         span = cuda.local.array(2, int32)
         factors = cuda.local.array(factor_count, float32)
-        ahead = cuda.local.array(rounds, int32)
 
         thread = cuda.threadIdx.x & (threads - 1)  # lets the compiler know that it is small
         block = uint32(cuda.blockDim.x)
@@ -212,10 +210,9 @@ def build_bwd_dkdv_mma(
             cuda.syncthreads()  # rows are known
             there = int32(last - m_now)
             base = queries_base
-            gather_queries(
-                tile, base, base + dout_offset, q, dout, q_origin, dout_origin, q_step, dout_step,
-                q_rows, ahead, 0, there, thread, block,
-            )  # fmt: skip
+            gather_q(tile, base, q, q_origin, q_step, q_rows, 0, there, thread, block)
+            base += dout_offset
+            gather_dout(tile, base, dout, dout_origin, dout_step, q_rows, 0, there, thread, block)
             place = facts_base
             copy_values(floats, place, word_pitch, lse_log2, list_origin, m_now, last, thread)
             copy_values(floats, place + 1, word_pitch, delta, list_origin, m_now, last, thread)
@@ -234,18 +231,18 @@ def build_bwd_dkdv_mma(
                 if not monotone:
                     b = places[0]
                     h = int32(places[1] * share + member)
-                after = int32(m_next + columns)
                 m_later = next_query_tile(
-                    key_start, key_end, b, h, after, columns, last, n0, n1, monotone
+                    key_start, key_end, b, h, m_next + columns, columns, last, n0, n1, monotone
                 )
                 there = int32(last - m_next)
                 if there > 0:
                     q_origin, dout_origin, list_origin = origins[0], origins[1], origins[2]
                     slot, base = other * columns, queries_base + other * stage_size
-                    gather_queries(
-                        tile, base, base + dout_offset, q, dout, q_origin, dout_origin, q_step,
-                        dout_step, q_rows, ahead, slot, there, thread, block,
-                    )  # fmt: skip
+                    gather_q(tile, base, q, q_origin, q_step, q_rows, slot, there, thread, block)
+                    base += dout_offset
+                    gather_dout(
+                        tile, base, dout, dout_origin, dout_step, q_rows, slot, there, thread, block
+                    )
                     place = facts_base + other * (stage_size // 2)
                     copy_values(
                         floats, place, word_pitch, lse_log2, list_origin, m_next, last, thread
@@ -280,14 +277,16 @@ def build_bwd_dkdv_mma(
                         by_rows_k(scores, left_k, right, tile, k_place, q_now)
                         by_rows_v(acc_dp, left_v, right, tile, v_place, dout_now)
 
-                        # p = exp2(S - lse), 0 where not visible; so is dP, which may be NaN there
+                        # p = exp2(S - lse), ds = p * (dP - delta), 0 where not visible
                         column = facts_now + (sub + 2 * quad) * word_pitch
                         for n in range(blocks):
                             for c in range(2):
                                 load_2(facts, floats, column + (n * 8 + c) * word_pitch)
                                 for i in range(2 * atoms):
                                     e = (i // 2 * blocks + n) * 4 + i % 2 * 2 + c
-                                    scores[e] = exp2_fast(scores[e] * log2_scale - facts[0])
+                                    p = exp2_fast(scores[e] * log2_scale - facts[0])
+                                    scores[e] = p
+                                    acc_dp[e] = p * (acc_dp[e] - facts[1])
                         if is_partial:
                             for n in range(blocks):
                                 for c in range(2):
@@ -300,15 +299,9 @@ def build_bwd_dkdv_mma(
                                             scores[e] = float32(0)
                                             acc_dp[e] = float32(0)
 
-                        # dv += p^T dout; meanwhile ds = p * (dP - delta), then dk += ds^T q
+                        # dv += p^T dout, dk += ds^T q
                         dout_now = dout_column_place + now + sub * v_pitch
                         by_columns_dout(acc_dv, scores, weights, right, tile, dout_now)
-                        for n in range(blocks):
-                            for c in range(2):
-                                load_2(facts, floats, column + (n * 8 + c) * word_pitch)
-                                for i in range(2 * atoms):
-                                    e = (i // 2 * blocks + n) * 4 + i % 2 * 2 + c
-                                    acc_dp[e] = scores[e] * (acc_dp[e] - facts[1])
                         q_now = q_column_place + now + sub * qk_pitch
                         by_columns_q(acc_dk, acc_dp, weights, right, tile, q_now)
                     sub = int32(sub + step)
