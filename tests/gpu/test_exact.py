@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
 
 from scfa_core import testing
+from scfa_core.strategies import specs
 from scfa_core.testing import Part, Spec
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -128,6 +130,17 @@ def test_large_scores_and_infinities(call, hold):
 def test_random_problems(kernels, call, hold, seed):
     options = {"most_rows": 200, "dtypes": DTYPES, "head_dims": (16, 64, 128)}
     check(call, hold, testing.random_spec(seed, **options))
+
+
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@given(spec=specs(most_rows=200, dtypes=DTYPES, head_dims=(16, 64, 128)))
+def test_problems_of_hypothesis(kernels, call, hold, arena, spec):
+    """Those shrink to the smallest that fails; `scfa verify` draws many more from seeds."""
+    arena.held.clear()
+    arena.rooms.clear()
+    case = testing.build(spec)
+    got, _, _ = call(case, strides=spec.layout)
+    hold(case, got)
 
 
 def test_not_deterministic_is_as_exact(call, hold):

@@ -1,5 +1,6 @@
 """Faults on a card: each ends in a right answer or a clear error, and the next call is right."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -216,6 +217,30 @@ SCRIPT = """if True:
         return bool((scfa.attention(x, x, x, backend="reference") == 1).all())
     right = call()
 """
+
+
+def digest(torch, backend):
+    """Hash of all results of one problem, the same in every process."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 4, 900, 64)
+    tensors = [torch.randn(shape, generator=generator).bfloat16().cuda() for _ in range(4)]
+    hashes = [torch.randint(0, 5, shape[:3], generator=generator).cuda() for _ in range(2)]
+    results = everything(backend, tensors, scfa.HashSparse(*hashes))
+    bits = (x.float().cpu().numpy().tobytes() for x in results)
+    return hashlib.sha256(b"".join(bits)).hexdigest()
+
+
+def test_another_process_finds_the_same_bits(torch, backend):
+    """Another context and other hashes of strings, kernels read from the disk."""
+    code = f"""if True:
+        import importlib.util
+        import torch
+        spec = importlib.util.spec_from_file_location("faults_cuda", {__file__!r})
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        print(module.digest(torch, {backend!r}))
+    """
+    assert python(code, PYTHONHASHSEED="7").split() == [digest(torch, backend)]
 
 
 def test_a_forked_child_is_told_and_the_parent_goes_on(torch, backend):
