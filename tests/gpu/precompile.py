@@ -26,6 +26,11 @@ def compile_side_by_side():
     ]
     cases += [(dtype, 64, 64, False, True) for dtype in widths]
     cases += [
+        (dtype, 64, 32, aligned, True)
+        for dtype in ("bfloat16", "float32")
+        for aligned in (True, False)
+    ]
+    cases += [
         ("bfloat16", *pair, True, monotone)
         for pair in ((24, 256), (192, 128))
         for monotone in (True, False)
