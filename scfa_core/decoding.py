@@ -12,8 +12,8 @@ from typing import Any
 
 from scfa_core.api import attention
 from scfa_core.arrays import is_torch_tensor
-from scfa_core.errors import PatternError
-from scfa_core.merging import merge_attention, namespace
+from scfa_core.errors import DTypeError, PatternError, ShapeError
+from scfa_core.merging import as_list, merge_attention, namespace
 from scfa_core.patterns import (
     Causal,
     Documents,
@@ -60,14 +60,15 @@ def at_end(pattern: Pattern, q: Any, k: Any, *, layout: str = "bhtd") -> Pattern
         No pattern of this package.
     LayoutError
         An unknown layout.
+    DTypeError, ShapeError
+        What is no array, or has other than 4 axes.
 
     Notes
     -----
     Reads no values and waits for no device. Decoding row by row under ``at_end`` of a pattern gives
     the rows that one call under the pattern gives.
     """
-    rows = 1 if check_layout(layout) else 2
-    seqlen_q, seqlen_k = q.shape[rows], k.shape[rows]
+    seqlen_q, seqlen_k = _length("q", q, layout), _length("k", k, layout)
     if not isinstance(pattern, Pattern):
         raise PatternError(
             f"at_end takes a pattern of the sequence, got {type(pattern).__name__}; make the plan "
@@ -79,6 +80,17 @@ def at_end(pattern: Pattern, q: Any, k: Any, *, layout: str = "bhtd") -> Pattern
     for part in pattern.parts:
         parts += _moved(part, q, seqlen_q, seqlen_k)
     return parts[0] if len(parts) == 1 else Intersection(*parts)
+
+
+def _length(name: str, x: Any, layout: str) -> int:
+    """Rows of an array of four axes."""
+    rows = 1 if check_layout(layout) else 2
+    if not hasattr(x, "shape"):
+        raise DTypeError(f"{name} must be an array, got {type(x).__name__}")
+    if len(x.shape) != 4:
+        raise ShapeError(f"{name} must have 4 axes, got {name}.shape={tuple(x.shape)}")
+    length: int = x.shape[rows]
+    return length
 
 
 def _moved(part: Pattern, q: Any, seqlen_q: int, seqlen_k: int) -> list[Pattern]:
@@ -166,7 +178,7 @@ def attention_in_parts(
     which is float32: with float64 arrays the result is as good as that.
     """
     check_flag("return_lse", return_lse)
-    rows = 1 if check_layout(layout) else 2
+    seqlen_q = _length("q", q, layout)
     options: dict[str, Any] = {
         "softmax_scale": softmax_scale,
         "layout": layout,
@@ -174,12 +186,12 @@ def attention_in_parts(
         "backend": backend,
     }
     results = []
-    for part in parts:
+    for part in as_list("parts", parts):
         if not isinstance(part, (tuple, list)) or len(part) != 3:
             raise PatternError(f"a part must be (k, v, pattern), got {type(part).__name__}")
         k, v, pattern = part
         if pattern is None:
-            pattern = SlidingWindow(q.shape[rows] + k.shape[rows], causal=False)
+            pattern = SlidingWindow(seqlen_q + _length("k", k, layout), causal=False)
         results.append(attention(q, k, v, pattern, return_lse=True, **options))
     if not results:
         raise PatternError("attention_in_parts needs at least one part")

@@ -7,6 +7,7 @@ All functions take scores of any axes whose last is the row, and give bool flags
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from scfa_core.api import attention
 from scfa_core.errors import OptionError, PatternError, ShapeError
 from scfa_core.patterns import Causal, Pattern, QKSparse
 from scfa_core.problem import as_size, check_flag, check_layout, check_share
+from scfa_core.torch_checks import check_tensor
 
 __all__ = ["drop_attention", "random_keep", "straight_through", "threshold_keep", "top_k_keep"]
 
@@ -48,8 +50,14 @@ def random_keep(
     ------
     PatternError
         `keep` is no number from 0 to 1.
+    ShapeError
+        `shape` is no sequence of sizes.
     """
     check_share("keep", keep)
+    if not isinstance(shape, torch.Size):
+        if not isinstance(shape, Sequence):
+            raise ShapeError(f"shape must be a sequence of sizes, got {shape!r}")
+        shape = [as_size("each size of shape", n) for n in shape]
     return torch.rand(tuple(shape), device=device, generator=generator) < keep
 
 
@@ -73,6 +81,8 @@ def top_k_keep(scores: Tensor, k: int) -> Tensor:
     ------
     PatternError
         A `k` that is no int, or negative.
+    DTypeError, ShapeError
+        Scores that are no torch tensor, or a single number.
 
     Notes
     -----
@@ -80,13 +90,36 @@ def top_k_keep(scores: Tensor, k: int) -> Tensor:
     row sees then depends on the future. Use `threshold_keep` there.
     """
     k = as_size("k", k, error=PatternError)
+    if check_tensor("scores", scores).ndim == 0:
+        raise ShapeError("scores must be (..., seqlen), got a single number")
     order = torch.argsort(scores.detach(), dim=-1, descending=True, stable=True)
     flags = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     return flags.scatter_(-1, order[..., :k], True)
 
 
 def threshold_keep(scores: Tensor, threshold: float = 0.0) -> Tensor:
-    """Keep the rows whose score exceeds `threshold`; each row is judged by itself, so causally."""
+    """Keep the rows whose score exceeds `threshold`; each row is judged by itself, so causally.
+
+    Parameters
+    ----------
+    scores : Tensor, (..., seqlen)
+    threshold : float or Tensor
+        A tensor broadcasts against the scores, one for each head for instance.
+
+    Returns
+    -------
+    flags : bool Tensor like `scores`
+
+    Raises
+    ------
+    DTypeError
+        Scores that are no torch tensor.
+    PatternError
+        A threshold that is no number.
+    """
+    check_tensor("scores", scores)
+    if not isinstance(threshold, (Real, Tensor)):
+        raise PatternError(f"threshold must be a number, got {threshold!r}")
     return scores.detach() > threshold
 
 
@@ -109,7 +142,11 @@ def straight_through(keep: Tensor, scores: Tensor) -> Tensor:
     ------
     ShapeError
         Shapes that differ.
+    DTypeError
+        What is no torch tensor.
     """
+    check_tensor("keep", keep)
+    check_tensor("scores", scores)
     if keep.shape != scores.shape:
         raise ShapeError(
             f"keep and scores must have one shape, got {tuple(keep.shape)} and "
@@ -172,6 +209,11 @@ def drop_attention(
     check_flag("include_self", include_self)
     if "return_lse" in options:
         raise OptionError("drop_attention returns out alone and takes no return_lse")
+    if "pattern" in options:
+        raise OptionError(
+            "drop_attention makes its pattern of the flags and takes no other; for more clauses "
+            "give attention QKSparse(q_keep, k_keep) & pattern, and gate by straight_through"
+        )
     if not causal and not include_self:
         raise PatternError("include_self=False means j < i and so needs causal=True")
     swap = check_layout(layout)

@@ -66,7 +66,7 @@ def merge_attention(
     PatternError
         No parts, different numbers of them, or arrays of another library.
     ShapeError
-        Parts whose shapes differ.
+        Parts whose shapes differ, or without 4 axes.
 
     Notes
     -----
@@ -74,11 +74,20 @@ def merge_attention(
     A key that two parts see is counted twice: keep the parts disjoint. Source: the online softmax
     of flash attention (arXiv 2205.14135), applied between calls instead of between tiles.
     """
-    outs, lses = list(outs), list(lses)
+    outs, lses = as_list("outs", outs), as_list("lses", lses)
     if not outs or len(outs) != len(lses):
         raise PatternError(f"merge needs as many lses as outs, got {len(outs)} and {len(lses)}")
     swap = check_layout(layout)
+    xp = namespace(outs[0])
+    for x in (*outs[1:], *lses):
+        if namespace(x) is not xp:
+            raise PatternError(
+                f"outs and lses must come from one library, got {type(outs[0]).__name__} and "
+                f"{type(x).__name__}"
+            )
     want = tuple(outs[0].shape)
+    if len(want) != 4:
+        raise ShapeError(f"each out must have 4 axes, got {want}")
     rows = (want[0], want[2], want[1]) if swap else want[:3]
     for out, lse in zip(outs, lses, strict=True):
         if tuple(out.shape) != want or tuple(lse.shape) != rows:
@@ -86,7 +95,6 @@ def merge_attention(
                 f"each out must be {want} and each lse {rows}, got {tuple(out.shape)} and "
                 f"{tuple(lse.shape)}"
             )
-    xp = namespace(outs[0])
     top = lses[0]
     for lse in lses[1:]:
         top = xp.maximum(top, lse)
@@ -103,6 +111,14 @@ def merge_attention(
         term = share[..., None] * out
         merged = term if merged is None else merged + term
     return _cast_like(merged, outs[0]), lse
+
+
+def as_list(name: str, parts: Any) -> list[Any]:
+    """Read a sequence, or say that it is none."""
+    try:
+        return list(parts)
+    except TypeError as error:
+        raise PatternError(f"{name} must be a list, got {type(parts).__name__}") from error
 
 
 def _cast_like(x: Any, like: Any) -> Any:
@@ -143,7 +159,7 @@ def attention_over(
     Raises
     ------
     PatternError
-        No patterns, or one that is not in a list.
+        No patterns, one that is not in a list, or what is neither pattern nor plan.
     ScfaError
         As `scfa_core.attention`.
 
@@ -162,9 +178,15 @@ def attention_over(
             f"patterns must be a list of patterns, got {type(patterns).__name__}; "
             "attention takes a single one"
         )
-    patterns = list(patterns)
+    patterns = as_list("patterns", patterns)
     if not patterns:
         raise PatternError("attention_over needs at least one pattern")
+    for p in patterns:
+        if not isinstance(p, (Pattern, Plan)):
+            raise PatternError(
+                "patterns must be a list of scfa_core patterns or plans, got a "
+                f"{type(p).__name__} in it"
+            )
     options: dict[str, Any] = {
         "softmax_scale": softmax_scale,
         "layout": layout,

@@ -178,6 +178,19 @@ def test_mistakes_say_what_to_do():
         with pytest.raises(scfa.PatternError, match=r"must be \(k, v, pattern\)"):
             attention_in_parts(q, wrong)
 
+    with pytest.raises(scfa.PatternError, match="parts must be a list, got NoneType"):
+        attention_in_parts(q, None)
+    for rows, error, words in (
+        (None, scfa.DTypeError, "q must be an array, got NoneType"),
+        (q[0], scfa.ShapeError, "q must have 4 axes"),
+    ):
+        with pytest.raises(error, match=words):
+            at_end(scfa.SlidingWindow(3), rows, k)
+        with pytest.raises(error, match=words):
+            attention_in_parts(rows, [(k, v, None)])
+    with pytest.raises(scfa.ShapeError, match="k must have 4 axes"):
+        at_end(scfa.SlidingWindow(3), q, k[0])
+
     class Odd(scfa.Pattern):
         """No pattern that is known."""
 

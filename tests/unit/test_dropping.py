@@ -115,3 +115,39 @@ def test_self_cannot_be_left_out_without_causality():
     keep = torch.ones(1, 1, 4, dtype=torch.bool)
     with pytest.raises(scfa.PatternError, match="needs causal"):
         dropping.drop_attention(x, x, x, keep, keep, causal=False, include_self=False)
+
+
+SCORES = torch.zeros(1, 2, 4)
+ROWS = torch.zeros(1, 2, 4, 16)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: dropping.random_keep(5, 0.5), scfa.ShapeError, "sequence of sizes, got 5"),
+        (lambda: dropping.random_keep((2, -3), 0.5), scfa.ShapeError, "at least 0, got -3"),
+        (lambda: dropping.random_keep((2, 1.5), 0.5), scfa.ShapeError, "an int, got 1.5"),
+        (lambda: dropping.top_k_keep(SCORES.numpy(), 2), scfa.DTypeError, "got ndarray"),
+        (lambda: dropping.top_k_keep(SCORES[0, 0, 0], 2), scfa.ShapeError, "single number"),
+        (lambda: dropping.threshold_keep([1.0]), scfa.DTypeError, "got list"),
+        (lambda: dropping.threshold_keep(SCORES, None), scfa.PatternError, "got None"),
+        (lambda: dropping.straight_through(SCORES.numpy() > 0, SCORES), scfa.DTypeError, "keep"),
+        (lambda: dropping.straight_through(SCORES > 0, None), scfa.DTypeError, "scores"),
+        (
+            lambda: dropping.drop_attention(
+                ROWS, ROWS, ROWS, SCORES > 0, SCORES > 0, pattern=scfa.SlidingWindow(3)
+            ),
+            scfa.OptionError,
+            "takes no other",
+        ),
+    ],
+)
+def test_what_is_held_wrong_is_told(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_a_threshold_may_be_of_each_head():
+    scores = torch.tensor([[[0.5, 1.5], [0.5, 1.5]]])
+    flags = dropping.threshold_keep(scores, torch.tensor([0.0, 1.0]).view(1, 2, 1))
+    assert flags.tolist() == [[[True, True], [False, True]]]

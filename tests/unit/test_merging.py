@@ -58,6 +58,24 @@ def test_misfits_raise():
         attention_over(out, out, out, [])
     with pytest.raises(scfa.PatternError, match="DLPack"):
         merge_attention([memoryview(out)], [memoryview(lse)])
+    for outs, lses in ((None, None), ([out], None), (3, [lse])):
+        with pytest.raises(scfa.PatternError, match="must be a list"):
+            merge_attention(outs, lses)
+    with pytest.raises(scfa.PatternError, match="got NoneType"):
+        merge_attention([out], [None])
+    with pytest.raises(scfa.ShapeError, match="4 axes"):
+        merge_attention([out[0]], [lse[0]])
+    for patterns, got in ((None, "NoneType"), ([None], "NoneType"), ([scfa.Causal(), out], "nd")):
+        with pytest.raises(scfa.PatternError, match=f"patterns must be a list.*got .*{got}"):
+            attention_over(out, out, out, patterns)
+
+
+def test_libraries_do_not_mix():
+    torch = pytest.importorskip("torch", reason="a second library beside NumPy")
+    out, lse = np.zeros((1, 2, 3, 16), np.float32), np.zeros((1, 2, 3), np.float32)
+    parts = ([torch.from_numpy(out), out], [torch.from_numpy(lse)] * 2)
+    with pytest.raises(scfa.PatternError, match="one library, got Tensor and ndarray"):
+        merge_attention(*parts)
 
 
 def torch_problem(dtype="float64"):
