@@ -1,4 +1,4 @@
-"""`python -m bench` times; `... compare OLD NEW`, `... report FILE`, `... accuracy` besides."""
+"""`python -m bench` times; `... accuracy`, `precompile`, `compare`, `report`, `pages` besides."""
 
 import sys
 
@@ -7,19 +7,23 @@ from bench import report
 
 def main(argv: list[str]) -> int:
     """Hand the command line to the subcommand it names; without one, time."""
-    if argv[:1] == ["compare"]:
-        return report.compare(argv[1:])
-    if argv[:1] == ["report"]:
-        report.main(argv[1:])
-    elif argv[:1] == ["accuracy"]:
+    name, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if name == "compare":
+        return report.compare(rest)
+    if name == "report":
+        report.main(rest)
+        return 0
+    if name == "accuracy":
         from bench import accuracy
 
-        return accuracy.main(argv[1:])
-    else:
-        from bench import run
+        return accuracy.main(rest)
+    if name == "precompile":
+        from bench import precompile
 
-        return run.main(argv)
-    return 0
+        return precompile.main(rest)
+    from bench import run
+
+    return run.main(argv)
 
 
 sys.exit(main(sys.argv[1:]))

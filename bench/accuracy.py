@@ -7,17 +7,19 @@ in the case's dtype: what a first implementation of the same pattern does.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from bench.run import machine
+from bench.limits import Budget
+from bench.machine import machine, resumed
 from scfa_core import testing
 from scfa_core.dispatch import load_backend
+from scfa_core.errors import BackendUnavailable, DTypeError
 from scfa_core.verify import run_case
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -92,63 +94,88 @@ def _worst(several: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, fl
 
 
 def measure(
-    backend: str, patterns: list[str], dtypes: list[str], seqlen: int, seeds: int
-) -> Iterator[dict[str, Any]]:
-    """Yield a row per dtype and pattern: the worst of `seeds` problems."""
-    on_host = getattr(load_backend(backend), "memory", "host") == "host"
-    for dtype in dtypes:
-        for pattern in patterns:
-            ours, theirs, ratios = [], [], []
-            for seed in range(seeds):
-                case = testing.build(spec_of(pattern, dtype, seqlen, seed))
-                true = testing.truth(case)
-                got, _ = run_case(case, backend)
-                ours.append(errors(got, true))
-                theirs.append(errors(torch_composite(case, "cpu" if on_host else "cuda"), true))
-                verdicts = testing.judge(case, got, true)
-                ratios += [max(one.max_ratio, one.norm_ratio) for one in verdicts]
-            yield {
-                "pattern": pattern,
-                "dtype": dtype,
-                "backend": backend,
-                "ours": _worst(ours),
-                "torch": _worst(theirs),
-                "of_allowed": max(ratios),
-            }
+    backend: str, pattern: str, dtype: str, seqlen: int, seeds: int, device: str
+) -> dict[str, Any]:
+    """Measure one backend, dtype and pattern: the worst of `seeds` problems."""
+    ours, theirs, ratios = [], [], []
+    for seed in range(seeds):
+        case = testing.build(spec_of(pattern, dtype, seqlen, seed))
+        true = testing.truth(case)
+        got, _ = run_case(case, backend)
+        ours.append(errors(got, true))
+        theirs.append(errors(torch_composite(case, device), true))
+        verdicts = testing.judge(case, got, true)
+        ratios += [max(one.max_ratio, one.norm_ratio) for one in verdicts]
+    return {
+        "ours": _worst(ours),
+        "torch": _worst(theirs),
+        "of_allowed": max(ratios),
+    }
+
+
+def on_host(backend: str) -> bool:
+    """Whether a backend computes on arrays of the host."""
+    return getattr(load_backend(backend), "memory", "host") == "host"
 
 
 def show(row: dict[str, Any]) -> None:
     """Print one row: norm errors, this package before torch."""
+    head = f"{row['backend']} {row['dtype']:9s} {row['pattern']:10s}"
+    if "reason" in row:
+        print(f"{head} not run: {row['reason']}", flush=True)
+        return
     cells = "  ".join(
         f"{name} {row['ours'][name]['norm']:.1e}/{row['torch'][name]['norm']:.1e}"
         for name in TENSORS
     )
     used = f"{row['of_allowed']:.2f} of the allowed error"
-    print(f"{row['dtype']:9s} {row['pattern']:10s} {cells}  {used}", flush=True)
+    print(f"{head} {cells}  {used}", flush=True)
 
 
 def main(argv: list[str]) -> int:
-    """Print a row per dtype and pattern and store them; 1 if any is beyond the rule."""
+    """Print a row per backend, dtype and pattern and store them; 1 if any is beyond the rule."""
     parser = argparse.ArgumentParser(prog="python -m bench accuracy", description=main.__doc__)
-    parser.add_argument("--backend", default="numba-cpu")
+    parser.add_argument("--backend", nargs="+", default=["numba-cpu"])
     parser.add_argument("--pattern", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--dtype", nargs="+", default=None, choices=DTYPES)
     parser.add_argument("--seqlen", type=int, default=1024)
     parser.add_argument("--seeds", type=int, default=3, help="problems per row; the worst counts")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="rows are added; rows already there are kept")
+    parser.add_argument("--budget", type=float, help="seconds, after which no row begins")
+    parser.add_argument("--commit", help="name of the sources, where git cannot tell")
     args = parser.parse_args(argv)
-    on_host = getattr(load_backend(args.backend), "memory", "host") == "host"
-    dtypes = args.dtype or [d for d in DTYPES if on_host or d != "float64"]
-    record: dict[str, Any] = {
+    host = {on_host(backend) for backend in args.backend}
+    if len(host) > 1:
+        raise SystemExit("backends of the host and of a GPU go to files of their own")
+    device = "cpu" if host == {True} else "cuda"
+    begun: dict[str, Any] = {
         "kind": "accuracy",
-        "machine": machine("cpu" if on_host else "cuda"),
+        "machine": machine(device, args.commit),
         "sizes": {"heads": 4, "heads_kv": 2, "seqlen": args.seqlen, "head_dim": 64},
         "seeds": args.seeds,
         "rows": [],
     }
-    for row in measure(args.backend, args.pattern, dtypes, args.seqlen, args.seeds):
+    record = resumed(args.json, begun)
+    for field in ("sizes", "seeds"):
+        if record[field] != begun[field]:
+            raise SystemExit(f"{args.json} holds other {field}: {record[field]}")
+    done = {(row["backend"], row["dtype"], row["pattern"]) for row in record["rows"]}
+    budget = Budget(args.budget)
+    for backend, dtype, pattern in itertools.product(
+        args.backend, args.dtype or DTYPES, args.pattern
+    ):
+        if budget.spent() or (backend, dtype, pattern) in done:
+            continue
+        row: dict[str, Any] = {"backend": backend, "dtype": dtype, "pattern": pattern}
+        try:
+            row |= measure(backend, pattern, dtype, args.seqlen, args.seeds, device)
+        except (
+            DTypeError,
+            BackendUnavailable,
+        ) as reason:
+            row |= {"reason": str(reason).splitlines()[0]}
         show(row)
         record["rows"].append(row)
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-    return int(any(row["of_allowed"] > 1 for row in record["rows"]))
+        if args.json:
+            args.json.write_text(json.dumps(record, indent=1) + "\n")
+    return int(any(row.get("of_allowed", 0) > 1 for row in record["rows"]))

@@ -71,6 +71,15 @@ def workload_b(pattern: str, seqlen: int, head_dim: int = 128) -> Case:
     )
 
 
+def workload_c(pattern: str, seqlen: int) -> Case:
+    """Attention of one layer of the paper's language model: 12 heads of 64, 32768 tokens a step.
+
+    Keys share the hash of their queries. Its whole training step is timed by ``bench.lm speed``.
+    """
+    name = f"C-{pattern}-{_length(seqlen)}"
+    return Case(name, 32768 // seqlen, 12, 12, seqlen, 64, pattern)
+
+
 def _cpu(pattern: str, seqlen: int) -> Case:
     return Case(f"cpu-{pattern}-{_length(seqlen)}", 1, 4, 4, seqlen, 64, pattern, "float32", "cpu")
 
@@ -116,6 +125,12 @@ def _growth() -> Iterator[Case]:
         yield Case(f"growth-{_length(seqlen)}", 1, 12, 12, seqlen, 64, f"hash{seqlen // 1024}")
 
 
+def _language_model() -> Iterator[Case]:
+    for seqlen in (8192, 16384, 32768):
+        for pattern in ("samehash16", "qk50", "dense"):
+            yield workload_c(pattern, seqlen)
+
+
 def _shapes() -> Iterator[Case]:
     for pattern in ("dense", "hash16"):
         yield workload_b(pattern, 16384, 256)
@@ -129,7 +144,7 @@ def _shapes() -> Iterator[Case]:
 
 def _gpu() -> Iterator[Case]:
     """Every GPU case, what decides first: a sweep that a budget ends holds the goals at least."""
-    for make in (_goal, _buckets, _drops, _lengths, _growth, _shapes):
+    for make in (_goal, _buckets, _drops, _lengths, _growth, _shapes, _language_model):
         yield from make()
 
 
@@ -169,6 +184,7 @@ SETS: dict[str, Callable[[], Iterator[Case]]] = {
     "lengths": _lengths,
     "growth": _growth,
     "shapes": _shapes,
+    "language-model": _language_model,
     "gpu": _gpu,
     "paper": _paper,
     "cpu": _cpu_cases,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -13,31 +15,47 @@ from bench.timed import CannotRun, Timed, autograd
 Visible = Callable[[Any, Any, Any, Any], Any]  # mask_mod: batch, head, query, key -> seen or not
 
 
-def flex(inputs: Inputs) -> Timed:
-    """FlexAttention on any case whose heads are not grouped.
+def flex(kernels: str) -> Callable[[Inputs], Timed]:
+    """Return FlexAttention with the kernels of one of its back ends: ``TRITON`` or ``FLASH``.
 
     Hash patterns are sorted by bucket first, which is what leaves whole blocks out; the other
     patterns keep the order of rows. A pattern that is new at every call has its mask built in the
     timed forward; dense causal and windows have theirs built once, outside.
     """
-    case = inputs.case
-    if case.heads != case.heads_kv:
-        raise CannotRun("grouped heads are not written for FlexAttention here")
-    if case.kind in ("hash", "samehash"):
-        return _sorted_rows(inputs)
-    return _rows_in_place(inputs)
+
+    def prepare(inputs: Inputs) -> Timed:
+        if kernels == "FLASH" and importlib.util.find_spec("flash_attn") is None:
+            raise CannotRun("flash_attn, whose kernels these are, is not installed")
+        if inputs.case.kind in ("hash", "samehash"):
+            return _sorted_rows(inputs, kernels)
+        return _rows_in_place(inputs, kernels)
+
+    return prepare
 
 
-def _compiled() -> tuple[Callable[..., torch.Tensor], Callable[..., Any]]:
+def _compiled(inputs: Inputs, kernels: str) -> tuple[Callable[..., torch.Tensor], Any]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    attend = torch.compile(flex_attention, dynamic=False)
+    # A function is compiled for eight shapes at most; the ninth case would quietly run eagerly.
+    torch.compiler.reset()
+    attend = functools.partial(
+        torch.compile(flex_attention, dynamic=False),
+        enable_gqa=inputs.case.heads != inputs.case.heads_kv,
+        # Triton is what every version takes unless told; older ones do not know the option.
+        kernel_options=None if kernels == "TRITON" else {"BACKEND": kernels},
+    )
     return attend, torch.compile(create_block_mask, dynamic=False)
+
+
+def key_head(head: Any, group: int) -> Any:
+    """Key head of a query head; without groups the mask is spared a division."""
+    return head if group == 1 else head // group
 
 
 def mask_of(inputs: Inputs) -> tuple[Visible, bool, bool]:
     """mask_mod of a pattern whose rows stay in place; whether it differs by batch, by head."""
     case, first, second = inputs.case, inputs.q_ids, inputs.k_ids
+    group = case.heads // case.heads_kv
     if case.kind == "dense":
         return lambda b, h, i, j: i >= j, False, False
     if case.kind == "window":
@@ -45,14 +63,18 @@ def mask_of(inputs: Inputs) -> tuple[Visible, bool, bool]:
     if case.kind == "docs":
         return lambda b, h, i, j: (i >= j) & (first[b, i] == first[b, j]), True, False
     if case.kind == "qk":
-        return lambda b, h, i, j: (i >= j) & first[b, h, i] & second[b, h, j], True, True
+
+        def both_kept(b: Any, h: Any, i: Any, j: Any) -> Any:
+            return (i >= j) & first[b, h, i] & second[b, key_head(h, group), j]
+
+        return both_kept, True, True
     return lambda b, h, i, j: (first[b, h, i] <= j) & (j < second[b, h, i]), True, True
 
 
-def _rows_in_place(inputs: Inputs) -> Timed:
+def _rows_in_place(inputs: Inputs, kernels: str) -> Timed:
     case = inputs.case
     visible, by_batch, by_head = mask_of(inputs)
-    attend, build = _compiled()
+    attend, build = _compiled(inputs, kernels)
     if not by_batch:  # small enough to be built without compiling, which takes a minute
         from torch.nn.attention.flex_attention import create_block_mask as build
     batch, heads = case.batch if by_batch else None, case.heads if by_head else None
@@ -60,24 +82,23 @@ def _rows_in_place(inputs: Inputs) -> Timed:
     def plan() -> Any:
         return build(visible, batch, heads, case.seqlen, case.seqlen, device=case.device)
 
+    def attend_by(make: Callable[[], Any]) -> Callable[..., torch.Tensor]:
+        return lambda q, k, v: attend(q, k, v, block_mask=make())
+
     block_mask = plan()
-    timed = autograd(inputs, lambda q, k, v: attend(q, k, v, block_mask=block_mask))
-    if by_batch:
-        timed.plan, timed.planned = plan, timed.forward
-
-        def whole() -> torch.Tensor:
-            with torch.no_grad():
-                return attend(inputs.q, inputs.k, inputs.v, block_mask=plan())
-
-        timed.forward = whole
+    given = attend_by(lambda: block_mask)
+    timed = autograd(inputs, given, attend_by(plan) if by_batch else None)
+    timed.plan = plan if by_batch else None
     return timed
 
 
-def _sorted_rows(inputs: Inputs) -> Timed:
+def _sorted_rows(inputs: Inputs, kernels: str) -> Timed:
     case = inputs.case
-    attend, build = _compiled()
+    group = case.heads // case.heads_kv
+    attend, build = _compiled(inputs, kernels)
     # The mask reads these four in place, so that a new pattern does not compile anew.
-    q_order, k_order, back = (torch.empty_like(inputs.q_ids, dtype=torch.int64) for _ in range(3))
+    q_order, back = (torch.empty_like(inputs.q_ids, dtype=torch.int64) for _ in range(2))
+    k_order = torch.empty_like(inputs.k_ids, dtype=torch.int64)
     q_sorted, k_sorted = torch.empty_like(inputs.q_ids), torch.empty_like(inputs.k_ids)
     places = torch.arange(case.seqlen, device=case.device).expand_as(back)
 
@@ -88,8 +109,9 @@ def _sorted_rows(inputs: Inputs) -> Timed:
         back.scatter_(-1, q_order, places)
 
     def visible(b: Any, h: Any, i: Any, j: Any) -> Any:
-        same = q_sorted[b, h, i] == k_sorted[b, h, j]
-        return same & (q_order[b, h, i] >= k_order[b, h, j])
+        g = key_head(h, group)
+        same = q_sorted[b, h, i] == k_sorted[b, g, j]
+        return same & (q_order[b, h, i] >= k_order[b, g, j])
 
     def rows(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         return x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[-1]))
@@ -99,18 +121,15 @@ def _sorted_rows(inputs: Inputs) -> Timed:
         sizes = (case.batch, case.heads, case.seqlen, case.seqlen)
         return build(visible, *sizes, device=case.device)
 
-    def permuted(mask: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = attend(rows(q, q_order), rows(k, k_order), rows(v, k_order), block_mask=mask)
-        return rows(out, back)
+    def permuted(make: Callable[[], Any]) -> Callable[..., torch.Tensor]:
+        def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            mask = make()  # sorts, where it does, before the rows are taken
+            out = attend(rows(q, q_order), rows(k, k_order), rows(v, k_order), block_mask=mask)
+            return rows(out, back)
+
+        return run
 
     block_mask = plan()
-    timed = autograd(inputs, lambda q, k, v: permuted(block_mask, q, k, v))
+    timed = autograd(inputs, permuted(lambda: block_mask), permuted(plan))
     timed.plan = plan
-    timed.planned = timed.forward
-
-    def whole() -> torch.Tensor:
-        with torch.no_grad():
-            return permuted(plan(), inputs.q, inputs.k, inputs.v)
-
-    timed.forward = whole
     return timed

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from bench.cases import Case
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
-FLOPS = {"forward": 4, "planned": 4, "backward": 10}  # per visible pair and head_dim
+FLOPS = {"forward": 4, "planned": 4, "backward": 10, "both": 14}  # per visible pair and head_dim
 
 
 class Ceilings(NamedTuple):
@@ -28,6 +28,8 @@ def least_bytes(case: Case, mode: str) -> int:
     queries = case.rows * width
     keys = case.batch * case.heads_kv * case.seqlen * width
     lse = 4 * case.rows
+    if mode == "both":
+        return least_bytes(case, "forward") + least_bytes(case, "backward")
     if mode == "backward":  # q, out, dout, dq and k, v, dk, dv
         return 4 * queries + 4 * keys + lse
     return 2 * queries + 2 * keys + lse

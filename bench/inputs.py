@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,11 +134,12 @@ def sampled_error(
 
 
 def sampled_key_error(
-    inputs: Inputs, lse: torch.Tensor, out: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor
+    inputs: Inputs, lse: torch.Tensor | None, out: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor
 ) -> float:
     """Relative norm error of dk and dv on sampled keys of one head, against float64.
 
-    Uses lse and out of the call under test; both are checked on their own by `sampled_error`.
+    Uses out of the call under test, which `sampled_error` checks on its own, and its lse, or the
+    true one where it gives none.
     """
     case = inputs.case
     scale = case.head_dim**-0.5
@@ -151,13 +153,32 @@ def sampled_key_error(
         for rows in every.split(4096):
             q, dout = inputs.q[0, h, rows].double(), inputs.dout[0, h, rows].double()
             seen = rows_seen(inputs, 0, h, rows)[:, keys]
-            p = torch.exp(scale * (q @ k.T) - lse[0, h, rows].double()[:, None])
+            sums = true_lse(inputs, h, rows) if lse is None else lse[0, h, rows].double()
+            p = torch.exp(scale * (q @ k.T) - sums[:, None])
             p = torch.where(seen, p, 0.0)
             delta = (dout * out[0, h, rows].double()).sum(-1, keepdim=True)
             ds = p * (dout @ v.T - delta)
             dk_true += scale * (ds.T @ q)
             dv_true += p.T @ dout
     return max(_relative(dk[0, g, keys], dk_true), _relative(dv[0, g, keys], dv_true))
+
+
+def true_lse(inputs: Inputs, h: int, rows: torch.Tensor) -> torch.Tensor:
+    """Natural log of the sum of exponentials of rows of one head of the first batch, float64."""
+    case = inputs.case
+    k = inputs.k[0, h // (case.heads // case.heads_kv)].double().T * case.head_dim**-0.5
+    parts = []
+    for some in rows.split(max(2**27 // case.seqlen, 1)):  # scores of at most 1 GiB at once
+        scores = inputs.q[0, h, some].double() @ k
+        hidden = ~rows_seen(inputs, 0, h, some)
+        parts.append(torch.logsumexp(scores.masked_fill_(hidden, float("-inf")), -1))
+    return torch.cat(parts)
+
+
+def as_dense(inputs: Inputs) -> Inputs:
+    """The same arrays under causal attention alone: what a dense kernel computes of them."""
+    case = dataclasses.replace(inputs.case, pattern="dense")
+    return dataclasses.replace(inputs, case=case, pattern=scfa.Causal())
 
 
 def _relative(got: torch.Tensor, true: torch.Tensor) -> float:

@@ -27,6 +27,13 @@ def ours(backend: str) -> Callable[[Inputs], Timed]:
         pattern = inputs.pattern
         plan = scfa.make_plan(pattern, q, k, backend=backend)
         out, lse = scfa.attention(q, k, v, plan, return_lse=True, backend=backend)
+        leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+
+        def both() -> tuple[torch.Tensor, ...]:
+            return torch.autograd.grad(
+                scfa.attention(*leaves, pattern, backend=backend), leaves, dout
+            )
+
         return Timed(
             forward=lambda: scfa.attention(q, k, v, pattern, backend=backend),
             backward=lambda: scfa.attention_backward(
@@ -35,6 +42,7 @@ def ours(backend: str) -> Callable[[Inputs], Timed]:
             plan=lambda: scfa.make_plan(pattern, q, k, backend=backend),
             planned=lambda: scfa.attention(q, k, v, plan, backend=backend),
             lse=lambda: lse,
+            both=both,
         )
 
     return prepare
@@ -93,6 +101,8 @@ def _found(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except (ModuleNotFoundError, ValueError):
         return False
+    except Exception:  # its package is there and raises whatever it likes; `_import` says what
+        return True
 
 
 def installed_peers() -> list[str]:
@@ -106,7 +116,7 @@ def _import(module: str) -> Any:
         raise CannotRun(f"{module} is not installed")
     try:
         return importlib.import_module(module)
-    except (ImportError, OSError) as error:
+    except Exception as error:  # whatever a foreign module raises
         raise CannotRun(f"{module} does not import: {error}") from error
 
 
@@ -264,7 +274,8 @@ METHODS: dict[str, Callable[[Inputs], Timed]] = {
     "sdpa-cudnn": sdpa("CUDNN_ATTENTION"),
     "sdpa-flash": sdpa("FLASH_ATTENTION"),
     "sdpa-math": sdpa("MATH"),
-    "flex": flex,
+    "flex": flex("TRITON"),
+    "flex-flash": flex("FLASH"),
     "flash-attn": flash(None),
     **{name: flash(name) for name in FLASH},
     "flash-varlen": flash_varlen,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
-import subprocess
+import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from bench.floor import Ceilings, floor_facts, useful_flops
 from bench.inputs import (
     TOLERANCE,
     Inputs,
+    as_dense,
     make_inputs,
     sampled_error,
     sampled_key_error,
@@ -28,59 +28,29 @@ from bench.inputs import (
     visible_pairs,
 )
 from bench.limits import Budget, OverLimit, limited, progress
+from bench.machine import clocks, machine, resumed
 from bench.methods import METHODS, CannotRun, Timed, installed_peers, original
-from bench.timing import extra_memory, host_microseconds, time_call
+from bench.precompile import cache_at
+from bench.timing import extra_memory, host_microseconds, measured_ceilings, time_call
 
-MODES = ("forward", "backward", "plan", "planned", "jit")
+MODES = ("forward", "backward", "both", "plan", "planned", "jit")
+SMOKE_ROWS = 256
 RESULTS = Path(__file__).parent / "results"
-
-
-def machine(device: str) -> dict[str, Any]:
-    """What a number depends on: card or processor, driver, versions, commit, date."""
-    facts: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "scfa_core": scfa_core.__version__,
-        "commit": _output("git", "rev-parse", "--short", "HEAD"),
-        "changed": bool(_output("git", "status", "--porcelain", "-uno")),
-    }
-    if device == "cuda":
-        query = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu"
-        facts["card"] = torch.cuda.get_device_name()
-        facts["nvidia_smi"] = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
-        facts["cuda"] = torch.version.cuda
-        facts["l2"] = "flushed before each call"
-    else:
-        facts["card"] = _processor()
-        facts["threads"] = torch.get_num_threads()
-        facts["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "")
-    return facts
-
-
-def _output(*command: str) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip()
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "")
 
 
 def check(inputs: Inputs, name: str, timed: Timed, modes: list[str]) -> float:
     """Run the very calls that will be timed and hold them against float64; return the error."""
     out = timed.forward()
-    grads = timed.backward() if timed.backward and "backward" in modes else None
-    error = sampled_error(inputs, out, grads[0] if grads else None)
-    if grads and timed.lse:
-        error = max(error, sampled_key_error(inputs, timed.lse(), out, grads[1], grads[2]))
+    error = sampled_error(inputs, out)
+    for mode in ("backward", "both"):
+        run = getattr(timed, mode)
+        if mode in modes and run is not None:
+            dq, dk, dv = run()
+            error = max(error, sampled_error(inputs, out, dq))
+            lse = timed.lse() if timed.lse else None
+            error = max(error, sampled_key_error(inputs, lse, out, dk, dv))
+    if "planned" in modes and timed.planned:
+        error = max(error, sampled_error(inputs, timed.planned()))
     if not error <= TOLERANCE[inputs.case.dtype]:
         raise AssertionError(f"{inputs.case.name}, {name}: relative error {error:.2e}")
     return error
@@ -97,9 +67,8 @@ def measure(
     """Time one method on one case; yield a row per mode."""
     case = inputs.case
     timed = method(inputs)
-    dense_peer = name in DENSE_ONLY and case.kind != "dense"
-    # A dense kernel beside a sparse case is timed as what the user would run instead.
-    error = None if dense_peer else check(inputs, name, timed, modes)
+    # A dense kernel beside a sparse case is what the user would run instead: held to dense truth.
+    error = check(as_dense(inputs) if name in DENSE_ONLY else inputs, name, timed, modes)
     pairs = visible_pairs(inputs)
     # Only this package's own rows follow the plan that is looked at here.
     in_tiles = None
@@ -126,6 +95,7 @@ def measure(
             "extra_bytes": extra_memory(run, case.device),
             "host_us": round(host_microseconds(run), 1) if _host_matters(case, mode) else None,
             "error": error,
+            "clocks": clocks() if case.device == "cuda" and mode == modes[0] else None,
             "load": round(os.getloadavg()[0], 2),
             **floor_facts(case, mode, pairs, timing.median, ceilings),
         }
@@ -149,7 +119,7 @@ def sweep(
         methods["original"] = original(args.original)
     modes = [mode for mode in args.mode if mode != "jit"]
     budget = Budget(args.budget)
-    cases = select(args.case)
+    cases = chosen(args)
     for number, case in enumerate(cases):
         if budget.spent():
             print(f"budget of {args.budget:g} s spent: {len(cases) - number} cases not reached")
@@ -170,9 +140,17 @@ def sweep(
                 yield from jit.rows(case.name, name, budget.left(args.limit))
 
 
+def chosen(args: argparse.Namespace) -> list[Case]:
+    """Return the cases asked for, cut to a few rows for a smoke run."""
+    cases = select(args.case)
+    if args.smoke:
+        cases = [replace(case, seqlen=min(case.seqlen, SMOKE_ROWS)) for case in cases]
+    return cases
+
+
 def _missing(case: str, name: str, modes: list[str], done: set[tuple[str, str, str]]) -> list[str]:
     """Modes of a method that have no row yet; only methods that plan have a plan to time."""
-    plans = name.startswith("scfa-") or name == "flex"
+    plans = name.startswith("scfa-") or name.startswith("flex")
     asked = [mode for mode in modes if plans or mode not in ("plan", "planned")]
     return [mode for mode in asked if (case, name, mode) not in done]
 
@@ -208,9 +186,7 @@ def _rows_of(
 
     A method that fails, wrong results included, costs its own rows and no others.
     """
-    ceilings = None
-    if case.device == "cuda" and args.gbps and args.tflops:
-        ceilings = Ceilings(args.gbps, args.tflops)
+    ceilings = Ceilings(args.gbps, args.tflops) if case.device == "cuda" and args.gbps else None
     inputs = make_inputs(case)
     for name, modes in left.items():
         row = {"case": case.name, "method": name, "mode": "-"}
@@ -256,18 +232,23 @@ def show(row: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Write one JSON file, row by row, so that a stop loses nothing; 1 if ours failed a case."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument(
-        "--case", nargs="+", default=["cpu"], help=f"sets ({', '.join(SETS)}) or names"
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description=__doc__,
+        epilog=_epilog(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--case", nargs="+", default=["cpu"], help="sets or names, see below")
     parser.add_argument("--method", nargs="+", choices=[*METHODS, "original"], help="who is timed")
     parser.add_argument("--mode", nargs="+", default=["forward", "backward"], choices=MODES)
     parser.add_argument("--seconds", type=float, default=1.0, help="of repeats, per row")
     parser.add_argument("--json", type=Path, help="rows are added; rows already there are kept")
     parser.add_argument("--limit", type=float, help="seconds for a case, all its methods together")
     parser.add_argument("--budget", type=float, help="seconds for the whole sweep, then it ends")
-    parser.add_argument("--gbps", type=float, help="ceiling of memory, 1e9 bytes a second")
-    parser.add_argument("--tflops", type=float, help="ceiling of arithmetic, 1e12 flops a second")
+    parser.add_argument("--smoke", action="store_true", help="every case once, at 256 rows")
+    parser.add_argument("--cache", type=Path, help="what `precompile` filled")
+    parser.add_argument("--gbps", type=float, help="ceiling of memory, 1e9 bytes/s, else measured")
+    parser.add_argument("--tflops", type=float, help="ceiling of arithmetic, 1e12 flops/s")
     parser.add_argument("--commit", help="name of the sources, where git cannot tell")
     parser.add_argument("--original", help="path of the original's Triton file, to time it too")
     args = parser.parse_args(argv)
@@ -275,17 +256,20 @@ def main(argv: list[str] | None = None) -> int:
         raise SystemExit("the floor needs both ceilings: --gbps and --tflops")
     if "original" in (args.method or ()) and (not args.original or "jit" in args.mode):
         raise SystemExit("the original needs its path (--original), and has no --mode jit")
-    cases = select(args.case)
+    if args.smoke and args.json:
+        raise SystemExit("a smoke run times nothing worth keeping: leave --json out")
+    if args.smoke:
+        args.seconds = 0.0
+    if args.cache:
+        os.environ.update(cache_at(args.cache))
+    cases = chosen(args)
     if any(case.device == "cuda" for case in cases) and not torch.cuda.is_available():
         raise SystemExit("these cases need a CUDA device, and torch sees none")
-    record: dict[str, Any] = {"machine": machine(cases[0].device), "rows": []}
-    if args.commit:
-        record["machine"] |= {"commit": args.commit, "changed": False}
-    if args.json and args.json.exists():
-        now = {key: record["machine"][key] for key in ("date", "commit", "changed")}
-        record = json.loads(args.json.read_text())
-        record["rows"] = [row for row in record["rows"] if "ms" in row]
-        record["machine"].setdefault("resumed", []).append(now)
+    record = resumed(args.json, {"machine": machine(cases[0].device, args.commit), "rows": []})
+    if cases[0].device == "cuda" and not args.gbps and args.mode != ["jit"]:
+        args.gbps, args.tflops = (round(x, 1) for x in measured_ceilings())
+    if args.gbps:
+        record["machine"].setdefault("ceilings", {"gbps": args.gbps, "tflops": args.tflops})
     done = {(row["case"], row["method"], row["mode"]) for row in record["rows"]}
     with progress(len(cases)) as started:
         for row in sweep(args, done, started):
@@ -295,6 +279,16 @@ def main(argv: list[str] | None = None) -> int:
                 args.json.write_text(json.dumps(record, indent=1) + "\n")
     failed = [row for row in record["rows"] if row.get("failed")]
     return int(any(row["method"].startswith("scfa-") for row in failed))
+
+
+def _epilog() -> str:
+    """List every case, by set."""
+    lines = ["sets and their cases:"]
+    for name, make in SETS.items():
+        words = f"{name}: {' '.join(case.name for case in make())}"
+        lines.append(textwrap.fill(words, 98, initial_indent="  ", subsequent_indent="    "))
+    lines += ["", "a training step of the paper's language model: python -m bench.lm speed --help"]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

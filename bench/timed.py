@@ -24,18 +24,31 @@ class Timed:
     plan: Callable[[], Any] | None = None
     planned: Callable[[], torch.Tensor] | None = None  # forward with the plan given
     lse: Callable[[], torch.Tensor] | None = None
+    both: Callable[[], tuple[torch.Tensor, ...]] | None = None  # a training step's: all of it
 
 
-def autograd(inputs: Inputs, run: Callable[..., torch.Tensor]) -> Timed:
-    """Time any differentiable function of q, k, v."""
+def autograd(
+    inputs: Inputs,
+    run: Callable[..., torch.Tensor],
+    whole: Callable[..., torch.Tensor] | None = None,
+) -> Timed:
+    """Time any differentiable function of q, k, v.
+
+    `whole` is `run` with whatever a new pattern needs made first, where that is more.
+    """
     leaves = [x.detach().clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+    every = run if whole is None else whole
     out = run(*leaves)
+
+    def forward(function: Callable[..., torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            return function(inputs.q, inputs.k, inputs.v)
 
     def backward() -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(out, leaves, inputs.dout, retain_graph=True)
 
-    def forward() -> torch.Tensor:
-        with torch.no_grad():
-            return run(inputs.q, inputs.k, inputs.v)
+    def both() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(every(*leaves), leaves, inputs.dout)
 
-    return Timed(forward, backward)
+    planned = None if whole is None else (lambda: forward(run))
+    return Timed(lambda: forward(every), backward, planned=planned, both=both)

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench.floor import Ceilings
+
 
 class Timing(NamedTuple):
     """Milliseconds: median, the 20th and 80th percentile, and how many calls."""
@@ -83,3 +85,12 @@ def extra_memory(run: Callable[[], Any], device: str) -> int | None:
     peak = torch.cuda.max_memory_allocated()
     del result
     return peak - before
+
+
+def measured_ceilings() -> Ceilings:
+    """What this card does for torch: a copy of 1 GiB, a bfloat16 product of 8192-squares."""
+    source = torch.ones(2**28, dtype=torch.int32, device="cuda")
+    copy = time_call(source.clone, "cuda", 0.1).median
+    square = torch.randn(8192, 8192, device="cuda").to(torch.bfloat16)
+    product = time_call(lambda: square @ square, "cuda", 0.1).median
+    return Ceilings(2 * 2**30 / copy / 1e6, 2 * 8192**3 / product / 1e9)

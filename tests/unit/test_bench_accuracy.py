@@ -1,0 +1,56 @@
+"""Errors against float64 beside torch's own: measured, stored row by row, made a page."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def from_the_checkout(monkeypatch):
+    """`bench` is not installed: it is imported from the root of the checkout."""
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def bench(*arguments, code=0):
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_accuracy_is_measured_and_becomes_a_page(tmp_path):
+    path, page = tmp_path / "accuracy.json", tmp_path / "accuracy.md"
+    small = ("--pattern", "hash", "ranges", "--dtype", "float32", "--seqlen", 80, "--seeds", 1)
+    bench("accuracy", *small, "--json", path)
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["pattern"] for row in rows] == ["hash", "ranges"]
+    for row in rows:
+        for side in ("ours", "torch"):
+            assert 0 < row[side]["dq"]["norm"] < 1e-5
+            assert 0 < row[side]["out"]["max"] < 1e-5
+        assert 0 < row["of_allowed"] <= 1
+    bench("report", path, "--page", page)
+    assert "| hash | " in page.read_text()
+
+
+def test_accuracy_counts_a_wrong_or_infinite_entry():
+    import numpy as np
+
+    from bench.accuracy import TENSORS, errors
+    from scfa_core.testing import Results
+
+    true = Results(*(np.array([1.0, -np.inf]) for _ in TENSORS))
+    assert errors(true, true)["out"] == {"max": 0.0, "norm": 0.0}
+    off = true._replace(dq=np.array([1.5, -np.inf]), dk=np.array([1.0, 0.0]))
+    assert errors(off, true)["dq"] == {"max": 0.5, "norm": 0.5}
+    assert errors(off, true)["dk"]["max"] == np.inf

@@ -1,0 +1,346 @@
+"""Peers: what each is given to compute, and how one that cannot take part says so."""
+
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def from_the_checkout(monkeypatch):
+    """`bench` is not installed: it is imported from the root of the checkout."""
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def test_a_peer_that_raises_costs_only_its_own_rows(monkeypatch):
+    import argparse
+
+    from bench import run
+
+    def broken(inputs):
+        raise ZeroDivisionError("of a peer\nmore")
+
+    monkeypatch.setitem(run.METHODS, "flex", broken)
+    options = {"original": None, "mode": ["forward"], "budget": None, "case": ["smoke-dense"]}
+    options |= {"method": ["flex", "naive"], "limit": None, "seconds": 0.0}
+    options |= {"gbps": None, "tflops": None, "smoke": False}
+    first, second = run.sweep(argparse.Namespace(**options), set())
+    assert first["reason"] == "ZeroDivisionError: of a peer"
+    assert first["failed"]
+    assert second["method"] == "naive"
+    assert second["ms"] > 0
+
+
+def test_a_file_that_is_not_the_original_says_why(tmp_path):
+    from bench.cases import Case
+    from bench.inputs import Inputs
+    from bench.methods import CannotRun, original
+
+    case = Case("x", 1, 2, 2, 128, 64, "hash4")
+    inputs = Inputs(case, None, None, None, None, None, None, None)
+    empty, broken = tmp_path / "empty.py", tmp_path / "broken.py"
+    empty.write_text("")
+    broken.write_text("raise ValueError('old triton')")
+    for path, words in (
+        (tmp_path / "none.py", "no Python file"),
+        (empty, "no dynamic_sparse_attention"),
+        (broken, "does not import: old triton"),
+    ):
+        with pytest.raises(CannotRun, match=words):
+            original(str(path))(inputs)
+
+
+@pytest.fixture
+def flex_on_host(monkeypatch):
+    """FlexAttention without its compiler and, as it has none on a CPU, without a backward."""
+    import torch
+
+    from bench import flex, timed
+
+    def forward_only(inputs, run, whole=None):
+        every = whole or run
+        planned = None if whole is None else (lambda: run(inputs.q, inputs.k, inputs.v))
+        return timed.Timed(lambda: every(inputs.q, inputs.k, inputs.v), planned=planned)
+
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
+    monkeypatch.setattr(flex, "autograd", forward_only)
+    return flex.flex("TRITON")
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_sorts_builds_and_permutes_in_the_timed_call(flex_on_host):
+    from bench.cases import Case
+    from bench.inputs import make_inputs, sampled_error
+
+    inputs = make_inputs(Case("x", 1, 2, 2, 256, 32, "hash4", "float32", "cpu"))
+    timed = flex_on_host(inputs)
+    assert sampled_error(inputs, timed.forward()) < 1e-4
+    assert sampled_error(inputs, timed.planned()) < 1e-4
+    inputs.q_ids.copy_(inputs.q_ids.flip(-1))  # a new pattern must reach the next whole call
+    assert sampled_error(inputs, timed.forward()) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("pattern", ["dense", "samehash4", "qk50", "window64", "docs3", "ranges64"])
+@pytest.mark.parametrize("heads", [2, 4])
+def test_flex_serves_every_recipe(flex_on_host, pattern, heads):
+    from bench.cases import Case
+    from bench.inputs import make_inputs, sampled_error
+
+    inputs = make_inputs(Case("x", 2, heads, 2, 256, 32, pattern, "float32", "cpu"))
+    timed = flex_on_host(inputs)
+    assert sampled_error(inputs, timed.forward()) < 1e-4
+    assert (timed.plan is None) == (pattern in ("dense", "window64"))
+
+
+def test_varlen_on_sorted_rows_against_float64(monkeypatch):
+    import types
+
+    import torch
+    from torch.nn import functional
+
+    from bench import methods
+    from bench.cases import Case
+    from bench.inputs import make_inputs, sampled_error
+
+    def by_sequence(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal):
+        ends = cu_seqlens_q.tolist()
+        parts = []
+        for i, j in itertools.pairwise(ends):
+            assert j - i <= max_seqlen_q
+            part = (x[i:j].transpose(0, 1) for x in (q, k, v))
+            out = functional.scaled_dot_product_attention(*part, is_causal=causal)
+            parts.append(out.transpose(0, 1))
+        return torch.cat(parts)
+
+    peer = types.SimpleNamespace(flash_attn_varlen_func=by_sequence)
+    monkeypatch.setattr(methods, "_import", lambda module: peer)
+    inputs = make_inputs(Case("x", 2, 2, 2, 256, 32, "samehash4", "float32", "cpu"))
+    timed = methods.flash_varlen(inputs)
+    out, (dq, _, _) = timed.forward(), timed.backward()
+    assert sampled_error(inputs, out, dq) < 1e-4
+
+
+def test_flex_forgets_compiled_shapes_so_that_a_long_sweep_stays_compiled(monkeypatch):
+    import torch
+
+    from bench import flex
+
+    forgotten, options = [], []
+    monkeypatch.setattr(torch, "compile", lambda f, **_: lambda *a, **given: options.append(given))
+    monkeypatch.setattr(torch.compiler, "reset", lambda: forgotten.append(True))
+    grouped = type("Inputs", (), {"case": type("Case", (), {"heads": 4, "heads_kv": 2})})
+    for kernels in ("TRITON", "FLASH"):
+        flex._compiled(grouped, kernels)[0]()
+    assert len(forgotten) == 2
+    assert [given["enable_gqa"] for given in options] == [True, True]
+    assert [given["kernel_options"] for given in options] == [None, {"BACKEND": "FLASH"}]
+
+
+def test_flex_flash_without_its_kernels_says_so(monkeypatch):
+    from bench.methods import METHODS, CannotRun
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(CannotRun, match="flash_attn"):
+        METHODS["flex-flash"](None)
+
+
+FLASH_SOURCE = """
+from torch.nn import functional
+
+def flash_attn_func(q, k, v, causal):
+    rows = (x.transpose(1, 2) for x in (q, k, v))
+    out = functional.scaled_dot_product_attention(*rows, is_causal=causal, enable_gqa=True)
+    return WRAP(out.transpose(1, 2))
+"""
+XFORMERS_SOURCE = """
+from torch.nn import functional
+
+class LowerTriangularMask:
+    pass
+
+def memory_efficient_attention(q, k, v, attn_bias):
+    assert isinstance(attn_bias, LowerTriangularMask)
+    rows = (x.transpose(1, 2) for x in (q, k, v))
+    return functional.scaled_dot_product_attention(*rows, is_causal=True).transpose(1, 2)
+"""
+CUDNN_SOURCE = """
+import torch
+from torch.nn import functional
+
+class data_type:
+    BFLOAT16 = HALF = FLOAT = object()
+
+class heur_mode:
+    A = FALLBACK = object()
+
+class Tensor:
+    def __getattr__(self, name):
+        assert name in ("set_output", "set_dim", "set_stride", "set_data_type")
+        return lambda value: self
+
+class pygraph:
+    def __init__(self, **types):
+        self.built = False
+    def tensor_like(self, x):
+        return Tensor()
+    def sdpa(self, name, q, k, v, is_inference, attn_scale, use_causal_mask):
+        assert use_causal_mask and not is_inference
+        self.names, self.scale = (q, k, v), attn_scale
+        self.out = Tensor(), Tensor()
+        return self.out
+    def validate(self): pass
+    def build_operation_graph(self): pass
+    def create_execution_plans(self, modes): pass
+    def check_support(self): pass
+    def build_plans(self): self.built = True
+    def get_workspace_size(self): return 8
+    def execute(self, filled, work):
+        assert self.built
+        q, k, v = (filled[name] for name in self.names)
+        filled[self.out[0]].copy_(
+            functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        )
+"""
+
+
+@pytest.fixture
+def fake_peers(tmp_path, monkeypatch):
+    """Packages under the peers' names that compute by torch: what is tested is how they are met."""
+    files = {
+        "flash_attn/__init__.py": FLASH_SOURCE.replace("WRAP", ""),
+        "flash_attn/cute/__init__.py": FLASH_SOURCE.replace("WRAP", "(lambda x: (x, None))"),
+        "flash_attn_interface.py": FLASH_SOURCE.replace("WRAP", ""),
+        "xformers/__init__.py": "",
+        "xformers/ops/__init__.py": XFORMERS_SOURCE,
+        "cudnn/__init__.py": CUDNN_SOURCE,
+    }
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.fixture(autouse=True)
+def no_peer_stays():
+    """What a test imported under a peer's name is forgotten after it."""
+    yield
+    peers = ("flash_attn", "flash_attn_interface", "xformers", "cudnn")
+    for name in [x for x in sys.modules if x.split(".")[0] in peers]:
+        del sys.modules[name]
+
+
+PEERS = ("flash-attn-2", "flash-attn-3", "flash-attn-4", "cudnn-frontend", "xformers")
+
+
+def test_peers_are_found_by_import_and_only_then(fake_peers):
+    from bench.cases import select
+    from bench.methods import installed_peers
+    from bench.run import default_methods
+
+    assert installed_peers() == list(PEERS)
+    assert set(PEERS) < set(default_methods(select(["A-hash16-16k"])[0], False))
+    assert "flash-varlen" in default_methods(select(["A-samehash16-16k"])[0], False)
+
+
+@pytest.mark.parametrize("name", [*PEERS, "flash-attn", "sdpa-math", "sdpa-flash"])
+def test_a_dense_peer_computes_causal_attention(fake_peers, name):
+    from bench.cases import Case
+    from bench.inputs import as_dense, make_inputs, sampled_error
+    from bench.methods import METHODS
+
+    inputs = make_inputs(Case("x", 2, 2, 2, 256, 32, "hash4", "bfloat16", "cpu"))
+    timed = METHODS[name](inputs)
+    dq = timed.backward()[0] if timed.backward else None
+    assert sampled_error(as_dense(inputs), timed.forward(), dq) < 2e-2
+    assert sampled_error(inputs, timed.forward()) > 0.1, "the sparse truth is another"
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_peer_that_is_not_installed_or_does_not_import_says_so(tmp_path, monkeypatch, name):
+    from bench.cases import Case
+    from bench.inputs import make_inputs
+    from bench.methods import METHODS, CannotRun, installed_peers
+
+    inputs = make_inputs(Case("x", 1, 2, 2, 64, 32, "dense", "bfloat16", "cpu"))
+    assert name not in installed_peers()
+    with pytest.raises(CannotRun, match="is not installed"):
+        METHODS[name](inputs)
+    for module in ("flash_attn/cute", "flash_attn_interface", "xformers/ops", "cudnn"):
+        (tmp_path / module).mkdir(parents=True)
+        (tmp_path / module / "__init__.py").write_text("raise ImportError('another CUDA')")
+    if name == "flash-attn-2":
+        (tmp_path / "flash_attn/__init__.py").write_text("raise ImportError('another CUDA')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(CannotRun, match="does not import: another CUDA"):
+        METHODS[name](inputs)
+
+
+def test_a_peer_with_a_wrong_gradient_is_not_timed(monkeypatch):
+    from bench import run
+    from bench.cases import Case
+    from bench.inputs import make_inputs
+    from bench.methods import METHODS
+
+    inputs = make_inputs(Case("x", 1, 2, 1, 256, 32, "hash4", "float32", "cpu"))
+
+    def wrong(mode, which):
+        def method(inputs):
+            timed = METHODS["sdpa-flash"](inputs)
+            right = getattr(timed, mode)
+
+            def twisted():
+                grads = list(right())
+                grads[which] = 1.1 * grads[which]
+                return grads
+
+            setattr(timed, mode, twisted)
+            return timed
+
+        return method
+
+    (row,) = run.measure(inputs, "sdpa-flash", METHODS["sdpa-flash"], ["both"], 0.0)
+    assert row["mode"] == "both"
+    assert 0 < row["error"] < 1e-4
+    for mode in ("backward", "both"):
+        for which in range(3):  # dq, dk, dv
+            with pytest.raises(AssertionError, match="relative error"):
+                list(run.measure(inputs, "sdpa-flash", wrong(mode, which), [mode], 0.0))
+
+
+def test_shapes_that_share_their_code_are_compiled_once():
+    from bench.cases import select
+    from bench.precompile import distinct
+
+    names = [case.name for case in distinct(select(["buckets", "drops", "A-dense-16k"]))]
+    assert names == ["A-hash2-16k", "A-qk10-16k", "A-dense-16k"]
+    assert len(distinct(select(["A-hash16-8k", "A-hash16-16k", "A-hash16-16k-fp16"]))) == 3
+
+
+def test_precompile_shares_one_cache_and_says_what_it_missed(tmp_path, monkeypatch, capsys):
+    from bench import jit, precompile
+
+    seen = []
+
+    def child(case, method, environment, timeout):
+        seen.append((case, environment["TORCHINDUCTOR_CACHE_DIR"], timeout))
+        if case == "A-qk50-16k":
+            return {"reason": "compiling took longer than the limit of 5 s"}
+        return {"first_ms": 3000.0, "second_ms": 500.0}
+
+    monkeypatch.setattr(jit, "child", child)
+    line = ["--cache", str(tmp_path / "c"), "--processes", "2", "--limit", "5", "--case"]
+    assert precompile.main([*line, "A-hash16-16k", "A-hash4-16k"]) == 0
+    assert precompile.main([*line, "A-hash16-16k", "A-qk50-16k"]) == 1
+    out = capsys.readouterr().out
+    assert [case for case, _, _ in seen].count("A-hash16-16k") == 2
+    assert "A-hash4-16k" not in out
+    assert "2.5 s" in out
+    assert "longer than the limit" in out
+    where = precompile.cache_at(tmp_path / "c")["TORCHINDUCTOR_CACHE_DIR"]
+    assert {cache for _, cache, _ in seen} == {where}
+    assert where.startswith(str(tmp_path / "c"))
