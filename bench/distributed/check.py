@@ -28,6 +28,7 @@ from bench.distributed.models import VOCABULARY, Paper, Small, rows_of
 from bench.lm.config import PRESETS
 from bench.lm.train import World
 from scfa_core import distributed
+from scfa_core.nn.hashing import PAST_BLOCK
 from scfa_core.terminal import Terminal
 
 STEPS = 3
@@ -236,10 +237,10 @@ def paper_checks(size: Size, where: World, backend: str | None) -> Iterator[Chec
     Windows anywhere; hashes of activations only where no bucket turns on a rounding, in float64.
     """
     low = size.dtype == torch.bfloat16
-    names = ["window9"] if low else ["window9", "hash4"]
-    length = 32 * where.size
+    names = ["window9"] if low else ["window9", "hash4", "hash4r"]
     for way in ("all-to-all", "all-gather"):
         for name in names:
+            length = (4 * PAST_BLOCK if name.endswith("r") else 32) * where.size
             config = dataclasses.replace(
                 PRESETS["tiny"], attention=name, heads=size.heads, head_dim=size.head_dim,
                 seqlen=length, backend=backend,
@@ -255,7 +256,7 @@ def paper_checks(size: Size, where: World, backend: str | None) -> Iterator[Chec
                 cast: bool = low,
             ) -> Tensors:
                 text = text.to(at)
-                rows = None if way is None else rows_of(way, length, at)
+                rows = None if way is None else rows_of(way, config.seqlen, at)
                 torch.manual_seed(4)
                 whole = Paper(config, None, None)
                 model = whole

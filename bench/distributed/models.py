@@ -20,7 +20,9 @@ from bench.lm.attend import Attend
 from bench.lm.config import Config
 from bench.lm.model import LanguageModel
 from scfa_core import distributed
+from scfa_core.errors import ShapeError
 from scfa_core.hashing import angular_hash
+from scfa_core.nn.hashing import PAST_BLOCK, PAST_START, less_past
 
 VOCABULARY = 64
 LOSS_ROWS = 8192  # logits of so many rows are in memory at once
@@ -90,31 +92,59 @@ def _pattern(config: Config, bucket: Tensor | None) -> scfa.Pattern:
     return scfa.Causal() if config.attention == "dense" else scfa.SlidingWindow(int(window))
 
 
+def less_past_of_all(x: Tensor, start: Tensor, rows: Tensor) -> Tensor:
+    """`less_past` of a sequence of which this rank holds `rows`, whole blocks of them.
+
+    Ranks exchange the sum of each block, 1 / 64 of the rows.
+    """
+    if len(rows) % PAST_BLOCK:
+        raise ShapeError(f"ranks need blocks of {PAST_BLOCK} rows each, got {len(rows)} rows")
+    own = rows[::PAST_BLOCK] // PAST_BLOCK
+    order = torch.argsort(distributed._gather(own, 0, None))
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        sums = x.unflatten(2, (-1, PAST_BLOCK)).sum(3, dtype=torch.float32)
+        sums = distributed._gather(sums, 2, None).index_select(2, order)
+        before = functional.pad(sums[:, :, :-1].cumsum(2), (0, 0, 1, 0)).index_select(2, own)
+        mean = (before + PAST_START * start[:, None]) / (PAST_BLOCK * own[:, None] + PAST_START)
+        of_row = mean.repeat_interleave(PAST_BLOCK, dim=2)
+        return (x.float() - of_row).to(x.dtype)
+
+
 def sharded_attend(config: Config, way: str, rows: Tensor) -> Attend:
     """Attention of the paper's model where each rank holds `rows` of the sequence.
 
-    Positions are learned, so that queries are what is hashed.
+    Positions are learned, so that queries are what is hashed; with a center about the mean of the
+    earlier rows of the whole sequence.
     """
     ranks, rank = dist.get_world_size(), dist.get_rank()
     options = {"softmax_scale": config.softmax_scale, "backend": config.backend}
 
     def exchanged(
-        q: Tensor, k: Tensor, v: Tensor, hashed: Tensor, directions: Tensor | None, *_: Any
-    ) -> Tensor:
+        q: Tensor, k: Tensor, v: Tensor, hashed: Tensor, directions: Tensor | None,
+        center: Tensor | None, *_: Any,
+    ) -> Tensor:  # fmt: skip
         own = None if directions is None else directions.chunk(ranks, dim=1)[rank]
 
         def pattern(q: Tensor, _k: Tensor) -> scfa.Pattern:
-            return _pattern(config, None if own is None else angular_hash(q, own, None)[0])
+            if own is None:
+                return _pattern(config, None)
+            start = None if center is None else center.chunk(ranks)[rank]
+            return _pattern(
+                config, angular_hash(q if start is None else less_past(q, start), own, None)[0]
+            )
 
         return distributed.ulysses_attention(q, k, v, pattern, **options)
 
     order = torch.argsort(distributed._gather(rows, 0, None))
 
     def gathered(
-        q: Tensor, k: Tensor, v: Tensor, hashed: Tensor, directions: Tensor | None, *_: Any
-    ) -> Tensor:
+        q: Tensor, k: Tensor, v: Tensor, hashed: Tensor, directions: Tensor | None,
+        center: Tensor | None, *_: Any,
+    ) -> Tensor:  # fmt: skip
         bucket = None
         if directions is not None:
+            if center is not None:
+                hashed = less_past_of_all(hashed, center, rows)
             bucket = distributed._gather(angular_hash(hashed, directions, None)[0], 2, None)
             bucket = bucket.index_select(2, order)
         pattern = _pattern(config, bucket)
@@ -134,12 +164,15 @@ class Paper(nn.Module):
         super().__init__()
         if config.positions != "learned":
             raise SystemExit(f"rows of ranks need learned positions, not {config.positions!r}")
+        if config.adapts not in ("", "r"):
+            raise SystemExit(f"ranks share no statistics of a batch, so not {config.attention!r}")
         local = config if rows is None else dataclasses.replace(config, seqlen=len(rows))
         self.inner = LanguageModel(local)
         if rows is None or way is None:
             return
         for block in self.inner.blocks:
             block.mix.attend = sharded_attend(config, way, rows)
+            block.mix.follows_past = False  # rows before those of this rank count as well
         ranks = dist.get_world_size()
         position = self.inner.embed.position.weight
         position.register_hook(lambda gradient: gradient / ranks)
@@ -153,8 +186,7 @@ class Paper(nn.Module):
         directions = inner.directions()
         x = inner.embed(text)
         for layer, block in enumerate(inner.blocks):
-            own = None if directions is None else directions[layer]
-            x = checkpoint(block, x, own, None, None, use_reentrant=False)
+            x = checkpoint(block, x, *inner._hash_of(layer, directions), None, use_reentrant=False)
         losses = [
             checkpoint(inner.head, part, inner.embed.token.weight, right, use_reentrant=False)
             * right.numel()

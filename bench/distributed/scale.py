@@ -256,7 +256,7 @@ class Bench:
     def _model(self, way: str, seqlen: int, buckets: int) -> tuple[Any, Any]:
         """Whole training steps of the paper's model, optimiser included, one sequence a step."""
         where = self.where
-        name = f"hash{buckets}" if buckets else "dense"
+        name = f"hash{buckets}r" if buckets else "dense"
         config = dataclasses.replace(self.config, attention=name, seqlen=seqlen)
         sharded = way not in (ALONE, DATA)
         rows = rows_of(way, seqlen, where.device) if sharded else None

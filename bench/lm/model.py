@@ -238,7 +238,7 @@ class LanguageModel(nn.Module):
         if self.turn is None:
             return drawn
         with torch.autocast(drawn.device.type, enabled=False):
-            return self.turn.unsqueeze(1) @ drawn
+            return self.turn.unsqueeze(1) @ drawn.to(self.turn.dtype)
 
     def forward(self, text: Tensor, target: Tensor) -> Tensor:
         """(batch, seqlen) tokens and their successors to a scalar."""
