@@ -5,6 +5,8 @@
 torch.Size([2, 30, 64])
 """
 
+import scfa_core.torch_hashing
+import scfa_core.torch_union_ops  # noqa: F401  (both register operators: loaded programs need them)
 from scfa_core.nn.attention import (
     DenseSelfAttention,
     DropSelfAttention,

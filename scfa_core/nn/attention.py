@@ -17,6 +17,7 @@ from scfa_core.nn.hashing import AngularHash
 from scfa_core.patterns import Causal, Documents, Pattern, QKSparse, SlidingWindow
 from scfa_core.plan import Plan
 from scfa_core.problem import as_size, check_flag, check_share
+from scfa_core.torch_checks import check_tensor
 
 MakePattern = Callable[[Tensor, Tensor], Pattern]
 
@@ -37,8 +38,8 @@ class SparseSelfAttention(nn.Module):
     head_dim : int, optional
         Of queries, keys and values; ``width // heads`` by default.
     pattern : callable, optional
-        ``pattern(q, k) -> Pattern`` from q (batch, heads, seqlen, head_dim) and k. Write it with
-        `include_self` and causality of its own.
+        ``pattern(q, k) -> Pattern`` from q (batch, heads, seqlen, head_dim) and k, with
+        `include_self` and causality of its own. Layers named by their pattern take none.
     shared_qk : bool
         Keys are the queries, normalised to length 1, with no projection of their own (the paper's
         hash layers). Needs ``heads_kv == heads``.
@@ -60,8 +61,12 @@ class SparseSelfAttention(nn.Module):
     ShapeError
         Heads that do not divide, `shared_qk` with fewer key heads, or sizes that are none.
     OptionError
-        A flag that is not a bool, a hook that cannot be called.
+        A flag that is not a bool, a hook that cannot be called, a pattern beside one that is there.
+    PatternError
+        In a call: `pattern` returned none.
     """
+
+    _takes_pattern = True
 
     def __init__(
         self,
@@ -90,10 +95,20 @@ class SparseSelfAttention(nn.Module):
             check_flag(name, flag)
         for name, hook in (("pattern", pattern), ("rotary", rotary)):
             if hook is not None and not callable(hook):
-                raise OptionError(
-                    f"{name} must be a function, got {type(hook).__name__}; a fixed pattern goes "
-                    "as lambda q, k: pattern"
+                fixed = (
+                    "; a fixed pattern goes as lambda q, k: pattern" if name == "pattern" else ""
                 )
+                raise OptionError(f"{name} must be a function, got {type(hook).__name__}{fixed}")
+        if pattern is not None and not self._takes_pattern:
+            raise OptionError(
+                f"{type(self).__name__} has a pattern of its own and would ignore another; narrow "
+                "it in make_patterns of a subclass, or give SparseSelfAttention the pattern"
+            )
+        if pattern is not None and not include_self:
+            raise OptionError(
+                "include_self=False is for the layer's own pattern; build it into yours, e.g. "
+                "pattern & Causal(include_self=False)"
+            )
         if heads % heads_kv or (head_dim is None and width % heads):
             raise ShapeError(
                 "heads must be a multiple of heads_kv and divide width (or pass head_dim), got "
@@ -119,7 +134,13 @@ class SparseSelfAttention(nn.Module):
     def make_patterns(self, q: Tensor, k: Tensor) -> list[Pattern]:
         """Who sees whom, as pairwise disjoint patterns; q, k (batch, heads, seqlen, head_dim)."""
         if self.pattern is not None:
-            return [self.pattern(q, k)]
+            made = self.pattern(q, k)
+            if not isinstance(made, Pattern):
+                raise PatternError(
+                    f"pattern(q, k) must return a scfa_core pattern, got {type(made).__name__}; "
+                    "several disjoint ones come from make_patterns of a subclass"
+                )
+            return [made]
         return [Causal(include_self=self.include_self)]
 
     def forward(
@@ -145,7 +166,16 @@ class SparseSelfAttention(nn.Module):
         Returns
         -------
         out : Tensor, (batch, seqlen, width)
+
+        Raises
+        ------
+        ShapeError, DTypeError
+            Axes other than these, or what is no tensor.
+        PatternError
+            A plan beside documents or keep.
         """
+        if x.ndim != 3 or x.shape[2] != self.width:
+            raise ShapeError(f"x must be (batch, seqlen, {self.width}), got {tuple(x.shape)}")
         q, k, v = self.project(x)
         patterns: Sequence[Pattern | Plan]
         if plan is None:
@@ -184,8 +214,10 @@ class SparseSelfAttention(nn.Module):
     def _limits(documents: Tensor | None, keep: Tensor | None) -> list[Pattern]:
         limits: list[Pattern] = []
         if documents is not None:
+            check_tensor("documents", documents, "batch", "seqlen")
             limits.append(Documents(documents, causal=False))
         if keep is not None:
+            check_tensor("keep", keep, "batch", "seqlen")
             limits.append(QKSparse(keep[:, None], keep[:, None], causal=False))
         return limits
 
@@ -219,6 +251,8 @@ class WindowSelfAttention(SparseSelfAttention):
     width, heads : int
     window : int
     """
+
+    _takes_pattern = False
 
     def __init__(self, width: int, heads: int, window: int, **options: Any) -> None:
         super().__init__(width, heads, **options)
@@ -254,6 +288,8 @@ class HashSelfAttention(SparseSelfAttention):
     **options
         As for `SparseSelfAttention`.
     """
+
+    _takes_pattern = False
 
     def __init__(
         self,
@@ -316,6 +352,8 @@ class DropSelfAttention(SparseSelfAttention):
     -----
     Scores learn by straight-through gradients: `scfa_core.dropping.drop_attention`.
     """
+
+    _takes_pattern = False
 
     def __init__(
         self,

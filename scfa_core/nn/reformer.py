@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
 from scfa_core.api import make_plan
-from scfa_core.errors import ShapeError
+from scfa_core.errors import OptionError, ShapeError
 from scfa_core.hashing import disjoint_rounds
 from scfa_core.merging import merge_attention
 from scfa_core.nn.hashing import AngularHash
-from scfa_core.problem import as_size
+from scfa_core.problem import as_size, check_scale
 
 
 class Coverage(NamedTuple):
@@ -91,9 +91,12 @@ class ReformerAttention(nn.Module):
         if head_dim is None and width % heads:
             raise ShapeError(f"heads must divide width (or pass head_dim), got {width=}, {heads=}")
         self.heads = heads
-        self.head_dim = width // heads if head_dim is None else head_dim
+        if rotary is not None and not callable(rotary):
+            raise OptionError(f"rotary must be a function, got {type(rotary).__name__}")
+        self.width = width
+        self.head_dim = width // heads if head_dim is None else as_size("head_dim", head_dim, 1)
         self.chunk = chunk
-        self.softmax_scale = self.head_dim**-0.5 if softmax_scale is None else softmax_scale
+        self.softmax_scale = check_scale(softmax_scale, self.head_dim, "float32")
         self.rotary = rotary
         self.query = nn.Linear(width, heads * self.head_dim, bias=False)
         self.value = nn.Linear(width, heads * self.head_dim, bias=False)
@@ -104,6 +107,7 @@ class ReformerAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, seqlen, width) to the same."""
+        self._check_rows(x)
         q, v = (self._split(projection(x)) for projection in (self.query, self.value))
         k = normalize(q, dim=-1)
         rounds = self._rounds(self.hash(q)[0])
@@ -112,6 +116,12 @@ class ReformerAttention(nn.Module):
         parts = [self._attend(q, k, v, one) for one in rounds]
         out, _ = merge_attention([p[0] for p in parts], [p[1] for p in parts])
         return self.output(out.transpose(1, 2).flatten(2))
+
+    def _check_rows(self, x: Tensor) -> None:
+        if x.ndim != 3 or x.shape[2] != self.width or not x.shape[1]:
+            raise ShapeError(
+                f"x must be (batch, seqlen, {self.width}) with a row or more, got {tuple(x.shape)}"
+            )
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -166,6 +176,7 @@ class ReformerAttention(nn.Module):
         coverage : Coverage
             Summed over batch and heads. With ``redraw`` each call judges other directions.
         """
+        self._check_rows(x)
         q = self._split(self.query(x))
         (bucket,) = self.hash(q)
         visited = sum(float((r.visible / r.times.double()).sum()) for r in self._rounds(bucket))
