@@ -24,12 +24,12 @@ READY  := $(VENV)/.ready-$(CUDA)
 TOOLS  := $(VENV)/.tools
 SITE   := $(VENV)/.docs
 
-.PHONY: help demo test test-gpu gpu-check test-peers check format typecheck bench wheel images docs venv clean
+.PHONY: help demo test test-gpu gpu-check test-peers check format typecheck bench report wheel images docs venv clean
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "others: check format typecheck test-gpu test-peers gpu-check bench wheel images docs clean"
+	@echo "others: check format typecheck test-gpu test-peers gpu-check bench report wheel images docs clean"
 
 venv: $(READY)
 
@@ -85,6 +85,10 @@ typecheck: $(TOOLS)
 
 bench: $(READY)
 	$(BIN)/python -m bench $(if $(CASE),--case $(CASE)) $(ARGS)
+
+# The README's table, every page of docs/perf made of tables and plots, and the plots, from bench/results/
+report: $(READY)
+	$(BIN)/python -m bench pages $(ARGS)
 
 wheel: $(TOOLS)
 	rm -rf build/lib dist

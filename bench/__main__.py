@@ -2,7 +2,7 @@
 
 import sys
 
-from bench import report
+from bench import pages, report
 
 
 def main(argv: list[str]) -> int:
@@ -13,6 +13,8 @@ def main(argv: list[str]) -> int:
     if name == "report":
         report.main(rest)
         return 0
+    if name == "pages":
+        return pages.main(rest)
     if name == "accuracy":
         from bench import accuracy
 

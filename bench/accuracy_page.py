@@ -12,7 +12,7 @@ MEASURES = {
 HEAD = """\
 # Accuracy
 
-Made by `python -m bench accuracy` and `python -m bench report ... --page`. The truth is the formula
+Made by `python -m bench accuracy` and `make report`, from stored JSON. The truth is the formula
 on a dense mask in float64, from the same rounded inputs. Each cell is *this package / torch*, where
 torch is its own composite attention in the same dtype (masked softmax of materialised scores,
 autograd) on the same inputs; smaller is better. *Of allowed* is the worst tensor's error over what
@@ -26,6 +26,7 @@ last few bits; `lse` is stored in float32 whatever the dtype.
 
 def markdown(record: dict[str, Any]) -> str:
     """Tables of one record: dtypes one after the other, norm before maximum."""
+    record = record | {"rows": [row for row in record["rows"] if "ours" in row]}
     sizes = ", ".join(f"{name} {number}" for name, number in record["sizes"].items())
     backends = ", ".join(dict.fromkeys(f"`{row['backend']}`" for row in record["rows"]))
     facts = record["machine"]
@@ -37,9 +38,10 @@ def markdown(record: dict[str, Any]) -> str:
         f"{facts['card']}, torch {facts['torch']}, commit {facts['commit']}{changed}, "
         f"{facts['date'][:10]}.",
     ]
-    for dtype in dict.fromkeys(row["dtype"] for row in record["rows"]):
-        rows = [row for row in record["rows"] if row["dtype"] == dtype]
-        lines += ["", f"### {dtype}"]
+    several = len(backends.split(", ")) > 1
+    for backend, dtype in dict.fromkeys((row["backend"], row["dtype"]) for row in record["rows"]):
+        rows = [x for x in record["rows"] if (x["backend"], x["dtype"]) == (backend, dtype)]
+        lines += ["", f"### `{backend}`, {dtype}" if several else f"### {dtype}"]
         if dtype == "float64":
             lines.append(FLOAT64.rstrip())
         for kind, words in MEASURES.items():

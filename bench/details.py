@@ -11,19 +11,25 @@ Row = dict[str, Any]
 Column = tuple[str, Any]
 
 
-def sections(record: dict[str, Any]) -> str:
+def sections(record: dict[str, Any], mark: str = "##") -> str:
     """Every table that the record has rows for, each under its heading; empty if none has."""
     rows = [row for row in record["rows"] if "ms" in row]
     parts = []
     for heading, note, pick, columns in TABLES:
         chosen = [row for row in rows if pick(row)]
         if chosen:
-            parts += [f"## {heading}", note, _table(chosen, columns)]
+            parts += [f"{mark} {heading}", note, _table(chosen, columns)]
     if any(row["case"].startswith("growth") for row in rows):
-        parts += ["## Growth at a constant bucket size", growth(record)]
+        parts += [f"{mark} Growth at a constant bucket size", growth(record)]
     absent = _absent(record)
     if absent:
-        parts += ["## What was not timed", absent]
+        parts += [f"{mark} What was not timed", absent]
+    ceilings = record["machine"].get("ceilings")
+    if ceilings and parts:
+        parts.append(
+            f"The card's rates, measured: copy {ceilings['gbps']:.0f} GB/s (read and written), "
+            f"matrix product {ceilings['tflops']:.0f} TFLOP/s."
+        )
     return "\n\n".join(parts)
 
 
@@ -52,10 +58,16 @@ def _percent(name: str) -> Any:
     return lambda row: f"{100 * row[name]:.0f}"
 
 
-def _executed(row: Row) -> str:
+def executed(row: Row) -> float | None:
+    """TFLOP/s of all pairs of the tiles that are looked at; None where tiles are not known."""
     if not row.get("tile_pairs"):
-        return "-"
-    return f"{row['tflops'] * row['tile_pairs'] / row['pairs']:.0f}"
+        return None
+    return float(row["tflops"] * row["tile_pairs"] / row["pairs"])
+
+
+def _executed(row: Row) -> str:
+    rate = executed(row)
+    return "-" if rate is None else f"{rate:.0f}"
 
 
 def growth(record: dict[str, Any]) -> str:
@@ -80,7 +92,9 @@ def beyond_results(row: Row) -> int:
     case = every_case()[row["case"]]
     width = BYTES[case.dtype] * case.head_dim
     keys = case.batch * case.heads_kv * case.seqlen
-    rows = {"forward": case.rows, "planned": case.rows, "backward": case.rows + 2 * keys}
+    gradients = case.rows + 2 * keys
+    rows = {"forward": case.rows, "planned": case.rows}
+    rows |= {"backward": gradients, "both": gradients}
     return int(row["extra_bytes"]) - rows.get(row["mode"], 0) * width
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import DENSE_ONLY, Case, every_case
+from bench.details import beyond_results, executed
 
 MODES = {"forward": "forward, whole call", "backward": "backward, plan given"}
 THEMES = {
@@ -30,8 +31,11 @@ def timed_rows(record: dict[str, Any], mode: str) -> list[tuple[Case, dict[str, 
 
 
 def by_length(record: dict[str, Any], mode: str, growth: bool) -> Series:
-    """Times against T of every method and pattern that has at least two lengths."""
-    series: Series = {}
+    """Times against T of every method and pattern that has at least two lengths of one shape.
+
+    Of each, the shape with the most lengths: cases of other shapes belong to no line of it.
+    """
+    found: dict[str, dict[Any, list[tuple[float, dict[str, Any]]]]] = {}
     for case, row in timed_rows(record, mode):
         if case.name.startswith("growth") != growth:
             continue
@@ -41,9 +45,14 @@ def by_length(record: dict[str, Any], mode: str, growth: bool) -> Series:
             label = f"{row['method']}, dense"
         else:
             label = f"{row['method']}, {'growing buckets' if growth else case.pattern}"
-        series.setdefault(label, []).append((case.seqlen, row))
-    pairs = {label: sorted(points, key=lambda x: x[0]) for label, points in series.items()}
-    return {label: points for label, points in pairs.items() if len({x for x, _ in points}) > 1}
+        shape = (case.batch, case.heads, case.heads_kv, case.head_dim, case.dtype)
+        found.setdefault(label, {}).setdefault(shape, []).append((case.seqlen, row))
+    best = {label: max(shapes.values(), key=len) for label, shapes in found.items()}
+    return {
+        label: sorted(points, key=lambda x: x[0])
+        for label, points in best.items()
+        if len(points) > 1
+    }
 
 
 def speedups(record: dict[str, Any], mode: str) -> Series:
@@ -124,22 +133,26 @@ def exponent(points: list[tuple[float, dict[str, Any]]]) -> float:
     return math.log(last["ms"] / first["ms"]) / math.log(x1 / x0)
 
 
-def draw(record: dict[str, Any], folder: Path, stem: str) -> list[tuple[str, str]]:
-    """Write every plot that the record has rows for; return (file stem, caption) of each."""
+def names(record: dict[str, Any], stem: str) -> list[tuple[str, str]]:
+    """File stem and caption of every plot that the record has rows for."""
+    return [
+        (f"{stem}-{name}", caption)
+        for name, (caption, find, _) in PLOTS.items()
+        if any(find(record, mode) for mode in MODES)
+    ]
+
+
+def draw(record: dict[str, Any], folder: Path, stem: str) -> None:
+    """Write every plot that the record has rows for."""
     import matplotlib
 
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
-    made = []
-    for name, (caption, find, paint) in PLOTS.items():
+    for name, (_, find, paint) in PLOTS.items():
         panels = {mode: find(record, mode) for mode in MODES}
         panels = {mode: series for mode, series in panels.items() if series}
-        if not panels:
-            continue
-        for theme in THEMES:
+        for theme in THEMES if panels else ():
             _figure(panels, paint, theme, folder / f"{stem}-{name}-{theme}.png")
-        made.append((f"{stem}-{name}", caption))
-    return made
 
 
 def _figure(panels: dict[str, Series], paint: Any, theme: str, path: Path) -> None:
@@ -206,23 +219,62 @@ def _times(axis: Any, series: Series, ink: str, label: Any = lambda name, points
     axis.set_ylabel("ms, median; bars: 20 % to 80 %")
 
 
-def _field(field: str, words: str, scale: float = 1.0) -> Any:
-    """A painter of one field of the rows against T; its axis begins at 0."""
+def _field(words: str, *lines: tuple[str, str, Any], title: str = "") -> Any:
+    """A painter against T from 0: of each series a line per (name, style, value of a row)."""
 
     def paint(axis: Any, series: Series, ink: str) -> None:
         lengths = sorted({x for points in series.values() for x, _ in points})
         axis.set_xscale("log")
         axis.set_xticks(lengths, [f"{x // 1024:g}k" for x in lengths])
         for (name, points), color in zip(series.items(), COLORS * 4, strict=False):
-            ys = [scale * row[field] for _, row in points]
-            where = [x for x, _ in points]
-            axis.plot(where, ys, "o-", markersize=3.5, linewidth=1.4, color=color, label=name)
+            for which, style, value in lines:
+                found = [(x, value(row)) for x, row in points if value(row) is not None]
+                look = {"color": color, "linestyle": style, "linewidth": 1.4}
+                label = f"{name}: {which}" if which else name
+                if found:
+                    xs, ys = zip(*found, strict=True)
+                    axis.plot(xs, ys, marker="o", markersize=3.5, label=label, **look)
         axis.set_ylim(bottom=0)
         axis.minorticks_off()
         axis.set_xlabel("sequence length T")
         axis.set_ylabel(words)
+        if title:
+            axis.set_title(title)
 
     return paint
+
+
+def host_times(record: dict[str, Any], mode: str) -> Series:
+    """Host time of a call with its plan given, against T; one panel, under the forward's name."""
+    return by_length_of(record, "planned", "host_us") if mode == "forward" else {}
+
+
+def compiling(record: dict[str, Any], mode: str) -> Series:
+    """Seconds of compiling by method and case, cold and from the cache; one panel."""
+    series: Series = {}
+    for row in record["rows"] if mode == "forward" else ():
+        if row["mode"].startswith("jit-"):
+            series.setdefault(f"{row['method']}\n{row['case']}", []).append((0.0, row))
+    return series
+
+
+def _compiling(axis: Any, series: Series, ink: str) -> None:
+    for number, (mode, words) in enumerate(
+        (("jit-cold", "empty cache"), ("jit-cached", "filled cache"))
+    ):
+        bars = [
+            (place + 0.4 * number, row["ms"] / 1e3)
+            for place, points in enumerate(series.values())
+            for _, row in points
+            if row["mode"] == mode
+        ]
+        if bars:
+            drawn = axis.barh(*zip(*bars, strict=True), 0.38, color=COLORS[number], label=words)
+            axis.bar_label(drawn, fmt="%.2g s", fontsize=7.5, padding=2, color=ink)
+    axis.set_yticks([place + 0.2 for place in range(len(series))], list(series))
+    axis.set_xlabel("seconds of the first use")
+    axis.set_title("compiling")
+    axis.margins(x=0.15)
 
 
 def _paper(axis: Any, series: Series, ink: str) -> None:
@@ -276,18 +328,32 @@ PLOTS = {
     ),
     "paper": ("The paper's runtime figure on this card", paper, _paper),
     "rate": (
-        "Useful TFLOP/s",
+        "Useful and executed TFLOP/s",
         lambda record, mode: by_length_of(record, mode, "tflops"),
-        _field("tflops", "TFLOP/s of visible pairs"),
+        _field(
+            "TFLOP/s of visible pairs; dashed: of their tiles",
+            ("", "-", lambda row: row["tflops"]),
+            ("executed", "--", executed),
+        ),
     ),
     "floor": (
-        "Share of the floor",
+        "Share of the floor, in flops and in bytes",
         lambda record, mode: by_length_of(record, mode, "floor_share"),
-        _field("floor_share", "floor over time, %", 100.0),
+        _field(
+            "floor over time, %",
+            ("flops", "-", lambda row: 100 * row["floor_flops_share"]),
+            ("bytes", "--", lambda row: 100 * row["floor_bytes_share"]),
+        ),
     ),
     "memory": (
-        "Memory at the peak beyond inputs, results included",
+        "Memory at the peak beyond inputs and outputs",
         lambda record, mode: by_length_of(record, mode, "extra_bytes"),
-        _field("extra_bytes", "MiB", 1 / 2**20),
+        _field("MiB", ("", "-", lambda row: beyond_results(row) / 2**20)),
     ),
+    "host": (
+        "Host time of one call",
+        host_times,
+        _field("microseconds", ("", "-", lambda row: row["host_us"]), title="forward, plan given"),
+    ),
+    "jit": ("Compiling, cold and from the cache", compiling, _compiling),
 }

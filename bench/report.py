@@ -16,9 +16,7 @@ ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 MODE_WORDS = {"forward": "fwd", "backward": "bwd", "plan": "plan", "planned": "fwd, plan given"}
 TIMES_HEAD = """\
-# Times: {card}
-
-Made by `python -m bench` and `python -m bench report ... --plots ... --page`, from stored JSON. A
+Made by `python -m bench` and `make report`, from stored JSON. A
 cell is the median of repeated calls in ms. Forward is the whole call from raw inputs, planning
 included; backward reuses the plan. What a row computes was held against float64 before it was
 timed (a dense peer's result on dense rows only)."""
@@ -43,6 +41,8 @@ def is_accuracy(record: dict[str, Any]) -> bool:
 def markdown(record: dict[str, Any], modes: tuple[str, ...] = ("forward", "backward")) -> str:
     """Table of medians in ms: a row per case, a column per method, modes joined by a slash."""
     rows = [row for row in record["rows"] if "ms" in row and row["mode"] in modes]
+    if not rows:
+        return caption(record, [])
     methods = list(dict.fromkeys(row["method"] for row in rows))
     times = {(row["case"], row["method"], row["mode"]): row["ms"] for row in rows}
     words = " / ".join(MODE_WORDS[mode] for mode in modes)
@@ -101,69 +101,80 @@ def only(record: dict[str, Any], names: list[str] | None) -> dict[str, Any]:
     return record | {"rows": [row for row in record["rows"] if row["case"] in wanted]}
 
 
-def page(records: list[dict[str, Any]], pictures: list[tuple[str, str]]) -> str:
-    """Return a page: what it is, tables, then plots (paths relative to the page)."""
-    tables = "\n\n".join(page_or_table(record) for record in records)
-    if all(is_accuracy(record) for record in records):
+Shown = tuple[dict[str, Any], str, list[tuple[str, str]]]  # record, heading, pictures
+
+
+def page(shown: list[Shown], intro: str = "") -> str:
+    """Return a page: what it is, then of each record its table, plots and details.
+
+    Pictures are (path relative to the page without its ending, caption).
+    """
+    if all(is_accuracy(record) for record, _, _ in shown):
+        tables = "\n\n".join(accuracy_page.markdown(record) for record, _, _ in shown)
         return f"{accuracy_page.HEAD}\n{tables}\n"
-    parts = [TIMES_HEAD.format(card=records[0]["machine"]["card"]), tables]
-    for path, words in pictures:
-        parts += [
-            f"## {words}",
-            f"""<picture>
+    parts = [intro or f"# Times: {shown[0][0]['machine']['card']}", TIMES_HEAD]
+    for record, heading, pictures in shown:
+        if heading:
+            parts.append(f"## {heading}")
+        mark = "###" if heading else "##"
+        parts.append(markdown(record))
+        for path, words in pictures:
+            parts += [
+                f"{mark} {words}",
+                f"""<picture>
 <source media="(prefers-color-scheme: dark)" srcset="{path}-dark.png">
 <img src="{path}-light.png" alt="{words}">
 </picture>""",
-        ]
-    parts += filter(None, (details.sections(record) for record in records))
+            ]
+        parts += filter(None, [details.sections(record, mark)])
     return "\n\n".join(parts) + "\n"
 
 
-def _beside(records: list[dict[str, Any]]) -> str:
-    """What a reader of the README's tables should know: where more is, and what is not there."""
-    pages = {
-        "More rows and plots on an H100": "docs/perf/h100.md",
-        "on a CPU": "docs/perf/cpu.md",
-        "errors": "docs/perf/accuracy.md",
-    }
-    links = [
-        f"{words}: [{path}]({path})" for words, path in pages.items() if (ROOT / path).exists()
-    ]
-    text = f"{'; '.join(links)}. " if links else ""
-    if not any("cuda" in record["machine"] for record in records):
-        text += "No GPU figures are recorded in this form yet."
-    return text.strip()
+def with_section(old: str, text: str) -> str:
+    """Return the README with `text` between its markers."""
+    if BEGIN not in old or END not in old:
+        raise SystemExit(f"the README has no {BEGIN} ... {END}")
+    section = f"{BEGIN}\n{text}\n{END}"
+    return re.sub(f"{BEGIN}.*?{END}", lambda _: section, old, flags=re.DOTALL)
 
 
 def write_readme(text: str, readme: Path = ROOT / "README.md") -> None:
     """Put the tables between the markers of the README."""
-    old = readme.read_text()
-    if BEGIN not in old or END not in old:
-        raise SystemExit(f"{readme} has no {BEGIN} ... {END}")
-    section = f"{BEGIN}\n{text}\n{END}"
-    readme.write_text(re.sub(f"{BEGIN}.*?{END}", lambda _: section, old, flags=re.DOTALL))
+    readme.write_text(with_section(readme.read_text(), text))
 
 
 def compare(argv: list[str]) -> int:
-    """Flag rows of NEW that differ from OLD beyond both spreads; 1 if any is slower."""
+    """Flag rows of NEW that differ from OLD beyond both spreads; 1 if any is slower or missing.
+
+    Missing is what OLD timed and NEW tried without a result. Cases that NEW did not try are not.
+    """
     parser = argparse.ArgumentParser(prog="python -m bench compare", description=compare.__doc__)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
     args = parser.parse_args(argv)
-    old = {_key(row): row for row in load(args.old)["rows"] if "ms" in row}
-    slower = 0
-    for row in load(args.new)["rows"]:
-        before = old.get(_key(row))
-        if before is None or "ms" not in row:
+    before, after = load(args.old), load(args.new)
+    cards = [record.get("machine", {}).get("card") for record in (before, after)]
+    if cards[0] != cards[1]:
+        print(f"these are of two cards: {cards[0]}, {cards[1]}")
+    old = {_key(row): row for row in before["rows"] if "ms" in row}
+    new = {_key(row): row for row in after["rows"] if "ms" in row}
+    reasons = {_key(row)[:2]: row["reason"] for row in after["rows"] if "reason" in row}
+    slower = missing = 0
+    for key, then in old.items():
+        words = " ".join(key)
+        if key not in new:
+            if key[:2] in reasons:
+                missing += 1
+                print(f"MISSING        {words}: {reasons[key[:2]]}")
             continue
-        ratio = row["ms"] / before["ms"]
-        if row["low"] > before["high"]:
+        ratio = new[key]["ms"] / then["ms"]
+        if new[key]["low"] > then["high"]:
             slower += 1
-            print(f"SLOWER {ratio:5.2f}x  {' '.join(_key(row))}")
-        elif row["high"] < before["low"]:
-            print(f"faster {ratio:5.2f}x  {' '.join(_key(row))}")
-    print(f"{slower} slower")
-    return 1 if slower else 0
+            print(f"SLOWER {ratio:5.2f}x  {words}")
+        elif new[key]["high"] < then["low"]:
+            print(f"faster {ratio:5.2f}x  {words}")
+    print(f"{slower} slower, {missing} missing")
+    return int(slower + missing > 0)
 
 
 def _key(row: dict[str, Any]) -> tuple[str, str, str]:
@@ -171,28 +182,25 @@ def _key(row: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def main(argv: list[str]) -> None:
-    """Print the tables of result files; draw plots, fill the README, write a page."""
+    """Print the tables of result files; draw plots, write a page; `pages` makes them all."""
     parser = argparse.ArgumentParser(prog="python -m bench report", description=main.__doc__)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--case", nargs="+", help="only rows of these sets or cases in the tables")
-    parser.add_argument("--readme", action="store_true", help="fill the README's section")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw plots, light and dark")
     parser.add_argument("--page", type=Path, help="write a page, with the plots of --plots in it")
     args = parser.parse_args(argv)
     whole = [load(path) for path in args.files]
     if len({is_accuracy(record) for record in whole}) > 1:
         raise SystemExit("times and accuracy go to pages of their own")
-    records = [only(record, args.case) for record in whole]
-    text = "\n\n".join(page_or_table(record) for record in records)
-    print(text)
-    pictures = []
-    if args.plots:
-        for path, record in zip(args.files, whole, strict=True):
-            made = [] if is_accuracy(record) else plots.draw(record, args.plots, path.stem)
-            print(*(f"{args.plots / stem}-{{light,dark}}.png" for stem, _ in made), sep="\n")
-            home = os.path.relpath(args.plots, args.page.parent) if args.page else "."
-            pictures += [(f"{home}/{stem}", words) for stem, words in made]
-    if args.readme:
-        write_readme(f"{text}\n\n{_beside(records)}")
+    print("\n\n".join(page_or_table(only(record, args.case)) for record in whole))
+    home = os.path.relpath(args.plots, args.page.parent) if args.plots and args.page else "."
+    shown = []
+    for path, record in zip(args.files, whole, strict=True):
+        made = [] if is_accuracy(record) or not args.plots else plots.names(record, path.stem)
+        if made:
+            plots.draw(record, args.plots, path.stem)
+        print(*(f"{args.plots / stem}-{{light,dark}}.png" for stem, _ in made), sep="\n")
+        pictures = [(f"{home}/{stem}", words) for stem, words in made]
+        shown.append((only(record, args.case), "", pictures))
     if args.page:
-        args.page.write_text(page(records, pictures))
+        args.page.write_text(page(shown))

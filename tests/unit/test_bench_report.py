@@ -100,6 +100,7 @@ def synthetic_h100():
                 )
     rows += [timed("growth-64k", "scfa-cupy", 10.0), timed("growth-128k", "scfa-cupy", 21.0)]
     rows.append(timed("A-hash16-1k", "scfa-cupy", 0.1, mode="planned") | {"host_us": 31.4})
+    rows.append(timed("A-hash16-2k", "scfa-cupy", 0.1, mode="planned") | {"host_us": 32.4})
     rows.append(timed("A-hash16-16k", "scfa-cupy", 9000.0, mode="jit-cold"))
     rows.append({"case": "A-hash16-16k", "method": "original", "mode": "-", "reason": "no file"})
     facts = {"card": "SYNTHETIC", "torch": "0", "commit": "abc", "date": "2026-01-01T00:00"}
@@ -130,7 +131,7 @@ def test_page_of_a_card_has_every_plot_and_table(tmp_path):
     path.write_text(json.dumps(synthetic_h100()))
     report.main([str(path), "--plots", str(tmp_path / "img"), "--page", str(page)])
     text = page.read_text()
-    for name in ("length", "paper", "rate", "floor", "memory"):
+    for name in ("length", "paper", "rate", "floor", "memory", "host", "jit"):
         for theme in ("light", "dark"):
             assert (tmp_path / "img" / f"card-{name}-{theme}.png").exists(), name
             assert f"img/card-{name}-{theme}.png" in text
@@ -143,3 +144,163 @@ def test_page_of_a_card_has_every_plot_and_table(tmp_path):
     assert "| A-hash16-1k | scfa-cupy | planned | 31 |" in text
     assert "| A-hash16-16k | scfa-cupy | jit-cold | 9.00 |" in text
     assert "- original: no file (A-hash16-16k)" in text
+
+
+def test_a_plot_shows_useful_and_executed_rates_and_memory_less_results():
+    from bench import plots
+    from bench.details import executed
+
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    record = synthetic_h100()
+    lines = {}
+    for name in ("rate", "floor", "memory"):
+        _, find, paint = plots.PLOTS[name]
+        figure, axis = pyplot.subplots()
+        paint(axis, find(record, "forward"), "black")
+        lines[name] = {x.get_label(): list(x.get_ydata()) for x in axis.get_lines()}
+        pyplot.close(figure)
+    ours = "scfa-cupy, hash16"
+    assert lines["rate"][ours] == [100.0] * 3
+    assert lines["rate"][f"{ours}: executed"] == [150.0] * 3
+    assert "sdpa-cudnn, dense: executed" not in lines["rate"]
+    assert executed({"tflops": 1.0, "pairs": 1}) is None
+    assert lines["floor"][f"{ours}: bytes"] == [50.0] * 3
+    assert lines["floor"][f"{ours}: flops"] == [25.0] * 3
+    assert lines["memory"][ours] == [2048 - 768 * n / 4 for n in (1, 2, 4)]
+
+
+def test_compare_flags_faster_slower_and_what_no_longer_runs(tmp_path):
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    names = ("A-hash16-8k", "A-hash16-16k", "A-hash16-32k", "A-dense-8k", "A-dense-16k")
+    before = [timed(name, "scfa-cupy", 10.0) | {"low": 9.5, "high": 10.5} for name in names]
+    after = [
+        timed(names[0], "scfa-cupy", 10.9) | {"low": 10.4, "high": 11.0},  # within both spreads
+        timed(names[1], "scfa-cupy", 5.0),
+        {"case": names[3], "method": "scfa-cupy", "mode": "-", "reason": "wrong", "failed": True},
+    ]  # names[2] and names[4] were not tried
+    old.write_text(json.dumps({"machine": {"card": "X"}, "rows": before}))
+    new.write_text(json.dumps({"machine": {"card": "Y"}, "rows": after}))
+    out = bench("compare", old, new, code=1)
+    assert "faster  0.50x  A-hash16-16k" in out
+    assert "MISSING        A-dense-8k scfa-cupy forward: wrong" in out
+    assert "0 slower, 1 missing" in out
+    assert "two cards: X, Y" in out
+    for name in (names[0], names[2], names[4]):
+        assert name not in out
+    after[2] = timed(names[3], "scfa-cupy", 10.6)
+    new.write_text(json.dumps({"machine": {"card": "X"}, "rows": after}))
+    assert "SLOWER  1.06x  A-dense-8k" in bench("compare", old, new, code=1)
+    new.write_text(json.dumps({"machine": {"card": "X"}, "rows": after[:2]}))
+    assert "0 slower, 0 missing" in bench("compare", old, new)
+
+
+def test_stored_pages_and_the_readme_are_what_stored_results_make():
+    assert bench("pages", "--check") == ""
+
+
+def test_pages_check_names_a_page_that_was_edited_by_hand(tmp_path, monkeypatch, capsys):
+    from bench import pages
+
+    for page in pages.PAGES:
+        (tmp_path / f"{page.name}.md").write_text((pages.PERF / f"{page.name}.md").read_text())
+    (tmp_path / "cpu.md").write_text("by hand")
+    monkeypatch.setattr(pages, "PERF", tmp_path)
+    monkeypatch.setattr(pages, "HOME", tmp_path / "bench")
+    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
+    assert pages.main(["--check"]) == 1
+    assert capsys.readouterr().out == "differs: cpu.md\n"
+    assert (tmp_path / "cpu.md").read_text() == "by hand"
+    pages.main(["--no-plots"])
+    assert "| cpu-hash16-4k |" in (tmp_path / "cpu.md").read_text()
+    assert pages.main(["--check"]) == 0
+
+
+def test_what_is_written_by_hand_leads_its_page_and_ends_the_readme(tmp_path, monkeypatch):
+    from bench import pages
+
+    (tmp_path / "cpu.md").write_text("# By hand\n\nWhy.\n")
+    (tmp_path / "readme.md").write_text("More.\n")
+    monkeypatch.setattr(pages, "INTROS", tmp_path)
+    page = next(page for page in pages.PAGES if page.name == "cpu")
+    assert pages.text_of(page, pages.stored(page)).startswith("# By hand\n\nWhy.\n\nMade by")
+    assert pages.readme_text().endswith("\n\nMore.")
+
+
+def test_every_picture_of_a_stored_page_is_stored_in_both_themes():
+    import re
+
+    from bench import pages
+
+    for page in pages.PAGES:
+        text = (pages.PERF / f"{page.name}.md").read_text()
+        for name in re.findall(r"img/[\w-]+\.png", text):
+            assert (pages.PERF / name).exists(), name
+
+
+def test_floors_of_rows_that_were_timed_before_the_ceilings_were_known():
+    from bench import pages
+
+    row = timed("A-hash16-8k", "scfa-cupy", 1.0) | {"pairs": 402727281}
+    record = {"machine": {}, "rows": [row, {"case": "A-hash16-8k", "reason": "none"}]}
+    (floored, _) = pages.with_floors(record, {"gbps": 3020.0, "tflops": 772.0})["rows"]
+    assert floored["floor_ms"] == 0.26874  # as stored for this case by a run that knew them
+    assert pages.with_floors(record, None) is record
+
+
+def test_speed_claims_of_the_readme_are_stored_results():
+    """Pairs "forward / backward" and factors of the language model, as the Speed section says."""
+    import re
+
+    from bench import report
+
+    section = (ROOT / "README.md").read_text().split("## Speed")[1].split(report.BEGIN)[0]
+    results = ROOT / "bench" / "results"
+    pairs = set()
+    for path in results.glob("h[12]00*.json"):
+        rows = {
+            (row["case"], row["method"], row["mode"]): row["ms"]
+            for row in report.load(path)["rows"]
+            if "ms" in row
+        }
+        pairs |= {
+            (ms, rows[case, method, "backward"])
+            for (case, method, mode), ms in rows.items()
+            if mode == "forward" and (case, method, "backward") in rows
+        }
+
+    def stored(first, second):
+        def like(said, true):
+            return abs(float(said) - true) <= 0.5 * 10 ** -len(said.partition(".")[2]) + 1e-9
+
+        return any(like(first, x) and like(second, y) for x, y in pairs)
+
+    number = r"(\d+(?:\.\d+)?)"
+    said = re.findall(rf"{number} / {number}(?! ?%)", section)
+    said += re.findall(rf"{number} ms forward[^.]*? and {number} ms", section)
+    said += re.findall(rf"(?:cuDNN's dense|the original's) {number} and {number}", section)
+    assert said, "the section makes no claim that this test can read"
+    for first, second in said:
+        assert stored(first, second), f"{first} / {second} is in no stored result"
+
+    speedups = set()
+    for path in results.glob("lm-speed-h*.json"):
+        rows = report.load(path)["rows"]
+        dense = {row["seqlen"]: row["ms"] for row in rows if row["variant"] == "dense"}
+        speedups |= {
+            (row["seqlen"], f"{dense[row['seqlen']] / row['ms']:.2f}")
+            for row in rows
+            if row["seqlen"] in dense
+        }
+    for factor, seqlen in re.findall(r"(\d\.\d\d)(?: times)? \((?:T=)?(\d+)\)", section):
+        assert (int(seqlen), factor) in speedups, f"{factor} at {seqlen} is in no stored result"
+
+
+def test_a_line_against_length_is_of_one_shape():
+    from bench.plots import by_length
+
+    record = synthetic_h100()
+    before = by_length(record, "forward", growth=False)
+    for case in ("B-hash16-16k", "B-hash16-16k-d256", "B-hash16-16k-gqa8", "A-hash16-16k-fp16"):
+        record["rows"].insert(0, timed(case, "scfa-cupy", 1.0))
+    assert by_length(record, "forward", growth=False) == before
+    assert [x for x, _ in before["scfa-cupy, hash16"]] == [8192, 16384, 32768]
