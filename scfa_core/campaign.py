@@ -25,7 +25,7 @@ from scfa_core.reference.masks import dense_mask
 from scfa_core.testing import Case, Part, Results, Spec
 
 if TYPE_CHECKING:
-    from scfa_core.verify import Finding
+    from scfa_core.verify_findings import Finding
 
 DEEP_ROWS = 4096
 DENSE_PAIRS = 2**19  # (query, key) pairs of all heads up to which the whole truth is computed

@@ -29,7 +29,7 @@ from scfa_core.testing import Case, Part, Results, Spec, Verdict
 from scfa_core.verify_against import on_host
 
 if TYPE_CHECKING:
-    from scfa_core.verify import Finding
+    from scfa_core.verify_findings import Finding
 
 LONG_ROWS = 131_072
 LENGTHS = (

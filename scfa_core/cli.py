@@ -6,6 +6,7 @@ import argparse
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from importlib.util import find_spec
@@ -116,6 +117,12 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--workers", type=_whole(1), default=1, help="processes that share the seeds (%(default)s)"
     )
+    verify.add_argument(
+        "--warm",
+        action="store_true",
+        help="with --workers: first compile all kernels that the seeds need, each in one process; "
+        "worth it for some hundreds of problems on a GPU with no compiled kernels yet",
+    )
     verify.add_argument("--json", metavar="PATH", help="write counts and failures there")
     verify.set_defaults(run=run_verify)
 
@@ -216,7 +223,8 @@ def run_demo(options: argparse.Namespace, terminal: Terminal) -> int:
 
 def run_verify(options: argparse.Namespace, terminal: Terminal) -> int:
     """Run random problems; 1 if one failed."""
-    from scfa_core.verify import Summary, verify
+    from scfa_core.verify import verify
+    from scfa_core.verify_findings import Summary
 
     findings = verify(
         options.backend,
@@ -229,8 +237,9 @@ def run_verify(options: argparse.Namespace, terminal: Terminal) -> int:
         deep=options.deep,
         long=options.long,
         workers=options.workers,
+        warm=options.warm,
     )
-    seen = Summary()
+    seen, start = Summary(), time.monotonic()
     name = options.backend + (f" against {options.against}" if options.against else "")
     with terminal.progress(f"verify {name}", options.count) as progress:
         for finding in findings:
@@ -255,6 +264,7 @@ def run_verify(options: argparse.Namespace, terminal: Terminal) -> int:
             "against": options.against,
             "card": card_name(options.backend)
             or (card_name(options.against) if options.against else None),
+            "seconds": round(time.monotonic() - start, 1),
         }
         write_json(options.json, content | seen.as_json())
     return 1 if seen.failed else 0

@@ -12,7 +12,6 @@ import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from scfa_core.api import attention, attention_backward, make_plan
 from scfa_core.dispatch import check_name, load_backend, unavailable_reason
 from scfa_core.errors import BackendUnavailable, ScfaError, UnknownBackend
 from scfa_core.verify_against import Fields, allowances_of, differing_entries, on_host, row_verdicts
+from scfa_core.verify_findings import Finding
 
 if TYPE_CHECKING:
     from scfa_core.campaign_blocks import Answers
@@ -31,70 +31,6 @@ HOST_DTYPES = ("float32", "float64", "float16", "bfloat16")
 CUDA_DTYPES = ("float16", "bfloat16", "float32")
 PLAN_FIELDS = ("q_index", "q_count", "k_index", "k_count", "key_start", "key_end")
 DEFAULT_ROWS = 200
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one seed gave: no `complaints` if all is well.
-
-    `worst` is error over allowed error, `apart` the same of the difference of two backends.
-    """
-
-    seed: int
-    spec: testing.Spec
-    worst: float
-    complaints: tuple[str, ...]
-    fatal: bool = False  # nothing after it can run in this process
-    apart: float = 0.0
-
-
-class Summary:
-    """Counts of findings as they come in."""
-
-    def __init__(self) -> None:
-        self.done = 0
-        self.worst = self.apart = 0.0  # of those that did not fail
-        self.longest = 0  # seqlen
-        self.seeds: tuple[int, int] | None = None  # first and last
-        self.failed: list[Finding] = []
-        self.kinds: dict[str, dict[str, tuple[int, float]]] = {"dtypes": {}, "patterns": {}}
-
-    def add(self, finding: Finding) -> None:
-        """Take in one finding; they come in the order of their seeds."""
-        self.done += 1
-        self.seeds = (self.seeds[0] if self.seeds else finding.seed, finding.seed)
-        self.longest = max(self.longest, finding.spec.seqlen_q, finding.spec.seqlen_k)
-        if finding.complaints:
-            self.failed.append(finding)
-            return
-        self.worst = max(self.worst, finding.worst)
-        self.apart = max(self.apart, finding.apart)
-        for kind, name in (
-            ("dtypes", finding.spec.dtype),
-            ("patterns", finding.spec.parts[0].kind),
-        ):
-            count, worst = self.kinds[kind].get(name, (0, 0.0))
-            self.kinds[kind][name] = count + 1, max(worst, finding.worst)
-
-    def as_json(self) -> dict[str, Any]:
-        """What ``scfa verify --json`` writes."""
-        return {
-            "problems": self.done,
-            "seeds": self.seeds,
-            "failed": [
-                {"seed": x.seed, "spec": str(x.spec), "complaints": x.complaints}
-                for x in self.failed
-            ],
-            "largest error of the allowed": round(self.worst, 3),
-            "largest difference of the allowed": round(self.apart, 3),
-            "longest seqlen": self.longest,
-        } | {
-            kind: {
-                name: {"passed": count, "largest error of the allowed": round(worst, 3)}
-                for name, (count, worst) in sorted(found.items())
-            }
-            for kind, found in self.kinds.items()
-        }
 
 
 def drawn_dtypes(*backends: str) -> tuple[str, ...]:
@@ -127,6 +63,7 @@ def verify(
     deep: bool = False,
     long: int = 0,
     workers: int = 1,
+    warm: bool = False,
 ) -> Iterator[Finding]:
     """Yield the finding of each seed from `seed` on, until `count` or the seconds are used up.
 
@@ -152,13 +89,16 @@ def verify(
         Of the structured ones, every seed that this divides is one of `campaign_long`; 0 is none.
     workers : int
         Processes that share the seeds; with 1 all is done in this one.
+    warm : bool
+        Processes first compile what the seeds need, each kernel in one of them (`verify_warm`).
 
     Raises
     ------
     UnknownBackend, BackendUnavailable
         No such backend, or it cannot run here.
     ScfaError
-        A worker died; or long problems without deep ones; or a backend against itself.
+        A worker died; long problems without deep ones; a backend against itself; `warm` with one
+        worker, which compiles a kernel once anyway.
     """
     if long and not deep:
         raise ScfaError("long problems are structured ones: ask for deep problems too (--deep)")
@@ -166,6 +106,8 @@ def verify(
         raise ScfaError(
             f"backend {backend!r} always agrees with itself; compare it with another (--against)"
         )
+    if warm and workers == 1:
+        raise ScfaError("one process compiles every kernel once anyway: --warm goes with --workers")
     backends = (backend,) if against is None else (backend, against)
     dtypes = drawn_dtypes(*backends) if dtype is None else (dtype,)
     for name in backends:
@@ -184,11 +126,20 @@ def verify(
     )
     seeds = range(seed, seed + count)
     if workers > 1:
-        from scfa_core.verify_workers import in_processes
+        from scfa_core.verify_workers import in_processes, processes
 
-        findings = in_processes(task, seeds, workers, deadline)
+        with processes(workers) as pool:
+            if warm:
+                from scfa_core.verify_warm import kind_of, warm_up
+
+                draw = partial(kind_of, rows=rows, dtypes=dtypes, deep=deep, long=long)
+                warm_up(backends, draw, seeds, pool, deadline)
+            yield from _until_fatal(in_processes(task, seeds, pool, deadline))
     else:
-        findings = _in_turn(task, seeds, deadline)
+        yield from _until_fatal(_in_turn(task, seeds, deadline))
+
+
+def _until_fatal(findings: Iterator[Finding]) -> Iterator[Finding]:
     for finding in findings:
         yield finding
         if finding.fatal:

@@ -6,18 +6,20 @@ its own context; kernels that one has compiled the others find on disk.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from scfa_core.errors import ScfaError
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 AHEAD = 64  # seeds given out for each process: one that compiles must not stop the others
@@ -39,10 +41,37 @@ def _one_thread_each() -> Iterator[None]:
                 os.environ[name] = value
 
 
+def _collect_seldom() -> None:
+    """Compilers make very many objects that live on: looking for garbage among them takes long."""
+    gc.set_threshold(100_000, 50, 100)
+
+
+class Pool(NamedTuple):
+    """Processes, started as work comes, and how many there may be."""
+
+    executor: ProcessPoolExecutor
+    workers: int
+
+
+@contextmanager
+def processes(workers: int) -> Iterator[Pool]:
+    """Processes to be used by `in_processes`, several times if need be."""
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_collect_seldom)
+    try:
+        yield Pool(executor, workers)
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
 def in_processes(
-    task: Callable[[int], T], seeds: range, workers: int, deadline: float | None = None
+    task: Callable[[S], T],
+    seeds: Iterable[S],
+    pool: Pool,
+    deadline: float | None = None,
+    what: str = "seeds",
 ) -> Iterator[T]:
-    """Yield ``task(seed)`` of every seed, in order, computed by `workers` processes.
+    """Yield ``task(seed)`` of every seed, in order, computed by the processes of `pool`.
 
     Parameters
     ----------
@@ -50,24 +79,24 @@ def in_processes(
         Of a kind that can be pickled.
     deadline : float, optional
         Of ``time.monotonic()``: seeds not begun by then, the last ones, are left out.
+    what : str
+        What a message calls seeds.
 
     Raises
     ------
     ScfaError
         A process died; the message names the seeds among which the cause is.
     """
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     remaining = iter(seeds)
-    waiting: deque[tuple[int, Future[T]]] = deque()
-    pool = ProcessPoolExecutor(workers, mp_context=context)
+    waiting: deque[tuple[S, Future[T]]] = deque()
     try:
         while True:
             with _one_thread_each():
-                while len(waiting) < AHEAD * workers:
+                while len(waiting) < AHEAD * pool.workers:
                     seed = next(remaining, None)
                     if seed is None:
                         break
-                    waiting.append((seed, pool.submit(task, seed)))
+                    waiting.append((seed, pool.executor.submit(task, seed)))
             if not waiting:
                 return
             future = waiting[0][1]
@@ -81,8 +110,9 @@ def in_processes(
     except BrokenProcessPool as error:
         begun = [seed for seed, future in waiting if not future.done() or future.exception()]
         raise ScfaError(
-            f"a process died at one of the seeds {begun[0]} to {begun[: 3 * workers][-1]}: run "
-            f"these without workers to see at which ({error})"
+            f"a process died at one of the {what} {begun[0]} to "
+            f"{begun[: 3 * pool.workers][-1]}: run these without workers to see at which ({error})"
         ) from error
     finally:
-        pool.shutdown(cancel_futures=True)
+        for _, future in waiting:
+            future.cancel()

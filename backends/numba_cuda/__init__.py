@@ -89,6 +89,12 @@ class NumbaCudaBackend:
             return f"dtype must be one of {DTYPES}, got {problem.dtype}"
         return None
 
+    def kernel_family(self, dtype: str, head_dim: int, head_dim_v: int) -> tuple[str, int, int]:
+        """Problems of one family are served by the same kernels."""
+        from scfa_core.backends.numba_cuda.tiles import tile_width
+
+        return dtype, tile_width(head_dim), tile_width(head_dim_v)
+
     def make_plan(
         self, problem: Problem, clauses: Clauses, plan: PlanArrays, ctx: CallContext
     ) -> None:

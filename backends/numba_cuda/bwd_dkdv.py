@@ -148,11 +148,11 @@ def build_bwd_dkdv(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> 
                     row = k_index[b, g, n0 + r]
                     for c in range(per_dk):
                         column = tx + tx_count * c
-                        if column < head_dim:
+                        if column < dk.shape[3]:
                             dk[b, g, row, column] = narrow(acc_dk[i * per_dk + c] * acc(scale))
                     for c in range(per_dv):
                         column = tx + tx_count * c
-                        if column < head_dim_v:
+                        if column < dv.shape[3]:
                             dv[b, g, row, column] = narrow(acc_dv[i * per_dv + c])
 
     return scfa_bwd_dkdv

@@ -101,7 +101,7 @@ def build_bwd_dq(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> An
                 part = acc(0)
                 if m0 + r < m1:
                     row = q_index[b, h, m0 + r]
-                    for c in range(tx, head_dim_v, tx_count):
+                    for c in range(tx, out.shape[3], tx_count):
                         part += dout_tile[r, c] * widen(out[b, h, row, c])
                 weights[r, tx] = part
             cuda.syncthreads()  # all parts are there
@@ -197,7 +197,7 @@ def build_bwd_dq(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> An
                     row = q_index[b, h, m0 + r]
                     for c in range(per_width):
                         column = tx + tx_count * c
-                        if column < head_dim:
+                        if column < dq.shape[3]:
                             dq[b, h, row, column] = narrow(acc_dq[i * per_width + c] * acc(scale))
 
     return scfa_bwd_dq

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -42,10 +43,16 @@ class _NamedCache(CUDACache):
     def __init__(self, function: Callable[..., Any], name: tuple[Any, ...]) -> None:
         self._entry_name = name
         super().__init__(function)
-        # numba numbers the files and writes the index before the code: two processes that compile
-        # different variants at once would find each other's code under their own name.
+        # numba has one index for all variants of a function, read, changed and written back whole:
+        # of two processes that compile at once, one would lose its entry, and code is compiled
+        # again. It also numbers the files of code and writes the index before them: processes
+        # that compile one variant for different cards would find each other's code.
         index = self._cache_file
-        index._data_name_pattern = index._data_name_pattern.replace("{", f"{uuid4().hex}.{{")
+        digest = hashlib.sha256(repr(name).encode()).hexdigest()[:16]
+        stem = index._index_name.removesuffix(".nbi") + f"-{digest}"
+        index._index_name = f"{stem}.nbi"
+        index._index_path = os.path.join(index._cache_path, index._index_name)
+        index._data_name_pattern = f"{stem}.{uuid4().hex}.{{number:d}}.nbc"
 
     def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
         """Name of an entry: types, target and compiler versions, and what we call it."""

@@ -257,7 +257,6 @@ def row_gatherer(width: int, count: int, threads: int) -> Any:
     pitch, pieces = pitch_of(width), padded(width) // 8
     total = count * pieces
     rounds = total // threads
-    last_piece = width // 8 - 1
     is_even = padded(width) == width and total % threads == 0 and threads % pieces == 0
     per_round = threads // pieces
 
@@ -265,10 +264,11 @@ def row_gatherer(width: int, count: int, threads: int) -> Any:
     def gather_rows(tile, base, x, origin, row_stride, rows, slot, there, thread, block):
         """Start copying x's rows rows[slot:slot + count] to tile[base:]; zeros from `there` on.
 
-        `origin` and `row_stride` are bytes. `block` is the number of threads, as the card tells:
-        the loop over an incomplete tile is not unrolled then. The caller commits and waits.
+        x's rows may be shorter than those of the tile, which then end in zeros. `origin` and
+        `row_stride` are bytes. `block` is the number of threads, as the card tells: the loop over
+        an incomplete tile is not unrolled then. The caller commits and waits.
         """
-        if is_even and there >= count:
+        if is_even and there >= count and x.shape[3] == width:
             r = thread // pieces
             piece = thread % pieces
             start = origin + piece * 16
@@ -278,6 +278,7 @@ def row_gatherer(width: int, count: int, threads: int) -> Any:
                 place = target + turn * per_round * pitch
                 copy_async_16(tile, place, x, start + row * row_stride, True)
         else:
+            last_piece = int32(x.shape[3] // 8 - 1)
             place = uint32(thread)
             while place < uint32(total):
                 r = int32(place // pieces)
@@ -318,7 +319,7 @@ def twin_gatherer(width_x: int, width_y: int, count: int, threads: int) -> Any:
         there, thread, block,
     ):  # fmt: skip
         """As `gather_rows` for x's and for y's rows; `ahead` holds a number for each round."""
-        if is_even and there >= count:
+        if is_even and there >= count and x.shape[3] == width_x and y.shape[3] == width_y:
             r = int32(thread // pieces)
             piece = int32(thread % pieces)
             target = int32(r * pitch + piece * 8)
@@ -360,14 +361,17 @@ def row_scatterer(dtype: str, atoms: int, width: int, threads: int, count: int) 
 
     @device
     def scatter_rows(tile, base, x, origin, row_stride, rows, thread):
-        """Store the staged rows to x's rows rows[:count]; row -1 is none."""
+        """Store the staged rows to x's rows rows[:count]; row -1 is none.
+
+        x's rows may be shorter than those of the tile.
+        """
         for turn in range(rounds):
             place = turn * threads + thread
             if place < total:
                 r = place // pieces
                 piece = place % pieces
                 row = rows[r]
-                if row >= 0:
+                if row >= 0 and piece < x.shape[3] // 8:
                     store_16(
                         x,
                         origin + row * row_stride + piece * 16,

@@ -165,7 +165,7 @@ def build_fwd(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> Any:
                     divisor = acc(1) if empty else total
                     for c in range(per_width):
                         column = tx + tx_count * c
-                        if column < head_dim_v:
+                        if column < out.shape[3]:
                             out[b, h, row, column] = narrow(acc_o[i * per_width + c] / divisor)
                     if tx == 0:
                         if empty:

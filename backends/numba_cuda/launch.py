@@ -15,7 +15,7 @@ from scfa_core.backends.numba_cuda.bwd_dq import build_bwd_dq
 from scfa_core.backends.numba_cuda.compiling import SIMULATED, Kernel, Queue
 from scfa_core.backends.numba_cuda.convert import ELEMENTS
 from scfa_core.backends.numba_cuda.fwd import build_fwd
-from scfa_core.backends.numba_cuda.tiles import Shape, choose_shape
+from scfa_core.backends.numba_cuda.tiles import Shape, choose_shape, tile_width
 from scfa_core.backends.numba_cuda.views import (
     compute_capability,
     device_of,
@@ -39,16 +39,20 @@ MAX_BACKWARD_DIM = 128  # two results of a warp fit in registers up to here
 SIGN_BITS = 0x80008000  # of two 16-bit floats
 
 
+def _widths(problem: Problem) -> tuple[int, int]:
+    """Columns that kernels are compiled for."""
+    return tile_width(problem.head_dim), tile_width(problem.head_dim_v)
+
+
 def forward_shape(problem: Problem) -> Shape:
     """Threads and tile of the portable forward."""
-    return choose_shape(
-        problem.dtype, (problem.head_dim, max(problem.head_dim, problem.head_dim_v))
-    )
+    head_dim, head_dim_v = _widths(problem)
+    return choose_shape(problem.dtype, (head_dim, max(head_dim, head_dim_v)))
 
 
 def backward_shape(problem: Problem) -> Shape:
     """Threads and tile of the portable backward kernels."""
-    return choose_shape(problem.dtype, (problem.head_dim, problem.head_dim_v) * 2)
+    return choose_shape(problem.dtype, _widths(problem) * 2)
 
 
 def _is_aligned(x: Any) -> bool:
@@ -127,7 +131,7 @@ def run_forward(
     problem: Problem, plan: PlanArrays, q: Any, k: Any, v: Any, out: Any, lse: Any, ctx: CallContext
 ) -> None:
     """Write out and lse. Workspace: 4 bytes per tile of 64 or 128 rows."""
-    sizes = (problem.dtype, problem.head_dim, problem.head_dim_v)
+    sizes = (problem.dtype, *_widths(problem))
     heads = problem.batch * problem.heads
     with device_of(ctx):
         queue = queue_of(ctx)
@@ -172,7 +176,7 @@ def run_backward(
     per tile of 64 or 128 rows.
     """
     shape = backward_shape(problem)
-    sizes = (problem.dtype, problem.head_dim, problem.head_dim_v)
+    sizes = (problem.dtype, *_widths(problem))
     row_shape = (problem.batch, problem.heads, problem.seqlen_q)
     with device_of(ctx):
         queue = queue_of(ctx)

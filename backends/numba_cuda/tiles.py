@@ -2,7 +2,8 @@
 
 A block of TY x TX threads works on tiles. Thread (ty, tx) owns rows ty, ty + TY, ... of the result
 and columns tx, tx + TX, ... of it. Sizes are compile-time constants, fixed when `tile_functions`
-builds the device functions; a fresh set is compiled for each (dtype, head_dim, head_dim_v).
+builds the device functions; a fresh set is compiled for each (dtype, head_dim, head_dim_v), both
+rounded up (`tile_width`): the columns beyond are zeros.
 
 Float32 sums over many rows are made tile by tile, and a tile's sum joins with what the additions
 before it lost: one by one, the terms of a long row would vanish beside their sum.
@@ -31,6 +32,7 @@ class Shape(NamedTuple):
         return self.ty * self.tx
 
 
+_WIDTH_STEP = 32
 # From the fastest to what fits float64 rows of 256; the simulator runs one small block.
 _SHAPES = (
     Shape(8, 16, 32, 32),
@@ -55,6 +57,14 @@ def choose_shape(dtype: str, widths: tuple[int, ...]) -> Shape:
     shapes = _SIMULATED if SIMULATED else _SHAPES
     fitting = [s for s in shapes if shared_bytes(s, widths, itemsize) <= SHARED_LIMIT]
     return (fitting or [shapes[-1]])[0]
+
+
+def tile_width(head_dim: int) -> int:
+    """Columns of the tiles that hold rows of head_dim: kernels are compiled for multiples of 32.
+
+    A kernel takes seconds to compile, and the widths that models use are such multiples.
+    """
+    return -(-head_dim // _WIDTH_STEP) * _WIDTH_STEP
 
 
 class TileFunctions(NamedTuple):
@@ -82,11 +92,15 @@ def tile_functions(dtype: str, shape: Shape) -> TileFunctions:
 
     @device
     def load_rows(tile, count, x, b, h, index, index_head, first, limit, width, thread):
-        """tile[r, :] = x[b, h, index[first + r], :], 0 from row `limit` on; `count` rows."""
+        """tile[r, :] = x[b, h, index[first + r], :], 0 from row `limit` on; `count` rows.
+
+        Columns that x does not have are 0.
+        """
+        there = x.shape[3]
         for place in range(thread, count * width, threads):
             r = place // width
             c = place % width
-            if first + r < limit:
+            if first + r < limit and c < there:
                 tile[r, c] = widen(x[b, h, index[b, index_head, first + r], c])
             else:
                 tile[r, c] = acc(0)

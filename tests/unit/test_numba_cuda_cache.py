@@ -33,31 +33,40 @@ def index_of_a_process(folder, head_dim):
     return cache_of_a_process(folder, head_dim)._cache_file
 
 
-def test_two_variants_compiled_at_once(tmp_path, monkeypatch):
-    """The second process works between the first one's index and the first one's code."""
-    first, second = (index_of_a_process(tmp_path, head_dim) for head_dim in (64, 128))
-    assert first._index_path == second._index_path
+def work_between_index_and_code(monkeypatch, first, second, name):
+    """`first` keeps its code; `second` has read the index before, and keeps its own meanwhile."""
     write, older = first._save_data, {}
 
-    def write_late(name, data):
-        monkeypatch.setattr(second, "_load_index", lambda: older)  # read before the first wrote
-        second.save("128", "code of 128")
+    def write_late(place, data):
+        monkeypatch.setattr(second, "_load_index", lambda: older)
+        second.save(name, f"code of {name}")
         monkeypatch.undo()
-        write(name, data)
+        write(place, data)
 
     monkeypatch.setattr(first, "_save_data", write_late)
     first.save("64", "code of 64")
+
+
+def test_two_variants_compiled_at_once(tmp_path, monkeypatch):
+    first, second = (index_of_a_process(tmp_path, head_dim) for head_dim in (64, 128))
+    work_between_index_and_code(monkeypatch, first, second, "128")
+    assert index_of_a_process(tmp_path, 128).load("128") == "code of 128"
+    assert index_of_a_process(tmp_path, 64).load("64") == "code of 64"  # neither is lost
+
+
+def test_one_variant_compiled_at_once_for_two_cards(tmp_path, monkeypatch):
+    first, second = (index_of_a_process(tmp_path, 64) for _ in range(2))
+    work_between_index_and_code(monkeypatch, first, second, "64 of another card")
     third = index_of_a_process(tmp_path, 64)
-    assert third.load("128") == "code of 128"
+    assert third.load("64 of another card") == "code of 64 of another card"
     assert third.load("64") in (None, "code of 64")  # the index of the second knows of none
 
 
 def test_a_later_process_finds_the_code(tmp_path):
     index_of_a_process(tmp_path, 64).save("64", "code of 64")
     index_of_a_process(tmp_path, 128).save("128", "code of 128")
-    third = index_of_a_process(tmp_path, 64)
-    assert third.load("64") == "code of 64"
-    assert third.load("128") == "code of 128"
+    assert index_of_a_process(tmp_path, 64).load("64") == "code of 64"
+    assert index_of_a_process(tmp_path, 128).load("128") == "code of 128"
 
 
 SIGNATURE = ()

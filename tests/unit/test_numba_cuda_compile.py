@@ -179,6 +179,19 @@ def test_packed_arguments_are_numbas_own():
     assert len(argument_format(kernel.arguments)) == 1 + len(flat)
 
 
+def test_one_kernel_serves_several_head_dims():
+    from scfa_core.backends.numba_cuda import BACKEND, launch
+
+    problems = [
+        SimpleNamespace(dtype="bfloat16", head_dim=d, head_dim_v=d_v)
+        for d, d_v in ((24, 40), (32, 64), (40, 64))
+    ]
+    sizes = [("bfloat16", *launch._widths(problem)) for problem in problems]
+    assert sizes[0] == sizes[1] != sizes[2]
+    assert sizes == [BACKEND.kernel_family(x.dtype, x.head_dim, x.head_dim_v) for x in problems]
+    assert all(launch._widths(x)[0] >= x.head_dim for x in problems)
+
+
 def test_names_in_the_disk_cache_follow_variant_and_sources():
     from scfa_core.backends.numba_cuda.disk import entry_name
 

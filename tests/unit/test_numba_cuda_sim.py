@@ -49,8 +49,23 @@ CASES = {
     "tensor-cores": Spec(
         seqlen_q=35, seqlen_k=67, dtype="bfloat16", parts=(Part("hash", number=2),), seed=9
     ),
-    "tensor-cores-complete-tile": Spec(  # whose rows are gathered without checks
-        seqlen_q=5, seqlen_k=67, dtype="float16", parts=(Part("causal", number=1),), seed=11
+    "tensor-cores-complete-tile": Spec(  # whose rows, as wide as the tile, are gathered unchecked
+        seqlen_q=5,
+        seqlen_k=67,
+        head_dim=32,
+        head_dim_v=32,
+        dtype="float16",
+        parts=(Part("causal", number=1),),
+        seed=11,
+    ),
+    "tensor-cores-one-side-narrower": Spec(
+        seqlen_q=5,
+        seqlen_k=67,
+        head_dim=32,
+        head_dim_v=24,
+        dtype="bfloat16",
+        parts=(Part("causal", number=1),),
+        seed=12,
     ),
     "tensor-cores-everything": Spec(
         heads=2,

@@ -11,7 +11,14 @@ import pytest
 
 from scfa_core import campaign, cli, verify
 from scfa_core.errors import ScfaError
-from scfa_core.verify_workers import ONE_THREAD, in_processes
+from scfa_core.verify_findings import Finding
+from scfa_core.verify_workers import ONE_THREAD, in_processes, processes
+
+
+@pytest.fixture
+def pool():
+    with processes(2) as pool:
+        yield pool
 
 
 def test_two_processes_find_what_one_finds():
@@ -22,32 +29,38 @@ def test_two_processes_find_what_one_finds():
     assert shared == alone
 
 
-def test_results_come_in_order_and_variables_stay(monkeypatch):
+def test_results_come_in_order_and_variables_stay(monkeypatch, pool):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     before = {name: os.environ.get(name) for name in ONE_THREAD}
-    assert list(in_processes(abs, range(-300, 0), 2)) == list(range(300, 0, -1))
+    assert list(in_processes(abs, range(-300, 0), pool)) == list(range(300, 0, -1))
     assert {name: os.environ.get(name) for name in ONE_THREAD} == before
 
 
-def test_workers_have_one_thread():
-    (found,) = in_processes(os.getenv, ["OMP_NUM_THREADS"], 2)
+def test_workers_have_one_thread(pool):
+    (found,) = in_processes(os.getenv, ["OMP_NUM_THREADS"], pool)
     assert found == "1"
 
 
-def test_seeds_not_begun_in_time_are_the_last_ones():
-    done = list(in_processes(abs, range(10**6), 2, time.monotonic()))
+def test_seeds_not_begun_in_time_are_the_last_ones(pool):
+    done = list(in_processes(abs, range(10**6), pool, time.monotonic()))
     assert done == list(range(len(done)))
     assert len(done) < 128
 
 
-def test_a_dead_process_is_told_with_its_seeds():
+def test_a_pool_serves_again_after_it_ran_out_of_time(pool):
+    for _ in in_processes(abs, range(10**6), pool, time.monotonic()):
+        pass
+    assert list(in_processes(abs, range(-3, 0), pool)) == [3, 2, 1]
+
+
+def test_a_dead_process_is_told_with_its_seeds(pool):
     with pytest.raises(ScfaError, match="a process died at one of the seeds 5 to 6"):
-        list(in_processes(os._exit, range(5, 7), 2))
+        list(in_processes(os._exit, range(5, 7), pool))
 
 
-def test_an_error_of_a_task_is_raised():
+def test_an_error_of_a_task_is_raised(pool):
     with pytest.raises(ValueError, match="math domain error"):
-        list(in_processes(math.sqrt, range(-1, 3), 2))
+        list(in_processes(math.sqrt, range(-1, 3), pool))
 
 
 def broken_torch(message):
@@ -86,7 +99,7 @@ def test_counts_are_written_as_json(tmp_path, monkeypatch, capsys):
 
     def wrong_at_4(seed, **options):
         found = right(seed, **options)
-        return found if seed != 4 else verify.Finding(4, found.spec, 2.0, ("dv: 2.00",))
+        return found if seed != 4 else Finding(4, found.spec, 2.0, ("dv: 2.00",))
 
     monkeypatch.setattr(verify, "verify_seed", wrong_at_4)
     path = tmp_path / "found.json"
