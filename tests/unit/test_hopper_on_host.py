@@ -8,6 +8,7 @@ import ctypes
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -255,10 +256,13 @@ def run(build, case, order=0, blocks=1, fused=False, slots=None, sanitize=False)
 
 
 def check(build, spec, **how):
-    case = testing.build(spec)
+    check_case(build, testing.build(spec), **how)
+
+
+def check_case(build, case, **how):
     got = run(build, case, **how)
     bad = [verdict for verdict in testing.judge(case, got) if not verdict.ok]
-    assert not bad, f"{spec}: {bad}"
+    assert not bad, f"{case.spec}: {bad}"
 
 
 HASH = (Part("hash", "uniform", 2),)
@@ -355,6 +359,24 @@ def test_ranges_in_any_order_within_groups(build, seed):
     check(build, Spec(*sizes, parts=parts, poison=True, seed=seed), order=seed)
 
 
+@pytest.mark.parametrize("odd", [-1, 0, 1])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_ranges_that_begin_and_end_beside_blocks(build, head_dim, odd):
+    """A head for each pair of bounds; row 75 is off by one, and rows 30 and 110 see nothing."""
+    sizes = (1, 9, 3, 190, 420, head_dim, head_dim, "float16")
+    case = testing.build(Spec(*sizes, parts=(Part("ranges", "random"),), seed=8))
+    start, end = np.zeros((2, 1, 9, 190), np.int64)
+    begin_off, end_off = np.mgrid[-1:2, -1:2].reshape(2, 1, 9, 1)
+    start[..., 64:] = 128 + begin_off
+    end[..., :64], end[..., 64:] = 400, 256 + end_off
+    start[..., 75] += odd
+    end[..., 75] -= odd
+    start[..., [30, 110]], end[..., [30, 110]] = 390, [[390, 129]]
+    key = np.arange(420)
+    mask = (start[..., None] <= key) & (key < end[..., None])
+    check_case(build, replace(case, pattern=scfa.KeyRanges(start, end), mask=mask))
+
+
 def ranges_of(style, rng, rows, keys):
     """Ranges [start, end) of `rows` queries among `keys` keys."""
     row = np.arange(rows)
@@ -372,6 +394,13 @@ def ranges_of(style, rng, rows, keys):
         cuts = cuts + np.linspace(0, rng.integers(-200, 201), rows + 1).astype(int)
         start, end = np.minimum(cuts[:-1], cuts[1:]), np.maximum(cuts[:-1], cuts[1:])
         start = start + (rng.random(rows) < 0.1)
+    elif style.startswith("one key between"):
+        cuts = np.linspace(0, keys, rows + 1).astype(int)
+        start, end = cuts[:-1], cuts[1:].copy()
+        at = rng.integers(0, min(rows, 64))
+        end[at] = max(end[at] - 1, start[at])
+        if style.endswith("falling"):
+            start, end = start[::-1], end[::-1]
     elif style == "falling":
         start = np.sort(start)[::-1]
         end = start + length
@@ -397,6 +426,7 @@ def ranges_of(style, rng, rows, keys):
 TILES_IN_ANY_ORDER = (
     *("random", "short", "of few keys", "neighbours overlap", "neighbours touch", "falling"),
     *("two places", "mostly empty", "edges of blocks", "one", "rising"),
+    *("one key between, rising", "one key between, falling"),
 )
 TILE_HEADERS = ("products_sm90.cuh", "params_sm90.cuh", "gather_sm90.cuh", "tiles_sm90.cuh")
 
@@ -415,28 +445,48 @@ def visited(library, shape, start, end, keys, monotone, order=0):
     return unions[::-1], seen[::-1]  # the last rows are the first tile
 
 
-@pytest.mark.parametrize("shape", [(192, 128), (128, 96), (128, 80), (64, 48)], ids=str)
+def check_visits(library, shape, start, end, keys, monotone, what, order=0):
+    """Compare with the definition; returns what is said of gaps, tile by tile."""
+    unions, seen = visited(library, shape, start, end, keys, monotone, order)
+    for tile, (first, last, *_) in enumerate(unions):
+        of_tile = slice(tile * shape[0], (tile + 1) * shape[0])
+        key = np.arange(keys)
+        sees = ((start[of_tile, None] <= key) & (key < end[of_tile, None])).any(0)
+        some = np.flatnonzero(sees)
+        assert (first, last) == ((some[0], some[-1] + 1) if some.size else (0, 0)), what
+        beyond = first - (first - last) // shape[1] * shape[1]
+        assert (seen[tile, :first] == -1).all(), what
+        assert (seen[tile, last:beyond] == 0).all(), what
+        assert (seen[tile, beyond:] == -1).all(), what
+        np.testing.assert_array_equal(seen[tile, first:last], sees[first:last], what)
+    return unions[:, 2:]
+
+
+TILE_SHAPES = pytest.mark.parametrize("shape", [(192, 128), (128, 96), (128, 80), (64, 48)])
+
+
+@TILE_SHAPES
 @pytest.mark.parametrize("style", TILES_IN_ANY_ORDER)
 def test_keys_that_a_tile_sees(library, shape, style):
     """Each key that a row of the tile sees, and no other; and doubt only where there are gaps."""
     rng = np.random.default_rng(len(style))
     for trial, rows in enumerate((1, 2, 63, 65, 191, 192, 193, 300, 400)):
         keys = int(rng.choice([1, 47, 128, 129, 400, 900])) if trial < 8 else 900
-        start, end = ranges_of(style, rng, rows, keys)
-        for monotone in (False, True) if style == "rising" else (False,):
-            unions, seen = visited(library, shape, start, end, keys, monotone, order=trial % 3)
-            for tile, (first, last, gap_first, gap_end) in enumerate(unions):
-                of_tile = slice(tile * shape[0], (tile + 1) * shape[0])
-                key = np.arange(keys)
-                sees = (start[of_tile, None] <= key) & (key < end[of_tile, None])
-                some = np.flatnonzero(sees.any(0))
-                what = f"{style}, {rows} rows, {keys} keys, tile {tile}"
-                assert (first, last) == ((some[0], some[-1] + 1) if some.size else (0, 0)), what
-                blocks = -(-(last - first) // shape[1])
-                beyond = first + blocks * shape[1]
-                assert (seen[tile, :first] == -1).all(), what
-                assert (seen[tile, last:beyond] == 0).all(), what
-                assert (seen[tile, beyond:] == -1).all(), what
-                np.testing.assert_array_equal(seen[tile, first:last], sees.any(0)[first:last], what)
-                if style == "neighbours overlap":
-                    assert gap_first >= gap_end, what  # no key need be asked about
+        ranges = ranges_of(style, rng, rows, keys)
+        for monotone in (False, True) if style.endswith("rising") else (False,):
+            what = f"{style}, {rows} rows, {keys} keys"
+            gaps = check_visits(library, shape, *ranges, keys, monotone, what, trial % 3)
+            if style == "neighbours overlap":
+                assert (gaps[:, 0] >= gaps[:, 1]).all(), what  # no key need be asked about
+
+
+@TILE_SHAPES
+@pytest.mark.parametrize("falling", [False, True])
+def test_a_gap_beside_the_edge_of_a_block(library, shape, falling):
+    for at in range(shape[1] - 2, shape[1] + 2):
+        for width in (1, 2):
+            start, end = np.array([[5, 5 + at + width], [5 + at, 333]], np.int32)
+            if falling:
+                start, end = start[::-1].copy(), end[::-1].copy()
+            for monotone in (False,) if falling else (False, True):
+                check_visits(library, shape, start, end, 400, monotone, f"{at}, {width}")

@@ -98,21 +98,22 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
     const int blocks = (keys.end - keys.first + kBlockN - 1) / kBlockN;
     const int* k_index =
         p.k_index + static_cast<long long>(at.b * p.heads_kv + at.h_kv) * p.seqlen_k;
+    asm volatile("" : "+l"(k_index));  // one register pair, not the terms of its sum
     const auto key_row = [&](int block) {
       const int first = keys.first + block * kBlockN;
       const int sorted = first + min(gather_owned_row(thread, 0), kBlockN - 1);
       return seen_by_tile<kBlockN>(data, keys, first, sorted, thread) ? k_index[sorted] : -1;
     };
+    if (thread == 0) {
+      shared_store(data.first_key(), keys.first);
+      shared_store(data.key_blocks(), blocks);
+    }
     int upcoming = blocks > 0 ? key_row(blocks - 1) : -1;
     for (int r = thread; r < kBlockM; r += kGatherThreads) {
       const int row = shared_load(data.indices() + 4 * r);
       copy_word(shared.lse(query.slot) + 4 * r,
                 p.lse.of_head(at.b, at.h) + static_cast<long long>(max(row, 0)) * p.lse.row,
                 row >= 0);
-    }
-    if (thread == 0) {
-      shared_store(data.first_key(), keys.first);
-      shared_store(data.key_blocks(), blocks);
     }
 
     int rows[(kBlockM + 127) / 128];
