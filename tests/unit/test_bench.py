@@ -150,3 +150,103 @@ def test_tile_pairs_by_hand():
     assert tile_pairs(scfa.make_plan(scfa.Causal(), q, q)) == (1 + 1 + 2 + 2) * 64 * 128
     none = torch.zeros(1, 1, 256, dtype=torch.bool)
     assert tile_pairs(scfa.make_plan(scfa.QKSparse(none, none), q, q)) == 0
+
+
+def test_every_cpu_case_runs():
+    from bench.cases import every_case
+
+    names = [case.name for case in every_case().values() if case.device == "cpu"]
+    modes = ("forward", "backward", "both", "plan", "planned")
+    line = ("--case", *names, "--method", "scfa-numba-cpu", "sdpa-flash", "--mode", *modes)
+    out = bench(*line, "--smoke")
+    assert "not run" not in out
+    shown = {tuple(row.split()[:3]) for row in out.splitlines() if " ms " in row}
+    ours = {(name, "scfa-numba-cpu", mode) for name in names for mode in modes}
+    dense = {(name, "sdpa-flash", mode) for name in names for mode in modes[:3]}
+    assert shown == ours | dense
+
+
+def test_a_smoke_run_is_not_stored(tmp_path):
+    path = tmp_path / "smoke.json"
+    bench("--case", "smoke", "--smoke", "--json", path, code=1)
+    assert not path.exists()
+
+
+def test_every_case_that_is_promised_exists():
+    from bench.cases import SETS, every_case
+
+    cases = {case for case in every_case().values() if case.device == "cuda"}
+    a = [case for case in cases if (case.batch, case.heads, case.head_dim) == (4, 48, 64)]
+    assert {case.number for case in a if case.kind == "hash"} == {2, 4, 8, 16, 32, 64, 128}
+    assert {case.number for case in a if case.kind == "qk"} == {10, 30, 50, 70, 90}
+    assert {case.seqlen // 1024 for case in cases} == {1, 2, 4, 8, 16, 32, 64, 128}
+    assert {case.head_dim for case in cases} == {64, 128, 256}
+    assert any(case.heads > case.heads_kv for case in cases)
+    assert {"ranges", "docs", "window", "samehash"} < {case.kind for case in cases}
+    assert {case.dtype for case in cases} == {"bfloat16", "float16"}
+    model = list(SETS["language-model"]())
+    assert {case.batch * case.seqlen for case in model} == {32768}
+    assert {(case.heads, case.head_dim) for case in model} == {(12, 64)}
+    assert all(case.device == "cpu" for name in SETS if "cpu" in name for case in SETS[name]())
+
+
+def test_help_names_every_set_case_method_and_mode():
+    from bench.cases import SETS, every_case
+    from bench.methods import METHODS
+    from bench.run import MODES
+
+    words = bench("--help")
+    flat = "".join(words.split())
+    assert all(f"{name}:" in words for name in SETS)
+    assert all(name in flat for name in (*every_case(), *METHODS, *MODES))
+
+
+def test_a_record_says_what_it_depends_on_and_is_of_one_machine(tmp_path):
+    from bench.machine import machine, resumed
+
+    facts = machine("cpu")
+    assert facts["libraries"]["numba"]
+    assert {"card", "torch", "python", "commit", "changed", "l2", "date"} < set(facts)
+    given = machine("cpu", "abc123")
+    assert (given["commit"], given["changed"]) == ("abc123", False)
+
+    path = tmp_path / "record.json"
+    begun = {"machine": given, "rows": []}
+    assert resumed(path, begun) is begun
+    old = {"machine": {"card": given["card"]}, "rows": [{"ms": 1.0}, {"reason": "over the limit"}]}
+    path.write_text(json.dumps(old))
+    again = resumed(path, begun)
+    assert again["rows"] == [{"ms": 1.0}], "what did not run is tried again"
+    assert again["machine"]["resumed"][0]["commit"] == "abc123"
+    path.write_text(json.dumps(old | {"machine": {"card": "another"}}))
+    with pytest.raises(SystemExit, match="is of another"):
+        resumed(path, begun)
+
+
+def test_both_is_a_forward_and_a_backward():
+    from bench.cases import Case
+    from bench.floor import least_bytes, useful_flops
+
+    case = Case("x", 1, 4, 2, 1000, 64, "dense")
+    parts = ("forward", "backward")
+    assert least_bytes(case, "both") == sum(least_bytes(case, mode) for mode in parts)
+    assert useful_flops(case, "both", 7) == sum(useful_flops(case, mode, 7) for mode in parts)
+
+
+def test_true_lse_and_key_gradients_without_the_methods_own():
+    import torch
+
+    from bench.cases import Case
+    from bench.inputs import make_inputs, rows_seen, sampled_key_error, true_lse
+    from bench.methods import METHODS
+
+    inputs = make_inputs(Case("x", 1, 4, 2, 128, 32, "hash4", "float32", "cpu"))
+    rows = torch.arange(128)
+    scores = (inputs.q[0, 3].double() @ inputs.k[0, 1].double().T) * 32**-0.5
+    scores[~rows_seen(inputs, 0, 3, rows)] = float("-inf")
+    assert torch.equal(true_lse(inputs, 3, rows).isinf(), scores.isinf().all(-1))
+    torch.testing.assert_close(true_lse(inputs, 3, rows), scores.logsumexp(-1))
+    timed = METHODS["naive"](inputs)
+    _, dk, dv = timed.both()
+    assert sampled_key_error(inputs, None, timed.forward(), dk, dv) < 1e-4
+    assert sampled_key_error(inputs, None, timed.forward(), dk, 1.1 * dv) > 0.01

@@ -54,3 +54,46 @@ def test_accuracy_counts_a_wrong_or_infinite_entry():
     off = true._replace(dq=np.array([1.5, -np.inf]), dk=np.array([1.0, 0.0]))
     assert errors(off, true)["dq"] == {"max": 0.5, "norm": 0.5}
     assert errors(off, true)["dk"]["max"] == np.inf
+
+
+def test_accuracy_is_stored_row_by_row_resumed_and_of_one_kind_of_memory(tmp_path):
+    path = tmp_path / "accuracy.json"
+    small = ("--dtype", "float32", "--seqlen", 48, "--seeds", 1, "--json", path)
+    assert bench("accuracy", "--pattern", "hash", *small, "--budget", 0) == ""
+    bench("accuracy", "--pattern", "hash", *small, "--commit", "abc123")
+    record = json.loads(path.read_text())
+    assert record["machine"]["commit"] == "abc123"
+    out = bench("accuracy", "--pattern", "hash", "window", *small)
+    assert "hash" not in out
+    assert "window" in out
+    assert [row["pattern"] for row in json.loads(path.read_text())["rows"]] == ["hash", "window"]
+    bench("accuracy", *small, "--seeds", 2, code=1)
+    bench("accuracy", "--backend", "numba-cpu", "cupy", *small, code=1)
+
+
+def test_the_page_of_several_backends_has_a_table_for_each(tmp_path):
+    from bench.accuracy_page import markdown
+
+    cell = {"max": 0.5, "norm": 0.25}
+    row = {
+        "pattern": "hash",
+        "dtype": "float16",
+        "ours": dict.fromkeys(("out", "lse", "dq", "dk", "dv"), cell),
+        "torch": dict.fromkeys(("out", "lse", "dq", "dk", "dv"), cell),
+        "of_allowed": 0.5,
+    }
+    refused = {"pattern": "hash", "dtype": "float64", "backend": "cupy", "reason": "no float64"}
+    facts = {"card": "X", "torch": "0", "commit": "abc", "date": "2026-01-01T00:00"}
+    text = markdown(
+        {
+            "machine": facts,
+            "sizes": {"seqlen": 48},
+            "seeds": 1,
+            "rows": [row | {"backend": "cupy"}, row | {"backend": "numba-cuda"}, refused],
+        }
+    )
+    assert "## `cupy`, `numba-cuda`" in text
+    assert text.count("| hash | 2.5e-01 / 2.5e-01 |") == 2
+    for heading in ("### `cupy`, float16", "### `numba-cuda`, float16"):
+        assert heading in text
+    assert "float64" not in text
