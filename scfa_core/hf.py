@@ -33,6 +33,9 @@ __all__ = ["register"]
 _REFUSED = {
     "softcap": "soft-capped scores",
     "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "indices": "a choice of keys by an indexer",
+    "block_indices": "a choice of blocks by an indexer",
     "position_bias": "a position bias",
     "head_mask": "a head mask",
     "output_attentions": "attention weights as an output",
@@ -87,8 +90,9 @@ def register(
     -----
     ``scfa_window``, ``scfa_buckets``, ``scfa_near`` and ``scfa_seed`` in a model's config take
     precedence, and are saved with it. Padding masks, packed ``position_ids``, sliding windows,
-    chunks and KV caches work; other masks, dropout of attention weights and modified scores raise
-    `PatternError`. A padding query gives 0, where eager attention gives an average.
+    chunks and KV caches work; other masks, ``cu_seq_lens`` without such positions, dropout of
+    attention weights and modified scores raise `PatternError`. A padding query gives 0, where eager
+    attention gives an average.
     """
     options = Options(window, buckets, near, seed).checked()
     kinds = {"scfa": None, "scfa_window": _window_patterns, "scfa_hash": _hash_patterns}
@@ -158,6 +162,7 @@ def _structured(
                 f"{attention_mask.shape[2]} and {attention_mask.shape[3]}; the model cuts its mask "
                 "or its keys apart from each other: use attn_implementation='sdpa'"
             )
+        _refuse_lengths(kwargs, attention_mask.packed)
         return attention_mask
     if attention_mask is not None:
         raise PatternError(
@@ -165,6 +170,7 @@ def _structured(
             f"{tuple(attention_mask.shape)}; pass a padding mask (batch, seqlen) to the model, or "
             "use attn_implementation='sdpa' for custom masks"
         )
+    _refuse_lengths(kwargs, packed=False)
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     band = Band(hi=1) if causal else Band()
@@ -177,6 +183,17 @@ def _structured(
             )
         band = band.narrowed(Band(lo=1 - window))
     return StructuredMask((batch, queries, keys), keys - queries, band, [], None)
+
+
+def _refuse_lengths(kwargs: dict[str, Any], packed: bool) -> None:
+    """Raise on lengths of packed sequences that the mask knows nothing of."""
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        if kwargs.get(name) is not None and not packed:
+            raise PatternError(
+                f"{name} says that sequences are packed, and the model's mask does not: pass "
+                "position_ids that restart with each sequence, attention_mask=None and "
+                "use_cache=False"
+            )
 
 
 def _options_of(module: Any, registered: Options) -> Options:

@@ -64,6 +64,11 @@ class StructuredMask(BlockMask):
         return (self._shape[0], 1, *self._shape[1:])
 
     @property
+    def packed(self) -> bool:
+        """Whether documents are told apart; chunks number queries and keys each by themselves."""
+        return any(q_ids is k_ids for q_ids, k_ids in self.groups)
+
+    @property
     def ndim(self) -> int:
         """4, as of the tensor that it stands for."""
         return 4
