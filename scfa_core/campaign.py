@@ -33,6 +33,7 @@ DRAWS = 20  # attempts to draw clauses that show something together
 VIEWS = ("plain", "columns", "rows", "offset", "other-layout", "expanded", "backwards")
 VIEWS_OF_DOUT = (*VIEWS, "last-axis")
 FAMILIES = ("lengths", "huge", "orders", "empty", "steps-back", "drops", "packed")
+LAGS = {7: 2, 8: 17, 9: 65}
 _STRETCH = (1, -1, 7, 2**31 + 11, -(2**40) - 3)
 
 Ids = tuple[np.ndarray, np.ndarray]
@@ -209,7 +210,8 @@ def _draw(
     for _ in range(int(rng.choice([0, 0, 1, 1, 2, 3]))):
         more = str(rng.choice([*FAMILIES[:3], "drops", "steps-back", "packed", "causal", "window"]))
         if more == "causal":
-            clause: pt.Pattern = pt.Causal(seed % 2 == 0, "bottom-right")
+            lag = LAGS.get(seed % 11, 0)  # other seeds are the problems that they were
+            clause: pt.Pattern = pt.Causal(seed % 2 == 0, "bottom-right", lag=lag)
         elif more == "window":
             clause = pt.SlidingWindow(int(rng.integers(1, 200)), causal=seed % 2 == 0)
         else:

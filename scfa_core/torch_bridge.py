@@ -10,6 +10,7 @@ from __future__ import annotations
 from operator import index
 from typing import Any
 
+import numpy as np
 import torch
 from torch.autograd import forward_ad
 
@@ -20,6 +21,7 @@ from scfa_core.dispatch import (
     choose_for_plan,
     requested_backend,
 )
+from scfa_core.errors import ScaleError
 from scfa_core.patterns import Pattern
 from scfa_core.plan import Plan
 from scfa_core.problem import Problem, check_layout, check_scale, one_framework
@@ -43,6 +45,7 @@ from scfa_core.torch_transforms import forward_in_functorch, functorch_is_active
 
 __all__ = ["TORCH_FRAMEWORK", "attention", "attention_backward", "make_plan"]
 
+_TRACED_AS_TENSORS = (torch.Tensor, np.ndarray, np.generic)
 _AUTOCAST_KINDS = ("cpu", "cuda")
 _AUTOCAST_TAKES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -170,6 +173,11 @@ def _is_odd(x: Any) -> bool:
 
 def _check_scale_kind(softmax_scale: Any) -> None:
     """Refuse what an operator would take for a number; numbers are checked where it runs."""
+    if torch.compiler.is_compiling() and isinstance(softmax_scale, _TRACED_AS_TENSORS):
+        raise ScaleError(
+            "softmax_scale must be a number of Python inside of torch.compile, where NumPy's are "
+            "arrays: take float(scale) outside (multiply q by a scale that is learned)"
+        )
     if isinstance(softmax_scale, (str, bool, torch.Tensor)):
         check_scale(softmax_scale, 1, "float64")
 

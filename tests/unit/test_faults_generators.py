@@ -76,3 +76,12 @@ def test_a_lag_of_a_recipe_is_what_it_says():
         case = build(Spec(seqlen_q=12, seqlen_k=12, parts=(Part("causal", number=number),)))
         want = scfa.Causal(align=align, lag=lag)
         np.testing.assert_array_equal(case.mask, want.mask(12, 12))
+
+
+def test_deep_problems_draw_lags():
+    from scfa_core.campaign import draw
+
+    seeds = [seed for seed in range(400) if seed % 11 in (7, 8, 9)]
+    problems = [draw(seed, most_rows=330, dtypes=("float32",)) for seed in seeds]
+    parts = [part for problem in problems for part in problem.case.pattern.parts]
+    assert {part.lag for part in parts if type(part) is scfa.Causal} >= {2, 65}

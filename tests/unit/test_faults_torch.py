@@ -1,9 +1,11 @@
 """NaN and infinities in rows that are hashed, and what a hash remembers of them."""
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="about torch tensors")
 
+import scfa_core as scfa  # noqa: E402
 from scfa_core import nn  # noqa: E402
 from scfa_core.nn.hashing import PAST_BLOCK, PAST_START, less_past  # noqa: E402
 
@@ -91,3 +93,24 @@ def test_a_head_without_a_finite_sequence_keeps_what_it_knew(adapt):
     assert own.centers[0].place.isfinite().all()
     (bucket,) = own(rows(8))
     assert len(bucket.unique()) == BUCKETS
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("kind", ["numpy.float32", "numpy.float64", "array", "tensor"])
+def test_a_scale_that_tracing_makes_a_tensor_is_named(kind):
+    """torch.compile traces NumPy's numbers as arrays; its own words did not say which."""
+    scale = {
+        "numpy.float32": np.float32(0.25),
+        "numpy.float64": np.float64(0.25),
+        "array": np.array(0.25),
+        "tensor": torch.tensor(0.25),
+    }[kind]
+    x = torch.randn(1, 2, 20, 16)
+
+    def attend(x, scale):
+        return scfa.attention(x, x, x, softmax_scale=scale)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"a number of Python.*float\(scale\)"):
+        compiled(x, scale)
+    torch.testing.assert_close(compiled(x, float(scale)), attend(x, 0.25))
