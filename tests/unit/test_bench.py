@@ -152,24 +152,34 @@ def test_tile_pairs_by_hand():
     assert tile_pairs(scfa.make_plan(scfa.QKSparse(none, none), q, q)) == 0
 
 
-def test_every_cpu_case_runs():
+def test_every_cpu_case_runs(monkeypatch):
     from bench.cases import every_case
 
+    for threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        monkeypatch.setenv(threads, "1")  # rows are few, and other tests share the cores
     names = [case.name for case in every_case().values() if case.device == "cpu"]
     modes = ("forward", "backward", "both", "plan", "planned")
-    line = ("--case", *names, "--method", "scfa-numba-cpu", "sdpa-flash", "--mode", *modes)
+    line = ("--case", *names, "--method", "scfa-numba-cpu", "--mode", *modes)
     out = bench(*line, "--smoke")
     assert "not run" not in out
     shown = {tuple(row.split()[:3]) for row in out.splitlines() if " ms " in row}
-    ours = {(name, "scfa-numba-cpu", mode) for name in names for mode in modes}
-    dense = {(name, "sdpa-flash", mode) for name in names for mode in modes[:3]}
-    assert shown == ours | dense
+    assert shown == {(name, "scfa-numba-cpu", mode) for name in names for mode in modes}
 
 
-def test_a_smoke_run_is_not_stored(tmp_path):
+def test_a_smoke_run_is_not_stored_and_a_cache_is_set_before_compiling(tmp_path, monkeypatch):
+    import os
+
+    from bench import run
+
     path = tmp_path / "smoke.json"
-    bench("--case", "smoke", "--smoke", "--json", path, code=1)
+    with pytest.raises(SystemExit, match="leave --json out"):
+        run.main(["--case", "smoke", "--smoke", "--json", str(path)])
     assert not path.exists()
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    line = ["--case", "smoke-dense", "--method", "naive", "--smoke", "--cache", str(tmp_path / "c")]
+    assert run.main(line) == 0
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"].startswith(str(tmp_path / "c"))
 
 
 def test_every_case_that_is_promised_exists():
@@ -190,12 +200,14 @@ def test_every_case_that_is_promised_exists():
     assert all(case.device == "cpu" for name in SETS if "cpu" in name for case in SETS[name]())
 
 
-def test_help_names_every_set_case_method_and_mode():
+def test_help_names_every_set_case_method_and_mode(capsys):
     from bench.cases import SETS, every_case
     from bench.methods import METHODS
-    from bench.run import MODES
+    from bench.run import MODES, main
 
-    words = bench("--help")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    words = capsys.readouterr().out
     flat = "".join(words.split())
     assert all(f"{name}:" in words for name in SETS)
     assert all(name in flat for name in (*every_case(), *METHODS, *MODES))

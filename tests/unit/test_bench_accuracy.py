@@ -56,19 +56,27 @@ def test_accuracy_counts_a_wrong_or_infinite_entry():
     assert errors(off, true)["dk"]["max"] == np.inf
 
 
-def test_accuracy_is_stored_row_by_row_resumed_and_of_one_kind_of_memory(tmp_path):
+def test_accuracy_is_stored_row_by_row_resumed_and_of_one_kind_of_memory(tmp_path, capsys):
+    from bench import accuracy
+
     path = tmp_path / "accuracy.json"
-    small = ("--dtype", "float32", "--seqlen", 48, "--seeds", 1, "--json", path)
-    assert bench("accuracy", "--pattern", "hash", *small, "--budget", 0) == ""
-    bench("accuracy", "--pattern", "hash", *small, "--commit", "abc123")
-    record = json.loads(path.read_text())
-    assert record["machine"]["commit"] == "abc123"
-    out = bench("accuracy", "--pattern", "hash", "window", *small)
+
+    def run(*arguments):
+        small = ("--dtype", "float32", "--seqlen", "48", "--seeds", "1", "--json", str(path))
+        assert accuracy.main([*small, *arguments]) == 0
+        return capsys.readouterr().out
+
+    assert run("--pattern", "hash", "--budget", "0") == ""
+    run("--pattern", "hash", "--commit", "abc123")
+    assert json.loads(path.read_text())["machine"]["commit"] == "abc123"
+    out = run("--pattern", "hash", "window")
     assert "hash" not in out
     assert "window" in out
     assert [row["pattern"] for row in json.loads(path.read_text())["rows"]] == ["hash", "window"]
-    bench("accuracy", *small, "--seeds", 2, code=1)
-    bench("accuracy", "--backend", "numba-cpu", "cupy", *small, code=1)
+    with pytest.raises(SystemExit, match="holds other seeds: 1"):
+        run("--seeds", "2")
+    with pytest.raises(SystemExit, match="files of their own"):
+        run("--backend", "numba-cpu", "cupy")
 
 
 def test_the_page_of_several_backends_has_a_table_for_each(tmp_path):
