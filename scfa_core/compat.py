@@ -253,10 +253,17 @@ def pad_index(index: Tensor, indices_per_head: Tensor, pad_idx: float = -1) -> T
             f"indices_per_head must be (batch, heads) = ({batch}, {heads}) for "
             f"index.shape={tuple(index.shape)}, got {tuple(counts.shape)}"
         )
-    if not isinstance(pad_idx, Real) or pad_idx % 1 or not -(2**31) <= pad_idx < 2**31:
-        raise OptionError(f"pad_idx must be a whole number of 32 bits, got {pad_idx!r}")
+    filler = _as_int32("pad_idx", pad_idx)
     place = torch.arange(index.shape[1], device=index.device).view(1, -1, 1)
-    return index.to(torch.int32).masked_fill(place >= counts.unsqueeze(1), int(pad_idx))
+    return index.to(torch.int32).masked_fill(place >= counts.unsqueeze(1), filler)
+
+
+def _as_int32(name: str, value: Any) -> int:
+    """Read a whole number, which may be a float such as 1e9."""
+    number = float(value) if isinstance(value, Real) else 0.5
+    if number % 1 or not -(2**31) <= number < 2**31:
+        raise OptionError(f"{name} must be a whole number of 32 bits, got {value!r}")
+    return int(number)
 
 
 def hash_attention_fn(

@@ -10,29 +10,24 @@ communicates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.placement_types import Placement
 
 import scfa_core.distributed_rules  # noqa: F401  (registers them)
 from scfa_core.api import attention
-from scfa_core.errors import OptionError, PatternError, ShapeError
-from scfa_core.patterns import (
-    Causal,
-    Documents,
-    HashSparse,
-    Intersection,
-    KeyRanges,
-    Pattern,
-    QKSparse,
-    SlidingWindow,
+from scfa_core.distributed_patterns import (
+    check_rows,
+    distribute_pattern,
+    heads_of,
+    queries_of,
+    require_pattern,
 )
+from scfa_core.errors import OptionError, PatternError, ShapeError
+from scfa_core.patterns import Pattern
 from scfa_core.problem import as_size
 
 __all__ = [
@@ -45,7 +40,6 @@ __all__ = [
 ]
 
 MakePattern = Callable[[Tensor, Tensor], Pattern]
-_PLACEMENTS = (Shard(0), Shard(1), Replicate())
 
 
 def ulysses_attention(
@@ -141,17 +135,22 @@ def gathered_attention(
     out : Tensor like `q`
         Differentiable.
 
+    Raises
+    ------
+    PatternError
+        No pattern.
+    DTypeError, ShapeError
+        Rows that are no integer tensor, or not as many as q has.
+
     Notes
     -----
     Memory: k and v of the whole sequence on every rank. One all-gather of each, and one
     reduce-scatter of each gradient. Any number of heads.
     """
     _refuse_options("gathered_attention", options)
-    if not isinstance(pattern, Pattern):
-        raise PatternError(
-            "gathered_attention takes the pattern of the whole sequence, got "
-            f"{type(pattern).__name__}"
-        )
+    require_pattern("gathered_attention", pattern)
+    if rows is not None and len(check_rows(rows)) != q.shape[2]:
+        raise ShapeError(f"rows must name the {q.shape[2]} rows of q, got {len(rows)}")
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     seqlen = q.shape[2] * ranks
     k, v = (_AllGather.apply(x, 2, group) for x in (k, v))
@@ -206,143 +205,6 @@ def zigzag_rows(
         raise ShapeError(f"seqlen must be a multiple of {2 * ranks}, got {seqlen}")
     chunks = torch.arange(seqlen, device=device).view(2 * ranks, -1)
     return torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]])
-
-
-def distribute_pattern(
-    pattern: Pattern, mesh: DeviceMesh, placement: Placement | Sequence[Placement]
-) -> Pattern:
-    """Put the arrays of a pattern on a mesh, as q, k and v are put there.
-
-    Parameters
-    ----------
-    pattern : Pattern
-        Of all batches and heads, the same on every rank.
-    mesh : DeviceMesh
-    placement : Shard or Replicate, or one for each dimension of the mesh
-        Of q, k and v in layout "bhtd": ``Shard(0)`` is batch, ``Shard(1)`` heads.
-
-    Returns
-    -------
-    pattern : Pattern
-        Its arrays are DTensors. Axes of length 1, which broadcast, and axes that an array does not
-        have (documents have no heads) stay whole.
-
-    Raises
-    ------
-    PatternError
-        Not as many placements as the mesh has dimensions, or one that is none of these.
-    """
-    placements = [placement] if isinstance(placement, Placement) else list(placement)
-    if len(placements) != mesh.ndim or not all(p in _PLACEMENTS for p in placements):
-        raise PatternError(
-            f"each of the mesh's {mesh.ndim} dimensions needs a placement of {_PLACEMENTS}, got "
-            f"{placement!r}; sequences are shared by ulysses_attention or gathered_attention"
-        )
-
-    def place(x: Tensor) -> Tensor:
-        spread = [
-            isinstance(p, Shard) and (p.dim == 0 or x.ndim == 3) and x.shape[p.dim] > 1
-            for p in placements
-        ]
-        own = [p if s else Replicate() for p, s in zip(placements, spread, strict=True)]
-        placed: Tensor = distribute_tensor(x, mesh, own)
-        return placed
-
-    return Intersection(*(_rebuilt_part(part, place, place) for part in pattern.parts))
-
-
-def heads_of(pattern: Pattern, rank: int, ranks: int) -> Pattern:
-    """Restrict a pattern to the heads of one rank: the `rank`-th of `ranks` equal shares.
-
-    Arrays of a single head, which broadcasts, stay.
-    """
-
-    def share(x: Tensor) -> Tensor:
-        return x if x.shape[1] == 1 else x.chunk(ranks, dim=1)[rank]
-
-    return _rebuilt(pattern, share, share)
-
-
-def queries_of(pattern: Pattern, rows: Tensor, seqlen_q: int, seqlen_k: int) -> Pattern:
-    """Restrict a pattern to some of its queries; keys stay all, in order.
-
-    Parameters
-    ----------
-    pattern : Pattern
-        Of a problem with `seqlen_q` queries and `seqlen_k` keys.
-    rows : integer Tensor, (n,)
-        The queries to keep, in any order.
-    seqlen_q, seqlen_k : int
-        Of the whole problem.
-
-    Returns
-    -------
-    pattern : Pattern
-        Of a problem with n queries and `seqlen_k` keys: its query r sees what ``rows[r]`` saw.
-    """
-
-    def take(x: Tensor) -> Tensor:
-        return x if x.shape[-1] == 1 else x.index_select(-1, rows)
-
-    # Whatever depends on the query's position becomes a range of keys.
-    start, end = torch.zeros_like(rows), torch.full_like(rows, seqlen_k)
-    reach = seqlen_q + seqlen_k  # no two positions are further apart
-    others = []
-    for part in pattern.parts:
-        causal = getattr(part, "causal", isinstance(part, Causal))
-        shift = 0
-        if isinstance(part, Causal) and part.align == "bottom-right":
-            shift = seqlen_k - seqlen_q
-        if causal:
-            lag = int(not getattr(part, "include_self", True))
-            lag = min(part.lag, reach) if isinstance(part, Causal) else lag
-            end = torch.minimum(end, rows + shift + 1 - lag)
-        if isinstance(part, SlidingWindow):
-            window = min(part.window, reach)
-            start = torch.maximum(start, rows + 1 - window)
-            end = end if causal else torch.minimum(end, rows + window)
-        elif not isinstance(part, Causal):
-            others.append(_rebuilt_part(part, take, lambda x: x, causal=False))
-    narrowed: Pattern = KeyRanges(start.view(1, 1, -1), end.view(1, 1, -1))
-    for other in others:
-        narrowed = narrowed & other
-    return narrowed
-
-
-def _rebuilt(pattern: Pattern, on_q: Callable[..., Any], on_k: Callable[..., Any]) -> Pattern:
-    """Rebuild every part with its arrays mapped; documents have no heads and stay."""
-    parts = [
-        part if isinstance(part, Documents) else _rebuilt_part(part, on_q, on_k)
-        for part in pattern.parts
-    ]
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = whole & part
-    return whole
-
-
-def _rebuilt_part(
-    part: Pattern,
-    on_q: Callable[[Tensor], Tensor],
-    on_k: Callable[[Tensor], Tensor],
-    causal: bool | None = None,
-) -> Pattern:
-    """One part with its arrays mapped, and `causal` as given or as it was."""
-    if isinstance(part, (Causal, SlidingWindow)):
-        return part
-    if isinstance(part, KeyRanges):
-        return KeyRanges(on_q(part.start), on_q(part.end))
-    if not isinstance(part, (HashSparse, QKSparse, Documents)):
-        raise PatternError(f"no rule to shard {part!r}")
-    causal = part.causal if causal is None else causal
-    if isinstance(part, HashSparse):
-        include_self = part.include_self or not causal
-        return HashSparse(
-            on_q(part.q_hash), on_k(part.k_hash), causal=causal, include_self=include_self
-        )
-    if isinstance(part, QKSparse):
-        return QKSparse(on_q(part.q_keep), on_k(part.k_keep), causal=causal)
-    return Documents(on_q(part.q_ids), on_k(part.k_ids), causal=causal)
 
 
 def _exchange(x: Tensor, split: int, join: int, group: dist.ProcessGroup | None) -> Tensor:

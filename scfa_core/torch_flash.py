@@ -19,7 +19,7 @@ from torch import Tensor
 from scfa_core.api import attention, attention_backward
 from scfa_core.arrays import strides_in_order
 from scfa_core.dispatch import choose_backend, requested_backend
-from scfa_core.errors import ScfaError
+from scfa_core.errors import OptionError, ScfaError
 from scfa_core.patterns import Causal
 from scfa_core.problem import build_problem
 from scfa_core.torch_framework import TORCH_FRAMEWORK
@@ -48,7 +48,11 @@ def register(name: str = "scfa") -> None:
     ------
     ScfaError
         This torch has no such registry; 2.13 has.
+    OptionError
+        A name that is none.
     """
+    if not isinstance(name, str) or not name:
+        raise OptionError(f"name must be a word, got {name!r}")
     try:
         from torch.nn.attention import register_flash_attention_impl
     except ImportError as error:

@@ -95,10 +95,10 @@ class SparseSelfAttention(nn.Module):
             check_flag(name, flag)
         for name, hook in (("pattern", pattern), ("rotary", rotary)):
             if hook is not None and not callable(hook):
-                fixed = (
-                    "; a fixed pattern goes as lambda q, k: pattern" if name == "pattern" else ""
+                raise OptionError(
+                    f"{name} must be a function, got {type(hook).__name__}"
+                    + ("; a fixed one goes as lambda q, k: pattern" if name == "pattern" else "")
                 )
-                raise OptionError(f"{name} must be a function, got {type(hook).__name__}{fixed}")
         if pattern is not None and not self._takes_pattern:
             raise OptionError(
                 f"{type(self).__name__} has a pattern of its own and would ignore another; narrow "

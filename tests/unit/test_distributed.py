@@ -26,7 +26,6 @@ from torch.distributed.tensor.parallel import (  # noqa: E402
 
 import scfa_core as scfa  # noqa: E402
 from scfa_core import distributed, hashing, nn  # noqa: E402
-from scfa_core.distributed_rules import _splits_evenly  # noqa: E402
 
 SEQLEN = 24
 
@@ -75,12 +74,13 @@ def whole(pattern, heads_kv=2):
     return gradients(lambda q, k, v: scfa.attention(q, k, v, pattern), tensors, dout)
 
 
-def through_dtensor(pattern, mesh, placement):
+def through_dtensor(pattern, mesh, placement, stays=True):
+    """Results whole; they lie as the inputs do where nothing had to be gathered."""
     placement = placement if isinstance(placement, tuple) else (placement,)
     *tensors, dout = (distribute_tensor(x, mesh, placement) for x in draw())
     pattern = distributed.distribute_pattern(pattern, mesh, placement)
     results = gradients(lambda q, k, v: scfa.attention(q, k, v, pattern), tensors, dout)
-    assert all(x.placements == placement for x in results)
+    assert not stays or all(x.placements == placement for x in results)
     return [x.full_tensor() for x in results]
 
 
@@ -208,6 +208,11 @@ def in_a_square(rank, ranks):
             lambda q, k, v, p=pattern: distributed.ulysses_attention(q, k, v, p), mine, 4
         )
     results["bucket"] = hash_through_dtensor("tables shared by two heads", mesh, sides)
+    line = init_device_mesh("cpu", (ranks,))  # two key heads are fewer than its ranks
+    for name in patterns():
+        results[name, "more ranks than key heads"] = through_dtensor(
+            patterns()[name], line, Shard(1), stays=False
+        )
     return results
 
 
@@ -302,6 +307,16 @@ def test_four_processes_equal_one(square, name, way):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", patterns())
+def test_more_ranks_than_key_heads(square, name):
+    """Four ranks share four query heads and two key heads: DTensor has to gather them."""
+    for mine, one in zip(
+        square[name, "more ranks than key heads"], whole(patterns()[name]), strict=True
+    ):
+        torch.testing.assert_close(mine, one, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", [Shard(0), Shard(1), Shard(2), Replicate()], ids=str)
 @pytest.mark.parametrize("name", HASHES)
 def test_sharded_rows_hash_as_whole_ones(results, name, placement):
@@ -337,38 +352,6 @@ def test_layers_under_tensor_parallelism(results, name):
         torch.testing.assert_close(mine, one, rtol=1e-4, atol=1e-5)
 
 
-def test_shares_are_equal_or_none():
-    for size, mesh, even in (
-        (8, (8, 8), True),  # 64 shares of 8 heads are no way to share
-        (6, (2, 2), False),  # 4 shares of 6 heads
-        (2, (2, 2), True),
-        (3, (2,), False),
-        (1, (2, 4), True),
-    ):
-        assert _splits_evenly(size, mesh) is even
-
-
-def test_mistakes_are_told(tmp_path):
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        for wrong in (Shard(2), Shard(3), [Shard(0), Shard(1)], []):
-            with pytest.raises(scfa.PatternError, match="1 dimensions"):
-                distributed.distribute_pattern(patterns()["hash"], mesh, wrong)
-        for attend in (distributed.ulysses_attention, distributed.gathered_attention):
-            for wrong in ({"layout": "bthd"}, {"return_lse": True}):
-                with pytest.raises(scfa.OptionError, match="returns out alone"):
-                    attend(*draw()[:3], scfa.Causal(), **wrong)
-            plan = scfa.make_plan(scfa.Causal(), *draw()[:2])
-            with pytest.raises(scfa.PatternError, match="pattern of the whole sequence"):
-                attend(*draw()[:3], plan)
-        with pytest.raises(scfa.ShapeError, match="must be an int"):
-            distributed.zigzag_rows(8.0)
-    finally:
-        dist.destroy_process_group()
-
-
 @pytest.mark.slow
 def test_hashes_made_after_the_exchange(results):
     q, k, *_ = draw()
@@ -381,33 +364,6 @@ def test_fewer_key_heads_than_ranks(results):
     right = whole(patterns(1)["hash"], heads_kv=1)
     torch.testing.assert_close(results["one key head"], right, rtol=0, atol=1e-6)
     assert "gathered_attention" in results["refused"]
-
-
-@pytest.mark.parametrize("name", patterns())
-def test_some_queries_see_what_they_saw(name):
-    pattern = patterns()[name]
-    sizes = {"batch": 2, "heads": 4, "heads_kv": 2}
-    rows = torch.tensor([23, 0, 5, 6, 11])
-    mine = distributed.queries_of(pattern, rows, SEQLEN, SEQLEN).mask(5, SEQLEN, **sizes)
-    assert (mine == pattern.mask(SEQLEN, SEQLEN, **sizes)[:, :, rows]).all()
-
-
-def test_some_queries_of_windows_beyond_any_length():
-    rows = torch.tensor([2, 0], dtype=torch.int32)
-    for far in (2**31, 2**63 - 1, 10**30):
-        for pattern in (
-            scfa.Causal(lag=far, align="bottom-right"),
-            scfa.SlidingWindow(far),
-            scfa.SlidingWindow(far, causal=False),
-        ):
-            mine = distributed.queries_of(pattern, rows, 9, 4).mask(2, 4)
-            assert (mine == pattern.mask(9, 4)[:, :, [2, 0]]).all()
-
-
-def test_bottom_right_queries():
-    pattern = scfa.Causal(align="bottom-right")
-    mine = distributed.queries_of(pattern, torch.tensor([2, 0]), 4, 9).mask(2, 9)
-    assert (mine == pattern.mask(4, 9)[:, :, [2, 0]]).all()
 
 
 if __name__ == "__main__":

@@ -237,3 +237,10 @@ def test_a_torch_without_the_registry_is_told_so(monkeypatch):
     monkeypatch.delattr(attention, "register_flash_attention_impl")
     with pytest.raises(scfa.ScfaError, match="no registry of flash attention"):
         torch_flash.register()
+
+
+@pytest.mark.parametrize("name", [None, 3, ""])
+def test_a_name_that_is_none_raises(name):
+    with pytest.raises(scfa.OptionError, match="name must be a word"):
+        torch_flash.register(name)
+    assert name not in attention.list_flash_attention_impls()

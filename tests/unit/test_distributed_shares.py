@@ -1,0 +1,158 @@
+"""Shares of a pattern, of heads and of queries, and what is refused; one process is enough."""
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="distributed attention needs torch")
+if not torch.distributed.is_available():
+    pytest.skip("this torch has no distributed package", allow_module_level=True)
+
+import torch.distributed as dist  # noqa: E402
+from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
+from torch.distributed.tensor import Shard  # noqa: E402
+
+import scfa_core as scfa  # noqa: E402
+from scfa_core import distributed  # noqa: E402
+from scfa_core.distributed_rules import _splits_evenly  # noqa: E402
+
+SEQLEN = 24
+
+
+def draw(heads_kv=2):
+    """Q, k and v."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, h, SEQLEN, 16, generator=generator) for h in (4, heads_kv, heads_kv)]
+
+
+def patterns(heads_kv=2):
+    """Each kind, arrays for every head or one for all."""
+    generator = torch.Generator().manual_seed(7)
+
+    def ints(*shape, most=3):
+        return torch.randint(0, most, shape, generator=generator)
+
+    ends = ints(2, 4, SEQLEN, most=SEQLEN + 1)
+    return {
+        "causal": scfa.Causal(),
+        "strict": scfa.Causal(include_self=False),
+        "far": scfa.Causal(lag=9),
+        "hash": scfa.HashSparse(ints(2, 4, SEQLEN), ints(2, heads_kv, SEQLEN), include_self=False),
+        "one hash for all": scfa.HashSparse(ints(1, 1, SEQLEN), ints(1, 1, SEQLEN), causal=False),
+        "drop": scfa.QKSparse(ints(2, 4, SEQLEN), ints(2, heads_kv, SEQLEN)),
+        "documents": scfa.Documents(torch.arange(SEQLEN).expand(2, -1) // 7),
+        "window": scfa.SlidingWindow(5),
+        "window both ways": scfa.SlidingWindow(3, causal=False),
+        "ranges": scfa.KeyRanges(ends // 2, ends),
+        "mixed": scfa.Documents(torch.arange(SEQLEN)[None] // 9)
+        & scfa.SlidingWindow(6)
+        & scfa.HashSparse(ints(2, 4, SEQLEN, most=2), ints(2, 1, SEQLEN, most=2), causal=False),
+    }
+
+
+def test_shares_are_equal_or_none():
+    for size, mesh, even in (
+        (8, (8, 8), True),  # 64 shares of 8 heads are no way to share
+        (6, (2, 2), False),  # 4 shares of 6 heads
+        (2, (2, 2), True),
+        (3, (2,), False),
+        (1, (2, 4), True),
+    ):
+        assert _splits_evenly(size, mesh) is even
+
+
+def test_mistakes_are_told(tmp_path):
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for wrong in (Shard(2), Shard(3), [Shard(0), Shard(1)], []):
+            with pytest.raises(scfa.PatternError, match="1 dimensions"):
+                distributed.distribute_pattern(patterns()["hash"], mesh, wrong)
+        for attend in (distributed.ulysses_attention, distributed.gathered_attention):
+            for wrong in ({"layout": "bthd"}, {"return_lse": True}):
+                with pytest.raises(scfa.OptionError, match="returns out alone"):
+                    attend(*draw()[:3], scfa.Causal(), **wrong)
+            plan = scfa.make_plan(scfa.Causal(), *draw()[:2])
+            with pytest.raises(scfa.PatternError, match="pattern of the whole sequence"):
+                attend(*draw()[:3], plan)
+        with pytest.raises(scfa.PatternError, match="distribute_pattern takes the pattern"):
+            distributed.distribute_pattern(None, mesh, Shard(0))
+        with pytest.raises(scfa.PatternError, match=r"1 dimensions .* got None"):
+            distributed.distribute_pattern(scfa.Causal(), mesh, None)
+        rows = torch.arange(SEQLEN)
+        for wrong, error, words in (
+            (rows[:5], scfa.ShapeError, f"name the {SEQLEN} rows of q, got 5"),
+            (rows.double(), scfa.DTypeError, "rows must be an integer tensor"),
+            (rows.tolist(), scfa.DTypeError, "rows must be a torch tensor"),
+        ):
+            with pytest.raises(error, match=words):
+                distributed.gathered_attention(*draw()[:3], scfa.Causal(), rows=wrong)
+        with pytest.raises(scfa.ShapeError, match="must be an int"):
+            distributed.zigzag_rows(8.0)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", patterns())
+def test_some_queries_see_what_they_saw(name):
+    pattern = patterns()[name]
+    sizes = {"batch": 2, "heads": 4, "heads_kv": 2}
+    rows = torch.tensor([23, 0, 5, 6, 11])
+    mine = distributed.queries_of(pattern, rows, SEQLEN, SEQLEN).mask(5, SEQLEN, **sizes)
+    assert (mine == pattern.mask(SEQLEN, SEQLEN, **sizes)[:, :, rows]).all()
+
+
+def test_some_queries_of_windows_beyond_any_length():
+    rows = torch.tensor([2, 0], dtype=torch.int32)
+    for far in (2**31, 2**63 - 1, 10**30):
+        for pattern in (
+            scfa.Causal(lag=far, align="bottom-right"),
+            scfa.SlidingWindow(far),
+            scfa.SlidingWindow(far, causal=False),
+        ):
+            mine = distributed.queries_of(pattern, rows, 9, 4).mask(2, 4)
+            assert (mine == pattern.mask(9, 4)[:, :, [2, 0]]).all()
+
+
+def test_bottom_right_queries():
+    pattern = scfa.Causal(align="bottom-right")
+    mine = distributed.queries_of(pattern, torch.tensor([2, 0]), 4, 9).mask(2, 9)
+    assert (mine == pattern.mask(4, 9)[:, :, [2, 0]]).all()
+
+
+def test_some_heads_see_what_they_saw():
+    hashes = patterns()["mixed"]
+    sizes = {"batch": 2, "heads": 4, "heads_kv": 2}
+    half = {"batch": 2, "heads": 2, "heads_kv": 1}
+    whole = hashes.mask(SEQLEN, SEQLEN, **sizes)
+    for rank in range(2):
+        mine = distributed.heads_of(hashes, rank, 2).mask(SEQLEN, SEQLEN, **half)
+        assert (mine == whole[:, 2 * rank : 2 * rank + 2]).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ((3, 0, 2), scfa.PatternError, "heads_of takes the pattern .* got int"),
+        ((scfa.Causal(), 2, 2), scfa.PatternError, "rank must be below ranks=2, got 2"),
+        ((scfa.Causal(), 0, "2"), scfa.PatternError, "ranks must be an int"),
+        ((patterns()["hash"], 0, 3), scfa.ShapeError, "3 ranks must divide the 4 heads"),
+    ],
+)
+def test_shares_of_heads_that_do_not_fit_raise(arguments, error, words):
+    with pytest.raises(error, match=words):
+        distributed.heads_of(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ((3, torch.tensor([1]), 6, 6), scfa.PatternError, "queries_of takes the pattern"),
+        ((scfa.Causal(), [1, 2], 6, 6), scfa.DTypeError, "torch tensor .*got list"),
+        ((scfa.Causal(), torch.tensor([1.0]), 6, 6), scfa.DTypeError, "integer tensor"),
+        ((scfa.Causal(), torch.tensor([[1]]), 6, 6), scfa.ShapeError, "must have 1 axes"),
+        ((scfa.Causal(), torch.tensor([1]), "6", 6), scfa.ShapeError, "seqlen_q must be an int"),
+    ],
+)
+def test_queries_that_are_none_raise(arguments, error, words):
+    with pytest.raises(error, match=words):
+        distributed.queries_of(*arguments)
