@@ -35,7 +35,7 @@ def _card(stem: str) -> Page:
         {
             stem: "",
             f"{stem}-flex": "Beside FlexAttention",
-            f"{stem}-jit": "Compiling, cold and from the cache",
+            f"{stem}-jit": "First use on a machine",
         },
     )
 
@@ -44,7 +44,7 @@ PAGES = (
     _card("h200"),
     Page("h200-sweeps", {"h200-sweeps": ""}),
     _card("h100"),
-    Page("cpu", {"cpu-epyc": "", "cpu-epyc-jit": "Compiling, cold and from the cache"}),
+    Page("cpu", {"cpu-epyc": "", "cpu-epyc-jit": "First use on a machine"}),
     Page("accuracy", {"accuracy-numba-cpu": "", "accuracy-h200": "", "accuracy-h100": ""}),
 )
 README = {"h200": ["goal"], "h200-sweeps": ["goal"], "cpu-epyc": ["cpu"]}  # files: sets shown

@@ -42,7 +42,7 @@ def markdown(record: dict[str, Any], modes: tuple[str, ...] = ("forward", "backw
     """Table of medians in ms: a row per case, a column per method, modes joined by a slash."""
     rows = [row for row in record["rows"] if "ms" in row and row["mode"] in modes]
     if not rows:
-        return caption(record, [])
+        return caption(record, [row for row in record["rows"] if "ms" in row])
     methods = list(dict.fromkeys(row["method"] for row in rows))
     times = {(row["case"], row["method"], row["mode"]): row["ms"] for row in rows}
     words = " / ".join(MODE_WORDS[mode] for mode in modes)
