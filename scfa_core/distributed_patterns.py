@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
-from scfa_core.errors import DTypeError, PatternError, ShapeError
+from scfa_core.errors import DTypeError, OptionError, PatternError, ShapeError
 from scfa_core.patterns import (
     Causal,
     Documents,
@@ -70,8 +70,12 @@ def distribute_pattern(
     ------
     PatternError
         No pattern, not as many placements as the mesh has dimensions, or one that is none of these.
+    OptionError
+        No mesh.
     """
     require_pattern("distribute_pattern", pattern)
+    if not isinstance(mesh, DeviceMesh):
+        raise OptionError(f"mesh must be a DeviceMesh, got {type(mesh).__name__}")
     single = isinstance(placement, Placement) or not isinstance(placement, Sequence)
     placements = [placement] if single else list(placement)
     if len(placements) != mesh.ndim or not all(p in _PLACEMENTS for p in placements):

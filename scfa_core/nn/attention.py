@@ -174,7 +174,7 @@ class SparseSelfAttention(nn.Module):
         PatternError
             A plan beside documents or keep.
         """
-        if x.ndim != 3 or x.shape[2] != self.width:
+        if check_tensor("x", x, "batch", "seqlen", "width").shape[2] != self.width:
             raise ShapeError(f"x must be (batch, seqlen, {self.width}), got {tuple(x.shape)}")
         q, k, v = self.project(x)
         patterns: Sequence[Pattern | Plan]

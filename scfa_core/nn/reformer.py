@@ -20,6 +20,7 @@ from scfa_core.hashing import disjoint_rounds
 from scfa_core.merging import merge_attention
 from scfa_core.nn.hashing import AngularHash
 from scfa_core.problem import as_size, check_scale
+from scfa_core.torch_checks import check_tensor
 
 
 class Coverage(NamedTuple):
@@ -118,7 +119,8 @@ class ReformerAttention(nn.Module):
         return self.output(out.transpose(1, 2).flatten(2))
 
     def _check_rows(self, x: Tensor) -> None:
-        if x.ndim != 3 or x.shape[2] != self.width or not x.shape[1]:
+        _, seqlen, width = check_tensor("x", x, "batch", "seqlen", "width").shape
+        if width != self.width or not seqlen:
             raise ShapeError(
                 f"x must be (batch, seqlen, {self.width}) with a row or more, got {tuple(x.shape)}"
             )

@@ -78,6 +78,8 @@ def test_mistakes_are_told(tmp_path):
             distributed.distribute_pattern(None, mesh, Shard(0))
         with pytest.raises(scfa.PatternError, match=r"1 dimensions .* got None"):
             distributed.distribute_pattern(scfa.Causal(), mesh, None)
+        with pytest.raises(scfa.OptionError, match="mesh must be a DeviceMesh, got NoneType"):
+            distributed.distribute_pattern(scfa.Causal(), None, Shard(0))
         rows = torch.arange(SEQLEN)
         for wrong, error, words in (
             (rows[:5], scfa.ShapeError, f"name the {SEQLEN} rows of q, got 5"),

@@ -233,9 +233,13 @@ def test_a_pattern_that_would_be_ignored_raises():
 def test_inputs_that_do_not_fit_raise():
     layer = nn.DenseSelfAttention(WIDTH, 4)
     chunked = nn.ReformerAttention(WIDTH, 4, 8, 8)
-    for wrong in (draw()[0], draw()[..., :32]):
+    for wrong, error, words in (
+        (draw()[0], scfa.ShapeError, r"x must have 3 axes \(batch, seqlen, width\)"),
+        (draw()[..., :32], scfa.ShapeError, r"x must be \(batch, seqlen, 64\)"),
+        (draw().numpy(), scfa.DTypeError, "x must be a torch tensor .* got ndarray"),
+    ):
         for module in (layer, chunked, chunked.coverage):
-            with pytest.raises(scfa.ShapeError, match=r"x must be \(batch, seqlen, 64\)"):
+            with pytest.raises(error, match=words):
                 module(wrong)
     for module in (chunked, chunked.coverage):
         with pytest.raises(scfa.ShapeError, match="a row or more"):
