@@ -119,6 +119,13 @@ def _paper() -> Iterator[Case]:
             yield workload_a(f"qk{percent}", seqlen)
 
 
+def _corners() -> Iterator[Case]:
+    """The extreme buckets and drops, where the paper's figures have none."""
+    for seqlen in (16384, 32768, 4096, 1024):
+        for pattern in ("hash128", "qk90", "qk10"):
+            yield workload_a(pattern, seqlen)
+
+
 def _growth() -> Iterator[Case]:
     """Buckets of 1024 keys, whatever the length: the time should double with it."""
     for seqlen in (65536, 131072):
@@ -187,6 +194,7 @@ SETS: dict[str, Callable[[], Iterator[Case]]] = {
     "language-model": _language_model,
     "gpu": _gpu,
     "paper": _paper,
+    "corners": _corners,
     "cpu": _cpu_cases,
     "cpu-buckets": _cpu_buckets,
     "cpu-drops": _cpu_drops,
