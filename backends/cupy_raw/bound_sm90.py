@@ -87,10 +87,11 @@ def bind_backward(problem: Problem, monotone: bool, *described: DeviceArray) -> 
 
     Notes
     -----
-    Bitwise deterministic. Ranges must be monotone. $SCFA_CUPY_BACKWARD: "split" is a kernel for dq
-    and one for dk and dv, with 8 bytes of workspace a query row (lse in base 2 and delta, in sorted
-    order); "fused" is one kernel for all three where it serves, with the sums of dq as well
-    (`_sum_slots`); "auto", the default, lets the GPU choose for each key head.
+    Bitwise deterministic. $SCFA_CUPY_BACKWARD: "split" is a kernel for dq and one for dk and dv,
+    with 8 bytes of workspace a query row (lse in base 2 and delta, in sorted order); "fused" is one
+    kernel for all three where it serves, with the sums of dq as well (`_sum_slots`); "auto", the
+    default, lets the GPU choose for each key head. Ranges in any order always go the split way,
+    with 8 more bytes a query row (their envelopes).
     """
     bound: dict[str | None, Bound] = {}
 
@@ -98,18 +99,18 @@ def bind_backward(problem: Problem, monotone: bool, *described: DeviceArray) -> 
         asked = _asked.get()
         chosen = bound.get(asked)
         if chosen is None:
-            ways = _ways(problem, asked)
+            ways = _ways(problem, asked, monotone)
             chosen = bound[asked] = _Backward(problem, monotone, described, *ways)
         chosen(plan, arrays, ctx)
 
     return run
 
 
-def _ways(problem: Problem, asked: str | None) -> tuple[bool, bool]:
+def _ways(problem: Problem, asked: str | None, monotone: bool = True) -> tuple[bool, bool]:
     """Whether the split and the fused kernels are launched, with $SCFA_CUPY_BACKWARD `asked`."""
     if asked is not None and asked not in sm90._BACKWARDS:
         raise ValueError(f"$SCFA_CUPY_BACKWARD must be one of {sm90._BACKWARDS}, got {asked!r}")
-    serves = problem.head_dim in sm90._FUSED and sm90._sums_fit(problem)
+    serves = monotone and problem.head_dim in sm90._FUSED and sm90._sums_fit(problem)
     if not serves or asked == "split":
         return True, False
     if asked == "fused":
@@ -129,22 +130,23 @@ class _Backward:
         split: bool,
         fused: bool,
     ) -> None:
-        self.problem, self.device = problem, described[0].device
+        self.problem, self.device, self.monotone = problem, described[0].device, monotone
         self.rows = problem.batch * problem.heads * problem.seqlen_q
         self.query_tiles, self.jobs = sm90._tiles(
             problem.seqlen_q, sm90._SUM_ROWS, problem.batch * problem.heads
         )
         self.slots = sm90._sum_slots(problem) if fused else 0
         self.both = split and fused
-        self.marked = _Marked(described, monotone, 8)
+        self.marked = _Marked(described, monotone, 10)
         launches = [self._choose()] if self.both else []
+        launches += [] if monotone else [self._envelopes()]
         launches += self._split() if split else []
         launches += self._fused() if fused else []
         self.launches = tuple(launches)
 
     def __call__(self, plan: PlanAddresses, arrays: tuple[int, ...], ctx: CallContext) -> None:
         stats = ctx.empty((2 * self.rows + 1,), "float32").pointer  # the first: of absent rows
-        choice = added = sums = 0
+        choice = added = sums = envelopes = 0
         if self.both:
             heads = self.problem.batch * self.problem.heads_kv
             choice = ctx.empty((sm90._CHOICE_WORDS + heads,), "int32").pointer
@@ -157,7 +159,12 @@ class _Backward:
             rows = self.slots * self.query_tiles * sm90._SUM_ROWS
             added = ctx.empty((self.jobs,), "int32").pointer
             sums = ctx.empty((rows * self.problem.head_dim,), "float32").pointer
-        workspace = (stats + 4, stats + 4 * (1 + self.rows), *counters, added, sums, choice)
+        if not self.monotone:
+            envelopes = ctx.empty((2 * self.rows,), "int32").pointer
+        workspace = (
+            *(stats + 4, stats + 4 * (1 + self.rows), *counters, added, sums, choice),
+            *(envelopes, envelopes + 4 * self.rows),
+        )
         addresses = (*arrays, *plan[:_PLAN_SLOTS], *workspace)
         for launch in self.launches:
             launch(ctx.stream, addresses)
@@ -165,7 +172,7 @@ class _Backward:
     def _params(self, counter: int, tiles: tuple[int, int], heads: int) -> bytes:
         """Pack the arguments of one kernel; workspace 2, 3, 4 are the counters."""
         dout, q, k, v, out, lse, dq, dk, dv = self.marked.arrays
-        lse_log2, delta, *_, added, dq_sum, choice = self.marked.workspace
+        lse_log2, delta, *_, added, dq_sum, choice, starts, ends = self.marked.workspace
         sums = sm90.Sums(dq_sum, added, max(self.slots, 1), self.query_tiles)
         return sm90._params(
             self.problem,
@@ -178,6 +185,7 @@ class _Backward:
             heads,
             sums if self.slots else sm90._NO_SUMS,
             choice if self.both else 0,
+            (0, 0) if self.monotone else (starts, ends),
         )
 
     def _key_tiles(self, shape: sm90.Shape) -> tuple[int, int]:
@@ -185,7 +193,10 @@ class _Backward:
         return sm90._tiles(self.problem.seqlen_k, 64 * shape.warpgroups, heads)
 
     def _kernel(self, name: str, shape: sm90.Shape) -> Kernel:
-        return sm90._kernel(name, self.device, self.problem.dtype, self.problem.head_dim, shape)
+        problem = self.problem
+        return sm90._kernel(
+            name, self.device, problem.dtype, problem.head_dim, shape, self.monotone
+        )
 
     def _tiled(
         self, name: str, shape: sm90.Shape, counter: int, tiles: tuple[int, int], heads: int
@@ -194,6 +205,12 @@ class _Backward:
         shared = sm90._SHARED[name](self.problem.head_dim, shape)
         enqueue = sm90._persistent(self._kernel(name, shape), self.device, shape, shared, tiles[1])
         return self.marked.bind(self._params(counter, tiles, heads), enqueue)
+
+    def _envelopes(self) -> Launch:
+        heads = self.problem.batch * self.problem.heads
+        params = self._params(2, sm90._tiles(self.problem.seqlen_q, 1, heads), self.problem.heads)
+        kernel = sm90._envelope_kernel(self.device)
+        return self.marked.bind(params, kernel.bind((2 * heads, 1, 1), 1024, 0))
 
     def _choose(self) -> Launch:
         params = self._params(2, self._key_tiles(sm90._FUSED[self.problem.head_dim]),

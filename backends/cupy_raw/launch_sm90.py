@@ -27,7 +27,7 @@ _ALIGNMENT = 16  # bytes one cp.async moves
 _SHARED_SLACK = 1024  # room to align the base to the swizzle period
 _MULTIPROCESSORS = 16  # cudaDevAttrMultiProcessorCount
 _INT_MAX = 2**31 - 1
-_PARAMS = struct.Struct("<" + 9 * "Qqqii" + "9Q2f8i6I" + "2Q2i6IQ")  # struct Params
+_PARAMS = struct.Struct("<" + 9 * "Qqqii" + "9Q2f8i6I" + "2Q2i6I3Q")  # struct Params
 _MAX_GROUP = 16  # query heads of one kv head in the dk/dv kernel
 _SUM_ROWS = 64  # query rows of one dq tile in the fused kernel
 _SUM_BYTES = 32 << 20  # for sums of dq; they should stay in L2
@@ -217,8 +217,8 @@ def supports_backward(
     plan: PlanArrays,
 ) -> bool:
     """Tell whether the kernels of `bound_sm90.bind_backward` serve this call."""
-    if not plan.monotone or problem.group_size > _MAX_GROUP:
-        _LOG.debug("backward: portable kernels (ranges in any order, or a large head group)")
+    if problem.group_size > _MAX_GROUP:
+        _LOG.debug("backward: portable kernels (%d heads to a key head)", problem.group_size)
         return False
     return _serves("backward", _DQ, problem, dout, q, k, v, out)
 
@@ -249,11 +249,13 @@ def _params(
     heads: int,
     sums: Sums = _NO_SUMS,
     choice: int = 0,
+    envelopes: tuple[int, int] = (0, 0),
 ) -> bytes:
     """Pack struct Params of params_sm90.cuh.
 
     `arrays` are q, k, v, out, dout, dq, dk, dv; `heads` are those the tiles belong to; `choice`
-    is the address of the words of choice_sm90.cuh, 0 where there is no choice.
+    is the address of the words of choice_sm90.cuh, 0 where there is no choice; `envelopes` are
+    those of starts and of ends, where ranges lie in any order.
     """
     lists = (plan.q_index, plan.q_count, plan.k_index, plan.k_count, plan.key_start, plan.key_end)
     scale, per_head = problem.softmax_scale, tiles[0]
@@ -270,6 +272,7 @@ def _params(
         *sums,
         *(*_divisor(sums.query_tiles), *_divisor(problem.heads), *_divisor(sums.slots)),
         choice,
+        *envelopes,
     )
 
 
@@ -314,10 +317,16 @@ def _kernel(
         ("QUERY_BUFFERS", shape.query_buffers),
         ("PARTS", shape.parts),
         ("MONOTONE", int(monotone)),
-        ("CHOICE", int(head_dim in _LONG_KEYS)),
+        ("CHOICE", int(monotone and head_dim in _LONG_KEYS)),
         ("SHARED_BYTES", _SHARED[name](head_dim, shape)),
     )
     return get_kernel(f"scfa_{name}", f"{name}.cu", constants, device, arch_suffix="a")
+
+
+@cache
+def _envelope_kernel(device: int) -> Kernel:
+    """The kernel that makes envelopes of ranges in any order."""
+    return get_kernel("scfa_bwd_envelope_sm90", "bwd_envelope_sm90.cu", (), device, arch_suffix="a")
 
 
 @cache

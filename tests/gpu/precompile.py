@@ -74,11 +74,19 @@ def compile_hopper():
         for head_dim, shape in table.items()
         for dtype in ("bfloat16", "float16")
     ]
+    widths = {
+        name: table for name, table in tables.items() if isinstance(table, launch_sm90._Shapes)
+    }
     jobs += [
         (name, 0, "bfloat16", head_dim, table[head_dim])
-        for name, table in tables.items()
-        if isinstance(table, launch_sm90._Shapes)
+        for name, table in widths.items()
         for head_dim in PARTIAL
+    ]
+    jobs += [
+        (name, 0, dtype, head_dim, table[head_dim], False)
+        for name, table in widths.items()
+        for dtype in ("bfloat16", "float16")
+        for head_dim in (*table, *(PARTIAL if dtype == "bfloat16" else ()))
     ]
     with ThreadPoolExecutor(len(jobs)) as pool:
         list(pool.map(lambda job: launch_sm90._kernel(*job), jobs))

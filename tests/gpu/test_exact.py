@@ -89,6 +89,17 @@ def test_rows_narrower_than_their_tiles(call, hold, head_dim, name):
     check(call, hold, Spec(*sizes, parts=PATTERNS[name], poison=True, seed=12))
 
 
+@pytest.mark.parametrize("style", ["random", "narrow", "reversed"])
+@pytest.mark.parametrize(
+    ("head_dim", "seqlen_q", "seqlen_k"),
+    [(64, 4300, 4200), (96, 700, 500), (128, 4100, 300), (128, 330, 6500), (256, 500, 700)],
+)
+def test_ranges_in_any_order(call, hold, head_dim, seqlen_q, seqlen_k, style):
+    """On Hopper the split kernels, even where "auto" would let the GPU choose between two ways."""
+    sizes = (1, 2, 1, seqlen_q, seqlen_k, head_dim, head_dim, "bfloat16")
+    check(call, hold, Spec(*sizes, parts=(Part("ranges", style),), poison=True, seed=14))
+
+
 @pytest.mark.parametrize(("head_dim", "head_dim_v"), [(64, 128), (128, 64), (24, 256), (192, 128)])
 def test_values_of_another_width(call, hold, head_dim, head_dim_v):
     spec = Spec(1, 2, 1, 200, 260, head_dim, head_dim_v, "bfloat16", parts=HASH, seed=3)

@@ -49,7 +49,7 @@ def launched(monkeypatch):
     for module in (launch, launch_sm90, planner):
         monkeypatch.setattr(module, "get_kernel", get_kernel)
     monkeypatch.setattr(planner, "_kernel", lambda name, device: get_kernel(name, "", (), device))
-    for cached in ("_kernel", "_choose_kernel"):
+    for cached in ("_kernel", "_choose_kernel", "_envelope_kernel"):
         monkeypatch.setattr(launch_sm90, cached, getattr(launch_sm90, cached).__wrapped__)
     monkeypatch.setattr(launch_sm90, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(launch_sm90, "_zero", lambda *arguments: found.append(("zero", *arguments)))
@@ -243,7 +243,7 @@ def test_hopper_arguments_are_those_packed_anew(launched, monkeypatch, monotone,
     given = (q, k, v, out, dout, dq, dk, dv)
     stats = (WORKSPACE + 4, WORKSPACE + 4 + 4 * n_rows)
     second, third, fourth = (WORKSPACE + (i << 20) for i in (1, 2, 3))
-    if backward == "fused":
+    if backward == "fused" and monotone:
         assert launched.pop(0) == ("zero", second, 8, STREAM, 0)
         sums = launch_sm90.Sums(fourth, third, launch_sm90._sum_slots(sizes), 2)
         want = launch_sm90._params(sizes, native, given, lse, stats, second, (3, 12), 2, sums)
@@ -251,12 +251,33 @@ def test_hopper_arguments_are_those_packed_anew(launched, monkeypatch, monotone,
         assert {x[-1] for x in launched} == {want}
         return
     assert launched.pop(0) == ("zero", second, 8, STREAM, 0)
-    dq_params = launch_sm90._params(sizes, native, given, lse, stats, second, (1, 8), 4)
-    dkdv_params = launch_sm90._params(sizes, native, given, lse, stats, second + 4, (3, 12), 2)
+    envelopes = (0, 0) if monotone else (third, third + 4 * n_rows)
+
+    def params(counter, *tiles_and_heads):
+        fields = (sizes, native, given, lse, stats, counter, *tiles_and_heads)
+        return launch_sm90._params(*fields, envelopes=envelopes)
+
+    if not monotone:  # one block for each list and direction
+        name, _, grid, threads, *_, envelope_params = launched.pop(0)
+        assert (name, grid, threads) == ("scfa_bwd_envelope_sm90", (2 * 8, 1, 1), 1024)
+        assert envelope_params == params(second, (90, 720), 4)
     assert [(x[0], x[-1]) for x in launched] == [
-        ("scfa_bwd_dq_sm90", dq_params),
-        ("scfa_bwd_dkdv_sm90", dkdv_params),
+        ("scfa_bwd_dq_sm90", params(second, (1, 8), 4)),
+        ("scfa_bwd_dkdv_sm90", params(second + 4, (3, 12), 2)),
     ]
+    assert {x[1]["MONOTONE"] for x in launched} == {int(monotone)}
+
+
+def test_only_ranges_in_any_order_take_memory_for_envelopes(launched):
+    arrays = backward_arrays()
+    at = tuple(x.pointer for x in arrays)
+    asked = []
+    for monotone in (True, False):
+        context = Context()
+        plan = PLAN._replace(monotone=monotone)
+        bound_sm90.bind_backward(problem(), monotone, *arrays)(plan, at, context)
+        asked.append(context.asked)
+    assert asked[1] == [*asked[0], ((2 * 2 * 4 * 90,), "int32")]
 
 
 def test_hopper_takes_zeroed_counters_where_there_are_some(launched):

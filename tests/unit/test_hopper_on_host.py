@@ -160,7 +160,9 @@ def build(library):
     """Return (kernel, dtype, head_dim, shape, monotone, sanitize) -> its compiled host function."""
 
     def build(kernel, dtype, head_dim, shape, monotone=True, sanitize=False):
-        constants = overheard_constants(kernel, dtype, head_dim, shape, monotone)
+        constants = (("BFLOAT16", int(dtype == "bfloat16")),)
+        if shape is not None:
+            constants = overheard_constants(kernel, dtype, head_dim, shape, monotone)
         driver = f"#define KERNEL scfa_{kernel}{DRIVER}"
         return library((f"{kernel}.cu",), driver, (*constants, ("SANITIZE", int(sanitize))))
 
@@ -191,8 +193,11 @@ def described(x, dtype):
     return DeviceArray(x.ctypes.data, x.shape, strides, dtype, 0)
 
 
-def passes(spec, fused):
-    """Kernels of one call: name, shape, tiles of one head and of all, heads, threads."""
+def passes(spec, fused, monotone=True):
+    """Kernels of one call: name, shape, tiles of one head and of all, heads, blocks, threads.
+
+    `blocks` is None where any number will do.
+    """
     per_query, per_key = (spec.seqlen_q, spec.heads), (spec.seqlen_k, spec.heads_kv)
     head_dim = spec.head_dim
     backward = (
@@ -204,20 +209,20 @@ def passes(spec, fused):
             ("bwd_dq_sm90", launch_sm90._DQ, *per_query),
             ("bwd_dkdv_sm90", launch_sm90._DKDV, *per_key),
         )
+    if not monotone:
+        lists = spec.batch * spec.heads
+        yield "bwd_envelope_sm90", None, (1, lists), spec.heads, 2 * lists, 1024
     for kernel, shapes, rows, heads in (("fwd_sm90", launch_sm90._FORWARD, *per_query), *backward):
         shape = shapes[head_dim]
         tiles = launch_sm90._tiles(rows, 64 * shape.warpgroups, spec.batch * heads)
         if kernel == "bwd_prepare_sm90":
-            yield kernel, launch_sm90._PREPARE[head_dim], tiles, heads, 256
+            yield kernel, launch_sm90._PREPARE[head_dim], tiles, heads, None, 256
         else:
-            yield kernel, shape, tiles, heads, launch_sm90._threads(kernel, shape)
+            yield kernel, shape, tiles, heads, None, launch_sm90._threads(kernel, shape)
 
 
 def run(build, case, order=0, blocks=1, fused=False, slots=None, sanitize=False):
-    """Results of one case; `slots` query heads have room for sums of dq, all by default.
-
-    Where ranges lie in any order these kernels make no gradients.
-    """
+    """Results of one case; `slots` query heads have room for sums of dq, all by default."""
     spec = case.spec
     problem = Problem(
         *(spec.batch, spec.heads, spec.heads_kv, spec.seqlen_q, spec.seqlen_k),
@@ -239,17 +244,17 @@ def run(build, case, order=0, blocks=1, fused=False, slots=None, sanitize=False)
     added = np.full(spec.batch * spec.heads * query_tiles, -1, np.int32)
     sum_of_dq = np.full((slots, query_tiles, 64, spec.head_dim), np.nan, np.float32)
     sums = launch_sm90.Sums(sum_of_dq.ctypes.data, added.ctypes.data, slots, query_tiles)
-    for kernel, shape, tiles, heads, threads in passes(spec, fused):
-        if kernel != "fwd_sm90" and not made.monotone:
-            return Results(testing.widen(out, spec.dtype), lse, None, None, None)
+    envelopes = np.full((2, lse.size), -7, np.int32)
+    envelopes_at = (envelopes[0].ctypes.data, envelopes[1].ctypes.data)
+    for kernel, shape, tiles, heads, least, threads in passes(spec, fused, made.monotone):
         counter = np.zeros(1, np.int32)
         params = launch_sm90._params(
             *(problem, plan, arrays, described(lse, "float32")),
-            *((at, at + 4 * lse.size), counter.ctypes.data, tiles, heads, sums),
+            *((at, at + 4 * lse.size), counter.ctypes.data, tiles, heads, sums, 0, envelopes_at),
         )
-        shared = launch_sm90._SHARED[kernel](spec.head_dim, shape)
+        shared = 0 if shape is None else launch_sm90._SHARED[kernel](spec.head_dim, shape)
         function = build(kernel, spec.dtype, spec.head_dim, shape, made.monotone, sanitize)
-        function(params, blocks, threads, shared, order)
+        function(params, least or blocks, threads, shared, order)
     wide = (testing.widen(x, spec.dtype) for x in (out, dq, dk, dv))
     out, dq, dk, dv = wide
     return Results(out, lse, dq, dk, dv)
@@ -357,6 +362,78 @@ def test_ranges_in_any_order_within_groups(build, seed):
     parts = (*HASH, Part("ranges", "random"), Part("keep", "uniform", 80))
     sizes = (2, 2, 1, 260, 300, 64, 64, "float16")
     check(build, Spec(*sizes, parts=parts, poison=True, seed=seed), order=seed)
+
+
+def envelopes_of(build, start, end, order):
+    """What the kernel makes of the lists (heads, rows)."""
+    heads, rows = start.shape
+    problem = Problem(1, heads, heads, rows, 8, 64, 64, "bfloat16", "cpu", 0.1)
+    start, end = (np.ascontiguousarray(x, np.int32) for x in (start, end))
+    lists = [described(x, "int32") for x in (start, start, start, start, start, end)]
+    made = np.full((2, heads, rows), -7, np.int32)
+    at = (made[0].ctypes.data, made[1].ctypes.data)
+    params = launch_sm90._params(
+        *(problem, PlanArrays.of([*lists, None], False), (None,) * 8, None, (0, 0), 0),
+        *((1, heads), heads),
+        envelopes=at,
+    )
+    build("bwd_envelope_sm90", "bfloat16", 64, None)(params, 2 * heads, 1024, 0, order)
+    return made
+
+
+@pytest.mark.parametrize("rows", [1, 5, 127, 129, 4095, 4096, 4097, 8193, 12301])
+def test_envelopes(build, rows):
+    """Nondecreasing bounds of rows that see anything; a head of each style."""
+    rng = np.random.default_rng(rows)
+    styles = ("random", "falling", "two places", "mostly empty", "one", "rising")
+    given = [ranges_of(style, rng, rows, 900) for style in styles]
+    given.append((np.full(rows, 5), np.full(rows, 5)))  # nobody sees anything
+    start, end = (np.stack(x) for x in zip(*given, strict=True))
+    sees = start < end
+    made_start, made_end = envelopes_of(build, start, end, rows % 3)
+    right = np.maximum.accumulate(np.where(sees, end, 0), -1)
+    np.testing.assert_array_equal(made_end, right)
+    right = np.where(sees, start, 2**31 - 1)[:, ::-1]
+    right = np.minimum.accumulate(right, -1)[:, ::-1]
+    np.testing.assert_array_equal(made_start, right)
+
+
+def check_ranges(build, sizes, start, end, dtype="bfloat16", **how):
+    """Ranges given row by row, the same for every head; rows that take no part hold NaN and Inf."""
+    spec = Spec(*sizes, dtype, parts=(Part("ranges", "random"),), poison=True, seed=4)
+    given = (1, sizes[1], sizes[3])
+    ranges = [np.broadcast_to(np.asarray(x), given).copy() for x in (start, end)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(testing, "build_part", lambda *_: scfa.KeyRanges(*ranges))
+        case = testing.build(spec)
+    check_case(build, case, **how)
+
+
+SAWTOOTH, NESTED, FAR_APART, ROWS_APART = "sawtooth", "nested", "far apart", 1000
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("style", [SAWTOOTH, NESTED, FAR_APART])
+def test_gradients_where_blocks_of_queries_see_nothing_of_a_tile(build, head_dim, style):
+    """Between blocks that do, more of them than there are buffers; edges beside those of tiles."""
+    rows = ROWS_APART if style == FAR_APART else 400
+    row = np.arange(rows)
+    if style == SAWTOOTH:  # each 100 queries see the keys 0 to 199 again
+        start = 2 * (row % 100) - 1 + row // 100
+        end = start + 3
+    elif style == NESTED:  # ever shorter, then ever longer
+        start = np.minimum(row, rows - 1 - row)
+        end = 399 - start
+        start, end = np.where(row % 2, start, 200), np.where(row % 3, end, 201)
+    else:  # the first and the last queries see the first keys, one of a group each
+        start = np.full(rows, 256)
+        end = start + 1
+        edge = [0, 63, 64, rows - 65, rows - 1]
+        start[edge] = [63, 0, 127, 64, 0]
+        end[edge] = [64, 1, 129, 65, 260]
+        start[400:480] = 300  # of no keys
+    sizes = (1, 1, 1, rows, 400, head_dim, head_dim)
+    check_ranges(build, sizes, np.clip(start, 0, 400), np.clip(end, 0, 400), order=2)
 
 
 @pytest.mark.parametrize("odd", [-1, 0, 1])

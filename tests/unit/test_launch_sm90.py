@@ -74,9 +74,24 @@ def test_head_dims_served(monkeypatch, head_dim, head_dim_v, forward, backward):
     row = -(-head_dim // 8) * 8
     rows = DeviceArray(1 << 20, (1, 1, 8, head_dim), (8 * row, 8 * row, row, 1), "bfloat16", 0)
     arrays = (rows,) * 3
-    plan = SimpleNamespace(monotone=True)
-    assert launch_sm90.supports_forward(problem, *arrays, plan) is forward
-    assert launch_sm90.supports_backward(problem, rows, *arrays, rows, plan) is backward
+    for monotone in (True, False):
+        plan = SimpleNamespace(monotone=monotone)
+        assert launch_sm90.supports_forward(problem, *arrays, plan) is forward
+        assert launch_sm90.supports_backward(problem, rows, *arrays, rows, plan) is backward
+
+
+@pytest.mark.parametrize("monotone", [True, False])
+@pytest.mark.parametrize("group", [16, 17])
+def test_head_groups_served(monkeypatch, caplog, group, monotone):
+    monkeypatch.setattr(launch_sm90, "compute_capability", lambda device: (9, 0))
+    problem = Problem(1, group, 1, 8, 8, 64, 64, "bfloat16", "cuda:0", 0.1)
+    rows = DeviceArray(1 << 20, (1, 1, 8, 64), (512, 512, 64, 1), "bfloat16", 0)
+    caplog.set_level("DEBUG", "scfa_core")
+    served = launch_sm90.supports_backward(
+        problem, *(rows,) * 5, SimpleNamespace(monotone=monotone)
+    )
+    assert served is (group <= 16)
+    assert ("portable kernels (17 heads to a key head)" in caplog.text) is not served
 
 
 @pytest.mark.parametrize(("name", "head_dim", "shape"), SHAPES)
@@ -160,6 +175,14 @@ def test_batch_and_heads_do_not_decide_which_kernels_run(batch, heads_kv, group,
         assert bound_sm90._ways(among, asked) == bound_sm90._ways(alone, asked)
     if launch_sm90._sums_fit(among):
         assert launch_sm90._sum_slots(among) >= group
+
+
+@pytest.mark.parametrize("head_dim", [*sorted(launch_sm90._FUSED), 256])
+def test_ranges_in_any_order_never_go_the_fused_way(head_dim):
+    sizes = (1, 1, 50_000, 50_000, head_dim, head_dim)
+    problem = Problem(1, *sizes, "bfloat16", "cuda:0", 0.1)
+    for asked in (None, *launch_sm90._BACKWARDS):
+        assert bound_sm90._ways(problem, asked, monotone=False) == (True, False)
 
 
 @pytest.mark.parametrize("head_dim", sorted(launch_sm90._FUSED))

@@ -55,6 +55,16 @@ inline void barrier_wait(unsigned address, unsigned parity) {
   while ((host::phase_barriers.at(address).phases & 1) == parity) host::yield();
 }
 inline void named_barrier_sync(int id, int threads) { host::wait(host::named_barriers[id], threads); }
+// The threads that meet are neighbours.
+inline bool named_barrier_any(int id, int threads, bool vote) {
+  host::slots[host::current] = vote;
+  named_barrier_sync(id, threads);
+  bool any = false;
+  const int first = host::current / threads * threads;
+  for (int i = 0; i < threads; ++i) any |= host::slots[first + i] != 0;
+  named_barrier_sync(id, threads);
+  return any;
+}
 inline void named_barrier_arrive(int id, int threads) {
   host::Barrier& barrier = host::named_barriers[id];
   ++host::progress;

@@ -3,8 +3,9 @@
 //
 // computes: with p[i][j], delta[i] as in bwd_dq_sm90.cu: dv[j] = sum_i p[i][j] dout[i],
 //   dk[j] = scale * sum_i p[i][j] * (dout[i] . v[j] - delta[i]) q[i], over the queries i whose
-//   range holds j, all heads of the group. Ranges must be nondecreasing along the sorted queries
-//   (plan.monotone): then the queries of a key tile are one range too.
+//   range holds j, all heads of the group. Where ranges are nondecreasing along the sorted queries
+//   (plan.monotone) the queries of a key tile are one range too. In any order they lie in one
+//   (bwd_envelope_sm90.cu), of which blocks that do not see the tile are passed over.
 // grid/block: one persistent block per SM; a tile is kBlockN sorted keys of one kv head. Warpgroup
 // 0
 //   gathers rows (cp.async), each of the others owns 64 keys and walks kBlockM queries at a time,
@@ -69,6 +70,13 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       barrier_release(shared.query_empty(query.slot), lane);
       query.advance();
     };
+    QueryColumns columns;
+    // Wait for the next slot; does the block there see any of these keys? In any order it may not.
+    const auto sees_keys = [&]() {
+      if constexpr (kMonotone) return true;
+      barrier_wait(shared.query_full(query.slot), query.parity);
+      return columns.look(shared, query.slot, key0);
+    };
     // Issue S^T = K Q^T and dP^T = V dO^T of a slot, as two groups.
     const auto issue_scores = [&](unsigned slot) {
       if constexpr (kKeysInRegisters) {
@@ -83,7 +91,6 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       wgmma_commit();
     };
 
-    QueryColumns columns;
     const auto weigh = [&](unsigned slot) {
       columns.weigh<false>(scores, slopes, shared, slot, q, key0, own, p.scale_log2);
       pack_fragment(weights, scores);
@@ -116,22 +123,30 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
 
       for (int block = 0; block < low; ++block) skip_block();
       if constexpr (kOverlap) {
-        if (low < high) {
+        int block = low;
+        // Runs of blocks that see these keys. The last of a run is given back before any other is
+        // passed over: the gathering warps may need its buffer for that.
+        while (true) {
+          if constexpr (!kMonotone) {
+            for (; block < high && !sees_keys(); ++block) skip_block();
+          }
+          if (block >= high) break;
+          const int run = block;
           unsigned slot = query.slot, before = 0;
           barrier_wait(shared.query_full(slot), query.parity);
           async_proxy_fence();
           columns.load(shared, slot, q);
           wgmma_fence();
           issue_scores(slot);
-          for (int block = low;;) {
+          while (true) {
             query.advance();
             wgmma_wait<1>();  // dV and dK of the block before, and S of this one
             pin_operands();
             pin(scores);
-            if (block > low) barrier_release(shared.query_empty(before), lane);
+            if (block > run) barrier_release(shared.query_empty(before), lane);
             weigh(slot);
             before = slot;
-            if (++block == high) break;
+            if (++block == high || !sees_keys()) break;
             // The next scores run behind these products.
             slot = query.slot;
             barrier_wait(shared.query_full(slot), query.parity);
@@ -150,9 +165,16 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
           wgmma_wait<0>();
           pin_operands();
           barrier_release(shared.query_empty(before), lane);
+          if constexpr (kMonotone) break;
         }
       } else {
         for (int block = low; block < high; ++block) {
+          if constexpr (!kMonotone) {
+            if (!sees_keys()) {
+              skip_block();
+              continue;
+            }
+          }
           barrier_wait(shared.query_full(query.slot), query.parity);
           async_proxy_fence();
           pin(scores);

@@ -12,6 +12,7 @@
 #include "products_sm90.cuh"
 #include "params_sm90.cuh"
 #include "choice_sm90.cuh"
+#include "order_sm90.cuh"
 #include "gather_sm90.cuh"
 #include "width_sm90.cuh"
 #include "softmax_sm90.cuh"
@@ -125,15 +126,17 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
     barrier_arrive_after_copies(shared.key_full());
 
     // The queries that see one of a warpgroup's keys lie between the first that ends beyond the
-    // first of these keys and the first that starts beyond the last. Each warp searches for one
-    // bound at a time.
+    // first of these keys and the first that starts beyond the last; where ranges lie in any order,
+    // their envelopes end and start there. Each warp searches for one bound at a time.
     for (int member = 0; member < p.group_size; ++member) {
       const long long list =
           static_cast<long long>(b * p.heads + h_kv * p.group_size + member) * p.seqlen_q;
       for (int i = warp; i < kBounds; i += kGatherThreads / 32) {
         const int key_of_bound = key0 + 64 * (i / 2) + 63 * (i & 1);
-        const int found =
-            first_greater((i & 1 ? p.key_start : p.key_end) + list, p.seqlen_q, key_of_bound, lane);
+        const int* searched = kMonotone ? i & 1 ? p.key_start : p.key_end
+                              : i & 1   ? p.envelope_start
+                                        : p.envelope_end;
+        const int found = first_greater(searched + list, p.seqlen_q, key_of_bound, lane);
         if (lane == 0) shared_store(shared.bound(key.parity, member, i), found);
       }
     }
@@ -165,9 +168,14 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
         const bool sees = own.start < own.end && own.end > key0 && own.start < key1;
         const int current[1] = {sees ? own.row
                                      : -1};  // a query that sees no key of the tile becomes zeros
+        // A block of which no query does is passed over by those who multiply: they need the ranges.
+        const bool wanted =
+            kMonotone || named_barrier_any(kProducerBarrier, kGatherThreads, sees);
         barrier_wait(shared.query_empty(query.slot), query.parity ^ 1);
-        gather_tile<kBlockM>(shared.query(query.slot), q, p.q.row, current, thread);
-        gather_tile<kBlockM>(shared.dout(query.slot), dout, p.dout.row, current, thread);
+        if (wanted) {
+          gather_tile<kBlockM>(shared.query(query.slot), q, p.q.row, current, thread);
+          gather_tile<kBlockM>(shared.dout(query.slot), dout, p.dout.row, current, thread);
+        }
         // Rows past the end repeat the last row's range, with lse +inf (before row_lse's first
         // element): their weights are 0.
         const int column = thread % kBlockM, sorted = min(first + column, p.seqlen_q - 1);

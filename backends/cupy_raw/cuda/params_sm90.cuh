@@ -43,4 +43,7 @@ struct Params {
   int slots, query_tiles;  // heads whose sums have room; 64-row tiles of one query head
   Divisor by_query_tiles, by_query_heads, by_slots;
   int* choice;  // backward: which heads go which way (choice_sm90.cuh); null: all go this one
+  // dk/dv over ranges in any order only: what it searches for queries, a word a query row each
+  // (bwd_envelope_sm90.cu).
+  int *envelope_start, *envelope_end;
 };

@@ -3,13 +3,7 @@
 // own query tiles (fwd_sm90.cu, bwd_dq_sm90.cu).
 #pragma once
 
-// Whether ranges are nondecreasing along the sorted queries. Those in any order have kernels of their
-// own, since what they ask of keys takes registers that the gathering warpgroup does not have.
-#ifdef SCFA_MONOTONE
-constexpr bool kMonotone = SCFA_MONOTONE;
-#else
-constexpr bool kMonotone = true;
-#endif
+#include "order_sm90.cuh"
 
 constexpr int kProducerBarrier = 1;  // named barrier of the gathering warpgroup
 

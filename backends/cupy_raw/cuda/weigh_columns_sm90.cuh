@@ -1,16 +1,37 @@
 // Weights and score gradients in transposed form, for the backward kernels that own keys: rows are
 // keys, columns queries. Include after the kernel's first part (Shared, kBlockM).
 #pragma once
+#include "order_sm90.cuh"
 
 // What weighing needs of a block of queries.
 struct QueryColumns {
   int2 column[kBlockM / 8];   // lse, then (if it is still to come) delta, of this thread's columns
-  int first_end, last_start;  // ranges are nondecreasing: the first query ends first
+  // The first end and the last start: of the block where ranges are nondecreasing, as its first
+  // query ends first; in any order, of the two queries that this lane looked at.
+  int first_end, last_start;
+
+  // Where ranges lie in any order, before anything else: does some query of the block see one of the
+  // warpgroup's keys, key0 to key0 + 63? All lanes of a warp call it, and all get the answer.
+  __device__ __forceinline__ bool look(const Shared& shared, unsigned slot, int key0) {
+    static_assert(kBlockM == 64, "two queries a lane");
+    const int lane = threadIdx.x % 32;
+    const unsigned starts = shared.starts(slot) + 4 * lane, ends = shared.ends(slot) + 4 * lane;
+    const int start[2] = {shared_load(starts), shared_load(starts + 128)};
+    const int end[2] = {shared_load(ends), shared_load(ends + 128)};
+    first_end = min(end[0], end[1]);
+    last_start = max(start[0], start[1]);
+    bool seen = false;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) seen |= max(start[i], key0) < min(end[i], key0 + 64);
+    return __any_sync(0xFFFFFFFFu, seen);
+  }
 
   // Before the products of the block are issued: this chain of loads would otherwise be waited for.
   __device__ __forceinline__ void load(const Shared& shared, unsigned slot, int q) {
-    first_end = shared_load(shared.ends(slot));
-    last_start = shared_load(shared.starts(slot) + 4 * (kBlockM - 1));
+    if constexpr (kMonotone) {
+      first_end = shared_load(shared.ends(slot));
+      last_start = shared_load(shared.starts(slot) + 4 * (kBlockM - 1));
+    }
 #pragma unroll
     for (int block = 0; block < kBlockM / 8; ++block) {
       column[block] = shared_load_pair(shared.lse(slot) + 32 * block + 8 * q);
