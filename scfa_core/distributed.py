@@ -19,6 +19,7 @@ from torch import Tensor
 
 import scfa_core.distributed_rules  # noqa: F401  (registers them)
 from scfa_core.api import attention
+from scfa_core.distributed_exchange import from_all, to_heads, to_rows
 from scfa_core.distributed_patterns import (
     check_rows,
     distribute_pattern,
@@ -79,9 +80,9 @@ def ulysses_attention(
 
     Notes
     -----
-    Four all-to-alls forward and four backward, each of 1 / ranks of a tensor per rank. Every
-    pattern works unchanged, because no sequence is cut while attention runs. Source: arXiv
-    2309.14509.
+    Two all-to-alls forward, of q, k and v together and of out, and two backward; v goes apart where
+    its head_dim is another one. Every pattern works unchanged, because no sequence is cut while
+    attention runs. Source: arXiv 2309.14509.
     """
     _refuse_options("ulysses_attention", options)
     if not isinstance(pattern, Pattern) and not callable(pattern):
@@ -95,12 +96,12 @@ def ulysses_attention(
             f"{ranks} ranks must divide heads={q.shape[1]} and heads_kv={k.shape[1]}; use "
             "gathered_attention for fewer heads"
         )
-    q, k, v = (_AllToAll.apply(x, 1, 2, group) for x in (q, k, v))
+    q, k, v = to_heads((q, k, v), group)
     if isinstance(pattern, Pattern):
         pattern = heads_of(pattern, dist.get_rank(group), ranks)
     else:
         pattern = pattern(q, k)
-    out: Tensor = _AllToAll.apply(attention(q, k, v, pattern, **options), 2, 1, group)
+    (out,) = to_rows((attention(q, k, v, pattern, **options),), group)
     return out
 
 
@@ -144,8 +145,8 @@ def gathered_attention(
 
     Notes
     -----
-    Memory: k and v of the whole sequence on every rank. One all-gather of each, and one
-    reduce-scatter of each gradient. Any number of heads.
+    Memory: k and v of the whole sequence on every rank. One all-gather of both, and one
+    reduce-scatter of their gradients; `rows` are gathered as well. Any number of heads.
     """
     _refuse_options("gathered_attention", options)
     require_pattern("gathered_attention", pattern)
@@ -153,12 +154,9 @@ def gathered_attention(
         raise ShapeError(f"rows must name the {q.shape[2]} rows of q, got {len(rows)}")
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     seqlen = q.shape[2] * ranks
-    k, v = (_AllGather.apply(x, 2, group) for x in (k, v))
+    k, v = from_all((k, v), rows, group)
     if rows is None:
         rows = torch.arange(rank * q.shape[2], (rank + 1) * q.shape[2], device=q.device)
-    else:
-        where = torch.argsort(_gather(rows, 0, group))  # gathered place of each global row
-        k, v = k.index_select(2, where), v.index_select(2, where)
     local = queries_of(pattern, rows, seqlen, seqlen)
     out: Tensor = attention(q, k, v, local, **options)
     return out
@@ -205,53 +203,3 @@ def zigzag_rows(
         raise ShapeError(f"seqlen must be a multiple of {2 * ranks}, got {seqlen}")
     chunks = torch.arange(seqlen, device=device).view(2 * ranks, -1)
     return torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]])
-
-
-def _exchange(x: Tensor, split: int, join: int, group: dist.ProcessGroup | None) -> Tensor:
-    """Cut `x` along `split`, send piece i to rank i, put what comes together along `join`."""
-    pieces = torch.stack(x.chunk(dist.get_world_size(group), dim=split))
-    received = torch.empty_like(pieces)
-    dist.all_to_all_single(received, pieces, group=group)
-    return torch.cat(received.unbind(0), dim=join)
-
-
-def _gather(x: Tensor, dim: int, group: dist.ProcessGroup | None) -> Tensor:
-    """Concatenate every rank's `x` along `dim`."""
-    parts = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(_size(group))]
-    dist.all_gather(parts, x.contiguous(), group=group)
-    return torch.cat(parts, dim=dim)
-
-
-def _size(group: dist.ProcessGroup | None) -> int:
-    return dist.get_world_size(group)
-
-
-class _AllToAll(torch.autograd.Function):
-    """`_exchange`, whose gradient is the exchange backwards."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, split: int, join: int, group: dist.ProcessGroup | None
-    ) -> Tensor:
-        ctx.split, ctx.join, ctx.group = split, join, group
-        return _exchange(x, split, join, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _exchange(grad, ctx.join, ctx.split, ctx.group), None, None, None
-
-
-class _AllGather(torch.autograd.Function):
-    """`_gather`, whose gradient is the sum over ranks of this rank's piece."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return _gather(x, dim, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        pieces = [x.contiguous() for x in grad.chunk(_size(ctx.group), dim=ctx.dim)]
-        mine = torch.empty_like(pieces[0])
-        dist.reduce_scatter(mine, pieces, group=ctx.group)
-        return mine, None, None

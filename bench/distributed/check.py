@@ -28,6 +28,7 @@ from bench.distributed.models import VOCABULARY, Paper, Small, rows_of
 from bench.lm.config import PRESETS
 from bench.lm.train import World
 from scfa_core import distributed
+from scfa_core.distributed_exchange import gather
 from scfa_core.nn.hashing import PAST_BLOCK
 from scfa_core.terminal import Terminal
 
@@ -134,23 +135,23 @@ def attention_checks(size: Size, where: World, backend: str | None) -> Iterator[
     def by_sequence(attend: Callable[..., Tensor], mine: Tensor) -> tuple[Tensors, Tensors]:
         *tensors, dout = (x.index_select(2, mine) for x in held)
         got = _gradients(attend, tensors, dout)
-        order = torch.argsort(distributed._gather(mine, 0, None))
-        return got, [distributed._gather(x, 2, None).index_select(2, order) for x in got]
+        order = torch.argsort(gather(mine, 0, None))
+        return got, [gather(x, 2, None).index_select(2, order) for x in got]
 
     for kind, make in size.patterns().items():
         pattern, on_host = make(where.device), make("cpu")
         exchange = lambda q, k, v, p=pattern: distributed.ulysses_attention(  # noqa: E731
             q, k, v, p, backend=backend
         )
-        gather = lambda q, k, v, p=pattern, r=None: distributed.gathered_attention(  # noqa: E731
+        gathered = lambda q, k, v, p=pattern, r=None: distributed.gathered_attention(  # noqa: E731
             q, k, v, p, rows=r, backend=backend
         )
         ways: dict[str, Callable[[], tuple[Tensors, Tensors]]] = {
             "batch, DTensor": lambda p=pattern: by_dtensor(p, Shard(0)),
             "heads, DTensor": lambda p=pattern: by_dtensor(p, Shard(1)),
             "sequence, all-to-all": lambda f=exchange: by_sequence(f, rows),
-            "sequence, all-gather": lambda f=gather: by_sequence(f, rows),
-            "sequence, all-gather, zigzag": lambda f=gather: by_sequence(
+            "sequence, all-gather": lambda f=gathered: by_sequence(f, rows),
+            "sequence, all-gather, zigzag": lambda f=gathered: by_sequence(
                 lambda q, k, v: f(q, k, v, r=zigzag), zigzag
             ),
         }
@@ -276,8 +277,8 @@ def paper_checks(size: Size, where: World, backend: str | None) -> Iterator[Chec
                 found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
                 if rows is not None:
                     place = "inner.embed.position.weight"
-                    order = torch.argsort(distributed._gather(rows, 0, None))
-                    found[place] = distributed._gather(found[place], 0, None)[order]
+                    order = torch.argsort(gather(rows, 0, None))
+                    found[place] = gather(found[place], 0, None)[order]
                 return list(found.values())
 
             yield Check(

@@ -20,6 +20,7 @@ from bench.lm.attend import Attend
 from bench.lm.config import Config
 from bench.lm.model import LanguageModel
 from scfa_core import distributed
+from scfa_core.distributed_exchange import gather
 from scfa_core.errors import ShapeError
 from scfa_core.hashing import angular_hash
 from scfa_core.nn.hashing import PAST_BLOCK, PAST_START, less_past
@@ -100,10 +101,10 @@ def less_past_of_all(x: Tensor, start: Tensor, rows: Tensor) -> Tensor:
     if len(rows) % PAST_BLOCK:
         raise ShapeError(f"ranks need blocks of {PAST_BLOCK} rows each, got {len(rows)} rows")
     own = rows[::PAST_BLOCK] // PAST_BLOCK
-    order = torch.argsort(distributed._gather(own, 0, None))
+    order = torch.argsort(gather(own, 0, None))
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         sums = x.unflatten(2, (-1, PAST_BLOCK)).sum(3, dtype=torch.float32)
-        sums = distributed._gather(sums, 2, None).index_select(2, order)
+        sums = gather(sums, 2, None).index_select(2, order)
         before = functional.pad(sums[:, :, :-1].cumsum(2), (0, 0, 1, 0)).index_select(2, own)
         mean = (before + PAST_START * start[:, None]) / (PAST_BLOCK * own[:, None] + PAST_START)
         of_row = mean.repeat_interleave(PAST_BLOCK, dim=2)
@@ -135,7 +136,7 @@ def sharded_attend(config: Config, way: str, rows: Tensor) -> Attend:
 
         return distributed.ulysses_attention(q, k, v, pattern, **options)
 
-    order = torch.argsort(distributed._gather(rows, 0, None))
+    order = torch.argsort(gather(rows, 0, None))
 
     def gathered(
         q: Tensor, k: Tensor, v: Tensor, hashed: Tensor, directions: Tensor | None,
@@ -145,7 +146,7 @@ def sharded_attend(config: Config, way: str, rows: Tensor) -> Attend:
         if directions is not None:
             if center is not None:
                 hashed = less_past_of_all(hashed, center, rows)
-            bucket = distributed._gather(angular_hash(hashed, directions, None)[0], 2, None)
+            bucket = gather(angular_hash(hashed, directions, None)[0], 2, None)
             bucket = bucket.index_select(2, order)
         pattern = _pattern(config, bucket)
         return distributed.gathered_attention(q, k, v, pattern, rows=rows, **options)

@@ -102,22 +102,26 @@ def collectives(
     `layers` of a model exchange forward, again when recomputed, and backward, then the gradients of
     `weights` float32 weights are summed; attention alone (0 weights) is not recomputed.
     """
-    x = torch.zeros(shape, dtype=dtype, device=where.device)
     forwards = PASSES - 1 if weights else 1
     gradient = torch.zeros(weights, device=where.device)
-    parts = [torch.empty_like(x) for _ in range(where.size if way == "all-gather" else 0)]
-    received = torch.empty_like(x)
+
+    def buffer(tensors: int) -> Tensor:
+        return torch.zeros((tensors, *shape), dtype=dtype, device=where.device).flatten()
+
+    one, two, three = buffer(1), buffer(2), buffer(3)
+    all_two = buffer(2 * where.size if way == "all-gather" else 0)
+    received = torch.empty_like(three)
 
     def step() -> None:
         for _ in range(layers):
-            if way == "all-to-all":  # q, k, v and out, and the gradient of each
-                for _ in range(4 * (forwards + 1)):
-                    dist.all_to_all_single(received.view(-1), x.view(-1))
-            elif way == "all-gather":  # k and v, and the gradient of each
-                for _ in range(2 * forwards):
-                    dist.all_gather(parts, x)
-                for _ in range(2):
-                    dist.reduce_scatter(received, parts)
+            if way == "all-to-all":  # q, k and v, then out, and the gradients of each
+                for _ in range(forwards + 1):
+                    dist.all_to_all_single(received, three)
+                    dist.all_to_all_single(received[: len(one)], one)
+            elif way == "all-gather":  # k and v, and their gradients
+                for _ in range(forwards):
+                    dist.all_gather_into_tensor(all_two, two)
+                dist.reduce_scatter_tensor(two, all_two)
         if weights:
             dist.all_reduce(gradient)
 

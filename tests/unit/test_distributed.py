@@ -26,6 +26,7 @@ from torch.distributed.tensor.parallel import (  # noqa: E402
 
 import scfa_core as scfa  # noqa: E402
 from scfa_core import distributed, hashing, nn  # noqa: E402
+from scfa_core.distributed_exchange import gather  # noqa: E402
 
 SEQLEN = 24
 
@@ -174,8 +175,8 @@ def through_sequence(attend, rows, heads_kv=2):
     """Each rank works on its rows; all results in original order."""
     *tensors, dout = (x.index_select(2, rows) for x in draw(heads_kv))
     results = gradients(attend, tensors, dout)
-    order = torch.argsort(distributed._gather(rows, 0, None))
-    return [distributed._gather(x, 2, None).index_select(2, order) for x in results]
+    order = torch.argsort(gather(rows, 0, None))
+    return [gather(x, 2, None).index_select(2, order) for x in results]
 
 
 def work(rank, ranks, folder):
