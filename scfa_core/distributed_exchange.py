@@ -8,14 +8,17 @@ strides, so nothing is put together again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Group = dist.ProcessGroup | None
+Group: TypeAlias = "dist.ProcessGroup | None"
 Tensors = tuple[Tensor, ...]
+# Into one tensor; the first names are torch 2.13's, which warns of the others.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def to_heads(tensors: Sequence[Tensor], group: Group) -> Tensors:
@@ -129,7 +132,7 @@ class _FromAll(torch.autograd.Function):
         ctx.held, ctx.group = held, group
         own = _joined([x.permute(2, 0, 1, 3) for x in tensors])
         whole = own.new_empty((_size(group) * len(own), *own.shape[1:]))
-        dist.all_gather_into_tensor(whole, own, group=group)
+        _all_gather(whole, own, group=group)
         if place is not None:
             whole = whole.index_select(0, place)
         parts = whole.split([x.shape[1] for x in tensors], dim=2)
@@ -141,6 +144,6 @@ class _FromAll(torch.autograd.Function):
         if ctx.held is not None:
             whole = whole.index_select(0, ctx.held)
         own = whole.new_empty((len(whole) // _size(ctx.group), *whole.shape[1:]))
-        dist.reduce_scatter_tensor(own, whole, group=ctx.group)
+        _reduce_scatter(own, whole, group=ctx.group)
         parts = own.split([x.shape[1] for x in gradients], dim=2)
         return (None, None, None, *(x.permute(1, 2, 0, 3) for x in parts))

@@ -32,6 +32,7 @@ from bench.distributed.models import Paper, rows_of, ways_for
 from bench.lm.config import Config
 from bench.lm.train import World
 from scfa_core import distributed
+from scfa_core.distributed_exchange import _all_gather, _reduce_scatter
 from scfa_core.terminal import Terminal
 
 BUCKET = {"cuda": 1024, "cpu": 16}  # tokens in one, where buckets grow in number with the sequence
@@ -120,8 +121,8 @@ def collectives(
                     dist.all_to_all_single(received[: len(one)], one)
             elif way == "all-gather":  # k and v, and their gradients
                 for _ in range(forwards):
-                    dist.all_gather_into_tensor(all_two, two)
-                dist.reduce_scatter_tensor(two, all_two)
+                    _all_gather(all_two, two)
+                _reduce_scatter(two, all_two)
         if weights:
             dist.all_reduce(gradient)
 
