@@ -1,8 +1,10 @@
 """Run the GPU suite, time a few shapes, and write record.json: what `make gpu-check` does.
 
-    python tests/gpu/check.py [--sanitize | --sanitize-only | --times-only] [pytest arguments]
+    python tests/gpu/check.py [--sanitize | --sanitize-only | --times-only]
+                              [--sanitize-seconds S] [pytest arguments]
 
---sanitize-only adds compute-sanitizer's findings to the record of a run of the same sources.
+--sanitize-only adds compute-sanitizer's findings to the record of a run of the same sources; what
+was not finished after --sanitize-seconds is recorded as such.
 
 Exits with 0 only if every test passed and none was skipped for want of a GPU.
 """
@@ -133,11 +135,11 @@ def measure(torch: Any, backend: str) -> dict[str, float]:
     return times
 
 
-def sanitize(backends: list[str]) -> dict[str, str]:
+def sanitize(backends: list[str], total: float) -> dict[str, str]:
     """Run small calls of every kernel under each tool of compute-sanitizer; name -> state."""
     tools, families = list(run_sanitizer.TOOLS), list(run_sanitizer.FAMILIES)
     jobs = os.cpu_count() or 4
-    found = run_sanitizer.check(backends, tools, families, SANITIZER_SECONDS, jobs)
+    found = run_sanitizer.check(backends, tools, families, SANITIZER_SECONDS, jobs, total)
     return {name: state["state"] for name, state in sorted(found.items())}
 
 
@@ -205,6 +207,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--sanitize", action="store_true", help="also run compute-sanitizer")
     parser.add_argument("--sanitize-only", action="store_true", help="nothing but that")
+    parser.add_argument("--sanitize-seconds", type=float, default=float("inf"), help="of all of it")
     parser.add_argument("--times-only", action="store_true", help="no tests, no record")
     options, rest = parser.parse_known_args()
 
@@ -217,7 +220,7 @@ def main() -> int:
     backends = os.environ.setdefault("SCFA_GPU_BACKENDS", "cupy").split(",")
     os.environ["SCFA_REQUIRE"] = "gpu"
     if options.sanitize_only:
-        return add_findings(sanitize(backends), backends)
+        return add_findings(sanitize(backends, options.sanitize_seconds), backends)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of NumPy in each of the workers of -n
     seen = Recorder()
     if not options.times_only:
@@ -243,7 +246,7 @@ def main() -> int:
     for name, value in found["times"].items():
         print(f"  {name}: {value}")
     if options.sanitize:
-        findings = sanitize(backends)
+        findings = sanitize(backends, options.sanitize_seconds)
         if any(state != "clean" for state in findings.values()):
             return 1
         found["sanitizer"] = findings
