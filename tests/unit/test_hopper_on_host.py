@@ -221,8 +221,11 @@ def passes(spec, fused, monotone=True):
             yield kernel, shape, tiles, heads, None, launch_sm90._threads(kernel, shape)
 
 
-def run(build, case, order=0, blocks=1, fused=False, slots=None, sanitize=False):
-    """Results of one case; `slots` query heads have room for sums of dq, all by default."""
+def run(build, case, order=0, blocks=1, fused=False, slots=None, sanitize=False, any_order=False):
+    """Results of one case; `slots` query heads have room for sums of dq, all by default.
+
+    With `any_order` the kernels are not told of ranges that are in order.
+    """
     spec = case.spec
     problem = Problem(
         *(spec.batch, spec.heads, spec.heads_kv, spec.seqlen_q, spec.seqlen_k),
@@ -230,9 +233,10 @@ def run(build, case, order=0, blocks=1, fused=False, slots=None, sanitize=False)
     )
     like = [np.zeros(x.shape, np.float32) for x in (case.q, case.k)]
     made = scfa.make_plan(case.pattern, *like, backend="reference")
+    monotone = made.monotone and not any_order
     lists = [made.q_index, made.q_count, made.k_index, made.k_count, made.key_start, made.key_end]
     lists = [np.ascontiguousarray(x) for x in lists]
-    plan = PlanArrays.of([*(described(x, "int32") for x in lists), None], made.monotone)
+    plan = PlanArrays.of([*(described(x, "int32") for x in lists), None], monotone)
     q, k, v, dout = (aligned_copy(x) for x in (case.q, case.k, case.v, case.dout))
     lse = np.full(q.shape[:3], np.nan, np.float32)
     out, dq, dk, dv = (aligned_copy(np.full_like(x, 0x7FFF)) for x in (dout, q, k, v))
@@ -246,14 +250,14 @@ def run(build, case, order=0, blocks=1, fused=False, slots=None, sanitize=False)
     sums = launch_sm90.Sums(sum_of_dq.ctypes.data, added.ctypes.data, slots, query_tiles)
     envelopes = np.full((2, lse.size), -7, np.int32)
     envelopes_at = (envelopes[0].ctypes.data, envelopes[1].ctypes.data)
-    for kernel, shape, tiles, heads, least, threads in passes(spec, fused, made.monotone):
+    for kernel, shape, tiles, heads, least, threads in passes(spec, fused, monotone):
         counter = np.zeros(1, np.int32)
         params = launch_sm90._params(
             *(problem, plan, arrays, described(lse, "float32")),
             *((at, at + 4 * lse.size), counter.ctypes.data, tiles, heads, sums, 0, envelopes_at),
         )
         shared = 0 if shape is None else launch_sm90._SHARED[kernel](spec.head_dim, shape)
-        function = build(kernel, spec.dtype, spec.head_dim, shape, made.monotone, sanitize)
+        function = build(kernel, spec.dtype, spec.head_dim, shape, monotone, sanitize)
         function(params, least or blocks, threads, shared, order)
     wide = (testing.widen(x, spec.dtype) for x in (out, dq, dk, dv))
     out, dq, dk, dv = wide
@@ -355,6 +359,22 @@ def test_ranges_in_any_order(build, head_dim, style):
     parts = (Part("ranges", style),)
     sizes = (1, 4, 2, 210, 333, head_dim, head_dim, "bfloat16")
     check(build, Spec(*sizes, parts=parts, poison=True, seed=head_dim), order=1, blocks=2)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", ["hash", "all together", "window"])
+def test_where_there_is_order_both_kinds_of_kernels_give_the_same_bits(build, head_dim, name):
+    """The envelopes of ranges in order are the ranges, and no block is passed over."""
+    sizes = (1, 2, 1, 210, 277, head_dim, head_dim, "bfloat16")
+    case = testing.build(Spec(*sizes, parts=IN_ONE_PASS[name], seed=9))
+    for got, right in zip(run(build, case, any_order=True), run(build, case), strict=True):
+        np.testing.assert_array_equal(got, right)
+
+
+def test_ranges_in_any_order_in_the_build_for_the_sanitizer(build):
+    parts = (Part("ranges", "random"),)
+    spec = Spec(1, 2, 2, 150, 170, 64, 64, "bfloat16", parts=parts, poison=True, seed=6)
+    check(build, spec, order=1, sanitize=True)
 
 
 @pytest.mark.parametrize("seed", range(3))
