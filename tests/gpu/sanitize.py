@@ -69,6 +69,10 @@ HOPPER = (
     # more tiles than the card has multiprocessors: blocks take a second one
     Call("bfloat16", 64, heads=134, heads_kv=134, rows=33),
     Call("bfloat16", 128, heads=134, heads_kv=134, rows=33),
+    # ranges in any order have kernels of their own
+    Call("bfloat16", 64, pattern="ranges", heads=1, rows=390),
+    Call("float16", 128, pattern="ranges", heads=1, rows=390),
+    Call("bfloat16", 256, pattern="ranges"),
     # rows narrower than their tiles, and the widest
     Call("bfloat16", 40, pattern="keep", poison=True),
     Call("float16", 96, pattern="causal", heads=1, rows=390),

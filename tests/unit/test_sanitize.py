@@ -77,7 +77,8 @@ def test_every_hopper_kernel(sanitize):
             assert max(tiles) > 132, "no block of an H100 takes a second tile"
             rows = max(call.rows for call in mine if call.pattern == "causal")
             assert rows > shape.stages * shape.block_n, "no buffer is filled a second time"
-    assert all(call.pattern != "ranges" and call.aligned for call in calls)
+    assert {call.head_dim for call in calls if call.pattern == "ranges"} == {64, 128, 256}
+    assert all(call.aligned for call in calls)
     assert max(call.heads // call.heads_kv for call in calls) == launch_sm90._MAX_GROUP
 
 
