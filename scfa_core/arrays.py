@@ -366,6 +366,8 @@ def adopt(x: Any) -> Any:
     ------
     DeviceError
         A GPU array of a foreign library, and CuPy is not installed.
+    DTypeError
+        A host array that NumPy cannot hold.
     """
     if x is None or isinstance(x, np.ndarray) or is_torch_tensor(x):
         return x
@@ -385,7 +387,25 @@ def adopt(x: Any) -> Any:
         if is_numba_device_array(x):
             return cupy.asarray(x)
         return cupy.from_dlpack(x)
-    return np.from_dlpack(x)
+    return _on_host(x)
+
+
+def _on_host(x: Any) -> np.ndarray:
+    """View a DLPack array as NumPy's; bfloat16, of which NumPy's DLPack knows nothing, as its own.
+
+    Libraries that have it, such as JAX, make it an array of ml_dtypes.bfloat16 when asked by NumPy.
+    """
+    try:
+        return np.from_dlpack(x)
+    except (BufferError, RuntimeError) as error:
+        seen = np.asarray(x) if hasattr(x, "__array__") else None
+        if seen is not None and seen.dtype.name in ITEMSIZE:
+            return seen
+        raise DTypeError(
+            f"NumPy cannot read this {type(x).__module__}.{type(x).__name__} of dtype "
+            f"{getattr(x, 'dtype', 'unknown')} through DLPack ({error}); convert it to float32, or "
+            "give bfloat16 as torch tensors or as NumPy arrays of ml_dtypes.bfloat16"
+        ) from error
 
 
 def restore_kind(x: Any, like: Any) -> Any:

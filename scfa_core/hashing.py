@@ -2,7 +2,7 @@
 
 Angular hashing (arXiv 2306.01160, section 3.2): the bucket of x is ``argmax [xR, -xR]`` for random
 directions R, so vectors that point the same way tend to share a bucket. Works on torch tensors,
-NumPy and CuPy arrays; imports none of them but NumPy.
+NumPy, CuPy and Numba device arrays; imports none of them but NumPy.
 """
 
 from __future__ import annotations
@@ -13,12 +13,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from scfa_core.arrays import cuda_ordinal, framework_of, is_torch_tensor
+from scfa_core.arrays import (
+    adopt,
+    cuda_ordinal,
+    framework_of,
+    is_torch_tensor,
+    restore_kind,
+)
 from scfa_core.dispatch import load_backend
 from scfa_core.errors import PatternError, ShapeError
+from scfa_core.hashing_checks import check_integers, of_one_library
 from scfa_core.merging import namespace
 from scfa_core.patterns import HashSparse
-from scfa_core.problem import as_size
+from scfa_core.problem import as_size, check_flag
 
 __all__ = [
     "Balance",
@@ -61,13 +68,16 @@ def random_directions(
     Raises
     ------
     PatternError
-        Buckets that are no even int of at least 2, or another count that is no int of at least 1.
+        Buckets that are no even int of at least 2, another count that is no int of at least 1, or a
+        seed that is no int of at least 0.
     """
     check_buckets(buckets)
     heads, head_dim, rounds = (
         as_size(name, size, 1, PatternError)
         for name, size in (("heads", heads), ("head_dim", head_dim), ("rounds", rounds))
     )
+    if seed is not None:
+        seed = as_size("seed (None draws a fresh one)", seed, 0, PatternError)
     shape = (rounds, heads, head_dim, buckets // 2)
     directions = np.random.default_rng(seed).standard_normal(shape, np.float32)
     length = np.linalg.norm(directions, axis=2, keepdims=True)
@@ -92,7 +102,8 @@ def angular_hash(x: Any, directions: Any, center: Any = None) -> Any:
     Parameters
     ----------
     x : array, (batch, heads, seqlen, head_dim)
-        Torch, NumPy or CuPy. The length of a row does not matter, only its direction.
+        Torch, NumPy, CuPy, Numba on a GPU, or DLPack. Not the length of a row matters, only where
+        it points.
     directions : array of the same library and device, (rounds, heads or a divisor, head_dim, n)
         From `random_directions`. Where it has fewer heads than `x`, consecutive heads of `x` share
         them, as grouped queries share keys.
@@ -104,10 +115,14 @@ def angular_hash(x: Any, directions: Any, center: Any = None) -> Any:
     Returns
     -------
     bucket : int32 array, (rounds, batch, heads, seqlen)
-        From 0 to 2 n - 1. Not differentiable.
+        Of the library of `x`, from 0 to 2 n - 1. Not differentiable.
 
     Raises
     ------
+    DTypeError
+        What is no array.
+    DeviceError
+        Arrays of several libraries or devices.
     ShapeError
         Axes that do not fit.
 
@@ -126,6 +141,9 @@ def angular_hash(x: Any, directions: Any, center: Any = None) -> Any:
     through a transpose are not copied. For torch tensors it is the operator ``scfa::angular_hash``,
     which `torch.compile`, `torch.export` and CUDA graphs keep whole.
     """
+    given = x
+    x, directions, *rest = of_one_library(x=x, directions=directions, center=center)
+    center = rest[0] if rest else None
     if len(x.shape) != 4 or len(directions.shape) != 4:
         raise ShapeError(
             "angular_hash needs x (batch, heads, seqlen, head_dim) and directions "
@@ -134,13 +152,16 @@ def angular_hash(x: Any, directions: Any, center: Any = None) -> Any:
         )
     batch, heads, seqlen, head_dim = x.shape
     rounds, own_heads, dim, half = directions.shape
-    if dim != head_dim or heads % own_heads:
+    if dim != head_dim or not own_heads or heads % own_heads:
         raise ShapeError(
             f"directions have {own_heads} heads of head_dim {dim}; x.shape={tuple(x.shape)} needs "
             "the same head_dim and a multiple of these heads"
         )
     if center is not None and (
-        len(center.shape) != 2 or heads % center.shape[0] or center.shape[1] != head_dim
+        len(center.shape) != 2
+        or not center.shape[0]
+        or heads % center.shape[0]
+        or center.shape[1] != head_dim
     ):
         raise ShapeError(
             f"center must be (heads or a divisor, head_dim) for x.shape={tuple(x.shape)}, got "
@@ -158,13 +179,13 @@ def angular_hash(x: Any, directions: Any, center: Any = None) -> Any:
     if type(x).__module__.startswith("cupy"):
         bucket = _hash_by_kernel(x, directions, center)
         if bucket is not None:
-            return bucket
+            return restore_kind(bucket, given)
     rows = max(1, _WORKSPACE // max(1, rounds * batch * heads * half))
     if seqlen <= rows:
-        return _hash_array(x, directions, center)
+        return restore_kind(_hash_array(x, directions, center), given)
     cuts = range(0, seqlen, rows)
     pieces = [_hash_array(x[:, :, at : at + rows], directions, center) for at in cuts]
-    return namespace(x).concatenate(pieces, axis=-1)
+    return restore_kind(namespace(x).concatenate(pieces, axis=-1), given)
 
 
 def _hash_by_kernel(x: Any, directions: Any, center: Any) -> Any:
@@ -239,8 +260,12 @@ def bucket_balance(bucket: Any, buckets: int) -> Balance:
 
     Raises
     ------
+    DTypeError
+        What is no array of integers.
+    ShapeError
+        No axis of rows.
     PatternError
-        A bucket outside ``range(buckets)``.
+        A bucket outside ``range(buckets)``, or buckets that are no int of at least 1.
 
     Notes
     -----
@@ -248,6 +273,12 @@ def bucket_balance(bucket: Any, buckets: int) -> Balance:
     """
     from scfa_core.reference.masks import to_host
 
+    buckets = as_size("buckets", buckets, 1, PatternError)
+    bucket = adopt(bucket)
+    framework_of("bucket", bucket)  # or it says what is wrong
+    check_integers("bucket", bucket)
+    if not len(bucket.shape):
+        raise ShapeError("bucket must be (..., seqlen), got an array without axes; bucket[None]?")
     ids = to_host(bucket)
     if ids.size and (ids.min() < 0 or ids.max() >= buckets):
         raise PatternError(
@@ -294,8 +325,13 @@ def disjoint_rounds(
 
     Raises
     ------
+    DTypeError, DeviceError
+        What is no array of integers; arrays of several libraries or devices.
+    ShapeError
+        Other axes than these four.
     PatternError
-        Different numbers of rounds, or so many that their bits do not fit 64.
+        Buckets that are no int of at least 1, different numbers of rounds, none, or so many that
+        their bits do not fit 64.
 
     Notes
     -----
@@ -306,10 +342,23 @@ def disjoint_rounds(
     but subtracts: a pair that agrees in all rounds, such as a query's nearest key, would be summed
     up to ``2**rounds - 1`` times over and cancelled again, losing as many times the precision.
     """
+    buckets = as_size("buckets", buckets, 1, PatternError)
+    check_flag("causal", causal)
+    check_flag("include_self", include_self)
+    q_bucket, k_bucket = of_one_library(q_bucket=q_bucket, k_bucket=k_bucket)
+    for name, x in (("q_bucket", q_bucket), ("k_bucket", k_bucket)):
+        if len(x.shape) != 4:
+            raise ShapeError(
+                f"{name} must be (rounds, batch, heads, seqlen), as angular_hash returns it, got "
+                f"{name}.shape={tuple(x.shape)}"
+            )
+        check_integers(name, x)
     rounds = q_bucket.shape[0]
     bits = max(1, math.ceil(math.log2(max(buckets, 2))))
     if k_bucket.shape[0] != rounds:
         raise PatternError(f"q has {rounds} rounds of buckets, k has {k_bucket.shape[0]}")
+    if not rounds:
+        raise PatternError("q_bucket and k_bucket must hold at least one round, got none")
     if rounds * bits > _PACKED_BITS:
         raise PatternError(
             f"{rounds} rounds of {buckets} buckets need {rounds * bits} bits, at most "

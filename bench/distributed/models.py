@@ -96,7 +96,8 @@ def _pattern(config: Config, bucket: Tensor | None) -> scfa.Pattern:
 def less_past_of_all(x: Tensor, start: Tensor, rows: Tensor) -> Tensor:
     """`less_past` of a sequence of which this rank holds `rows`, whole blocks of them.
 
-    Ranks exchange the sum of each block, 1 / 64 of the rows.
+    Ranks exchange the sum of each block, 1 / 64 of the rows. A block that holds a NaN or
+    an infinity counts for nothing.
     """
     if len(rows) % PAST_BLOCK:
         raise ShapeError(f"ranks need blocks of {PAST_BLOCK} rows each, got {len(rows)} rows")
@@ -105,8 +106,12 @@ def less_past_of_all(x: Tensor, start: Tensor, rows: Tensor) -> Tensor:
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         sums = x.unflatten(2, (-1, PAST_BLOCK)).sum(3, dtype=torch.float32)
         sums = gather(sums, 2, None).index_select(2, order)
-        before = functional.pad(sums[:, :, :-1].cumsum(2), (0, 0, 1, 0)).index_select(2, own)
-        mean = (before + PAST_START * start[:, None]) / (PAST_BLOCK * own[:, None] + PAST_START)
+        known = sums.isfinite().all(-1, keepdim=True)
+        before, number = (
+            functional.pad(y[:, :, :-1].cumsum(2), (0, 0, 1, 0)).index_select(2, own)
+            for y in (sums.where(known, 0.0), PAST_BLOCK * known.float())
+        )
+        mean = (before + PAST_START * start[:, None]) / (number + PAST_START)
         of_row = mean.repeat_interleave(PAST_BLOCK, dim=2)
         return (x.float() - of_row).to(x.dtype)
 

@@ -88,16 +88,21 @@ class Mix(nn.Module):
         return less_past(q, center), None
 
     def _note(self, q: Tensor, hashed: Tensor) -> None:
-        """Store moments of a batch; overwritten, not added up, so that it may be recomputed."""
+        """Store moments of a batch; overwritten, not added up, so that it may be recomputed.
+
+        Of those sequences of each head that are finite: one NaN would stay for good.
+        """
         if self.mean is None or self.square is None:
             return
         with torch.autocast(q.device.type, enabled=False):
             each = max(q.shape[0] * q.shape[2] // SAMPLED, 1)
-            rows, about = (
-                x[:, :, ::each].transpose(0, 1).flatten(1, 2).float() for x in (q, hashed)
-            )
-            self.mean.copy_(rows.mean(1))
-            self.square.copy_(about.transpose(1, 2) @ about / about.shape[1])
+            rows, about = (x[:, :, ::each].float() for x in (q, hashed))
+            known = (rows.sum(2) + about.sum(2)).isfinite().all(-1)[..., None, None]
+            number = rows.shape[2] * known.sum(0)
+            rows, about = (x.where(known, 0.0).transpose(0, 1).flatten(1, 2) for x in (rows, about))
+            square = about.transpose(1, 2) @ about / number
+            for buffer, found in ((self.mean, rows.sum(1) / number[:, 0]), (self.square, square)):
+                buffer.copy_(found.where(found.isfinite(), buffer))  # NaN is 0 / 0: none is finite
 
 
 def _reformer(config: Config) -> nn.Module:

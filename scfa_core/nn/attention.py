@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from scfa_core.api import attention
-from scfa_core.dropping import random_keep, straight_through, threshold_keep, top_k_keep
 from scfa_core.errors import OptionError, PatternError, ShapeError
 from scfa_core.hashing import disjoint_rounds
 from scfa_core.merging import attention_over
 from scfa_core.nn.hashing import AngularHash
 from scfa_core.patterns import Causal, Documents, Pattern, QKSparse, SlidingWindow
 from scfa_core.plan import Plan
-from scfa_core.problem import as_size, check_flag, check_share
+from scfa_core.problem import as_size, check_flag
 from scfa_core.torch_checks import check_tensor
 
 MakePattern = Callable[[Tensor, Tensor], Pattern]
@@ -329,82 +328,3 @@ class HashSelfAttention(SparseSelfAttention):
         return list(
             disjoint_rounds(q_bucket, k_bucket, self.hash.buckets, include_self=self.include_self)
         )
-
-
-class DropSelfAttention(SparseSelfAttention):
-    """Each head drops some queries and keys; what is dropped attends to nothing.
-
-    Parameters
-    ----------
-    width, heads : int
-    keep : float
-        Share of rows that stay, queries and keys alike.
-    how : "random" | "top-k" | "threshold"
-        ``"random"``: each row by lot, in training only unless `always`. ``"top-k"``: the rows of
-        highest score, which a linear layer learns; a row's fate depends on later rows, so such a
-        model cannot generate. ``"threshold"``: rows of positive score; `keep` has no say.
-    always : bool
-        Whether ``"random"`` also drops in evaluation, as the paper's layer does.
-    **options
-        As for `SparseSelfAttention`.
-
-    Notes
-    -----
-    Scores learn by straight-through gradients: `scfa_core.dropping.drop_attention`.
-    """
-
-    _takes_pattern = False
-
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        keep: float = 0.5,
-        *,
-        how: str = "random",
-        always: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(width, heads, **options)
-        if how not in ("random", "top-k", "threshold"):
-            raise PatternError(f"how must be 'random', 'top-k' or 'threshold', got {how!r}")
-        check_share("keep", keep)
-        check_flag("always", always)
-        self.keep = keep
-        self.how = how
-        self.always = always
-        learned = how != "random"
-        self.query_score = nn.Linear(width, heads) if learned else None
-        self.key_score = nn.Linear(width, self.heads_kv) if learned else None
-
-    def make_patterns(self, q: Tensor, k: Tensor) -> list[Pattern]:
-        """The triangle; `attend` drops."""
-        return [Causal(include_self=self.include_self)]
-
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, patterns: Sequence[Pattern | Plan]
-    ) -> Tensor:
-        """Attention among the kept rows."""
-        (pattern,) = patterns
-        if isinstance(pattern, Plan):
-            raise PatternError("DropSelfAttention chooses rows at every call and takes no plan")
-        if self.query_score is None or self.key_score is None:
-            if not (self.training or self.always):
-                return super().attend(q, k, v, x, patterns)
-            q_keep, k_keep = (random_keep(y.shape[:3], self.keep, device=y.device) for y in (q, k))
-            return super().attend(q, k, v, x, [pattern & QKSparse(q_keep, k_keep, causal=False)])
-        q_scores, k_scores = (s(x).transpose(1, 2) for s in (self.query_score, self.key_score))
-        q_keep, k_keep = self._choose(q_scores), self._choose(k_scores)
-        v = v * straight_through(k_keep, k_scores).to(v.dtype).unsqueeze(-1)
-        out = super().attend(q, k, v, x, [pattern & QKSparse(q_keep, k_keep, causal=False)])
-        return out * straight_through(q_keep, q_scores).to(out.dtype).unsqueeze(-1)
-
-    def _choose(self, scores: Tensor) -> Tensor:
-        if self.how == "threshold":
-            return threshold_keep(scores)
-        return top_k_keep(scores, round(self.keep * scores.shape[-1]))
-
-    def extra_repr(self) -> str:
-        """Sizes and choices, for printing."""
-        share = "" if self.how == "threshold" else f", keep={self.keep}"
-        return f"{super().extra_repr()}, how={self.how!r}{share}"

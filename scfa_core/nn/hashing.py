@@ -11,6 +11,7 @@ from torch.nn.functional import normalize, pad
 from scfa_core.errors import PatternError
 from scfa_core.hashing import angular_hash, check_buckets, random_directions
 from scfa_core.problem import check_flag, check_share
+from scfa_core.torch_checks import check_tensor
 
 ADAPTS = ("none", "center", "whiten", "past")
 _RIDGE = 0.01  # of the mean variance, added to every variance: no axis is stretched beyond tenfold
@@ -89,7 +90,8 @@ class AngularHash(nn.Module):
     Raises
     ------
     PatternError
-        An unknown `adapt`, or `center` with another one; see `random_directions` for the rest.
+        An unknown `adapt`, or `center` with another one; see `random_directions` for the rest. In
+        a call: no tensor, or more than an adapting hash knows.
 
     Notes
     -----
@@ -162,6 +164,12 @@ class AngularHash(nn.Module):
         -------
         buckets : tuple of int32 Tensors, each (rounds, batch, heads, seqlen)
         """
+        if not rows:
+            raise PatternError(
+                "AngularHash hashes one tensor or more, got none; pass q, or q and k"
+            )
+        for x in rows:
+            check_tensor("each tensor to hash", x, "batch", "heads", "seqlen", "head_dim")
         directions = self.directions
         if directions is None:
             directions = normalize(torch.randn(self._shape, device=rows[0].device), dim=2)
@@ -195,15 +203,16 @@ class AngularHash(nn.Module):
         Raises
         ------
         PatternError
-            The hash was made with ``adapt="none"``.
+            The hash was made with ``adapt="none"``, or a share that is no number from 0 to 1.
         """
+        share = self.momentum if share is None else check_share("share", share)
         if not self.centers:
             raise PatternError(
                 "move_centers needs AngularHash(..., center=True) or adapt='center', 'whiten' or "
                 "'past'"
             )
         for center in self.centers:
-            center.move(self.momentum if share is None else share)
+            center.move(share)
         if self.turn is not None:
             _local(self.turn).copy_(self._turn())
 

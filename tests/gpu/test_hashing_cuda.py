@@ -173,3 +173,22 @@ def test_cupy_arrays(torch):
     torch.cuda.synchronize()
     bucket = hashing.angular_hash(*(cupy.from_dlpack(y) for y in (x, directions)))
     assert (bucket.get() == right.cpu().numpy()).all()
+
+
+def test_numba_device_arrays(torch):
+    cuda = pytest.importorskip("numba.cuda", reason="about numba's device arrays")
+    x, directions = drawn(torch, 2, 4, 300, 64, dtype="float16"), table(torch, 2, 64, 16, rounds=2)
+    center = drawn(torch, 4, 64, dtype="float32", seed=1)
+    right = hashing.angular_hash(x, directions, center).cpu().numpy()
+    arrays = [cuda.to_device(y.cpu().numpy()) for y in (x, directions, center)]
+    bucket = hashing.angular_hash(*arrays)
+    assert type(bucket) is type(arrays[0])
+    assert (bucket.copy_to_host() == right).all()
+    balance = hashing.bucket_balance(bucket, 16)
+    assert (balance.counts == hashing.bucket_balance(right, 16).counts).all()
+    rounds = zip(
+        hashing.disjoint_rounds(bucket, bucket, 16),
+        hashing.disjoint_rounds(right, right, 16),
+        strict=True,
+    )
+    assert all((mine.q_hash.get() == other.q_hash).all() for mine, other in rounds)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import scfa_core as scfa
+from scfa_core import hashing
 
 RNG = np.random.default_rng(0)
 
@@ -66,3 +67,62 @@ def test_arrays_that_may_not_be_written():
     got = scfa.attention(*arrays, scfa.Documents(ids), backend="numba-cpu")
     right = scfa.attention(*arrays, scfa.Documents(ids), backend="reference")
     np.testing.assert_allclose(got, right, atol=1e-5)
+
+
+def test_rows_of_any_library_are_hashed():
+    rows, directions = floats(2, 4, 30, 16), hashing.random_directions(2, 16, 8, rounds=2)
+    center = floats(4, 16)
+    right = hashing.angular_hash(rows, directions, center)
+    got = hashing.angular_hash(*foreign(rows, directions, center))
+    assert np.array_equal(got, right)
+    balance = hashing.bucket_balance(*foreign(right), 8)
+    assert np.array_equal(balance.counts, hashing.bucket_balance(right, 8).counts)
+    theirs = hashing.disjoint_rounds(*foreign(right, right), 8)
+    for one, other in zip(theirs, hashing.disjoint_rounds(right, right, 8), strict=True):
+        assert np.array_equal(one.q_hash, other.q_hash)
+
+
+class Bfloat16:
+    """An array of a library whose bfloat16 NumPy's DLPack refuses."""
+
+    def __init__(self, array):
+        self.array = array
+        self.shape, self.dtype = array.shape, array.dtype
+
+    def __dlpack__(self, **options):
+        raise BufferError("Unsupported dtype in DLTensor.")
+
+    def __dlpack_device__(self):
+        return 1, 0
+
+
+class SeenBfloat16(Bfloat16):
+    """One that makes an ml_dtypes array of itself when NumPy asks, as JAX's on a CPU."""
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+
+def test_bfloat16_that_numpy_does_not_take_through_dlpack():
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="NumPy has no bfloat16 of its own")
+    arrays = [floats(1, 2, 20, 16).astype(ml_dtypes.bfloat16) for _ in range(3)]
+    right = scfa.attention(*arrays, scfa.Causal(), backend="reference")
+    got = scfa.attention(*map(SeenBfloat16, arrays), scfa.Causal(), backend="reference")
+    assert got.dtype == right.dtype
+    assert np.array_equal(got, right)
+    with pytest.raises(
+        scfa.DTypeError, match=r"dtype bfloat16 through DLPack .*convert it to float"
+    ):
+        scfa.attention(*map(Bfloat16, arrays), scfa.Causal(), backend="reference")
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float32"])
+def test_jax_arrays_on_the_host(name):
+    jax = pytest.importorskip("jax", reason="JAX is not installed")
+    (device, *_) = jax.devices("cpu")
+    arrays = [jax.device_put(floats(1, 2, 20, 16), device).astype(name) for _ in range(3)]
+    got = scfa.attention(*arrays, scfa.Causal(), backend="numba-cpu")
+    assert got.dtype.name == name
+    seen = [np.asarray(x).astype(np.float32) for x in arrays]
+    right = scfa.attention(*seen, scfa.Causal(), backend="reference")
+    np.testing.assert_allclose(got.astype(np.float32), right, atol=2e-2)

@@ -1,5 +1,7 @@
 """NaN and infinities in rows that are hashed, and what a hash remembers of them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -64,6 +66,25 @@ def test_the_past_is_that_of_blocks_without_bad_rows(what):
         blocks = [x[0, 1, PAST_BLOCK * at : PAST_BLOCK * (at + 1)] for at in known]
         total = torch.cat([start[1].expand(PAST_START, DIM), *blocks])
         torch.testing.assert_close(less[0, 1, row], x[0, 1, row] - total.mean(0))
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_the_past_of_a_sharded_sequence_is_the_same(what, monkeypatch):
+    """One rank that holds all blocks out of order: the exchange is nothing then."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "bench" / "distributed").exists() or not torch.distributed.is_available():
+        pytest.skip("needs the bench of a source tree, and torch.distributed")
+    monkeypatch.syspath_prepend(str(root))
+    from bench.distributed import models
+
+    monkeypatch.setattr(models, "gather", lambda x, axis, group: x)
+    x = spoiled(rows(0)[:, :, : 6 * PAST_BLOCK], what)
+    start = torch.full((HEADS, DIM), 0.5)
+    held = torch.arange(6 * PAST_BLOCK).view(6, PAST_BLOCK)[[3, 0, 5, 1, 4, 2]].flatten()
+    mine = models.less_past_of_all(x[:, :, held], start, held)
+    right = less_past(x, start)[:, :, held]
+    torch.testing.assert_close(mine, right, equal_nan=True)
+    assert right.isfinite().all(-1).sum() >= 2 * HEADS * 6 * PAST_BLOCK - 2
 
 
 @pytest.mark.parametrize("what", BAD)

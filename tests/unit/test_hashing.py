@@ -61,7 +61,10 @@ def test_directions_are_seeded_unit_columns():
     assert not np.array_equal(a[0], a[1])
 
 
-@pytest.mark.parametrize("wrong", [{"buckets": 7}, {"buckets": 0}, {"rounds": 0}, {"heads": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"buckets": 7}, {"buckets": 0}, {"rounds": 0}, {"heads": 0}, {"seed": "x"}, {"seed": -1}],
+)
 def test_impossible_directions_raise(wrong):
     with pytest.raises(scfa.PatternError):
         hashing.random_directions(**({"heads": 1, "head_dim": 16, "buckets": 4} | wrong))
@@ -111,6 +114,70 @@ def test_too_many_rounds_and_unequal_rounds_raise():
         hashing.disjoint_rounds(ids, ids, 16)
     with pytest.raises(scfa.PatternError, match="rounds of buckets"):
         hashing.disjoint_rounds(ids[:2], ids[:1], 16)
+
+
+def test_what_cannot_be_hashed_raises():
+    rows, directions = np.zeros((1, 2, 5, 16), np.float32), hashing.random_directions(2, 16, 4)
+    for wrong in (None, rows.tolist(), "x", 3):
+        with pytest.raises(scfa.DTypeError, match="x must be an array"):
+            hashing.angular_hash(wrong, directions)
+        with pytest.raises(scfa.DTypeError, match="directions must be an array"):
+            hashing.angular_hash(rows, wrong)
+    with pytest.raises(scfa.DTypeError, match="center must be an array"):
+        hashing.angular_hash(rows, directions, 0.5)
+    with pytest.raises(scfa.ShapeError, match="directions have 0 heads"):
+        hashing.angular_hash(rows, directions[:, :0])
+    with pytest.raises(scfa.ShapeError, match="center must be"):
+        hashing.angular_hash(rows, directions, np.zeros((0, 16), np.float32))
+
+
+def test_arrays_of_two_libraries_or_devices_raise():
+    torch = pytest.importorskip("torch", reason="mixes torch tensors with NumPy arrays")
+    rows, directions = np.zeros((1, 2, 5, 16), np.float32), hashing.random_directions(2, 16, 4)
+    tensors = torch.from_numpy(rows), torch.from_numpy(directions)
+    center, ids = np.zeros((2, 16), np.float32), np.zeros((1, 1, 1, 4), np.int32)
+    for given, words in (
+        ((tensors[0], directions), "directions must come from the library of x, torch.Tensor, got"),
+        ((rows, tensors[1]), "got torch.Tensor; convert"),
+        ((*tensors, center), "center must come from"),
+    ):
+        with pytest.raises(scfa.DeviceError, match=words):
+            hashing.angular_hash(*given)
+    with pytest.raises(scfa.DeviceError, match="on the device of x, cpu, got meta"):
+        hashing.angular_hash(tensors[0], tensors[1].to("meta"))
+    with pytest.raises(scfa.DeviceError, match="k_bucket must come from the library of q_bucket"):
+        hashing.disjoint_rounds(torch.from_numpy(ids), ids, 16)
+
+
+def test_rounds_of_what_is_no_bucket_raise():
+    ids = np.zeros((2, 1, 1, 4), np.int32)
+    for buckets in (-4, 0, "4", 4.0, True):
+        with pytest.raises(scfa.PatternError, match="buckets must be"):
+            hashing.disjoint_rounds(ids, ids, buckets)
+    with pytest.raises(scfa.ShapeError, match=r"q_bucket must be \(rounds, batch, heads, seqlen\)"):
+        hashing.disjoint_rounds(ids[0], ids[0], 4)
+    with pytest.raises(scfa.DTypeError, match=r"k_bucket must hold integers.* got float32"):
+        hashing.disjoint_rounds(ids, ids.astype(np.float32), 4)
+    with pytest.raises(scfa.DTypeError, match="q_bucket must be an array"):
+        hashing.disjoint_rounds(None, ids, 4)
+    with pytest.raises(scfa.PatternError, match="at least one round"):
+        hashing.disjoint_rounds(ids[:0], ids[:0], 4)
+    with pytest.raises(scfa.OptionError, match="causal"):
+        hashing.disjoint_rounds(ids, ids, 4, causal="no")
+
+
+def test_balance_of_what_is_no_bucket_raises():
+    ids = np.zeros((2, 4), np.int32)
+    for buckets in ("4", 4.0, -4, 0, None):
+        with pytest.raises(scfa.PatternError, match="buckets must be"):
+            hashing.bucket_balance(ids, buckets)
+    with pytest.raises(scfa.ShapeError, match="seqlen"):
+        hashing.bucket_balance(np.zeros((), np.int32), 4)
+    with pytest.raises(scfa.DTypeError, match=r"must hold integers.* got float64"):
+        hashing.bucket_balance(ids + 0.5, 4)
+    for wrong in (None, [0, 1]):
+        with pytest.raises(scfa.DTypeError, match="bucket must be an array"):
+            hashing.bucket_balance(wrong, 4)
 
 
 def test_balance_counts():

@@ -213,6 +213,34 @@ def test_the_model_hashes_as_the_public_module_does(variant, adapt, monkeypatch)
         assert torch.equal(mine, plain) is (adapt == "none")
 
 
+@pytest.mark.parametrize("variant", ["hash4c", "hash4w", "hash4r"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_query_does_not_stay_in_the_moments(monkeypatch, variant, bad):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.lm.config import PRESETS
+    from bench.lm.model import Mix
+
+    config = dataclasses.replace(PRESETS["tiny"], attention=variant, seqlen=96)
+    mix = Mix(config)
+    torch.manual_seed(0)
+    start = torch.zeros(config.heads, config.head_dim)
+
+    def moments(q):
+        mix._note(q, mix.hashed(q, start)[0])
+        return mix.mean.clone(), mix.square.clone()
+
+    q = torch.randn(2, config.heads, 96, config.head_dim)
+    whole, right = moments(q), moments(q[1:])
+    moments(q)
+    q[0, 1, 70, 3] = bad
+    for mine, of_both, of_second in zip(moments(q), whole, right, strict=True):
+        assert torch.equal(mine[0], of_both[0])
+        torch.testing.assert_close(mine[1], of_second[1])  # the first sequence does not count
+    q[1, 1, 5] = bad
+    for mine, of_second in zip(moments(q), right, strict=True):
+        torch.testing.assert_close(mine[1], of_second[1])  # as before: there is no finite sequence
+
+
 @pytest.mark.parametrize("name", ["hash4", "hash4w", "hash4r"])
 def test_no_bucket_knows_a_later_token(monkeypatch, name):
     monkeypatch.syspath_prepend(str(ROOT))

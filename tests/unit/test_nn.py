@@ -259,6 +259,19 @@ def test_inputs_that_do_not_fit_raise():
         nn.ReformerAttention(WIDTH, 4, 8, 8, softmax_scale="x")
 
 
+def test_what_a_hash_cannot_take_raises():
+    for seed in (-1, "x", 0.5):
+        with pytest.raises(scfa.PatternError, match="seed"):
+            nn.AngularHash(HEADS, 16, 8, seed=seed)
+    for own in (nn.AngularHash(HEADS, 16, 8, redraw=redraw) for redraw in (True, False)):
+        with pytest.raises(scfa.PatternError, match="got none; pass q"):
+            own()
+        with pytest.raises(scfa.DTypeError, match="tensor to hash must be a torch tensor"):
+            own(None)
+        with pytest.raises(scfa.ShapeError, match="tensor to hash must have 4 axes"):
+            own(draw())
+
+
 def test_layers_print_what_they_are():
     layer = nn.HashSelfAttention(WIDTH, HEADS, 8, shared_qk=True, include_self=False)
     text = repr(layer)
@@ -374,5 +387,8 @@ def test_centers_approach_the_mean_and_complain():
     q, k, _ = layer.project(draw())
     with pytest.raises(scfa.PatternError, match="got 3 tensors"):
         layer.hash(q, k, k)
+    for share in (3, -0.1, float("nan"), "all", True):
+        with pytest.raises(scfa.PatternError, match="share must be a number from 0 to 1"):
+            layer.hash.move_centers(share)
     with pytest.raises(scfa.PatternError, match="center=True"):
         nn.HashSelfAttention(WIDTH, HEADS, 8).hash.move_centers()
