@@ -122,7 +122,6 @@ def everything(queries: int, keys: int) -> Pattern:
     return SlidingWindow(queries + keys, causal=False)
 
 
-@torch.compiler.disable(reason="reads closures, which cannot be traced")
 def read_mask(
     batch_size: int,
     q_length: int,
@@ -153,18 +152,38 @@ def read_mask(
     ------
     PatternError
         The mask function has a piece that is no interval, group or keep clause.
+
+    Notes
+    -----
+    A causal mask and one both ways, padded or not, are traced by `torch.compile`. Others are
+    closures, which cannot be traced: there the graph breaks.
     """
-    shift = q_offset - kv_offset
-    q_position, k_position = _Positions(q_length, q_offset), _Positions(kv_length, kv_offset)
-    found = _Found(q_position, k_position)
+    read = _read if mask_function in _PLAIN else _read_untraced
+    positions = _Positions(q_length, q_offset), _Positions(kv_length, kv_offset)
+    return read(batch_size, *positions, mask_function, attention_mask)
+
+
+_PLAIN = (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function)
+
+
+def _read(
+    batch_size: int,
+    queries: _Positions,
+    keys: _Positions,
+    mask_function: Callable[..., Any],
+    keep: Tensor | None,
+) -> StructuredMask:
+    found = _Found(queries, keys)
     found.add(mask_function)
-    keep = attention_mask
     if keep is not None:
-        missing = kv_length + kv_offset - keep.shape[-1]
+        missing = keys.length + keys.offset - keep.shape[-1]
         keep = pad(keep, (0, missing)) if missing > 0 else keep
-        keep = keep[:, kv_offset : kv_offset + kv_length]
-    shape = (batch_size, q_length, kv_length)
-    return StructuredMask(shape, shift, found.band, found.groups, keep)
+        keep = keep[:, keys.offset : keys.offset + keys.length]
+    shape = (batch_size, queries.length, keys.length)
+    return StructuredMask(shape, queries.offset - keys.offset, found.band, found.groups, keep)
+
+
+_read_untraced = torch.compiler.disable(_read, reason="reads closures, which cannot be traced")
 
 
 class _Positions(NamedTuple):

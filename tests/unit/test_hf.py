@@ -279,6 +279,24 @@ def test_compiled(name, whole):
     torch.testing.assert_close(mine, right, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of dynamo itself
+@pytest.mark.parametrize("name", ["scfa", "scfa_hash"])
+def test_a_whole_model_with_a_padding_mask_is_one_graph(name):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(FAMILIES["llama"]()).eval()
+    model.set_attn_implementation(name)
+    real = torch.ones_like(tokens())
+    real[0, :7] = 0
+    inputs = {"input_ids": tokens(), "attention_mask": real, "use_cache": False}
+    right = model(**inputs).logits  # before: a hash draws its directions in the first call
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    mine = compiled(**inputs).logits
+    torch.testing.assert_close(mine, right, rtol=0, atol=1e-5)
+    grads = (torch.autograd.grad(x.square().sum(), model.lm_head.weight) for x in (mine, right))
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
 def test_layers_share_one_plan(monkeypatch):
     from scfa_core import hf_masks
 
