@@ -42,13 +42,23 @@ _MULTIPROCESSORS = 16  # cudaDevAttrMultiProcessorCount
 _sanitize = Variable("SCFA_CUPY_SANITIZE")
 
 
+# Illegal address, launch timeout, assert, and what else a kernel may do that nothing survives.
+_BREAK_THE_CONTEXT = (700, 702, 710, *range(714, 720))
+
+
 def _cuda_error(what: str, error: Any) -> Exception:
     """Turn CuPy's driver error into one that says what was being done."""
     if getattr(error, "status", None) == _OUT_OF_MEMORY:
         return MemoryError(
             f"the GPU has no memory left {what}; free some and call again (the process is fine)"
         )
-    return RuntimeError(f"CUDA failed {what}: {error}")
+    cure = ""
+    if getattr(error, "status", None) in _BREAK_THE_CONTEXT:
+        cure = (
+            ". Every later call on this GPU fails in this process: start a new one. The cause may "
+            "lie in an earlier kernel of any library; CUDA_LAUNCH_BLOCKING=1 shows which"
+        )
+    return RuntimeError(f"CUDA failed {what}: {error}{cure}")
 
 
 class Kernel:

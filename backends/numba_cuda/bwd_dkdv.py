@@ -12,7 +12,12 @@ from typing import Any
 from numba import cuda, int32, uint8
 from scfa_core.backends.numba_cuda.compiling import kernel
 from scfa_core.backends.numba_cuda.convert import ELEMENTS
-from scfa_core.backends.numba_cuda.schedule import key_span, query_span, tile_is_wanted
+from scfa_core.backends.numba_cuda.schedule import (
+    any_is_wanted,
+    key_span,
+    query_span,
+    tile_is_wanted,
+)
 from scfa_core.backends.numba_cuda.tiles import Shape, loss_count, tile_functions
 
 
@@ -75,7 +80,16 @@ def build_bwd_dkdv(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> 
         tiles = (seqlen_k + rows - 1) // rows
         score_scale = acc(scale) * acc(log_unit)
 
-        for tile in range(cuda.blockIdx.x, q.shape[0] * heads_kv * tiles, cuda.gridDim.x):
+        every = q.shape[0] * heads_kv * tiles
+        first_tile = cuda.blockIdx.x + thread * cuda.gridDim.x
+        wanted = any_is_wanted(
+            flags, flag_rows, rows, tiles, first_tile, every, cuda.blockDim.x * cuda.gridDim.x,
+            False, seqlen_k,
+        )  # fmt: skip
+        if cuda.syncthreads_or(wanted) == 0:
+            return
+
+        for tile in range(cuda.blockIdx.x, every, cuda.gridDim.x):
             head = tile // tiles
             n0 = tile % tiles * rows  # the first keys are seen by most: heaviest first
             if not tile_is_wanted(flags, flag_rows, head, n0, seqlen_k):

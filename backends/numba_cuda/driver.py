@@ -118,4 +118,6 @@ class Entry:
             slots.address,
             0,
         )
+        if error != self._driver.CUresult.CUDA_SUCCESS:
+            self._granted = 0  # a kernel whose code found no memory has forgotten it
         self._check(error, f"a launch of {grid} blocks")

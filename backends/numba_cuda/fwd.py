@@ -12,7 +12,7 @@ from typing import Any
 from numba import cuda, int32, uint8
 from scfa_core.backends.numba_cuda.compiling import INFINITY, kernel
 from scfa_core.backends.numba_cuda.convert import ELEMENTS
-from scfa_core.backends.numba_cuda.schedule import key_span, tile_is_wanted
+from scfa_core.backends.numba_cuda.schedule import any_is_wanted, key_span, tile_is_wanted
 from scfa_core.backends.numba_cuda.softmax import softmax_functions
 from scfa_core.backends.numba_cuda.tiles import Shape, loss_count, tile_functions
 
@@ -72,7 +72,16 @@ def build_fwd(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> Any:
         tiles = (seqlen_q + rows - 1) // rows
         score_scale = acc(scale) * acc(log_unit)
 
-        for tile in range(cuda.blockIdx.x, q.shape[0] * heads * tiles, cuda.gridDim.x):
+        every = q.shape[0] * heads * tiles
+        first_tile = cuda.blockIdx.x + thread * cuda.gridDim.x
+        wanted = any_is_wanted(
+            flags, flag_rows, rows, tiles, first_tile, every, cuda.blockDim.x * cuda.gridDim.x,
+            True, seqlen_q,
+        )  # fmt: skip
+        if cuda.syncthreads_or(wanted) == 0:
+            return
+
+        for tile in range(cuda.blockIdx.x, every, cuda.gridDim.x):
             head = tile // tiles
             m0 = (tiles - 1 - tile % tiles) * rows  # the last rows see most: heaviest first
             if not tile_is_wanted(flags, flag_rows, head, m0, seqlen_q):

@@ -19,6 +19,25 @@ def tile_is_wanted(flags, flag_rows, head, row, seqlen):
 
 
 @device
+def any_is_wanted(flags, flag_rows, rows, tiles, first, count, step, last_first, seqlen):
+    """Whether one of the tiles first, first + step, ... below `count` must be computed: 1 or 0.
+
+    A head has `tiles` of `rows` rows, its last one first if `last_first`. The threads of a block
+    share its tiles, so that one without any ends after a few loads that do not wait for each other.
+    """
+    if flag_rows == 0:
+        return 1
+    found = 0
+    for tile in range(first, count, step):
+        place = tile % tiles
+        if last_first:
+            place = tiles - 1 - place
+        if tile_is_wanted(flags, flag_rows, tile // tiles, place * rows, seqlen):
+            found = 1
+    return found
+
+
+@device
 def key_span(key_start, key_end, b, h, m0, m1, monotone):
     """Sorted keys [first, last) that hold the ranges of sorted queries [m0, m1)."""
     first = key_start[b, h, m0]

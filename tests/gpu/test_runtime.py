@@ -297,6 +297,7 @@ class Foreign:
 
     def __init__(self, torch, tensor, stream):
         self.torch, self.tensor, self.stream = torch, tensor, stream
+        self.shape, self.dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
 
     def __dlpack_device__(self):
         return self.tensor.__dlpack_device__()
