@@ -95,21 +95,17 @@ def one_pass_bytes(threads: int, bits: int, staged_rows: int) -> int:
 def choose_one_pass(lists: int, rows: int, multiprocessors: int, most_shared: int) -> OnePass:
     """Shape plan_causal's blocks: two on a multiprocessor if there are lists for it, or one.
 
-    Orders are staged in shared memory where they fit; the more buckets fit, the better. Two warps
-    less of 16 leave room for one more bit at 16384 rows, and a list whose ids do not fit is sorted
-    and searched by two more kernels.
+    Orders are staged in shared memory where they fit; the more buckets fit, the better.
     """
     threads = 128 if rows <= 1024 else 256 if rows <= 2048 else 512
-    many = (threads, 448) if threads == 512 else (threads,)
-    shapes = [(many, most_shared // 2)] if lists > multiprocessors else []
-    shapes.append(((1024 if rows > 4096 else threads,), most_shared))
+    shapes = [(threads, most_shared // 2)] if lists > multiprocessors else []
+    shapes.append((1024 if rows > 4096 else threads, most_shared))
     for staged in (True, False) if rows < _SHARED_ROWS else (False,):
-        for counts, most in shapes:
+        for threads, most in shapes:
             for bits in range(_MAX_BITS, _LEAST_BITS - 1, -1):
-                for threads in counts:
-                    size = one_pass_bytes(threads, bits, rows if staged else 0)
-                    if size <= most - _STATIC_SHARED:
-                        return OnePass(threads, size, bits, staged)
+                size = one_pass_bytes(threads, bits, rows if staged else 0)
+                if size <= most - _STATIC_SHARED:
+                    return OnePass(threads, size, bits, staged)
     return OnePass(128, one_pass_bytes(128, 0, 0), 0, staged=False)
 
 

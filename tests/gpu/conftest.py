@@ -22,6 +22,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.gpu)
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("alone") and "PYTEST_XDIST_WORKER" in os.environ:
+        pytest.skip("takes all of the card's memory, which other workers need: runs without -n")
+
+
 def pytest_runtest_teardown(item):
     """Stop the session where a kernel broke the CUDA context: nothing after it could run."""
     torch = sys.modules.get("torch")

@@ -69,6 +69,7 @@ def test_out_of_memory_in_the_middle_of_a_step(kernels, torch, backend):
     assert failures  # how many depends on what the allocator holds from before
 
 
+@pytest.mark.alone
 def test_a_card_without_memory_for_code(torch, monkeypatch):
     """The driver's own memory: loading a kernel says so, or works; later it works."""
     pytest.importorskip("cupy", reason="about the loader of the cupy backend")
