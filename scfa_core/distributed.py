@@ -30,6 +30,7 @@ from scfa_core.distributed_patterns import (
 from scfa_core.errors import OptionError, PatternError, ShapeError
 from scfa_core.patterns import Pattern
 from scfa_core.problem import as_size
+from scfa_core.torch_checks import check_tensor
 
 __all__ = [
     "distribute_pattern",
@@ -58,7 +59,7 @@ def ulysses_attention(
     ----------
     q : Tensor, (batch, heads, seqlen / ranks, head_dim)
         This rank's stretch of the sequence; ranks hold equal stretches, in order.
-    k, v : Tensor, (batch, heads_kv, seqlen / ranks, head_dim)
+    k, v : Tensor, (batch, heads_kv, seqlen_k / ranks, head_dim)
     pattern : Pattern or callable
         Of the whole sequence and all heads, the same on every rank: each takes its heads
         (`heads_of`). Or ``pattern(q, k)``, called with whole sequences of this rank's heads, to
@@ -76,13 +77,15 @@ def ulysses_attention(
     Raises
     ------
     ShapeError
-        Heads that the number of ranks does not divide.
+        Heads that the number of ranks does not divide, other axes than these.
+    DTypeError
+        What is no torch tensor.
 
     Notes
     -----
     Two all-to-alls forward, of q, k and v together and of out, and two backward; v goes apart where
-    its head_dim is another one. Every pattern works unchanged, because no sequence is cut while
-    attention runs. Source: arXiv 2309.14509.
+    its head_dim is another one, as does q where its length is. Every pattern works unchanged,
+    because no sequence is cut while attention runs. Source: arXiv 2309.14509.
     """
     _refuse_options("ulysses_attention", options)
     if not isinstance(pattern, Pattern) and not callable(pattern):
@@ -90,6 +93,7 @@ def ulysses_attention(
             "ulysses_attention takes the pattern of the whole sequence, or a function of q and k, "
             f"got {type(pattern).__name__}"
         )
+    _check_shapes(q, k, v)
     ranks = dist.get_world_size(group)
     if q.shape[1] % ranks or k.shape[1] % ranks:
         raise ShapeError(
@@ -121,13 +125,13 @@ def gathered_attention(
     ----------
     q : Tensor, (batch, heads, seqlen / ranks, head_dim)
         This rank's rows of the sequence; ranks hold equally many.
-    k, v : Tensor, (batch, heads_kv, seqlen / ranks, head_dim)
+    k, v : Tensor, (batch, heads_kv, seqlen_k / ranks, head_dim)
     pattern : Pattern
         Of the whole sequence, the same on every rank: each takes its queries (`queries_of`).
     group : ProcessGroup, optional
     rows : integer Tensor, (seqlen / ranks,), optional
-        Global row of each local one. By default ranks hold consecutive stretches, and under a
-        causal pattern later ranks have more to do; `zigzag_rows` evens that out.
+        Global row of each local one, of q and of k. By default ranks hold consecutive stretches,
+        and under a causal pattern later ranks have more to do; `zigzag_rows` evens that out.
     **options
         As for `scfa_core.attention`, but layout and lse.
 
@@ -141,7 +145,7 @@ def gathered_attention(
     PatternError
         No pattern.
     DTypeError, ShapeError
-        Rows that are no integer tensor, or not as many as q has.
+        Rows that are no integer tensor, or not as many as q and k have; other axes than these.
 
     Notes
     -----
@@ -150,16 +154,27 @@ def gathered_attention(
     """
     _refuse_options("gathered_attention", options)
     require_pattern("gathered_attention", pattern)
-    if rows is not None and len(check_rows(rows)) != q.shape[2]:
-        raise ShapeError(f"rows must name the {q.shape[2]} rows of q, got {len(rows)}")
+    _check_shapes(q, k, v)
+    if rows is not None:
+        rows = check_rows(rows)
+        for name, x in (("q", q), ("k", k)):
+            if len(rows) != x.shape[2]:
+                raise ShapeError(f"rows must name the {x.shape[2]} rows of {name}, got {len(rows)}")
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    seqlen = q.shape[2] * ranks
     k, v = from_all((k, v), rows, group)
     if rows is None:
         rows = torch.arange(rank * q.shape[2], (rank + 1) * q.shape[2], device=q.device)
-    local = queries_of(pattern, rows, seqlen, seqlen)
+    local = queries_of(pattern, rows, q.shape[2] * ranks, k.shape[2])
     out: Tensor = attention(q, k, v, local, **options)
     return out
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise on what could not be exchanged; `attention` sees to the rest."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x, "batch", "heads", "seqlen", "head_dim")
+    if k.shape[:3] != v.shape[:3]:
+        raise ShapeError(f"k and v must agree in all but the last axis, got {k.shape=}, {v.shape=}")
 
 
 def _refuse_options(name: str, options: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """Rows for heads, and keys from all ranks: the exchanges behind a sharded sequence, differentiable.
 
-Tensors of one type and head_dim travel together, in buffers whose first axis is the sequence. What
-comes from all ranks is then whole rows in order, and is used where it lies: attention takes any
-strides, so nothing is put together again.
+Tensors of one type, length and head_dim travel together, in buffers whose first axis is the
+sequence. What comes from all ranks is then whole rows in order, and is used where it lies:
+attention takes any strides, so nothing is put together again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Group: TypeAlias = "dist.ProcessGroup | None"
 Tensors = tuple[Tensor, ...]
@@ -58,10 +59,10 @@ def _size(group: Group) -> int:
 
 
 def _by_kind(function: Any, tensors: Sequence[Tensor], *arguments: Any) -> Tensors:
-    """Apply `function` to tensors of one type and last axis together, in the order of the first."""
+    """Apply `function` to tensors that differ in heads alone together, in their order."""
     kinds: dict[Any, list[int]] = {}
     for i, x in enumerate(tensors):
-        kinds.setdefault((x.dtype, x.shape[-1]), []).append(i)
+        kinds.setdefault((x.dtype, len(x), *x.shape[2:]), []).append(i)
     found = dict[int, Tensor]()
     for places in kinds.values():
         found |= zip(places, function.apply(*arguments, *(tensors[i] for i in places)), strict=True)
@@ -105,6 +106,7 @@ class _ToHeads(torch.autograd.Function):
         return _exchange_for_heads(tensors, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return (None, *_exchange_for_rows(gradients, ctx.group))
 
@@ -118,6 +120,7 @@ class _ToRows(torch.autograd.Function):
         return _exchange_for_rows(tensors, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return (None, *_exchange_for_heads(gradients, ctx.group))
 
@@ -139,6 +142,7 @@ class _FromAll(torch.autograd.Function):
         return tuple(x.permute(1, 2, 0, 3) for x in parts)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         whole = _joined([x.permute(2, 0, 1, 3) for x in gradients])
         if ctx.held is not None:

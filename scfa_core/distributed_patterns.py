@@ -39,11 +39,11 @@ def require_pattern(verb: str, pattern: Any) -> None:
 
 
 def check_rows(rows: Any) -> Tensor:
-    """Refuse rows that no pattern's arrays could be read at."""
+    """Rows as int64, in which none is too far; refuse what no pattern's arrays could be read at."""
     check_tensor("rows", rows, "n")
     if rows.is_floating_point() or rows.dtype is torch.bool:
         raise DTypeError(f"rows must be an integer tensor, got {rows.dtype}")
-    held: Tensor = rows
+    held: Tensor = rows.long()
     return held
 
 
@@ -148,7 +148,7 @@ def queries_of(pattern: Pattern, rows: Tensor, seqlen_q: int, seqlen_k: int) -> 
         Rows that are no integer tensor of one axis, sizes that are none.
     """
     require_pattern("queries_of", pattern)
-    check_rows(rows)
+    rows = check_rows(rows)
     seqlen_q, seqlen_k = as_size("seqlen_q", seqlen_q), as_size("seqlen_k", seqlen_k)
 
     def take(x: Tensor) -> Tensor:

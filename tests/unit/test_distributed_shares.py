@@ -59,39 +59,114 @@ def test_shares_are_equal_or_none():
         assert _splits_evenly(size, mesh) is even
 
 
-def test_mistakes_are_told(tmp_path):
+@pytest.fixture
+def alone(tmp_path):
+    """A group of this process only."""
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        for wrong in (Shard(2), Shard(3), [Shard(0), Shard(1)], []):
-            with pytest.raises(scfa.PatternError, match="1 dimensions"):
-                distributed.distribute_pattern(patterns()["hash"], mesh, wrong)
-        for attend in (distributed.ulysses_attention, distributed.gathered_attention):
-            for wrong in ({"layout": "bthd"}, {"return_lse": True}):
-                with pytest.raises(scfa.OptionError, match="returns out alone"):
-                    attend(*draw()[:3], scfa.Causal(), **wrong)
-            plan = scfa.make_plan(scfa.Causal(), *draw()[:2])
-            with pytest.raises(scfa.PatternError, match="pattern of the whole sequence"):
-                attend(*draw()[:3], plan)
-        with pytest.raises(scfa.PatternError, match="distribute_pattern takes the pattern"):
-            distributed.distribute_pattern(None, mesh, Shard(0))
-        with pytest.raises(scfa.PatternError, match=r"1 dimensions .* got None"):
-            distributed.distribute_pattern(scfa.Causal(), mesh, None)
-        with pytest.raises(scfa.OptionError, match="mesh must be a DeviceMesh, got NoneType"):
-            distributed.distribute_pattern(scfa.Causal(), None, Shard(0))
-        rows = torch.arange(SEQLEN)
-        for wrong, error, words in (
-            (rows[:5], scfa.ShapeError, f"name the {SEQLEN} rows of q, got 5"),
-            (rows.double(), scfa.DTypeError, "rows must be an integer tensor"),
-            (rows.tolist(), scfa.DTypeError, "rows must be a torch tensor"),
-        ):
-            with pytest.raises(error, match=words):
-                distributed.gathered_attention(*draw()[:3], scfa.Causal(), rows=wrong)
-        with pytest.raises(scfa.ShapeError, match="must be an int"):
-            distributed.zigzag_rows(8.0)
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+ATTEND = (distributed.ulysses_attention, distributed.gathered_attention)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("attend", ATTEND)
+@pytest.mark.parametrize("widths", [(16, 16), (16, 32)])
+def test_keys_may_be_more_than_queries(attend, widths):
+    q, *_ = draw()
+    k, v = (torch.randn(2, 2, 2 * SEQLEN, n) for n in widths)
+    for pattern in (
+        scfa.Causal(align="bottom-right"),
+        scfa.SlidingWindow(100, causal=False),
+        scfa.KeyRanges(torch.zeros(1, 1, SEQLEN).long(), torch.full((1, 1, SEQLEN), 40)),
+    ):
+        both = []
+        for function in (attend, scfa.attention):
+            tensors = [x.detach().requires_grad_() for x in (q, k, v)]
+            out = function(*tensors, pattern)
+            both.append([out.detach(), *torch.autograd.grad(out.square().sum(), tensors)])
+        torch.testing.assert_close(*both, rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("attend", ATTEND)
+def test_gradients_that_record_a_graph(attend):
+    tensors = [x.requires_grad_() for x in draw()]
+    losses = [f(*tensors, scfa.Causal()).square().sum() for f in (attend, scfa.attention)]
+    for mine, right in zip(
+        torch.autograd.grad(losses[0], tensors, create_graph=True),
+        torch.autograd.grad(losses[1], tensors),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, right, rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_rows_of_every_integer_type(dtype):
+    rows = torch.arange(SEQLEN).flip(0)
+    q, k, v = (x.index_select(2, rows) for x in draw())
+    out = distributed.gathered_attention(q, k, v, scfa.SlidingWindow(5), rows=rows.to(dtype))
+    right = scfa.attention(*draw(), scfa.SlidingWindow(5)).index_select(2, rows)
+    torch.testing.assert_close(out, right, rtol=0, atol=1e-6)
+
+
+def test_few_rows_among_more_than_their_type_counts():
+    rows = torch.tensor([0, 3, 100], dtype=torch.uint8)
+    mine = distributed.queries_of(scfa.SlidingWindow(200, causal=False), rows, 300, 300)
+    right = scfa.SlidingWindow(200, causal=False).mask(300, 300)[:, :, rows.long()]
+    assert (mine.mask(3, 300) == right).all()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("attend", ATTEND)
+def test_what_could_not_be_exchanged_raises(attend):
+    q, k, v = draw()
+    for wrong, error, words in (
+        ((q[0], k, v), scfa.ShapeError, r"q must have 4 axes .* got q.shape=\(4, 24, 16\)"),
+        ((q, k.numpy(), v), scfa.DTypeError, "k must be a torch tensor .* got ndarray"),
+        ((q, k, v[:, :1]), scfa.ShapeError, "k and v must agree in all but the last axis"),
+        ((q, k, v[:, :, 1:]), scfa.ShapeError, "k and v must agree in all but the last axis"),
+    ):
+        with pytest.raises(error, match=words):
+            attend(*wrong, scfa.Causal())
+    with pytest.raises(scfa.ShapeError, match="name the 12 rows of k, got 24"):
+        distributed.gathered_attention(
+            q, k[:, :, :12], v[:, :, :12], scfa.Causal(), rows=torch.arange(SEQLEN)
+        )
+
+
+@pytest.mark.usefixtures("alone")
+def test_mistakes_are_told():
+    mesh = init_device_mesh("cpu", (1,))
+    for wrong in (Shard(2), Shard(3), [Shard(0), Shard(1)], []):
+        with pytest.raises(scfa.PatternError, match="1 dimensions"):
+            distributed.distribute_pattern(patterns()["hash"], mesh, wrong)
+    for attend in ATTEND:
+        for wrong in ({"layout": "bthd"}, {"return_lse": True}):
+            with pytest.raises(scfa.OptionError, match="returns out alone"):
+                attend(*draw()[:3], scfa.Causal(), **wrong)
+        plan = scfa.make_plan(scfa.Causal(), *draw()[:2])
+        with pytest.raises(scfa.PatternError, match="pattern of the whole sequence"):
+            attend(*draw()[:3], plan)
+    with pytest.raises(scfa.PatternError, match="distribute_pattern takes the pattern"):
+        distributed.distribute_pattern(None, mesh, Shard(0))
+    with pytest.raises(scfa.PatternError, match=r"1 dimensions .* got None"):
+        distributed.distribute_pattern(scfa.Causal(), mesh, None)
+    with pytest.raises(scfa.OptionError, match="mesh must be a DeviceMesh, got NoneType"):
+        distributed.distribute_pattern(scfa.Causal(), None, Shard(0))
+    rows = torch.arange(SEQLEN)
+    for wrong, error, words in (
+        (rows[:5], scfa.ShapeError, f"name the {SEQLEN} rows of q, got 5"),
+        (rows.double(), scfa.DTypeError, "rows must be an integer tensor"),
+        (rows.tolist(), scfa.DTypeError, "rows must be a torch tensor"),
+    ):
+        with pytest.raises(error, match=words):
+            distributed.gathered_attention(*draw()[:3], scfa.Causal(), rows=wrong)
+    with pytest.raises(scfa.ShapeError, match="must be an int"):
+        distributed.zigzag_rows(8.0)
 
 
 @pytest.mark.parametrize("name", patterns())
