@@ -47,6 +47,7 @@ class Recorder:
             self.outcomes[report.outcome] += 1
             if report.failed:
                 self.failures.append(report.nodeid)
+                print(f"\nfailed: {report.nodeid}", flush=True)  # a run may be cut short
             if report.skipped:
                 self.skips.append(f"{report.nodeid}: {report.longrepr[2]}")
         if report.when == "call":
