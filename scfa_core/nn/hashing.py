@@ -179,7 +179,7 @@ class AngularHash(nn.Module):
             return tuple(angular_hash(x, directions) for x in rows)
         if self.turn is not None:  # rows times a root of the inverse: the directions take it
             with torch.no_grad(), torch.autocast(directions.device.type, enabled=False):
-                directions = self.turn @ directions.float()
+                directions = self.turn.float() @ directions.float()
         if len(rows) > len(self.centers):
             raise PatternError(f"an adapting hash takes queries and keys, got {len(rows)} tensors")
         pairs = list(zip(rows, self.centers, strict=False))
@@ -307,7 +307,11 @@ class _Center(nn.Module):
 
     @staticmethod
     def _store(buffer: Tensor, found: Tensor) -> None:
-        """Overwrite with what was found; NaN is 0 / 0, where there was no finite sequence."""
+        """Overwrite with what was found, but infinities of the buffer's type and NaN.
+
+        NaN is 0 / 0, where there was no finite sequence.
+        """
+        found = found.to(buffer.dtype)
         buffer.copy_(found.where(found.isfinite(), buffer))
 
     @torch.no_grad()

@@ -222,3 +222,22 @@ def test_a_layer_adapts_and_compiles_whole(redraw, adapt):
     assert not torch.equal(layer.hash.turn[0], torch.eye(DIM))
     step = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.isfinite(step(x)).all()
+
+
+@pytest.mark.parametrize("adapt", ["center", "whiten", "past"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_layer_in_half_precision_adapts(dtype, adapt):
+    layer = nn.HashSelfAttention(32, 2, BUCKETS, seed=3, adapt=adapt).to(dtype)
+    x = rows(0, 2, 200, 32).to(dtype) + 3
+    for training in (True, False):
+        out = layer.train(training)(x)
+        assert out.dtype == dtype
+        assert torch.isfinite(out).all()
+        layer.hash.move_centers()
+
+
+def test_covariances_beyond_half_precision_leave_no_infinity():
+    own = nn.AngularHash(2, DIM, BUCKETS, seed=3, adapt="whiten").half()
+    own(1000 * rows(0, 1, 2, 100, DIM).half())
+    own.move_centers()
+    assert all(torch.isfinite(buffer).all() for buffer in own.buffers())
