@@ -16,6 +16,7 @@ from torch.nn.functional import normalize, pad
 
 from scfa_core.api import attention
 from scfa_core.arrays import is_torch_tensor
+from scfa_core.dropping import drawn_by
 from scfa_core.errors import DTypeError, OptionError, PatternError, ShapeError
 from scfa_core.hashing import angular_hash, check_buckets
 from scfa_core.merging import namespace
@@ -260,8 +261,8 @@ def pad_index(index: Tensor, indices_per_head: Tensor, pad_idx: float = -1) -> T
 
 def _as_int32(name: str, value: Any) -> int:
     """Read a whole number, which may be a float such as 1e9."""
-    number = float(value) if isinstance(value, Real) else 0.5
-    if number % 1 or not -(2**31) <= number < 2**31:
+    number: Any = value if isinstance(value, Real) else 0.5
+    if not -(2**31) <= number < 2**31 or number % 1:
         raise OptionError(f"{name} must be a whole number of 32 bits, got {value!r}")
     return int(number)
 
@@ -310,7 +311,7 @@ def hash_attention_fn(
     _check_head_dims(Q, K)
     heads = K.shape[1] if hashes_per_head else 1
     shape = (1, heads, Q.shape[3], check_buckets(nb_hash, "nb_hash") // 2)
-    directions = normalize(torch.randn(shape, device=Q.device, generator=generator), dim=2)
+    directions = normalize(torch.randn(shape, device=Q.device, **drawn_by(generator)), dim=2)
     pattern = HashSparse(
         angular_hash(Q, directions)[0], angular_hash(K, directions)[0], include_self=False
     )
@@ -356,7 +357,7 @@ def qk_attention_fn(
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x, *_ROWS_FIRST)
     q_keep, k_keep = (
-        torch.rand(x.shape[:3], device=x.device, generator=generator) >= sparsity for x in (q, k)
+        torch.rand(x.shape[:3], device=x.device, **drawn_by(generator)) >= sparsity for x in (q, k)
     )
     out: Tensor = qk_sparse_attention(q, normalize(k, dim=-1).to(q.dtype), v, q_keep, k_keep)
     return out

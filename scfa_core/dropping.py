@@ -58,7 +58,12 @@ def random_keep(
         if not isinstance(shape, Sequence):
             raise ShapeError(f"shape must be a sequence of sizes, got {shape!r}")
         shape = [as_size("each size of shape", n) for n in shape]
-    return torch.rand(tuple(shape), device=device, generator=generator) < keep
+    return torch.rand(tuple(shape), device=device, **drawn_by(generator)) < keep
+
+
+def drawn_by(generator: torch.Generator | None) -> dict[str, Any]:
+    """Options of torch's draws: beside ``generator=None`` no size that is traced compiles."""
+    return {} if generator is None else {"generator": generator}
 
 
 def top_k_keep(scores: Tensor, k: int) -> Tensor:

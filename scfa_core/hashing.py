@@ -284,7 +284,7 @@ def bucket_balance(bucket: Any, buckets: int) -> Balance:
         raise PatternError(
             f"buckets must lie in [0, {buckets}), got values from {ids.min()} to {ids.max()}"
         )
-    flat = ids.reshape(-1, ids.shape[-1]).astype(np.int64)
+    flat = ids.reshape(math.prod(ids.shape[:-1]), ids.shape[-1]).astype(np.int64)
     counts = np.zeros((flat.shape[0], buckets), np.int64)
     np.add.at(counts, (np.arange(flat.shape[0])[:, None], flat), 1)
     seqlen = max(ids.shape[-1], 1)

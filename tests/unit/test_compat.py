@@ -299,6 +299,7 @@ COUNT = torch.ones(2, 3, dtype=torch.int64)
         ("pad_index", (INDEX, COUNT[0]), scfa.ShapeError, "indices_per_head must have 2 axes"),
         ("pad_index", (INDEX, COUNT, "x"), scfa.OptionError, "whole number of 32 bits, got 'x'"),
         ("pad_index", (INDEX, COUNT, 1e12), scfa.OptionError, "whole number of 32 bits"),
+        ("pad_index", (INDEX, COUNT, 10**400), scfa.OptionError, "whole number of 32 bits"),
         ("pad_index", (INDEX, COUNT, 0.5), scfa.OptionError, "whole number of 32 bits"),
         ("hash_attention_fn", [ROWS[0]] * 3, scfa.ShapeError, "Q must have 4 axes"),
         ("hash_attention_fn", [ROWS.numpy()] * 3, scfa.DTypeError, "Q must be a torch tensor"),
@@ -310,3 +311,19 @@ COUNT = torch.ones(2, 3, dtype=torch.int64)
 def test_what_is_held_wrong_is_told(function, arguments, error, words):
     with pytest.raises(error, match=words):
         getattr(compat, function)(*arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attend", ["hash", "qk"])
+def test_attention_fns_compile_for_any_length(attend):
+    torch._dynamo.reset()
+
+    def call(x):
+        if attend == "hash":
+            return compat.hash_attention_fn(x, x, x, 2)
+        return compat.qk_attention_fn(x, x, x, 0.0)  # none is dropped
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    for shape in ((2, 4, 20, 16), (2, 4, 33, 16)):
+        x = torch.ones(shape)  # all in one bucket
+        torch.testing.assert_close(compiled(x), call(x))

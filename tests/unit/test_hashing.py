@@ -192,6 +192,14 @@ def test_balance_counts():
         hashing.bucket_balance(ids, 3)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 0), (2, 0, 5), (0,)])
+def test_balance_of_nothing(shape):
+    balance = hashing.bucket_balance(np.zeros(shape, np.int32), 4)
+    assert balance.counts.shape == (*shape[:-1], 4)
+    assert not balance.counts.any()
+    assert (balance.largest, balance.imbalance, balance.effective_buckets) == (0, 0, 0)
+
+
 def test_random_vectors_fill_buckets_evenly():
     x = np.random.default_rng(9).standard_normal((1, 2, 4096, 64)).astype(np.float32)
     bucket = hashing.angular_hash(x, hashing.random_directions(2, 64, 16, seed=2))

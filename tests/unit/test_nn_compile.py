@@ -28,6 +28,26 @@ def test_layers_compile_to_one_graph(kind):
     assert layer.query.weight.grad.any()
 
 
+LAYERS = {
+    "dense": lambda: nn.DenseSelfAttention(WIDTH, HEADS),
+    "hash": lambda: nn.HashSelfAttention(WIDTH, HEADS, 8, rounds=2, seed=0),
+    "past": lambda: nn.HashSelfAttention(WIDTH, HEADS, 8, seed=0, adapt="past"),
+    "top-k": lambda: nn.DropSelfAttention(WIDTH, HEADS, how="top-k"),
+    "lots": lambda: nn.DropSelfAttention(WIDTH, HEADS, keep=1.0),  # all of them win
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers_compile_for_any_length(kind):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layer = LAYERS[kind]()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch, seqlen in ((2, SEQLEN), (3, 130), (2, 200)):
+        x = torch.randn(batch, seqlen, WIDTH)
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
 class Model(torch_nn.Module):
     """A language model of layers of each kind."""
 
