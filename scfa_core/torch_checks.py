@@ -17,8 +17,8 @@ def check_tensor(name: str, x: Any, *axes: str) -> Tensor:
         shape = f" ({', '.join(axes)})" if axes else ""
         raise DTypeError(f"{name} must be a torch tensor{shape}, got {type(x).__name__}")
     if axes and x.ndim != len(axes):
+        count = "1 axis" if len(axes) == 1 else f"{len(axes)} axes"
         raise ShapeError(
-            f"{name} must have {len(axes)} axes ({', '.join(axes)}), got "
-            f"{name}.shape={tuple(x.shape)}"
+            f"{name} must have {count} ({', '.join(axes)}), got {name}.shape={tuple(x.shape)}"
         )
     return x

@@ -109,10 +109,13 @@ def in_processes(
                 waiting = deque(entry for entry in waiting if not entry[1].cancel())
     except BrokenProcessPool as error:
         begun = [seed for seed, future in waiting if not future.done() or future.exception()]
-        raise ScfaError(
-            f"a process died at one of the {what} {begun[0]} to "
-            f"{begun[: 3 * pool.workers][-1]}: run these without workers to see at which ({error})"
-        ) from error
+        where = f"while it had nothing to do, after some of the {what}"
+        if begun:
+            where = (
+                f"at one of the {what} {begun[0]} to {begun[: 3 * pool.workers][-1]}: run these "
+                "without workers to see at which"
+            )
+        raise ScfaError(f"a process died {where} ({error})") from error
     finally:
         for _, future in waiting:
             future.cancel()

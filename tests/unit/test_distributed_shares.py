@@ -226,7 +226,7 @@ def test_shares_of_heads_that_do_not_fit_raise(arguments, error, words):
         ((3, torch.tensor([1]), 6, 6), scfa.PatternError, "queries_of takes the pattern"),
         ((scfa.Causal(), [1, 2], 6, 6), scfa.DTypeError, "torch tensor .*got list"),
         ((scfa.Causal(), torch.tensor([1.0]), 6, 6), scfa.DTypeError, "integer tensor"),
-        ((scfa.Causal(), torch.tensor([[1]]), 6, 6), scfa.ShapeError, "must have 1 axes"),
+        ((scfa.Causal(), torch.tensor([[1]]), 6, 6), scfa.ShapeError, r"must have 1 axis \(n\)"),
         ((scfa.Causal(), torch.tensor([1]), "6", 6), scfa.ShapeError, "seqlen_q must be an int"),
     ],
 )

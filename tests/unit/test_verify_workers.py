@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from scfa_core import campaign, cli, verify
 from scfa_core.errors import ScfaError
 from scfa_core.verify_findings import Finding
-from scfa_core.verify_workers import ONE_THREAD, in_processes, processes
+from scfa_core.verify_workers import ONE_THREAD, Pool, in_processes, processes
 
 
 @pytest.fixture
@@ -56,6 +57,14 @@ def test_a_pool_serves_again_after_it_ran_out_of_time(pool):
 def test_a_dead_process_is_told_with_its_seeds(pool):
     with pytest.raises(ScfaError, match="a process died at one of the seeds 5 to 6"):
         list(in_processes(os._exit, range(5, 7), pool))
+
+
+def test_a_process_that_died_between_seeds_is_told():
+    def submit(*_):
+        raise BrokenProcessPool("terminated")
+
+    with pytest.raises(ScfaError, match="died while it had nothing to do, after some of the seeds"):
+        list(in_processes(abs, range(3), Pool(SimpleNamespace(submit=submit), 1)))
 
 
 def test_an_error_of_a_task_is_raised(pool):
