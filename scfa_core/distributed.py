@@ -130,8 +130,10 @@ def gathered_attention(
         Of the whole sequence, the same on every rank: each takes its queries (`queries_of`).
     group : ProcessGroup, optional
     rows : integer Tensor, (seqlen / ranks,), optional
-        Global row of each local one, of q and of k. By default ranks hold consecutive stretches,
-        and under a causal pattern later ranks have more to do; `zigzag_rows` evens that out.
+        Global row of each local one, of q and of k; all ranks together name each row once (which is
+        not checked, as that would wait for the device). By default ranks hold consecutive
+        stretches, and under a causal pattern later ranks have more to do; `zigzag_rows` evens that
+        out.
     **options
         As for `scfa_core.attention`, but layout and lse.
 
