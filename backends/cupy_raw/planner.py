@@ -1,9 +1,10 @@
-"""Clauses to plan, on the device: one to three launches, no look at a value, no wait.
+"""Clauses to plan, on the device: one to five launches, no look at a value, no wait.
 
 Mirrors cuda/plan_params.cuh field by field. Lists are sorted by plan_sort and ranges found by
 plan_ranges; where there is nothing to sort, plan_identity writes both at once. plan_causal goes
 first where the clauses are simple enough, and leaves the others only the lists whose ids it cannot
-take in one pass, which the device alone knows.
+take in one pass, which the device alone knows. Few long lists are shared by several blocks: then
+three plan_parts kernels take plan_causal's place.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from scfa_core.lowering import Clauses
 from scfa_core.plan import PlanAddresses, PlanArrays
 from scfa_core.problem import Problem
 
-KERNEL_NAMES = ("plan_causal", "plan_sort", "plan_ranges", "plan_identity")
+PART_KERNELS = ("plan_parts_survey", "plan_parts_count", "plan_parts_place")
+KERNEL_NAMES = ("plan_causal", *PART_KERNELS, "plan_sort", "plan_ranges", "plan_identity")
 MAX_COLUMNS = 8  # kMaxColumns
 RANGE_TILE = 4096  # kTile of plan_ranges
 IDENTITY_TILE = 1024  # kTile of plan_identity
@@ -34,6 +36,10 @@ _SHARED_ROWS = 1 << 16  # the order buffer in shared memory holds 16-bit rows
 _STATIC_SHARED = 2048  # of plan_sort or plan_causal, rounded up
 _MAX_BITS = 8  # kMaxDigitBits
 _LEAST_BITS = 5  # of plan_causal where shared memory is short
+_SURVEY_WORDS = 10  # PartSurvey
+_LEAST_ROWS = 16384  # of lists that several blocks share
+_LEAST_PART = 1024  # rows
+_PART_SHAPES = ((512, 8192), (512, 4096), (256, 2048))  # threads, and rows of a part at most
 
 _COLUMN = struct.Struct("<Qqqqq")
 _LIST_TAIL = struct.Struct("<QQQiiii")
@@ -78,18 +84,39 @@ def sort_capacity(threads: int, lengths: tuple[int, int], most_shared: int) -> i
 
 
 class OnePass(NamedTuple):
-    """How plan_causal is launched."""
+    """How plan_causal, or the plan_parts kernels, are launched."""
 
     threads: int
     shared_bytes: int
     max_bits: int
     staged: bool  # rows are ordered in shared memory
+    part_rows: int = 0  # rows that one block takes; 0: the whole list, by plan_causal
+
+    def parts(self, rows: int) -> int:
+        """Blocks of a list."""
+        return -(-rows // self.part_rows) if self.part_rows else 1
+
+
+def count_bytes(threads: int, bits: int) -> int:
+    """Shared memory for the counts of both sides, 32 bits for each warp and bin."""
+    return 2 * 4 * (threads // 32) * ((1 << bits) + 1)
 
 
 def one_pass_bytes(threads: int, bits: int, staged_rows: int) -> int:
-    """Dynamic shared memory of plan_causal: counts and first places of both sides, three orders."""
-    counts = 2 * 4 * (threads // 32 * ((1 << bits) + 1) + (1 << bits))
-    return counts + 16 + 3 * 2 * (staged_rows + 7)
+    """Dynamic shared memory of plan_causal: first places and counts of both sides, three orders.
+
+    Beside orders counts are kept in 16 bits. They are made in 32, where the orders come later.
+    """
+    bins, counts = 1 << bits, count_bytes(threads, bits)
+    if not staged_rows:
+        return 2 * 4 * bins + 16 + counts
+    kept = 2 * 2 * (threads // 32) * (bins + 2)
+    return 2 * 4 * bins + kept + 16 + max(3 * 2 * (staged_rows + 7), counts)
+
+
+def part_bytes(threads: int, bits: int, part_rows: int) -> int:
+    """Dynamic shared memory of plan_parts_place: sums, counts, three orders, bins of both sides."""
+    return 6 * 4 * (1 << bits) + count_bytes(threads, bits) + 16 + 8 * part_rows
 
 
 def choose_one_pass(lists: int, rows: int, multiprocessors: int, most_shared: int) -> OnePass:
@@ -107,6 +134,25 @@ def choose_one_pass(lists: int, rows: int, multiprocessors: int, most_shared: in
                 if size <= most - _STATIC_SHARED:
                     return OnePass(threads, size, bits, staged)
     return OnePass(128, one_pass_bytes(128, 0, 0), 0, staged=False)
+
+
+def choose_parts(lists: int, rows: int, multiprocessors: int, most_shared: int) -> OnePass | None:
+    """Share lists that are few and long among enough blocks to fill the card, two at a time.
+
+    The card is filled several times where parts would not fit shared memory otherwise. None where
+    plan_causal serves as well, or where there is too little shared memory.
+    """
+    if rows < _LEAST_ROWS or 2 * lists > multiprocessors:
+        return None
+    wanted = -(-rows // (2 * multiprocessors // lists))
+    for most in (most_shared // 2, most_shared):
+        for threads, most_rows in _PART_SHAPES:
+            times = -(-wanted // most_rows)
+            part_rows = max(-(-wanted // (times * threads)) * threads, _LEAST_PART)
+            size = part_bytes(threads, _MAX_BITS, part_rows)
+            if part_bytes(threads, _MAX_BITS, most_rows) <= most - _STATIC_SHARED:
+                return OnePass(threads, size, _MAX_BITS, staged=True, part_rows=part_rows)
+    return None
 
 
 def fits_one_pass(problem: Problem, clauses: Clauses) -> bool:
@@ -136,7 +182,7 @@ def sort_params(
     one_pass: OnePass | None,
 ) -> bytes:
     """Pack SortParams; query lists borrow key_start as scratch, which plan_ranges fills later."""
-    max_bits, staged = (one_pass.max_bits, one_pass.staged) if one_pass else (0, False)
+    one_pass = one_pass or OnePass(0, 0, 0, staged=False)
     queries = _LIST_TAIL.pack(
         plan.q_index.pointer,
         plan.q_count.pointer,
@@ -170,10 +216,10 @@ def sort_params(
                 done,
                 capacity,
                 problem.group_size,
-                max_bits,
-                staged,
+                one_pass.max_bits,
+                one_pass.staged,
                 clauses.hi_offset == 1,
-                0,
+                one_pass.part_rows,
             ),
         )
     )
@@ -235,19 +281,45 @@ def _needs_sort(clauses: Clauses) -> bool:
     return bool(clauses.q_groups or clauses.q_keeps or clauses.k_keeps)
 
 
-def _workspace(problem: Problem, clauses: Clauses) -> tuple[int, int]:
-    """Words for scratch of the key lists, and for the flags after them; 0, 0: none is needed."""
+def _one_pass(problem: Problem, clauses: Clauses, device: int) -> OnePass | None:
+    """How the kernels that go first are launched; None: not at all."""
+    if not fits_one_pass(problem, clauses):
+        return None
+    how = (
+        problem.batch * problem.heads,
+        problem.seqlen_q,
+        multiprocessors(device),
+        shared_limit(device),
+    )
+    return choose_parts(*how) or choose_one_pass(*how)
+
+
+def _workspace(problem: Problem, clauses: Clauses, one_pass: OnePass | None) -> tuple[int, int]:
+    """Words for scratch of the key lists, and for the flags after them; 0, 0: none is needed.
+
+    What blocks of a list share lies in the scratch, which is free until plan_sort.
+    """
     if not _needs_sort(clauses):
         return 0, 0
     query_rows = problem.batch * problem.heads * problem.seqlen_q
     key_rows = problem.batch * problem.heads_kv * problem.seqlen_k
-    if fits_one_pass(problem, clauses):
-        return key_rows, problem.batch * problem.heads
+    if one_pass:
+        lists, shared_words = problem.batch * problem.heads, 0
+        if one_pass.part_rows:
+            part_words = _SURVEY_WORDS + (2 << one_pass.max_bits)
+            shared_words = lists * one_pass.parts(problem.seqlen_q) * part_words
+        return max(key_rows, shared_words), lists
     return (key_rows, 0) if key_rows > query_rows else (0, 0)  # else key_end, filled later, serves
 
 
 def _steps(
-    problem: Problem, clauses: Clauses, plan: PlanArrays, device: int, k_scratch: int, done: int
+    problem: Problem,
+    clauses: Clauses,
+    plan: PlanArrays,
+    device: int,
+    one_pass: OnePass | None,
+    k_scratch: int,
+    done: int,
 ) -> list[_Step]:
     """What to launch, in order; `k_scratch` and `done` are where `_workspace` is, or 0."""
     n_query_lists = problem.batch * problem.heads
@@ -261,18 +333,18 @@ def _steps(
     lengths = (problem.seqlen_q, problem.seqlen_k)
     threads = sort_threads(max(lengths))
     capacity = sort_capacity(threads, lengths, shared_limit(device))
-    one_pass = None
-    if fits_one_pass(problem, clauses):
-        one_pass = choose_one_pass(
-            n_query_lists, problem.seqlen_q, multiprocessors(device), shared_limit(device)
-        )
     params = sort_params(
         problem, clauses, plan, k_scratch or plan.key_end.pointer, done, capacity, one_pass
     )
     if one_pass:
-        causal = _kernel("plan_causal", device)
-        grid = (n_query_lists, 1, 1)
-        steps.append(_Step(causal, grid, one_pass.threads, one_pass.shared_bytes, params))
+        blocks = n_query_lists * one_pass.parts(problem.seqlen_q)
+        shared = {"plan_causal": one_pass.shared_bytes}
+        if one_pass.part_rows:
+            counts = count_bytes(one_pass.threads, one_pass.max_bits)
+            shared = dict(zip(PART_KERNELS, (0, counts, one_pass.shared_bytes), strict=True))
+        for name, shared_bytes in shared.items():
+            kernel = _kernel(name, device)
+            steps.append(_Step(kernel, (blocks, 1, 1), one_pass.threads, shared_bytes, params))
     grid = (n_query_lists + n_key_lists, 1, 1)
     shared_bytes = sort_shared_bytes(threads, capacity)
     steps.append(_Step(_kernel("plan_sort", device), grid, threads, shared_bytes, params))
@@ -296,18 +368,21 @@ def run_make_plan(problem: Problem, clauses: Clauses, plan: PlanArrays, ctx: Cal
     """Fill `plan` on the stream of `ctx`.
 
     Workspace: 4 bytes per key row where plan_causal goes first or the keys outnumber the query
-    rows, and 4 bytes per list.
+    rows, and 4 bytes per list. Where several blocks share a list, 2 KB for each of them if that is
+    more than the key rows take.
     """
-    k_scratch, done = _allocate(_workspace(problem, clauses), ctx)
+    one_pass = _one_pass(problem, clauses, ctx.device)
+    k_scratch, done = _allocate(_workspace(problem, clauses, one_pass), ctx)
     for kernel, grid, threads, shared_bytes, params in _steps(
-        problem, clauses, plan, ctx.device, k_scratch, done
+        problem, clauses, plan, ctx.device, one_pass, k_scratch, done
     ):
         kernel.launch(grid, threads, shared_bytes, ctx.stream, params)
 
 
 def bind_make_plan(problem: Problem, clauses: Clauses, device: int) -> Bound:
     """Settle all of `run_make_plan` but addresses; those in `clauses` do not matter."""
-    workspace = _workspace(problem, clauses)
+    one_pass = _one_pass(problem, clauses, device)
+    workspace = _workspace(problem, clauses, one_pass)
     slots = marks(_PLAN_SLOTS + 2 + len(clauses.arrays))
     clauses = clauses.with_arrays(
         x._replace(pointer=mark)
@@ -318,7 +393,7 @@ def bind_make_plan(problem: Problem, clauses: Clauses, device: int) -> Bound:
     k_scratch = slots[_PLAN_SLOTS] if workspace[0] else 0
     done = slots[_PLAN_SLOTS + 1] if workspace[1] else 0
     launches: dict[bytes, list[Callable[[int, bytes], None]]] = {}  # by their common argument
-    for step in _steps(problem, clauses, plan, device, k_scratch, done):
+    for step in _steps(problem, clauses, plan, device, one_pass, k_scratch, done):
         enqueue = step.kernel.bind(step.grid, step.threads, step.shared_bytes)
         launches.setdefault(step.params, []).append(enqueue)
     groups = [(Template(params, len(slots)).fill, group) for params, group in launches.items()]

@@ -13,8 +13,10 @@ import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
+from scfa_core.backends.cupy_raw import planner
 
 import scfa_core as scfa
 from scfa_core.dispatch import load_backend
@@ -92,6 +94,7 @@ class Lists(NamedTuple):
     keeps: int = 0
     ranges: str = ""  # integer type of start and end
     causal: bool = True
+    shared: bool = True  # cupy may let several blocks share a list
 
 
 PLANNER = (
@@ -111,9 +114,10 @@ PLANNER = (
     Lists(1030, 1030, ("few",), ranges="int64"),
     Lists(900, 1030, ("far",), keeps=1, ranges="int32", causal=False),
 )
-LONG_LISTS = (  # blocks of 1024 threads; orders that 16 bits cannot hold
+LONG_LISTS = (  # blocks of 1024 threads; several blocks a list; orders that 16 bits cannot hold
     Lists(4100, 4100, ("bytes",), keeps=1),
-    Lists(65_537, 65_537, ("few",)),
+    Lists(65_537, 65_537, ("few",), shared=False),
+    Lists(16_390, 16_390, ("few",), keeps=1),
     Lists(65_540, 65_538, ("few",)),
 )
 
@@ -190,7 +194,9 @@ def run_lists(backend, device, lists):
         start = torch.randint(-5, lists.seqlen_k, q_shape, dtype=dtype)
         pattern = pattern & scfa.KeyRanges(start.to(device), (start + 100).to(device))
     q, k = (torch.zeros((*shape, 16)).to(device) for shape in (q_shape, k_shape))
-    plan = scfa.make_plan(pattern, q, k, backend=backend)
+    least = planner._LEAST_ROWS if lists.shared else 1 << 31
+    with mock.patch.object(planner, "_LEAST_ROWS", least):
+        plan = scfa.make_plan(pattern, q, k, backend=backend)
     read(plan.q_index, plan.q_count, plan.k_index, plan.k_count, plan.key_start, plan.key_end)
 
 

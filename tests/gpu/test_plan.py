@@ -63,6 +63,17 @@ def test_lengths(equal, seqlen, number):
     equal(problem, Clauses((q_group,), (k_group,), hi_offset=1))
 
 
+@pytest.mark.parametrize("seqlen", [1, 33, 4097, 16383, 16384, 16385, 40000, 70001])
+@pytest.mark.parametrize(("number", "share"), [(60, 1.0), (60, 0.7), (200, 1.0), (200, 0.7)])
+def test_as_many_keys_as_queries(equal, seqlen, number, share):
+    """Lists of one pass: by one block each, by several, or (nine bits) left to plan_sort."""
+    rng = np.random.default_rng(seqlen)
+    problem = problem_of(1, 4, 2, seqlen, seqlen)
+    q_group, k_group = random_groups(rng, problem, number)
+    keeps = [(rng.random(x.shape) < share).astype(np.uint8) for x in (q_group, k_group)]
+    equal(problem, Clauses((q_group,), (k_group,), *((x,) for x in keeps), None, 1))
+
+
 @pytest.mark.parametrize("style", testing.GROUP_STYLES)
 def test_styles_of_ids(equal, style):
     parts = (testing.Part("hash", style, 16), testing.Part("keep", "uniform", 50))

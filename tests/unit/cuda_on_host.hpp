@@ -128,7 +128,7 @@ void launch(Kernel kernel, const Params& params, unsigned grid, int threads, int
   blockDim = {(unsigned)threads, 1, 1};
   for (unsigned b = 0; b < grid; ++b) {
     std::memset(shared.data(), 0xa5, shared.size());
-    blockIdx = {b, 0, 0};
+    blockIdx = {order == 1 ? grid - 1 - b : b, 0, 0};
     body = [&] { kernel(params); };
     run_block(threads, order);
   }
@@ -189,5 +189,11 @@ template <class T>
 T atomicMin(T* place, T value) {
   T old = *place;
   if (value < old) *place = value;
+  return old;
+}
+template <class T>
+T atomicMax(T* place, T value) {
+  T old = *place;
+  if (value > old) *place = value;
   return old;
 }

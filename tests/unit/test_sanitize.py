@@ -116,6 +116,7 @@ def test_every_planner_kernel_and_block(sanitize, monkeypatch):
     assert names == set(planner.KERNEL_NAMES)
     assert {threads for name, threads in seen if name == "plan_sort"} == {128, 256, 512}
     assert {threads for name, threads in seen if name == "plan_causal"} == {128, 256, 512, 1024}
+    assert {threads for name, threads in seen if name in planner.PART_KERNELS} == {512}
     assert staged == capacities == {True, False}
 
 

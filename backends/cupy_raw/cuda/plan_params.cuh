@@ -24,14 +24,14 @@ struct ListSet {
 struct SortParams {
   ListSet queries, keys;
   i64 n_query_lists;    // batch * heads; key lists follow
-  int* key_start;       // (batch, heads, seqlen_q) out, by plan_causal only; likewise key_end
+  int* key_start;       // (batch, heads, seqlen_q) out, by plan_causal or plan_parts only; likewise key_end
   int* key_end;
-  int* done;            // (batch, heads): 1 where plan_causal served the list; null where it did not run
+  int* done;            // (batch, heads): 1 where plan_causal or plan_parts served the list; null where neither ran
   int capacity;         // plan_sort: rows of the order buffer in shared memory
   int group_size;       // query heads per key head
-  int max_bits, staged; // plan_causal: bits of a digit, whether rows are ordered in shared memory
+  int max_bits, staged; // of these two: bits of a digit; plan_causal: whether rows are ordered in shared memory
   int sees_itself;      // plan_causal: whether row i sees key i, or only those before it
-  int unused;
+  int part_rows;        // plan_parts_*: rows of a list that one block takes; what they share lies in keys.scratch
 };
 
 struct RangeParams {

@@ -1,0 +1,137 @@
+// Queries and keys of one (batch, head) ordered together, by digits common to both: when row i is placed, the running
+// count of the keys in its group is the end of its range. Shared by plan_causal and the plan_parts kernels.
+#pragma once
+#include "sort.cuh"
+
+__device__ __forceinline__ int warp_sum(int x) {
+  for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(kEveryLane, x, step);
+  return x;
+}
+
+// The group column and the keep columns of one side, with batch and head fixed; thread t of kMaxColumns + 1.
+__device__ inline void fix_side(const ListSet& set, int batch, int head, ListRows& list, int t) {
+  if (t < kMaxColumns) {
+    list.keeps[t] = column_row(set.keeps[t], batch, head, 1);
+  } else {
+    list.groups[0] = column_row(set.groups[0], batch, head, 0);
+    list.n_groups = set.n_groups;
+    list.n_keeps = set.n_keeps;
+    list.length = set.length;
+  }
+}
+
+// Turns the total of each bin into the place of its first row; called by one warp.
+__device__ __forceinline__ void scan_bins(int* firsts, int bins) {
+  const int lane = threadIdx.x % 32;
+  int carry = 0;
+  for (int start = 0; start < bins; start += 32) {
+    const int count = start + lane < bins ? firsts[start + lane] : 0;
+    int sum = count;
+    for (int step = 1; step < 32; step <<= 1) {
+      const int below = __shfl_up_sync(kEveryLane, sum, step);
+      if (lane >= step) sum += below;
+    }
+    if (start + lane < bins) firsts[start + lane] = carry + sum - count;
+    carry += __shfl_sync(kEveryLane, sum, 31);
+  }
+}
+
+// Entries between the counts of two warps: an odd number of words, so that a column lies in 32 banks.
+template <class Count>
+__device__ __forceinline__ int pitch_of(int bins) { return bins + 4 / (int)sizeof(Count); }
+
+// before[warp][bin] = rows of `bin` before this warp's stretch, firsts[bin] = first place of the bin; by all threads.
+// `before` may be `counts` itself.
+template <class Count>
+__device__ inline void scan_counts(const int* counts, Count* before, int* firsts, int bins, int first_warp) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
+  for (int bin = warp; bin < bins; bin += n_warps) {
+    const int count = lane < n_warps ? counts[lane * pitch_of<int>(bins) + bin] : 0;
+    int sum = count;
+    for (int step = 1; step < 32; step <<= 1) {
+      const int below = __shfl_up_sync(kEveryLane, sum, step);
+      if (lane >= step) sum += below;
+    }
+    if (lane < n_warps) before[lane * pitch_of<Count>(bins) + bin] = (Count)(sum - count);
+    if (lane == 31) firsts[bin] = sum;
+  }
+  __syncthreads();  // firsts holds the total of each bin
+  if (warp == first_warp) scan_bins(firsts, bins);
+}
+
+// Walks rows [begin, end) in order, kUnroll rounds of 32 at a time: visit(rows, digits of queries, of keys, rows left).
+template <class Visit>
+__device__ __forceinline__ void walk_both(
+    const ListRows& queries, const ListRows& keys, const DigitCursor& cursor, const Digit& digit, int begin, int end,
+    Visit visit) {
+  const int lane = threadIdx.x % 32;
+  for (int round = begin; round < end; round += 32 * kUnroll) {
+    int rows[kUnroll];
+    u32 of_query[kUnroll], of_key[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) rows[u] = round + 32 * u + lane < end ? round + 32 * u + lane : 0;
+    digits_of(queries, cursor, digit, rows, of_query);
+    digits_of(keys, cursor, digit, rows, of_key);
+    visit(rows, of_query, of_key, end - round);
+  }
+}
+
+// Adds the rows [begin, end) to this warp's counts.
+__device__ __forceinline__ void count_both(
+    const ListRows& queries, const ListRows& keys, const DigitCursor& cursor, const Digit& digit, int begin, int end,
+    int* my_queries, int* my_keys) {
+  const int lane = threadIdx.x % 32;
+  walk_both(queries, keys, cursor, digit, begin, end, [&](const int(&)[kUnroll], const u32(&of_query)[kUnroll], const u32(&of_key)[kUnroll], int left) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (32 * u + lane < left) {
+        atomicAdd(&my_queries[of_query[u]], 1);
+        atomicAdd(&my_keys[of_key[u]], 1);
+      }
+    }
+  });
+}
+
+// Calls put(row, digit of query, of key, place of query, of key, end of the query's range) for rows [begin, end): rows
+// of one digit keep their order, over warps, rounds and lanes. `my_queries` and `my_keys` are the rows of each digit
+// before; `k_count` is the end for dropped queries.
+template <class Count, class Put>
+__device__ __forceinline__ void place_both(
+    const ListRows& queries, const ListRows& keys, const DigitCursor& cursor, const Digit& digit, int begin, int end,
+    const int* query_firsts, const int* key_firsts, Count* my_queries, Count* my_keys, int k_count, int sees_itself,
+    Put put) {
+  const int lane = threadIdx.x % 32;
+  walk_both(queries, keys, cursor, digit, begin, end, [&](const int(&rows)[kUnroll], const u32(&of_query)[kUnroll], const u32(&of_key)[kUnroll], int left) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (32 * u >= left) break;  // the same for all lanes
+      const bool present = 32 * u + lane < left;
+      const u32 active = __ballot_sync(kEveryLane, present);
+      u32 same_queries = active, same_keys = active, group_keys = active;  // lanes with this query's, key's group
+#pragma unroll
+      for (int b = 0; b < kMaxDigitBits; ++b) {
+        if (b == digit.bits) break;  // the same for all lanes
+        const bool query_one = of_query[u] >> b & 1, key_one = of_key[u] >> b & 1;
+        const u32 queries_one = __ballot_sync(kEveryLane, query_one), keys_one = __ballot_sync(kEveryLane, key_one);
+        same_queries &= query_one ? queries_one : ~queries_one;
+        same_keys &= key_one ? keys_one : ~keys_one;
+        group_keys &= query_one ? keys_one : ~keys_one;
+      }
+      const u32 below = (1u << lane) - 1, seen = below | (u32)sees_itself << lane;
+      int query_place = 0, key_place = 0, stop = 0;
+      if (present) {
+        query_place = query_firsts[of_query[u]] + my_queries[of_query[u]] + __popc(same_queries & below);
+        key_place = key_firsts[of_key[u]] + my_keys[of_key[u]] + __popc(same_keys & below);
+        stop = key_firsts[of_query[u]] + my_keys[of_query[u]] + __popc(group_keys & seen);
+        if (digit.tests_keep && of_query[u] == digit.dropped) stop = k_count;
+      }
+      __syncwarp();  // all lanes have read the counts that the leaders change
+      if (present) {
+        put(rows[u], of_query[u], of_key[u], query_place, key_place, stop);
+        if (lane == __ffs(same_queries) - 1) my_queries[of_query[u]] += (Count)__popc(same_queries);
+        if (lane == __ffs(same_keys) - 1) my_keys[of_key[u]] += (Count)__popc(same_keys);
+      }
+      __syncwarp();  // the next round reads the new counts
+    }
+  });
+}
