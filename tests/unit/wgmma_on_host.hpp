@@ -99,12 +99,6 @@ inline int2 shared_load_pair(unsigned address) { return *(const int2*)(dynamic_s
 inline int __float_as_int(float x) { return bits_of<int>(x); }
 
 template <class T>
-T atomicMax(T* place, T value) {
-  T old = *place;
-  if (value > old) *place = value;
-  return old;
-}
-template <class T>
 T __shfl_sync(unsigned, T value, int lane, int width) {
   return host::exchange(value, host::current % 32 / width * width + lane);
 }
