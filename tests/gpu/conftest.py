@@ -11,6 +11,7 @@ from scfa_core import testing
 
 BACKENDS = tuple(os.environ.get("SCFA_GPU_BACKENDS", "cupy").split(","))
 REQUIRED = "gpu" in os.environ.get("SCFA_REQUIRE", "").split(",")
+MOST_KEPT = 2**29  # bytes of torch's cache that a test leaves to the next
 GUARD = 512  # elements before and after every tensor
 MARGIN = 1024  # bytes before and after plans, lse and workspace; keeps their 512-byte alignment
 MARGIN_BYTE, UNWRITTEN_BYTE = 0xA5, 0xFF  # the latter makes NaN and -1
@@ -24,7 +25,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_runtest_setup(item):
     if item.get_closest_marker("alone") and "PYTEST_XDIST_WORKER" in os.environ:
-        pytest.skip("takes all of the card's memory, which other workers need: runs without -n")
+        pytest.skip("takes much of the card's memory, which other workers need: runs without -n")
 
 
 def pytest_runtest_teardown(item):
@@ -37,6 +38,9 @@ def pytest_runtest_teardown(item):
     except RuntimeError as error:
         first_line = str(error).splitlines()[0]
         item.session.shouldstop = f"{item.nodeid} broke the CUDA context: {first_line}"
+        return
+    if torch.cuda.memory_reserved() > MOST_KEPT:
+        torch.cuda.empty_cache()  # workers share the card
 
 
 def missing(reason):

@@ -8,6 +8,8 @@ from scfa_core import testing
 from scfa_core.testing import Part, Results, Spec
 from scfa_core.verify import carried_pattern
 
+pytestmark = pytest.mark.alone  # buffers of 4 to 8 GiB
+
 ROWS, KEYS = 5, 4
 FAR = 2**31 + 64  # elements: beyond int32, and as bytes beyond what one multiply spans
 STRIDES = {  # of (batch, heads, rows) in elements

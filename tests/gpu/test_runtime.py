@@ -224,6 +224,7 @@ def test_float32_stays_float32_where_torch_may_use_tf32(kernels, torch, backend)
     assert_same(torch, right, again)
 
 
+@pytest.mark.alone
 def test_tensors_beyond_two_to_the_31_elements(kernels, torch, backend):
     """The last heads begin beyond 2^31 elements: every offset must be 64 bits wide."""
     free, _ = torch.cuda.mem_get_info()

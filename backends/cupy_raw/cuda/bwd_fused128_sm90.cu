@@ -45,6 +45,9 @@ __device__ __forceinline__ void add_fetched(float (&grad)[32], Shared shared, co
     grad[i] += __int_as_float(other.x);
     grad[i + 1] += __int_as_float(other.y);
   }
+  // The next bulk copy into this room comes after these reads: without the fence it overtook them, in
+  // one call of fifty on a busy card.
+  shared_writes_fence();
   barrier_release(shared.sum_empty(turn.carrier), lane);
 }
 
