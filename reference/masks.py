@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+_KINDS = ("Causal", "HashSparse", "QKSparse", "Documents", "SlidingWindow", "KeyRanges")
+
+
 def to_host(x: Any) -> NDArray[Any]:
     """Bring an array of any library to NumPy (a copy from a GPU)."""
     if hasattr(x, "detach"):
@@ -27,7 +30,10 @@ def _spread(x: Any, shape: tuple[int, ...], name: str) -> NDArray[Any]:
     try:
         return np.broadcast_to(to_host(x), shape)
     except ValueError as error:
-        raise ShapeError(f"{name} must broadcast to {shape}, got {x.shape=}") from error
+        raise ShapeError(
+            f"{name} must broadcast to {shape}, got shape {tuple(x.shape)}; mask takes batch=, "
+            "heads= and heads_kv= (1 by default)"
+        ) from error
 
 
 def _python_ints(x: NDArray[Any]) -> NDArray[Any]:
@@ -42,7 +48,7 @@ def _part_mask(part: Any, batch: int, heads: int, heads_kv: int, tq: int, tk: in
     q_shape, k_shape = (batch, heads, tq), (batch, heads_kv, tk)
     group = heads // heads_kv if heads_kv else 1
     reach = tq + tk  # no two positions are further apart: larger numbers may not fit in 64 bits
-    kind = type(part).__name__
+    kind = next((base.__name__ for base in type(part).__mro__ if base.__name__ in _KINDS), "")
 
     def per_query_head(x: NDArray[Any]) -> NDArray[Any]:
         return np.repeat(x, group, axis=1)
@@ -76,7 +82,7 @@ def _part_mask(part: Any, batch: int, heads: int, heads_kv: int, tq: int, tk: in
         end = _spread(part.end, q_shape, "end")[..., None]
         allowed = (start <= j) & (j < end)
     else:
-        raise PatternError(f"no definition for {part!r}")
+        raise PatternError(f"no definition for {part!r}: it is none of {', '.join(_KINDS)}")
     return np.broadcast_to(allowed, (batch, heads, tq, tk))
 
 

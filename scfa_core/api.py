@@ -147,7 +147,7 @@ def attention_backward(
     v: Any,
     out: Any,
     lse: Any,
-    pattern: Pattern | Plan,
+    pattern: Pattern | Plan | None = None,
     *,
     softmax_scale: float | None = None,
     layout: str = "bhtd",
@@ -180,6 +180,7 @@ def attention_backward(
     Cost: 10 * visible pairs * head_dim flop by the usual count. Bitwise deterministic by default.
     """
     check_flag("deterministic", deterministic)
+    pattern = Causal() if pattern is None else pattern
     if is_torch_tensor(q):
         from scfa_core import torch_bridge
 

@@ -221,6 +221,10 @@ class NumpyFramework(_ArrayModule):
     name = "numpy"
     xp = np
 
+    def owns(self, x: Any) -> bool:
+        """Whether `x` is an array of NumPy's, without a mask that would be lost."""
+        return isinstance(x, np.ndarray) and not isinstance(x, np.ma.MaskedArray)
+
     def native(self, x: np.ndarray, memory: str) -> np.ndarray:
         """Hand `x` over, or say why this memory cannot be served."""
         if memory != "host":
@@ -330,6 +334,11 @@ def is_numba_device_array(x: Any) -> bool:
     )
 
 
+def _is_symbolic(x: Any) -> bool:
+    """Whether `x` comes from torch.fx's symbolic tracing, and so has every attribute there is."""
+    return type(x).__module__ == "torch.fx.proxy"
+
+
 def _on_cuda(x: Any) -> bool:
     return hasattr(x, "__cuda_array_interface__") or (
         hasattr(x, "__dlpack_device__") and x.__dlpack_device__()[0] == 2
@@ -345,6 +354,11 @@ def framework_of(name: str, x: Any) -> Framework:
         `x` is no array that this package can read.
     """
     if isinstance(x, np.ndarray):
+        if isinstance(x, np.ma.MaskedArray):
+            raise DTypeError(
+                f"{name} must be a plain array, got a masked one, whose mask would be lost: say by "
+                "a pattern who sees what, and give .filled() or .data"
+            )
         return _numpy_framework()
     if is_torch_tensor(x):
         from scfa_core.torch_bridge import TORCH_FRAMEWORK
@@ -353,6 +367,11 @@ def framework_of(name: str, x: Any) -> Framework:
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(x, cupy.ndarray):
         return _cupy_framework()
+    if _is_symbolic(x):
+        raise DTypeError(
+            f"{name} is a torch.fx.Proxy, which stands for no array yet: have the function that "
+            "calls attention wrapped by torch.fx.wrap, or take torch.export or torch.compile"
+        )
     raise DTypeError(
         f"{name} must be an array (torch, NumPy, CuPy, Numba, or anything with DLPack), "
         f"got {type(x).__name__}"
@@ -375,6 +394,8 @@ def adopt(x: Any) -> Any:
     if loaded is not None and isinstance(x, loaded.ndarray):
         return x
     if not (hasattr(x, "__dlpack__") or hasattr(x, "__cuda_array_interface__")):
+        return x
+    if _is_symbolic(x):
         return x
     if _on_cuda(x):
         try:

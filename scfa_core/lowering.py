@@ -21,6 +21,7 @@ from scfa_core.patterns import (
     QKSparse,
     SlidingWindow,
 )
+from scfa_core.patterns.base import unknown_pattern
 from scfa_core.problem import Problem
 
 MAX_GROUP_CLAUSES = 8
@@ -103,9 +104,7 @@ class _Lowering:
             self._bound("start", part.start, "starts")
             self._bound("end", part.end, "ends")
         else:
-            raise PatternError(
-                f"a pattern must be one of scfa_core's or an intersection of them, got {part!r}"
-            )
+            raise unknown_pattern(part)
 
     def _at_least(self, offset: int) -> None:
         self.lo = offset if self.lo is None else max(self.lo, offset)
@@ -122,11 +121,15 @@ class _Lowering:
         if not framework.owns(x):
             raise DeviceError(
                 f"{name} must be a {framework.name} array like q, got {type(x).__module__}."
-                f"{type(x).__name__}"
+                f"{type(x).__name__}; convert one of them (torch.from_numpy, .numpy(), "
+                "cupy.asarray)"
             )
         info = framework.info(x)
         if info.device != self.problem.device:
-            raise DeviceError(f"{name} must be on {self.problem.device} like q, got {info.device}")
+            raise DeviceError(
+                f"{name} must be on {self.problem.device} like q, got {info.device}; move it there "
+                "before the pattern is made"
+            )
         want = shape if rank == 3 else (shape[0], shape[2])
         ok = len(info.shape) == rank and all(
             got in (1, size) for got, size in zip(info.shape, want, strict=True)
@@ -144,7 +147,8 @@ class _Lowering:
         dtype = self.framework.info(view).dtype
         if dtype not in INT_DTYPES:
             raise DTypeError(
-                f"{name} must be an integer array ({', '.join(INT_DTYPES)}), got {dtype}"
+                f"{name} must be an integer array ({', '.join(INT_DTYPES)}), got {dtype}; cast it "
+                "(.long(), .astype('int64')); flags of kept rows are QKSparse's"
             )
         if dtype in ("int32", "int64"):
             return view

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from weakref import WeakSet
 
 import numpy as np
 
 from scfa_core.arrays import strides_in_order
-from scfa_core.errors import DeviceError, DTypeError, LayoutError, ShapeError
+from scfa_core.errors import DeviceError, DTypeError, LayoutError, PatternError, ShapeError
 
 if TYPE_CHECKING:
     from scfa_core.arrays import Framework
@@ -221,6 +221,13 @@ class Plan:
         from scfa_core.plotting import plot_plan
 
         return plot_plan(self, batch, head, **options)
+
+    def __and__(self, other: object) -> NoReturn:
+        raise PatternError(
+            "a plan is not narrowed: intersect the patterns, then make the plan of a & b"
+        )
+
+    __rand__ = __and__
 
     def __repr__(self) -> str:
         batch, heads, heads_kv, seqlen_q, seqlen_k = self.sizes

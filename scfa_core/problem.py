@@ -91,7 +91,10 @@ def check_scale(softmax_scale: Any, head_dim: int, dtype: str) -> float:
             "softmax_scale must be a finite number or None (multiply q by a scale that is learned "
             f"or lies on a device), got {softmax_scale!r}"
         )
-    value = float(softmax_scale)
+    try:
+        value = float(softmax_scale)
+    except OverflowError:  # an int of Python's beyond any float
+        value = math.inf
     if not math.isfinite(value):
         raise ScaleError(f"softmax_scale must be finite, got {softmax_scale!r}")
     if dtype != "float64" and abs(value) > LARGEST_SCALE:
@@ -109,7 +112,10 @@ def _check_tensor(name: str, info: ArrayInfo, layout: str) -> None:
             f"got {name}.shape={info.shape}"
         )
     if info.dtype not in FLOAT_DTYPES:
-        raise DTypeError(f"{name} must be one of {FLOAT_DTYPES}, got {info.dtype}")
+        raise DTypeError(
+            f"{name} must be one of {FLOAT_DTYPES}, got {info.dtype}; "
+            "cast it (.to(torch.bfloat16), .astype('float32'))"
+        )
     if 0 not in info.shape and info.shape[-1] > 1 and info.strides[-1] != 1:
         raise LayoutError(
             f"the last axis of {name} (head_dim) must be contiguous, got strides {info.strides} "
@@ -133,7 +139,8 @@ def _same_place(q: ArrayInfo, **others: ArrayInfo) -> None:
             )
         if info.dtype != q.dtype:
             raise DTypeError(
-                f"q, k and v must share a dtype, got q {q.dtype} and {name} {info.dtype}"
+                f"q, k and v must share a dtype, got q {q.dtype} and {name} {info.dtype}; cast one "
+                "to the other's"
             )
 
 
@@ -210,7 +217,8 @@ def one_framework(q: Any, **others: Any) -> Framework:
         if framework_of(name, x) is not framework:
             raise DeviceError(
                 f"all arrays must come from one library, got q from {framework.name} and "
-                f"{name} of type {type(x).__module__}.{type(x).__name__}"
+                f"{name} of type {type(x).__module__}.{type(x).__name__}; convert one of them "
+                "(torch.from_numpy, .numpy(), cupy.asarray)"
             )
     return framework
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 
+from scfa_core.arrays import FLOAT_DTYPES
 from scfa_core.dispatch import (
     AUTO,
     check_name,
@@ -21,10 +22,18 @@ from scfa_core.dispatch import (
     choose_for_plan,
     requested_backend,
 )
-from scfa_core.errors import ScaleError
+from scfa_core.errors import LayoutError, ScaleError
 from scfa_core.patterns import Pattern
 from scfa_core.plan import Plan
-from scfa_core.problem import Problem, check_layout, check_scale, one_framework
+from scfa_core.problem import (
+    HEAD_DIM_STEP,
+    MAX_HEAD_DIM,
+    MIN_HEAD_DIM,
+    Problem,
+    check_layout,
+    check_scale,
+    one_framework,
+)
 from scfa_core.torch_calls import (
     Call,
     NativePlan,
@@ -149,6 +158,7 @@ def _is_plain(q: Any, k: Any, v: Any) -> bool:
         and _tracing_state() is None
         and not q.is_meta
         and not (q.is_neg() or k.is_neg() or v.is_neg())  # a lazy minus sign is not in memory
+        and not (q.is_nested or k.is_nested or v.is_nested)
     )
 
 
@@ -288,6 +298,11 @@ def _traced_plan(
     check_layout(layout)
     if backend is not None:
         check_name(backend)
+    if q.is_nested or v.is_nested:
+        raise LayoutError(
+            "nested tensors have no batch axis: pack the sequences into one, (1, heads, rows of "
+            "all, head_dim), with Documents(ids), ids the sequence of each row"
+        )
     facts = (index(q.shape[-1]), index(v.shape[-1]), dtype_name(q.dtype), device_name(q.device))
     if isinstance(pattern, Plan):
         return _name_backend(*facts, backend, pattern.backend), pattern
@@ -295,6 +310,10 @@ def _traced_plan(
     text, tensors, ints = encode(pattern)
     arrays: Seven = MAKE_PLAN(q.detach(), k.detach(), text, tensors, ints, layout, name)
     return name, Plan(*arrays, is_monotone(pattern), name, device_name(q.device))
+
+
+def _are_head_dims(*sizes: int) -> bool:
+    return all(size in range(MIN_HEAD_DIM, MAX_HEAD_DIM + 1, HEAD_DIM_STEP) for size in sizes)
 
 
 @torch.compiler.assume_constant_result  # reads context, environment
@@ -313,7 +332,8 @@ def _name_backend(
     """
     requested = requested_backend(backend)
     nominal = Problem(1, 1, 1, 1, 1, head_dim, head_dim_v, dtype, device, 1.0)
-    if device.partition(":")[0] not in ("cpu", "cuda"):
+    known = device.partition(":")[0] in ("cpu", "cuda")
+    if not known or dtype not in FLOAT_DTYPES or not _are_head_dims(head_dim, head_dim_v):
         return AUTO if requested == AUTO else requested  # the dispatcher has its own words
     if maker is None:
         return choose_backend(nominal, requested).name

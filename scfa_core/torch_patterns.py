@@ -14,6 +14,7 @@ import torch
 import scfa_core.patterns as patterns
 from scfa_core.errors import DeviceError, PatternError
 from scfa_core.patterns import Intersection, KeyRanges, Pattern
+from scfa_core.patterns.base import kind_of
 
 
 def encode(pattern: Pattern) -> tuple[str, list[torch.Tensor], list[int]]:
@@ -28,7 +29,8 @@ def encode(pattern: Pattern) -> tuple[str, list[torch.Tensor], list[int]]:
     parts = []
     for part in pattern.parts:
         fields: list[str] = []
-        names: tuple[str, ...] = type(part).__slots__
+        kind = kind_of(part)
+        names: tuple[str, ...] = kind.__slots__
         for field in names:
             value = getattr(part, field)
             if isinstance(value, torch.Tensor):
@@ -45,10 +47,10 @@ def encode(pattern: Pattern) -> tuple[str, list[torch.Tensor], list[int]]:
                 ints.append(value)
             else:
                 raise DeviceError(
-                    f"{type(part).__name__}.{field} must be a torch tensor like q, "
+                    f"{kind.__name__}.{field} must be a torch tensor like q, "
                     f"got {type(value).__name__}"
                 )
-        parts.append(f"{type(part).__name__}({','.join(fields)})")
+        parts.append(f"{kind.__name__}({','.join(fields)})")
     return "&".join(parts), tensors, ints
 
 

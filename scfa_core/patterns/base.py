@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from scfa_core.errors import PatternError, ShapeError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +29,24 @@ class Pattern:
         if not isinstance(other, Pattern):
             return NotImplemented
         return Intersection(*self.parts, *other.parts)
+
+    def __or__(self, other: object) -> NoReturn:
+        raise self._no_such(
+            "a pattern is no union of others: attention_over(q, k, v, [a, b]) of "
+            "scfa_core.merging attends over disjoint ones"
+        )
+
+    def __invert__(self) -> NoReturn:
+        raise self._no_such("a pattern has no complement: say what is seen, e.g. by KeyRanges")
+
+    def __bool__(self) -> NoReturn:
+        raise self._no_such(
+            "a pattern is neither true nor false: `a and b` would be b alone, write a & b "
+            "(and `pattern is not None` to ask for one)"
+        )
+
+    def _no_such(self, why: str) -> PatternError:
+        return PatternError(f"{why}; got {self!r}")
 
     def mask(
         self,
@@ -54,24 +74,52 @@ class Pattern:
         Raises
         ------
         ShapeError
-            An array of the pattern does not broadcast to these sizes.
+            A size that is no int of at least 0, `heads_kv` does not divide `heads`, or an array of
+            the pattern does not broadcast to these sizes.
 
         Notes
         -----
         Copies arrays to the host and takes quadratic memory.
         """
+        from scfa_core.problem import as_size
         from scfa_core.reference.masks import dense_mask
 
-        return dense_mask(self, batch, heads, heads_kv or heads, seqlen_q, seqlen_k)
+        sizes = {
+            "batch": batch,
+            "heads": heads,
+            "heads_kv": heads if heads_kv is None else heads_kv,
+        }
+        sizes |= {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
+        read = {name: as_size(f"mask: {name}", size) for name, size in sizes.items()}
+        if read["heads"] and (not read["heads_kv"] or read["heads"] % read["heads_kv"]):
+            raise ShapeError(f"mask: heads_kv must divide heads, got {heads_kv=}, {heads=}")
+        return dense_mask(self, **read)
 
 
 class Intersection(Pattern):
-    """The pairs that every part sees; what ``a & b`` returns."""
+    """The pairs that every part sees; what ``a & b`` returns.
+
+    Parameters
+    ----------
+    *parts : Pattern
+        Patterns, intersections among them. Of none at all, every query sees every key.
+
+    Raises
+    ------
+    PatternError
+        A part that is no pattern.
+    """
 
     __slots__ = ("_parts",)
 
     def __init__(self, *parts: Pattern) -> None:
-        self._parts = parts
+        for part in parts:
+            if not isinstance(part, Pattern):
+                raise PatternError(
+                    f"Intersection takes patterns one by one, got {type(part).__name__}; of a list "
+                    "Intersection(*patterns), of a plan nothing: intersect first, then plan"
+                )
+        self._parts = tuple(atom for part in parts for atom in part.parts)
 
     @property
     def parts(self) -> tuple[Pattern, ...]:
@@ -91,8 +139,6 @@ def describe_array(x: Any) -> str:
 
 def require_bool(name: str, value: Any) -> bool:
     """Refuse flags that are not flags: `Causal(3)` is a slip, not a truth value."""
-    from scfa_core.errors import PatternError
-
     if not isinstance(value, bool):
         raise PatternError(f"{name} must be True or False, got {value!r}")
     return value
@@ -100,11 +146,32 @@ def require_bool(name: str, value: Any) -> bool:
 
 def require_arrays(pattern: str, **arrays: Any) -> None:
     """Refuse lists and scalars where a pattern needs arrays."""
-    from scfa_core.errors import PatternError
-
     for name, x in arrays.items():
         if not hasattr(x, "shape") or not hasattr(x, "dtype"):
             raise PatternError(
                 f"{pattern}: {name} must be an array (torch, NumPy, CuPy, ...), "
                 f"got {type(x).__name__}; wrap it, e.g. numpy.asarray(...)"
             )
+
+
+def kind_of(part: Pattern) -> type[Pattern]:
+    """Return the class of this package that an atomic pattern is, or is derived from.
+
+    Raises
+    ------
+    PatternError
+        It is derived from `Pattern` alone, and nothing says which clauses it is made of.
+    """
+    for kind in type(part).__mro__:
+        if kind.__module__.startswith("scfa_core.patterns.") and kind is not Pattern:
+            return kind
+    raise unknown_pattern(part)
+
+
+def unknown_pattern(part: Any) -> PatternError:
+    """Say how a pattern is built, to one who derived a class from `Pattern`."""
+    return PatternError(
+        f"{type(part).__name__} is no pattern of scfa_core: build yours of HashSparse, QKSparse, "
+        "KeyRanges, ... and &, in a function that returns it; "
+        "docs/guides/write-your-own-pattern.md shows how"
+    )
