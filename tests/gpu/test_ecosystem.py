@@ -65,7 +65,9 @@ def test_numba_device_arrays_come_back_as_numba_device_arrays(cupy, backend):
     same([x.copy_to_host() for x in mine], right)
 
 
-def test_jax_arrays_come_through_dlpack(cupy, backend):
+def test_jax_arrays_come_through_dlpack(cupy, backend, monkeypatch):
+    # or it takes three quarters of the card, which other workers need
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     jax = pytest.importorskip("jax", reason="JAX is not installed")
     try:
         (device, *_) = jax.devices("gpu")
