@@ -33,6 +33,8 @@ DRAWS = 20  # attempts to draw clauses that show something together
 VIEWS = ("plain", "columns", "rows", "offset", "other-layout", "expanded", "backwards")
 VIEWS_OF_DOUT = (*VIEWS, "last-axis")
 FAMILIES = ("lengths", "huge", "orders", "empty", "steps-back", "drops", "packed")
+MORE = (*FAMILIES[:3], "drops", "steps-back", "packed", "causal", "window")  # of further clauses
+HEAD_DIMS, HEAD_DIMS_V = (16, 24, 32, 64, 72, 128), (16, 32, 40, 64, 128)
 LAGS = {7: 2, 8: 17, 9: 65}
 _STRETCH = (1, -1, 7, 2**31 + 11, -(2**40) - 3)
 
@@ -146,6 +148,16 @@ def _clause(rng: np.random.Generator, shapes: Shapes, family: str, seed: int) ->
     return pt.HashSparse(q_ids, k_ids, causal=causal, include_self=not causal or seed % 3 > 0)
 
 
+def further_clause(rng: np.random.Generator, shapes: Shapes, family: str, seed: int) -> pt.Pattern:
+    """One pattern of `MORE`."""
+    if family == "causal":
+        lag = LAGS.get(seed % 11, 0)  # other seeds are the problems that they were
+        return pt.Causal(seed % 2 == 0, "bottom-right", lag=lag)
+    if family == "window":
+        return pt.SlidingWindow(int(rng.integers(1, 200)), causal=seed % 2 == 0)
+    return _clause(rng, shapes, family, int(rng.integers(96)))
+
+
 def _length(rng: np.random.Generator, most: int) -> int:
     """Mostly beside a multiple of 8 up to 320; sometimes up to `most`."""
     draw = rng.random()
@@ -169,36 +181,59 @@ class DeepProblem:
         return self.case.mask.size > 0
 
 
+class Drawn(NamedTuple):
+    """A problem before its tensors: what a plan needs."""
+
+    spec: Spec
+    pattern: pt.Pattern
+    mask: np.ndarray  # empty where it would be too large
+    rng: np.random.Generator  # draws the rest
+
+
 def draw(seed: int, *, most_rows: int = DEEP_ROWS, dtypes: tuple[str, ...]) -> DeepProblem:
-    """Draw a problem; the same seed and options give the same one on every machine.
+    """Draw a problem; the same seed and options give the same one on every machine."""
+    return fill(draw_pattern(seed, most_rows=most_rows, dtypes=dtypes))
+
+
+def draw_pattern(seed: int, *, most_rows: int, dtypes: tuple[str, ...]) -> Drawn:
+    """Draw sizes and clauses of a problem.
 
     Clauses that show nothing together are drawn anew, but where the family is "empty".
     """
     for attempt in range(DRAWS):
         again = [attempt] if attempt else []  # the first draw of a seed is what it always was
         rng = np.random.default_rng([seed, 16020603, *again])
-        problem = _draw(rng, seed, most_rows, dtypes)
-        if problem.case.spec.parts[0].kind == "empty" or _shows_something(problem):
+        spec, pattern = _draw(rng, seed, most_rows, dtypes)
+        drawn = Drawn(spec, pattern, mask_of(spec, pattern), rng)
+        if spec.parts[0].kind == "empty" or shows_something(drawn):
             break
-    return problem
+    return drawn
 
 
-def _shows_something(problem: DeepProblem) -> bool:
+def mask_of(spec: Spec, pattern: pt.Pattern) -> np.ndarray:
+    """The dense mask, empty where it would be too large."""
+    sizes = (spec.batch, spec.heads, spec.heads_kv, spec.seqlen_q, spec.seqlen_k)
+    if spec.batch * spec.heads * spec.seqlen_q * spec.seqlen_k > DENSE_PAIRS:
+        return np.zeros((0,), bool)
+    return dense_mask(pattern, *sizes)
+
+
+def shows_something(drawn: Drawn) -> bool:
     """Whether any query sees a key; of problems without a mask, any of some queries."""
-    if problem.dense:
-        return bool(problem.case.mask.any())
-    spec = problem.case.spec
+    spec = drawn.spec
+    if drawn.mask.size > 0:
+        return bool(drawn.mask.any())
     rows = np.unique(np.linspace(0, spec.seqlen_q - 1, 64).astype(int))
     return any(
-        visible(problem.case.pattern, spec, b, h, rows).any()
+        visible(drawn.pattern, spec, b, h, rows).any()
         for b, h in np.ndindex(spec.batch, spec.heads)
     )
 
 
 def _draw(
     rng: np.random.Generator, seed: int, most_rows: int, dtypes: tuple[str, ...]
-) -> DeepProblem:
-    """One attempt of `draw`."""
+) -> tuple[Spec, pt.Pattern]:
+    """One attempt of `draw_pattern`."""
     family = FAMILIES[seed % len(FAMILIES)]
     heads_kv, batch = int(rng.choice([1, 1, 2, 3])), int(rng.choice([1, 1, 2]))
     heads = heads_kv * int(rng.choice([1, 1, 2, 3, 4]))
@@ -208,20 +243,14 @@ def _draw(
     pattern = _clause(rng, shapes, family, seed // len(FAMILIES))
     families = [family]
     for _ in range(int(rng.choice([0, 0, 1, 1, 2, 3]))):
-        more = str(rng.choice([*FAMILIES[:3], "drops", "steps-back", "packed", "causal", "window"]))
-        if more == "causal":
-            lag = LAGS.get(seed % 11, 0)  # other seeds are the problems that they were
-            clause: pt.Pattern = pt.Causal(seed % 2 == 0, "bottom-right", lag=lag)
-        elif more == "window":
-            clause = pt.SlidingWindow(int(rng.integers(1, 200)), causal=seed % 2 == 0)
-        else:
-            clause = _clause(rng, shapes, more, int(rng.integers(96)))
+        more = str(rng.choice(MORE))
+        clause = further_clause(rng, shapes, more, seed)
         pattern = pattern & clause
         families.append(more)
     spec = Spec(
         *(batch, heads, heads_kv, seqlen_q, seqlen_k),
-        head_dim=int(rng.choice([16, 24, 32, 64, 72, 128])),
-        head_dim_v=int(rng.choice([16, 32, 40, 64, 128])),
+        head_dim=int(rng.choice(HEAD_DIMS)),
+        head_dim_v=int(rng.choice(HEAD_DIMS_V)),
         dtype=str(rng.choice(dtypes)),
         layout=str(rng.choice(["bhtd", "bthd"])),
         softmax_scale=[None, None, None, 0.0, 0.3, -0.2][int(rng.integers(6))],
@@ -229,21 +258,26 @@ def _draw(
         poison=bool(rng.random() < 0.5),
         seed=seed,
     )
+    return spec, pattern
+
+
+def fill(drawn: Drawn) -> DeepProblem:
+    """Draw the tensors of a problem, and how they are laid out."""
+    spec, pattern, mask, rng = drawn
+    q_rows = (spec.batch, spec.heads, spec.seqlen_q)
+    k_rows = (spec.batch, spec.heads_kv, spec.seqlen_k)
     q, k, v, dout = (
         rng.standard_normal((*shape, dim))
         for shape, dim in (
-            (shapes.q, spec.head_dim),
-            (shapes.k, spec.head_dim),
-            (shapes.k, spec.head_dim_v),
-            (shapes.q, spec.head_dim_v),
+            (q_rows, spec.head_dim),
+            (k_rows, spec.head_dim),
+            (k_rows, spec.head_dim_v),
+            (q_rows, spec.head_dim_v),
         )
     )
     views = tuple(map(str, (*rng.choice(VIEWS, 3), rng.choice(VIEWS_OF_DOUT))))
-    mask = np.zeros((0,), bool)
-    if batch * heads * seqlen_q * seqlen_k <= DENSE_PAIRS:
-        mask = dense_mask(pattern, batch, heads, heads_kv, seqlen_q, seqlen_k)
-        if spec.poison:
-            _poison(rng, mask, q, k, v, dout)
+    if spec.poison and mask.size > 0:
+        _poison(rng, mask, q, k, v, dout)
     if spec.poison:  # heads that share memory hold the same, which poisoned ones do not
         views = tuple("plain" if view == "expanded" else view for view in views)
     q, k, v, dout = (
@@ -355,10 +389,14 @@ def verify_deep(
     dtypes: tuple[str, ...],
     against: str | None = None,
 ) -> Finding:
+    """Run the problem of one seed forward and backward, and hold everything against the truth."""
+    return hold_deep(draw(seed, most_rows=most_rows, dtypes=dtypes), backend, against)
+
+
+def hold_deep(problem: DeepProblem, backend: str, against: str | None = None) -> Finding:
     """Run one problem forward and backward, hold everything against truth and reference plan."""
     from scfa_core.verify import hold
 
-    problem = draw(seed, most_rows=most_rows, dtypes=dtypes)
     case = problem.case
 
     def judge(got: Results, plan: dict[str, np.ndarray]) -> list[testing.Verdict]:
