@@ -26,6 +26,7 @@ _AXES = {
     "bthd": "(batch, seqlen, heads, head_dim)",
 }
 MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 16, 256, 8
+MOST_ROWS = 2**31 - 1  # of queries and keys together: plans hold rows and offsets as int32
 LARGEST_SCALE = 2e38  # times log2(e), as kernels take it, still a finite float32
 
 
@@ -181,6 +182,11 @@ def build_problem(
         raise ShapeError(
             f"heads_kv must divide heads, got {heads} query heads and {heads_kv} key/value heads "
             f"({q.shape=}, {k.shape=}, layout={layout!r}); is layout the one you mean?"
+        )
+    if type(seqlen_q) is type(seqlen_k) is int and seqlen_q + seqlen_k > MOST_ROWS:
+        raise ShapeError(
+            f"seqlen_q + seqlen_k must be at most {MOST_ROWS}, got {seqlen_q} + {seqlen_k}; split "
+            "the keys (scfa_core.decoding.attention_in_parts)"
         )
     head_dim_v = head_dim if v is None else v.shape[3]
     _check_head_dim("head_dim", head_dim)

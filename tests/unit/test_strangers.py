@@ -95,6 +95,11 @@ MISTAKES = {
         "softmax_scale must be finite",
         lambda: attend(softmax_scale=-(10**400)),
     ),
+    "more rows than int32 counts": (
+        scfa.ShapeError,
+        "seqlen_q + seqlen_k must be at most 2147483647",
+        lambda: attend(np.broadcast_to(X[:, :, :1], (1, 2, 1 << 30, 16))),
+    ),
     "integers": (scfa.DTypeError, "cast it", lambda: attend(X.astype(np.int64))),
     "complex numbers": (scfa.DTypeError, "cast it", lambda: attend(X.astype(np.complex64))),
     "flags for hashes": (
