@@ -16,16 +16,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.utils import output_capturing
 
 from scfa_core.api import attention
-from scfa_core.errors import PatternError
+from scfa_core.errors import PatternError, ShapeError
 from scfa_core.hashing import angular_hash, check_buckets, random_directions
-from scfa_core.hf_masks import Band, StructuredMask, read_mask
+from scfa_core.hf_masks import StructuredMask, read_mask
+from scfa_core.hf_reading import Band
 from scfa_core.merging import attention_over
 from scfa_core.patterns import HashSparse, Pattern, SlidingWindow
 from scfa_core.plan import Plan
-from scfa_core.problem import as_size
+from scfa_core.problem import HEAD_DIM_STEP, MAX_HEAD_DIM, MIN_HEAD_DIM, as_size
 
 __all__ = ["register"]
 
@@ -98,7 +101,7 @@ def register(
     kinds = {"scfa": None, "scfa_window": _window_patterns, "scfa_hash": _hash_patterns}
     for name, make in kinds.items():
         AttentionInterface.register(name, partial(_attend, make, options))
-        AttentionMaskInterface.register(name, read_mask)
+        AttentionMaskInterface.register(name, partial(read_mask, ahead=make is None))
     return tuple(kinds)
 
 
@@ -120,16 +123,30 @@ def _attend(
     """Attention of one layer; out is (batch, seqlen, heads, head_dim), as transformers wants it."""
     _refuse(dropout, kwargs)
     mask = _structured(module, query, key, attention_mask, kwargs)
-    patterns: list[Pattern | Plan]
-    if make is None:
-        patterns = [mask.plan(query, key)]
-    else:
+    patterns: list[Pattern | Plan] = []
+    if make is not None:
         patterns = make(module, _options_of(module, registered), mask, query, key)
+    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+    size = value.shape[3]
+    query, key, value = (_fit(x) for x in (query, key, value))
+    patterns = patterns or [mask.plan(query, key)]
     if len(patterns) == 1:
         out = attention(query, key, value, patterns[0], softmax_scale=scaling)
     else:
         out = attention_over(query, key, value, patterns, softmax_scale=scaling)
-    return out.transpose(1, 2).contiguous(), None
+    return out[..., :size].transpose(1, 2).contiguous(), None
+
+
+def _fit(x: Tensor) -> Tensor:
+    """Pad heads to a size that kernels take; zeros change no score, and are cut from the output."""
+    size = x.shape[3]
+    if size > MAX_HEAD_DIM:
+        raise ShapeError(
+            f"heads must be of size {MAX_HEAD_DIM} at most, got {size}; use "
+            "attn_implementation='sdpa' for this model"
+        )
+    fitting = max(MIN_HEAD_DIM, -(-size // HEAD_DIM_STEP) * HEAD_DIM_STEP)
+    return x if fitting == size else pad(x, (0, fitting - size))
 
 
 def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:
@@ -144,6 +161,19 @@ def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:
             raise PatternError(
                 f"scfa_core does not compute {what}, got {name}; use attn_implementation='eager'"
             )
+    if _weights_are_collected():
+        raise PatternError(
+            "scfa_core does not compute attention weights as an output, got output_attentions; use "
+            "attn_implementation='eager'"
+        )
+
+
+def _weights_are_collected() -> bool:
+    """Whether the model asks for weights without a word to its layers, as GPT-2 does."""
+    collector = getattr(output_capturing, "_active_collector", None)
+    if collector is None or torch.compiler.is_compiling():
+        return False
+    return any("attentions" in name for name in collector.get() or ())
 
 
 def _structured(
@@ -240,7 +270,9 @@ def _directions(module: Any, options: Options, key: Tensor) -> Tensor:
     return known[1]
 
 
-@torch.compiler.disable(reason="draws with NumPy, once")
+@torch.compiler.disable(
+    reason="a layer draws its hash directions in its first call: call the model once uncompiled"
+)
 def _draw(
     heads_kv: int, head_dim: int, buckets: int, seed: int, layer: int, device: torch.device
 ) -> Tensor:

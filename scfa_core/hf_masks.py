@@ -1,14 +1,14 @@
-"""Attention masks of Hugging Face transformers, read as clauses instead of being drawn.
+"""Attention masks of Hugging Face transformers, carried as clauses instead of being drawn.
 
-Transformers describes a mask by a function of (batch, head, query, key), put together from a few
-known pieces. `read_mask` takes it apart into an interval around the query's position, group ids and
-keep flags: memory grows with length, not with its square. A piece it does not know raises.
+Transformers describes a mask by a function of (batch, head, query, key). `read_mask` makes of it an
+interval around the query's position, group ids and keep flags: memory grows with length, not with
+its square.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,23 +18,12 @@ from transformers import masking_utils
 
 from scfa_core.api import make_plan
 from scfa_core.errors import PatternError
+from scfa_core.hf_reading import Band, Positions, read_function
 from scfa_core.patterns import Causal, HashSparse, KeyRanges, Pattern, QKSparse, SlidingWindow
 from scfa_core.plan import Plan
+from scfa_core.problem import MIN_HEAD_DIM
 
 __all__ = ["StructuredMask", "everything", "read_mask"]
-
-
-class Band(NamedTuple):
-    """Key at position p is visible to a query at position i iff ``i + lo <= p < i + hi``."""
-
-    lo: int | None = None
-    hi: int | None = None
-
-    def narrowed(self, other: Band) -> Band:
-        """Both bands at once."""
-        los = [x for x in (self.lo, other.lo) if x is not None]
-        his = [x for x in (self.hi, other.hi) if x is not None]
-        return Band(max(los, default=None), min(his, default=None))
 
 
 class StructuredMask(BlockMask):
@@ -50,23 +39,21 @@ class StructuredMask(BlockMask):
         band: Band,
         groups: list[tuple[Tensor, Tensor]],
         keep: Tensor | None,
+        packed: bool = False,
     ) -> None:
         self._shape = shape
         self.shift = shift
         self.band = band
         self.groups = groups
         self.keep = keep
+        self.packed = packed  # documents are told apart
         self._plans: dict[Any, Plan] = {}
+        self._ahead: tuple[Tensor, Tensor, Plan] | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(batch, 1, queries, keys)."""
         return (self._shape[0], 1, *self._shape[1:])
-
-    @property
-    def packed(self) -> bool:
-        """Whether documents are told apart; chunks number queries and keys each by themselves."""
-        return any(q_ids is k_ids for q_ids, k_ids in self.groups)
 
     @property
     def ndim(self) -> int:
@@ -91,13 +78,31 @@ class StructuredMask(BlockMask):
 
     def plan(self, query: Tensor, key: Tensor) -> Pattern | Plan:
         """Plan for these tensors; layers of the same sizes share it."""
-        pattern = self.pattern(query.device)
         if torch.compiler.is_compiling():
-            return pattern
+            return self._planned_ahead(query, key)
         use = (query.device, query.shape[:3], key.shape[:3], query.dtype)
         if use not in self._plans:
-            self._plans[use] = make_plan(pattern, query, key)
+            self._plans[use] = make_plan(self.pattern(query.device), query, key)
         return self._plans[use]
+
+    def plan_ahead(self, heads: int, heads_kv: int, dtype: torch.dtype, device: Any) -> None:
+        """Plan for layers to come, where they cannot: a graph lets no layer change its mask."""
+        batch, queries, keys = self._shape
+        row = torch.zeros(MIN_HEAD_DIM, dtype=dtype, device=device)
+        query = row.expand(batch, heads, queries, -1)
+        key = row.expand(batch, heads_kv, keys, -1)
+        self._ahead = query, key, make_plan(self.pattern(query.device), query, key)
+
+    def _planned_ahead(self, query: Tensor, key: Tensor) -> Pattern | Plan:
+        """Return the plan made ahead if it is for tensors like these."""
+        if self._ahead is not None:
+            *alike, plan = self._ahead
+            if all(
+                x.shape[:3] == y.shape[:3] and (x.dtype, x.device) == (y.dtype, y.device)
+                for x, y in zip(alike, (query, key), strict=True)
+            ):
+                return plan
+        return self.pattern(query.device)
 
     def _interval(self, band: Band, device: torch.device) -> Pattern:
         """Return the band as a pattern; positions of queries are ``row + shift``."""
@@ -130,6 +135,11 @@ def read_mask(
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
     attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    config: Any = None,
+    dtype: torch.dtype = torch.float32,
+    ahead: bool = False,
     **unused: Any,
 ) -> StructuredMask:
     """Mask interface for `transformers.AttentionMaskInterface`.
@@ -143,6 +153,15 @@ def read_mask(
         As composed by `transformers.masking_utils`.
     attention_mask : bool Tensor, (batch_size, keys), optional
         False where a key is padding, by position.
+    use_vmap : bool
+        Transformers says so where some of the function is not its own.
+    device : torch.device or str
+        Where the model computes.
+    config : PreTrainedConfig, optional
+    dtype : torch.dtype
+        Of the model's layers.
+    ahead : bool
+        Plan at once if a graph is being traced, for heads as `config` counts them.
 
     Returns
     -------
@@ -151,107 +170,46 @@ def read_mask(
     Raises
     ------
     PatternError
-        The mask function has a piece that is no interval, group or keep clause.
+        The mask function has a part that is no interval, group or keep clause, or `attention_mask`
+        is not of two axes.
 
     Notes
     -----
-    A causal mask and one both ways, padded or not, are traced by `torch.compile`. Others are
-    closures, which cannot be traced: there the graph breaks.
+    No value of a tensor is looked at, so `torch.compile` traces it in one graph.
     """
-    read = _read if mask_function in _PLAIN else _read_untraced
-    positions = _Positions(q_length, q_offset), _Positions(kv_length, kv_offset)
-    return read(batch_size, *positions, mask_function, attention_mask)
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise PatternError(
+            "scfa_core takes a padding mask (batch, seqlen), got an attention mask of shape "
+            f"{tuple(attention_mask.shape)}; use attn_implementation='sdpa' for custom masks"
+        )
+    queries = Positions("query", q_length, q_offset)
+    keys = Positions("key", kv_length, kv_offset)
+    said = read_function(
+        mask_function,
+        queries,
+        keys,
+        torch.device(device),
+        plain=mask_function in _PLAIN,
+        custom=use_vmap,
+    )
+    keep = None if attention_mask is None else _cut(attention_mask, kv_length, kv_offset)
+    for flags in said.keeps:
+        keep = flags if keep is None else keep & flags
+    shape = (batch_size, q_length, kv_length)
+    shift = q_offset - kv_offset
+    mask = StructuredMask(shape, shift, said.band, list(said.groups), keep, said.packed)
+    heads = getattr(config, "num_attention_heads", None)
+    if ahead and isinstance(heads, int) and torch.compiler.is_compiling():
+        heads_kv = getattr(config, "num_key_value_heads", None) or heads
+        mask.plan_ahead(heads, heads_kv, dtype, device)
+    return mask
+
+
+def _cut(keep: Tensor, length: int, offset: int) -> Tensor:
+    """Flags of `length` keys from `offset` on; what is not told of is padding."""
+    missing = length + offset - keep.shape[-1]
+    keep = pad(keep, (0, missing)) if missing > 0 else keep
+    return keep[:, offset : offset + length]
 
 
 _PLAIN = (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function)
-
-
-def _read(
-    batch_size: int,
-    queries: _Positions,
-    keys: _Positions,
-    mask_function: Callable[..., Any],
-    keep: Tensor | None,
-) -> StructuredMask:
-    found = _Found(queries, keys)
-    found.add(mask_function)
-    if keep is not None:
-        missing = keys.length + keys.offset - keep.shape[-1]
-        keep = pad(keep, (0, missing)) if missing > 0 else keep
-        keep = keep[:, keys.offset : keys.offset + keys.length]
-    shape = (batch_size, queries.length, keys.length)
-    return StructuredMask(shape, queries.offset - keys.offset, found.band, found.groups, keep)
-
-
-_read_untraced = torch.compiler.disable(_read, reason="reads closures, which cannot be traced")
-
-
-class _Positions(NamedTuple):
-    """Rows ``0 .. length - 1`` stand at positions from `offset` on."""
-
-    length: int
-    offset: int | Tensor
-
-    def on(self, device: torch.device) -> Tensor:
-        return torch.arange(self.length, device=device) + self.offset
-
-
-class _Found:
-    """Clauses collected from a mask function."""
-
-    def __init__(self, queries: _Positions, keys: _Positions) -> None:
-        self.queries = queries
-        self.keys = keys
-        self.band = Band()
-        self.groups: list[tuple[Tensor, Tensor]] = []
-
-    def add(self, function: Callable[..., Any], packed: bool = False) -> None:
-        """Read one piece; `packed` where positions restart with each document.
-
-        Bands need no such care: within a document positions rise by one, as rows do.
-        """
-        if function is masking_utils.bidirectional_mask_function:
-            return
-        if function is masking_utils.causal_mask_function:
-            self._narrow(hi=1)
-            return
-        name = getattr(function, "__qualname__", "").partition(".")[0]
-        held = _held(function) if function.__module__ == masking_utils.__name__ else {}
-        if name == "and_masks":
-            for piece in held["mask_functions"]:
-                self.add(piece, packed)
-        elif name == "sliding_window_overlay":
-            self._narrow(lo=1 - held["sliding_window"])
-        elif name == "sliding_window_bidirectional_overlay":
-            reach = held["sliding_window"]
-            self._narrow(lo=-reach, hi=reach + 1)
-        elif name == "remap_positions_for_packed_sequence":
-            self.add(held["mask_function"], packed=True)
-        elif name == "packed_sequence_mask_function":
-            ids = held["packed_sequence_mask"]
-            self.groups.append((ids, ids))
-        elif name == "chunked_overlay" and not packed:
-            padding = held["left_padding"].view(-1, 1)
-            q_ids, k_ids = (
-                torch.div(x.on(padding.device) - padding, held["chunk_size"], rounding_mode="floor")
-                for x in (self.queries, self.keys)
-            )
-            self.groups.append((q_ids, k_ids))
-        else:
-            label = f"{function.__module__}.{getattr(function, '__qualname__', function)}"
-            raise PatternError(
-                f"the attention mask has a part that scfa_core cannot express: {label}"
-                f"{' in packed sequences' if packed else ''}. It knows causal, sliding-window, "
-                "chunked, bidirectional, packed and padding masks; use attn_implementation='sdpa' "
-                "for this model"
-            )
-
-    def _narrow(self, lo: int | None = None, hi: int | None = None) -> None:
-        self.band = self.band.narrowed(Band(lo, hi))
-
-
-def _held(function: Any) -> dict[str, Any]:
-    """Return the values that a closure holds, by name."""
-    cells = function.__closure__ or ()
-    names = function.__code__.co_freevars
-    return {n: cell.cell_contents for n, cell in zip(names, cells, strict=True)}

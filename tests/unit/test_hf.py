@@ -259,23 +259,19 @@ def test_training_with_checkpointing(use_reentrant):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of dynamo itself
-@pytest.mark.parametrize(("name", "whole"), [("scfa", True), ("scfa_hash", False)])
-def test_compiled(name, whole):
+def test_compiled_layers():
+    """Each layer is one graph by itself."""
     torch.manual_seed(0)
     config = FAMILIES["llama"]()
     config.num_hidden_layers = 1
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    model.set_attn_implementation(name)
+    model.set_attn_implementation("scfa_hash")
     inputs = {"input_ids": tokens(), "use_cache": False}
     right = model(**inputs).logits
-    if whole:
-        with torch.no_grad():
-            mine = torch.compile(model, backend="aot_eager")(**inputs).logits
-    else:
-        for layer in model.model.layers:  # the part worth compiling is one graph
-            layer.compile(backend="aot_eager", fullgraph=True)
-        mine = model(**inputs).logits
-        mine.sum().backward()
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    mine = model(**inputs).logits
+    mine.sum().backward()
     torch.testing.assert_close(mine, right, rtol=0, atol=1e-5)
 
 
@@ -309,10 +305,57 @@ def test_layers_share_one_plan(monkeypatch):
     assert len(made) == 1
 
 
-def test_custom_four_axis_mask_raises_in_a_model(model):
+def test_custom_masks_raise_in_a_model(model):
     model.set_attn_implementation("scfa")
     with pytest.raises(scfa.PatternError, match="custom masks"):
         model(tokens(), attention_mask=torch.ones(2, 1, 20, 20, dtype=torch.bool))
+    if not isinstance(model, transformers.GPT2LMHeadModel):  # it makes two axes of any number
+        with pytest.raises(
+            scfa.PatternError, match=r"got an attention mask of shape \(2, 20, 20\)"
+        ):
+            model(tokens(), attention_mask=torch.ones(2, 20, 20, dtype=torch.bool))
+
+
+def test_weights_as_an_output_raise(model):
+    """GPT-2 tells its layers nothing and would return an empty tuple."""
+    model.set_attn_implementation("scfa")
+    with pytest.raises(scfa.PatternError, match="weights as an output"):
+        model(tokens(), output_attentions=True)
+    hidden = model(tokens(), output_hidden_states=True).hidden_states
+    assert len(hidden) == 3
+
+
+@pytest.mark.parametrize("head_dim", [4, 12, 20])
+def test_heads_of_a_size_that_kernels_do_not_take(head_dim):
+    """Tiny checkpoints have them; zeros are appended, and the scale stays that of the model."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**ROPE, num_key_value_heads=2, head_dim=head_dim)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    compare(model, input_ids=tokens())
+    for name in ("scfa_window", "scfa_hash"):
+        model.set_attn_implementation(name)
+        assert model(tokens()).logits.isfinite().all()
+
+
+def test_heads_too_large_raise():
+    config = transformers.LlamaConfig(**ROPE, num_key_value_heads=1, head_dim=512)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.set_attn_implementation("scfa")
+    with pytest.raises(scfa.ShapeError, match="256 at most, got 512; use attn_impl"):
+        model(tokens())
+
+
+@pytest.mark.parametrize("padded", [[0], [0, 1]])
+def test_sequences_of_padding_alone(model, padded):
+    """Logits and gradients stay finite; the other sequence is what eager makes of it."""
+    real = torch.ones_like(tokens())
+    real[padded] = 0
+    model.set_attn_implementation("scfa")
+    logits = model(tokens(), attention_mask=real).logits
+    grads = torch.autograd.grad(logits.sum(), model.parameters())
+    assert all(x.isfinite().all() for x in (logits, *grads))
+    if padded == [0]:
+        compare(model, where=1, input_ids=tokens(), attention_mask=real)
 
 
 def test_attention_dropout_raises_in_training():

@@ -1,5 +1,7 @@
 """Masks of transformers read as clauses: each equals what transformers itself draws."""
 
+import operator
+
 import pytest
 
 import scfa_core as scfa
@@ -25,6 +27,7 @@ def mask_functions():
     causal, left = theirs.causal_mask_function, torch.tensor([3, 0])
     packed = theirs.packed_sequence_mask_function(ids)
     window = theirs.sliding_window_causal_mask_function(4)
+    chunks = theirs.chunked_causal_mask_function(3, torch.zeros(2, dtype=torch.long))
     return {
         "causal": (causal, False),
         "window": (window, False),
@@ -35,6 +38,10 @@ def mask_functions():
         "lower bound alone": (theirs.sliding_window_overlay(4), False),
         "packed": (
             and_masks(theirs.remap_positions_for_packed_sequence(causal, positions), packed),
+            True,
+        ),
+        "packed chunks": (
+            and_masks(theirs.remap_positions_for_packed_sequence(chunks, positions), packed),
             True,
         ),
         "packed window": (
@@ -77,7 +84,100 @@ def test_unknown_mask_functions_raise():
     odd = theirs.or_masks(theirs.causal_mask_function, lambda b, h, q, k: k < 3)
     with pytest.raises(scfa.PatternError, match="or_mask"):
         read_mask(1, 4, 4, mask_function=odd)
-    chunked = theirs.chunked_causal_mask_function(3, torch.zeros(1, dtype=torch.long))
-    packed = theirs.remap_positions_for_packed_sequence(chunked, torch.arange(4)[None])
-    with pytest.raises(scfa.PatternError, match="in packed sequences"):
-        read_mask(1, 4, 4, mask_function=packed)
+    blocks = theirs.blockwise_overlay(torch.tensor([[-1, 0, 0, -1]]))
+    with pytest.raises(scfa.PatternError, match="values of each query"):
+        read_mask(1, 4, 4, mask_function=blocks)
+    alone = theirs.remap_positions_for_packed_sequence(
+        theirs.causal_mask_function, torch.arange(4)[None]
+    )
+    with pytest.raises(scfa.PatternError, match="positions looked up"):
+        read_mask(1, 4, 4, mask_function=alone)
+
+
+def custom_functions():
+    """What a user may pass as ``and_mask_function``, in index arithmetic."""
+    flags = torch.arange(16).expand(2, -1) % 5 > 0
+    kinds = torch.arange(16).expand(2, -1) % 3
+    return {
+        "distance": lambda b, h, q, k: abs(q - k) < 4,
+        "distance the other way": lambda b, h, q, k: q - k + 1 <= 6,
+        "diagonal": lambda b, h, q, k: q == k,
+        "strict": lambda b, h, q, k: k < q,
+        "shifted": lambda b, h, q, k: (k + 2 <= q - 1) & (q < k + 9),
+        "at most": lambda b, h, q, k: q >= k - 2,
+        "flags": lambda b, h, q, k: flags[b, k],
+        "kinds": lambda b, h, q, k: kinds[b, q] == kinds[b, k],
+        "other kinds": lambda b, h, q, k: kinds[b, k] + 1 == kinds[b, q],
+        "blocks": lambda b, h, q, k: q // 4 == k // 4,
+        "blocks of shifted": lambda b, h, q, k: (k - 1) // 4 == (q + 1) // 4,
+    }
+
+
+@pytest.mark.parametrize(("queries", "shift"), [(16, 0), (5, 11)])
+@pytest.mark.parametrize("name", custom_functions())
+def test_custom_functions_read_as_transformers_draws_them(name, queries, shift):
+    function = theirs.and_masks(theirs.causal_mask_function, custom_functions()[name])
+    sizes = {
+        "batch_size": 2,
+        "q_length": queries,
+        "kv_length": 16,
+        "q_offset": shift,
+        "mask_function": function,
+    }
+    right = theirs.sdpa_mask(**sizes, allow_is_causal_skip=False)
+    mask = read_mask(**sizes, use_vmap=True).pattern(torch.device("cpu"))
+    mine = torch.from_numpy(mask.mask(queries, 16, batch=2))
+    assert torch.equal(mine, right.expand(2, 1, queries, 16))
+    assert right.any()
+
+
+ODD = {
+    "union": lambda b, h, q, k: (k <= q) | (k < 3),
+    "negation": lambda b, h, q, k: ~(k <= q),
+    "decision": lambda b, h, q, k: (k <= q) or (k < 3),
+    "other than": lambda b, h, q, k: k != q,
+    "prefix": lambda b, h, q, k: k < 3,
+    "batch": lambda b, h, q, k: b == 0,
+    "head": lambda b, h, q, k: (k <= q) & (h > 0),
+    "stride": lambda b, h, q, k: (q - k) % 4 == 0,
+    "product": lambda b, h, q, k: 2 * k <= q,
+    "function": lambda b, h, q, k: torch.logical_and(k <= q, k > q - 3),
+    "tensor at the left": lambda b, h, q, k: torch.tensor(3) <= k,
+    "tensor": lambda b, h, q, k: torch.ones((), dtype=torch.bool),
+    "number": lambda b, h, q, k: 1,
+    "index": lambda b, h, q, k: k,
+    "sum of sides": lambda b, h, q, k: q + k <= 5,
+    "pairs": lambda b, h, q, k: torch.ones(2, 4, 4, dtype=torch.bool)[b, q, k],
+    "flags of queries": lambda b, h, q, k: torch.ones(2, 4, dtype=torch.bool)[b, q],
+    "ints for flags": lambda b, h, q, k: torch.ones(2, 4, dtype=torch.int64)[b, k],
+    "position at least": lambda b, h, q, k: k >= 2,
+    "a float": lambda b, h, q, k: q - k <= 2.5,
+    "method": lambda b, h, q, k: (q - k).clamp(0) < 3,
+    "as a number": lambda b, h, q, k: operator.index(k) < 3,
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_is_no_clause_raises(name):
+    function = theirs.and_masks(theirs.causal_mask_function, ODD[name])
+    with pytest.raises(scfa.PatternError, match=r"cannot express: .* use attn_implementation"):
+        read_mask(2, 4, 4, mask_function=function, use_vmap=True)
+
+
+def test_positions_that_a_user_looks_up_are_not_trusted():
+    """They need not rise by one within a group; transformers' own packed positions do."""
+    positions, ids = torch.tensor([[0, 2, 4, 0]]), torch.tensor([[0, 0, 0, 1]])
+    packed = theirs.packed_sequence_mask_function(ids)
+
+    def steps(b, h, q, k):
+        return positions[b, k] > positions[b, q] - 3
+
+    for function in (steps, theirs.and_masks(steps, packed)):
+        with pytest.raises(scfa.PatternError, match="positions looked up"):
+            read_mask(1, 4, 4, mask_function=function, use_vmap=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4, 4), (2, 4, 4), (4,)])
+def test_a_padding_mask_of_other_axes_raises(shape):
+    with pytest.raises(scfa.PatternError, match="takes a padding mask"):
+        read_mask(2, 4, 4, attention_mask=torch.ones(shape, dtype=torch.bool))

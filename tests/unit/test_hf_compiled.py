@@ -1,0 +1,205 @@
+"""Whole models of transformers as one graph: whatever their masks, logits and gradients as eager's.
+
+`torch.compile(fullgraph=True)` raises where a graph would break.
+"""
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="transformers needs torch")
+transformers = pytest.importorskip(
+    "transformers", reason="needs transformers: pip install scfa-core[hf]"
+)
+
+from scfa_core import hf  # noqa: E402 - transformers may be absent
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning"),  # of dynamo itself
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
+]
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+}
+FAMILIES = {
+    "llama": lambda: transformers.LlamaConfig(**SIZES),
+    "qwen3": lambda: transformers.Qwen3Config(
+        **SIZES,
+        use_sliding_window=True,
+        sliding_window=5,
+        layer_types=["full_attention", "sliding_attention"],
+    ),
+    "mistral": lambda: transformers.MistralConfig(**SIZES, sliding_window=6),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=61, n_embd=64, n_layer=2, n_head=4, n_positions=128, attn_pdrop=0.0
+    ),
+    "llama4": lambda: transformers.Llama4TextConfig(
+        **SIZES, attention_chunk_size=6, num_local_experts=2, intermediate_size_mlp=96
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """The options of this file, and no graph of another test."""
+    hf.register(window=7, buckets=4, near=3, seed=0)
+    torch._dynamo.reset()
+
+
+def made(family, **changes):
+    torch.manual_seed(0)
+    config = FAMILIES[family]()
+    config.update(changes)
+    if family == "gpt2":
+        config.bos_token_id = config.eos_token_id = None
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def tokens(batch=2, seqlen=20):
+    return torch.randint(2, 61, (batch, seqlen), generator=torch.Generator().manual_seed(1))
+
+
+def packed(*lengths):
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    return {"input_ids": tokens(1, sum(lengths)), "position_ids": positions}
+
+
+def padded():
+    real = torch.ones_like(tokens())
+    real[0, :6] = 0
+    return {"input_ids": tokens(), "attention_mask": real}
+
+
+INPUTS = {
+    "no mask": lambda: {"input_ids": tokens()},
+    "padded": padded,
+    "packed": lambda: packed(7, 1, 12),
+}
+
+
+def compare(model, backend, **inputs):
+    """Logits and gradients of every parameter: eager attention, and ours as one graph."""
+    real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    results = []
+    for name in ("eager", "scfa"):
+        model.set_attn_implementation(name)
+        call = model
+        if name == "scfa":
+            call = torch.compile(model, backend=backend, fullgraph=True)
+        logits = call(**inputs, use_cache=False).logits[real]
+        results.append((logits, torch.autograd.grad(logits.square().sum(), model.parameters())))
+    (right, right_grads), (mine, grads) = results
+    torch.testing.assert_close(mine, right, rtol=0, atol=1e-5)
+    torch.testing.assert_close(grads, right_grads, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("family", ["qwen3", "llama4"])
+def test_windows_and_chunks_are_one_graph(family, inputs):
+    compare(made(family), "eager", **INPUTS[inputs]())
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+def test_packed_documents_are_one_graph(family):
+    compare(made(family), "eager", **packed(7, 1, 12))
+
+
+def test_packed_windows_are_one_graph_backward_too():
+    compare(made("qwen3"), "aot_eager", **packed(7, 1, 12))
+
+
+@pytest.mark.parametrize("name", ["scfa", "scfa_window", "scfa_hash"])
+def test_one_graph_serves_packings_of_any_length(name):
+    model = made("mistral")
+    model.set_attn_implementation(name)
+    model(**packed(3, 3), use_cache=False)  # a hash draws its directions in the first call
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    for lengths in ((7, 1, 12), (9, 24), (2, 2, 2, 21)):
+        inputs = packed(*lengths) | {"use_cache": False}
+        right = model(**inputs).logits
+        torch.testing.assert_close(compiled(**inputs).logits, right, rtol=0, atol=1e-5)
+    assert len(graphs) == 1
+
+
+def test_a_static_cache_filled_in_the_graph():
+    """Prefill in two pieces and steps; the graph makes the masks, from a position on the device."""
+    model = made("qwen3")
+    model.set_attn_implementation("scfa")
+    logits = []
+    for call in (model, torch.compile(model, backend="eager", fullgraph=True)):
+        cache = transformers.StaticCache(config=model.config, max_cache_len=40)
+        with torch.no_grad():
+            pieces = [
+                call(tokens()[:, a:b], past_key_values=cache).logits
+                for a, b in ((0, 9), (9, 17), (17, 18), (18, 19), (19, 20))
+            ]
+        logits.append(torch.cat(pieces, dim=1))
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits[1], model(tokens()).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd:UserWarning")
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_layers_of_one_mask_share_a_plan_in_the_graph(checkpointed):
+    """And layers that are computed twice do not plan anew."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    counts = []
+
+    def count(module, inputs):
+        called = [node.target for node in module.graph.nodes if node.op == "call_function"]
+        counts.append(called.count(torch.ops.scfa.make_plan.default))
+        return module.forward
+
+    model = made("llama")
+    model.set_attn_implementation("scfa")
+    if checkpointed:
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    backend = aot_autograd(fw_compiler=count, bw_compiler=count)
+    inputs = packed(7, 1, 12) | {"use_cache": False}
+    right = model(**inputs).logits
+    mine = torch.compile(model, backend=backend, fullgraph=True)(**inputs).logits
+    weight = model.lm_head.weight
+    grads = [torch.autograd.grad(x.square().sum(), weight)[0] for x in (mine, right)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+    assert counts == [1, 0]
+
+
+def test_layers_of_other_heads_than_the_config_says_plan_for_themselves():
+    model = made("llama")
+    model.set_attn_implementation("scfa")
+    right = model(**packed(7, 1, 12), use_cache=False).logits
+    model.config.num_key_value_heads = 1  # layers keep what they were built with
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    mine = compiled(**packed(7, 1, 12), use_cache=False).logits
+    torch.testing.assert_close(mine, right, rtol=0, atol=1e-5)
+
+
+def test_hash_directions_not_yet_drawn_say_what_to_do():
+    model = made("llama", num_hidden_layers=1)
+    model.set_attn_implementation("scfa_hash")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="call the model once uncompiled"):
+        torch.compile(model, backend="eager", fullgraph=True)(tokens(), use_cache=False)
+
+
+def test_an_exported_model_takes_padding_and_windows():
+    model = made("qwen3")
+    model.set_attn_implementation("scfa")
+    inputs = padded() | {"use_cache": False}
+    exported = torch.export.export(model, (), inputs, strict=False).module()
+    mine, right = exported(**inputs).logits, model(**inputs).logits
+    torch.testing.assert_close(mine, right, rtol=0, atol=1e-5)
