@@ -39,7 +39,14 @@ from scfa_core.plan import Plan
 if TYPE_CHECKING:
     from scfa_core.dispatch import backends
 else:  # the package answers the call too: see its docstring
-    from scfa_core import backends
+    try:
+        from scfa_core import backends
+    except ImportError as error:  # docs/decisions/0001-packaging.md
+        raise ImportError(
+            f"{__path__[0]} is a source checkout, which hides the installed package and has no "
+            "backends inside: install it by `pip install -e .` (as README.md says), or run Python "
+            "in another folder or with -P"
+        ) from error
 
 __version__ = "0.1.0"
 

@@ -1,8 +1,13 @@
 """What a stranger tries: each gives the right answer, or an error that says what to do instead."""
 
 import copy
+import os
 import pickle
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,6 +172,23 @@ def test_info_says_that_the_variable_names_no_backend(name, known, monkeypatch, 
     monkeypatch.setenv("SCFA_BACKEND", name)
     assert cli.main(["info"]) == 0
     assert ("which is no backend" in capsys.readouterr().out) is not known
+
+
+def test_a_checkout_that_hides_the_installed_package_says_so(tmp_path):
+    home = Path(scfa.__file__).parent
+    ignored = shutil.ignore_patterns("backends", "reference", "__pycache__")
+    shutil.copytree(home, tmp_path / "scfa_core", ignore=ignored)
+    libraries = Path(np.__file__).parents[1]  # without -S an editable install mends the checkout
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", "import scfa_core"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(libraries)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert re.search(r"ImportError: .*scfa_core is a source checkout.*pip install -e", done.stderr)
 
 
 class TestTorch:
