@@ -190,8 +190,14 @@ class Drawn(NamedTuple):
     rng: np.random.Generator  # draws the rest
 
 
-def draw(seed: int, *, most_rows: int = DEEP_ROWS, dtypes: tuple[str, ...]) -> DeepProblem:
+def draw(
+    seed: int, *, most_rows: int = DEEP_ROWS, dtypes: tuple[str, ...], changed: bool = False
+) -> DeepProblem:
     """Draw a problem; the same seed and options give the same one on every machine."""
+    if changed:
+        from scfa_core import campaign_changes
+
+        return fill(campaign_changes.draw_pattern(seed, most_rows=most_rows, dtypes=dtypes))
     return fill(draw_pattern(seed, most_rows=most_rows, dtypes=dtypes))
 
 
@@ -388,15 +394,12 @@ def verify_deep(
     most_rows: int,
     dtypes: tuple[str, ...],
     against: str | None = None,
+    changed: bool = False,
 ) -> Finding:
-    """Run the problem of one seed forward and backward, and hold everything against the truth."""
-    return hold_deep(draw(seed, most_rows=most_rows, dtypes=dtypes), backend, against)
-
-
-def hold_deep(problem: DeepProblem, backend: str, against: str | None = None) -> Finding:
     """Run one problem forward and backward, hold everything against truth and reference plan."""
     from scfa_core.verify import hold
 
+    problem = draw(seed, most_rows=most_rows, dtypes=dtypes, changed=changed)
     case = problem.case
 
     def judge(got: Results, plan: dict[str, np.ndarray]) -> list[testing.Verdict]:

@@ -7,14 +7,17 @@ Kernels branch on such properties; faults hide where two of them rarely meet.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
+from scfa_core import campaign, campaign_changes
 from scfa_core import patterns as pt
 from scfa_core.testing import Spec
+from scfa_core.verify import reference_fields
 
 Fields = Mapping[str, np.ndarray]
 Features = frozenset[tuple[Any, ...]]
@@ -24,11 +27,26 @@ KINDS = ("Causal", "Documents", "HashSparse", "KeyRanges", "QKSparse", "SlidingW
 FEW, MANY = 3, 8  # counts up to FEW are told apart, then those below MANY, then the rest
 
 
+def covered(
+    seeds: Iterable[int], *, rows: int | None, dtypes: tuple[str, ...], changed: bool
+) -> Iterator[Counter[str]]:
+    """Yield, seed after seed, how many features of each kind the deep problems had so far."""
+    draw = campaign_changes.draw_pattern if changed else campaign.draw_pattern
+    seen: set[tuple[Any, ...]] = set()
+    count: Counter[str] = Counter()
+    for seed in seeds:
+        drawn = draw(seed, most_rows=rows or campaign.DEEP_ROWS, dtypes=dtypes)
+        new = features(drawn.spec, drawn.pattern, reference_fields(drawn)) - seen
+        seen |= new
+        count.update(str(feature[0]) for feature in new)
+        yield count
+
+
 def features(spec: Spec, pattern: pt.Pattern, plan: Fields) -> Features:
     """Every pair of properties that the problem, a query tile or a key tile has."""
     found: set[tuple[Any, ...]] = set()
     whole = _of_problem(spec, pattern, plan)
-    found.update(combinations(sorted(whole.items()), 2))
+    found.update(("problem", *pair) for pair in combinations(sorted(whole.items()), 2))
     context = {name: whole[name] for name in ("group", "monotone")}
     context["bits"] = {"float16": 16, "bfloat16": 16, "float32": 32, "float64": 64}[spec.dtype]
     for block_m, block_n in TILES:

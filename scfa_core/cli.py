@@ -8,7 +8,6 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from importlib import metadata
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,6 @@ from scfa_core.errors import ScfaError
 from scfa_core.terminal import Terminal
 
 if TYPE_CHECKING:
-    from scfa_core.campaign_recipes import Recipe
     from scfa_core.patterns import Pattern
 
 PACKAGES = (
@@ -118,15 +116,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="with --deep: every N-th seed is a problem of up to 131072 rows",
     )
     verify.add_argument(
-        "--guided",
+        "--changed",
         action="store_true",
-        help="with --deep: change problems whose plans had something that none before them had",
+        help="with --deep: problems changed in up to 8 random steps, as no family alone has them",
     )
     verify.add_argument(
-        "--replay",
-        metavar="FILE",
-        help="run the recipes in there instead, one a line, as failures of --guided print them; "
-        "- reads them from standard input",
+        "--coverage",
+        action="store_true",
+        help="with --deep: run nothing, count what the plans of the seeds' problems hold",
     )
     verify.add_argument("--rows", type=_whole(1), help="longest seqlen (200; with --deep 4096)")
     verify.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"))
@@ -244,12 +241,11 @@ def run_demo(options: argparse.Namespace, terminal: Terminal) -> int:
 
 def run_verify(options: argparse.Namespace, terminal: Terminal) -> int:
     """Run random problems; 1 if one failed."""
+    if options.coverage:
+        return run_coverage(options, terminal)
     from scfa_core.verify import verify
     from scfa_core.verify_findings import Summary
 
-    replay = None if options.replay is None else read_recipes(options.replay)
-    count = options.count if replay is None else len(replay)
-    reached: set[Any] = set()
     findings = verify(
         options.backend,
         against=options.against,
@@ -262,13 +258,11 @@ def run_verify(options: argparse.Namespace, terminal: Terminal) -> int:
         long=options.long,
         workers=options.workers,
         warm=options.warm,
-        guided=options.guided,
-        replay=replay,
-        reached=reached,
+        changed=options.changed,
     )
     seen, start = Summary(), time.monotonic()
     name = options.backend + (f" against {options.against}" if options.against else "")
-    with terminal.progress(f"verify {name}", count) as progress:
+    with terminal.progress(f"verify {name}", options.count) as progress:
         for finding in findings:
             seen.add(finding)
             progress.advance(
@@ -278,15 +272,11 @@ def run_verify(options: argparse.Namespace, terminal: Terminal) -> int:
         terminal.print(f"FAILED {finding.spec}")
         for complaint in finding.complaints:
             terminal.print(f"  {complaint}")
-        if finding.recipe:
-            terminal.print(f"  recipe: {finding.recipe}")
-        terminal.print(f"  reproduce: {reproduction(options, finding.seed, finding.recipe)}")
-    origin = f"from seed {options.seed}" if replay is None else f"of {options.replay}"
+        terminal.print(f"  reproduce: {reproduction(options, finding.seed)}")
     terminal.print(
-        f"{name}: {seen.done} problems {origin}, {len(seen.failed)} failed; "
+        f"{name}: {seen.done} problems from seed {options.seed}, {len(seen.failed)} failed; "
         f"largest error of the others {seen.worst:.2f} of the allowed"
         + (f", largest difference {seen.apart:.2f}" if options.against else "")
-        + (f"; {len(reached)} features reached" if options.guided else "")
     )
     if options.json:
         content = {
@@ -297,9 +287,24 @@ def run_verify(options: argparse.Namespace, terminal: Terminal) -> int:
             or (card_name(options.against) if options.against else None),
             "seconds": round(time.monotonic() - start, 1),
         }
-        content |= {"features": len(reached)} if options.guided else {}
         write_json(options.json, content | seen.as_json())
     return 1 if seen.failed else 0
+
+
+def run_coverage(options: argparse.Namespace, terminal: Terminal) -> int:
+    """Print how many features the plans of deep problems hold."""
+    from scfa_core.campaign_coverage import covered
+    from scfa_core.verify import drawn_dtypes
+
+    if not options.deep or options.long:
+        raise ScfaError("features are counted of structured problems (--deep), none of them long")
+    dtypes = (options.dtype,) if options.dtype else drawn_dtypes(options.backend)
+    seeds = range(options.seed, options.seed + options.count)
+    with terminal.progress("coverage", options.count) as progress:
+        for found in covered(seeds, rows=options.rows, dtypes=dtypes, changed=options.changed):
+            progress.advance(f"{sum(found.values())} features")
+    terminal.table(("of", "features"), sorted(found.items()))
+    return 0
 
 
 def card_name(backend: str) -> str | None:
@@ -323,30 +328,14 @@ def write_json(path: str, content: dict[str, Any]) -> None:
         file.write(json.dumps(content, indent=1) + "\n")
 
 
-def read_recipes(path: str) -> list[Recipe]:
-    """The recipes of a file, one a line; ``-`` is standard input."""
-    from scfa_core.campaign_recipes import Recipe
-
-    try:
-        with open(path, encoding="utf-8") if path != "-" else nullcontext(sys.stdin) as file:
-            lines = [line for line in file if line.strip()]
-    except OSError as error:
-        raise ScfaError(f"cannot read recipes from {path}: {error}") from error
-    return [Recipe.of(line) for line in lines]
-
-
-def reproduction(options: argparse.Namespace, seed: int | None, recipe: str | None = None) -> str:
+def reproduction(options: argparse.Namespace, seed: int | None) -> str:
     """The one line that runs one problem of `scfa verify` again; all of them if `seed` is None."""
     first, count = (options.seed, options.count) if seed is None else (seed, 1)
     line = f"scfa verify --backend {options.backend}"
     line += f" --against {options.against}" if options.against else ""
-    if recipe:
-        return f"echo '{recipe}' | {line} --replay -"
-    if options.replay:
-        return f"{line} --replay {options.replay}"
     line += f" --seed {first} --count {count}"
     line += " --deep" if options.deep else ""
-    line += " --guided" if options.guided else ""
+    line += " --changed" if options.changed else ""
     line += f" --long {options.long}" if options.long else ""
     line += f" --rows {options.rows}" if options.rows else ""
     return line + (f" --dtype {options.dtype}" if options.dtype else "")

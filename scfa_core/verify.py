@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,6 @@ from scfa_core.verify_findings import Finding
 if TYPE_CHECKING:
     from scfa_core.campaign import Drawn
     from scfa_core.campaign_blocks import Answers
-    from scfa_core.campaign_recipes import Recipe
 
 HOST_DTYPES = ("float32", "float64", "float16", "bfloat16")
 CUDA_DTYPES = ("float16", "bfloat16", "float32")
@@ -66,9 +65,7 @@ def verify(
     long: int = 0,
     workers: int = 1,
     warm: bool = False,
-    guided: bool = False,
-    replay: Iterable[Recipe] | None = None,
-    reached: set[Any] | None = None,
+    changed: bool = False,
 ) -> Iterator[Finding]:
     """Yield the finding of each seed from `seed` on, until `count` or the seconds are used up.
 
@@ -96,28 +93,21 @@ def verify(
         Processes that share the seeds; with 1 all is done in this one.
     warm : bool
         Processes first compile what the seeds need, each kernel in one of them (`verify_warm`).
-    guided : bool
-        Of the structured problems, change those that had something new (`campaign_guided`).
-    replay : iterable of Recipe, optional
-        Run these instead, whatever `seed`, `count` and the rest say.
-    reached : set, optional
-        Features of the guided problems go in there.
+    changed : bool
+        The structured ones, but for long ones, changed in random steps (`campaign_changes`).
 
     Raises
     ------
     UnknownBackend, BackendUnavailable
         No such backend, or it cannot run here.
     ScfaError
-        A worker died; long or guided problems without deep ones, or both; a backend against itself;
-        `warm` with one worker, which compiles a kernel once anyway, or with recipes; a recipe with
-        element types that a backend does not take.
+        A worker died; long or changed problems without deep ones; a backend against itself; `warm`
+        with one worker, which compiles a kernel once anyway.
     """
     if long and not deep:
         raise ScfaError("long problems are structured ones: ask for deep problems too (--deep)")
-    if guided and (not deep or long):
-        raise ScfaError("guided problems are structured ones (--deep), and none is long")
-    if warm and (guided or replay is not None):
-        raise ScfaError("kernels of recipes are not known beforehand: --warm goes with seeds")
+    if changed and not deep:
+        raise ScfaError("only structured problems are changed: ask for deep problems too (--deep)")
     if backend == against:
         raise ScfaError(
             f"backend {backend!r} always agrees with itself; compare it with another (--against)"
@@ -131,7 +121,7 @@ def verify(
         if reason is not None:
             raise BackendUnavailable(f"backend {name!r} cannot run here: {reason}")
     deadline = None if time_budget is None else time.monotonic() + time_budget
-    task: Callable[[Any], Finding] = partial(
+    task = partial(
         verify_seed,
         backend=backend,
         against=against,
@@ -139,19 +129,9 @@ def verify(
         dtypes=dtypes,
         deep=deep,
         long=long,
+        changed=changed,
     )
     seeds = range(seed, seed + count)
-    problems: Iterable[Any] = seeds
-    if guided or replay is not None:
-        from scfa_core.campaign import DEEP_ROWS
-        from scfa_core.campaign_guided import recipes, verify_recipe
-
-        task = partial(verify_recipe, backend=backend, against=against)
-        problems = (
-            recipes(seed, count, most_rows=rows or DEEP_ROWS, dtypes=dtypes, seen=reached)
-            if replay is None
-            else _fitting(replay, backends)
-        )
     if workers > 1:
         from scfa_core.verify_workers import in_processes, processes
 
@@ -159,21 +139,13 @@ def verify(
             if warm:
                 from scfa_core.verify_warm import kind_of, warm_up
 
-                draw = partial(kind_of, rows=rows, dtypes=dtypes, deep=deep, long=long)
+                draw = partial(
+                    kind_of, rows=rows, dtypes=dtypes, deep=deep, long=long, changed=changed
+                )
                 warm_up(backends, draw, seeds, pool, deadline)
-            yield from _until_fatal(in_processes(task, problems, pool, deadline))
+            yield from _until_fatal(in_processes(task, seeds, pool, deadline))
     else:
-        yield from _until_fatal(_in_turn(task, problems, deadline))
-
-
-def _fitting(recipes: Iterable[Recipe], backends: tuple[str, ...]) -> list[Recipe]:
-    """Recipes as a list; raises if one may draw an element type that not all backends take."""
-    found = list(recipes)
-    taken = drawn_dtypes(*backends)
-    for recipe in found:
-        if not set(recipe.dtypes) <= set(taken):
-            raise ScfaError(f"{' and '.join(backends)}: recipes may draw {taken}, got {recipe}")
-    return found
+        yield from _until_fatal(_in_turn(task, seeds, deadline))
 
 
 def _until_fatal(findings: Iterator[Finding]) -> Iterator[Finding]:
@@ -184,12 +156,12 @@ def _until_fatal(findings: Iterator[Finding]) -> Iterator[Finding]:
 
 
 def _in_turn(
-    task: Callable[[Any], Finding], problems: Iterable[Any], deadline: float | None
+    task: Callable[[int], Finding], seeds: range, deadline: float | None
 ) -> Iterator[Finding]:
-    for problem in problems:
+    for number in seeds:
         if deadline is not None and time.monotonic() >= deadline:
             return
-        yield task(problem)
+        yield task(number)
 
 
 def verify_seed(
@@ -200,6 +172,7 @@ def verify_seed(
     dtypes: tuple[str, ...],
     deep: bool,
     long: int = 0,
+    changed: bool = False,
     against: str | None = None,
 ) -> Finding:
     """Draw the problem of one seed, and run it."""
@@ -211,7 +184,7 @@ def verify_seed(
     if deep:
         from scfa_core.campaign import DEEP_ROWS, verify_deep
 
-        return verify_deep(backend, seed, most_rows=rows or DEEP_ROWS, **two)
+        return verify_deep(backend, seed, most_rows=rows or DEEP_ROWS, changed=changed, **two)
     spec = testing.random_spec(seed, most_rows=rows or DEFAULT_ROWS, dtypes=dtypes)
     return verify_one(backend, spec, against)
 

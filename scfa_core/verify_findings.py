@@ -10,7 +10,7 @@ from scfa_core import testing
 
 @dataclass(frozen=True)
 class Finding:
-    """What one seed, or recipe, gave: no `complaints` if all is well.
+    """What one seed gave: no `complaints` if all is well.
 
     `worst` is error over allowed error, `apart` the same of the difference of two backends.
     """
@@ -21,7 +21,6 @@ class Finding:
     complaints: tuple[str, ...]
     fatal: bool = False  # nothing after it can run in this process
     apart: float = 0.0
-    recipe: str | None = None  # draws the problem, instead of the seed alone
 
 
 class Summary:
@@ -31,15 +30,14 @@ class Summary:
         self.done = 0
         self.worst = self.apart = 0.0  # of those that did not fail
         self.longest = 0  # seqlen
-        self.seeds: tuple[int, int] | None = None  # first and last, without recipes
+        self.seeds: tuple[int, int] | None = None  # first and last
         self.failed: list[Finding] = []
         self.kinds: dict[str, dict[str, tuple[int, float]]] = {"dtypes": {}, "patterns": {}}
 
     def add(self, finding: Finding) -> None:
         """Take in one finding; they come in the order of their seeds."""
         self.done += 1
-        if finding.recipe is None:
-            self.seeds = (self.seeds[0] if self.seeds else finding.seed, finding.seed)
+        self.seeds = (self.seeds[0] if self.seeds else finding.seed, finding.seed)
         self.longest = max(self.longest, finding.spec.seqlen_q, finding.spec.seqlen_k)
         if finding.complaints:
             self.failed.append(finding)
@@ -59,8 +57,7 @@ class Summary:
             "problems": self.done,
             "seeds": self.seeds,
             "failed": [
-                ({"recipe": x.recipe} if x.recipe else {"seed": x.seed})
-                | {"spec": str(x.spec), "complaints": x.complaints}
+                {"seed": x.seed, "spec": str(x.spec), "complaints": x.complaints}
                 for x in self.failed
             ],
             "largest error of the allowed": round(self.worst, 3),

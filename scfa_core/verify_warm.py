@@ -47,7 +47,13 @@ class Task(NamedTuple):
 
 
 def kind_of(
-    seed: int, *, rows: int | None, dtypes: tuple[str, ...], deep: bool, long: int
+    seed: int,
+    *,
+    rows: int | None,
+    dtypes: tuple[str, ...],
+    deep: bool,
+    long: int,
+    changed: bool = False,
 ) -> Kind | None:
     """The kind of a seed's problem; None for long ones, which are few and costly to draw."""
     from scfa_core.verify import DEFAULT_ROWS
@@ -55,7 +61,8 @@ def kind_of(
     if deep and long and seed % long == 0:
         return None
     if deep:
-        problem = campaign.draw(seed, most_rows=rows or campaign.DEEP_ROWS, dtypes=dtypes)
+        most_rows = rows or campaign.DEEP_ROWS
+        problem = campaign.draw(seed, most_rows=most_rows, dtypes=dtypes, changed=changed)
         spec, views = problem.case.spec, problem.views
         monotone = not any(isinstance(x, pt.KeyRanges) for x in problem.case.pattern.parts)
     else:

@@ -1,13 +1,12 @@
-"""Recipes: a deep seed and a few changes to its problem, each in one line that draws it again.
+"""Deep problems, changed in a few random steps: ``scfa verify --deep --changed``.
 
-A change is a name and a number that decides all the rest: a row more, a group with as many rows as
-a tile, a range moved to an edge. Recipes draw the same problem on every machine, as seeds do.
+A row more or less, a group with as many rows as a tile, a range moved to an edge, other heads, one
+more clause: what the families of `campaign` never put together. A seed is one problem, as there.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -17,58 +16,50 @@ import numpy as np
 from scfa_core import campaign
 from scfa_core import patterns as pt
 from scfa_core.campaign import Drawn, Shapes
-from scfa_core.errors import ScfaError
 from scfa_core.lowering import MAX_GROUP_CLAUSES
 from scfa_core.testing import Part, Spec
 
+NUMBERS_OF_STEPS = (1, 2, 3, 4, 6, 8)
+MOST_ROWS = 2**15  # of all heads: no step leads beyond
 EDGES = (8, 16, 32, 48, 64, 96, 128, 256)  # sizes that tiles, groups and lengths are put beside
 QUERY_SIDE = {"q_hash", "q_keep", "q_ids", "start", "end"}
 
 
-class Recipe(NamedTuple):
-    """A problem in one line: ``draw(seed, most_rows=rows, dtypes=dtypes)``, then the steps."""
+class Limits(NamedTuple):
+    """What every problem of a campaign keeps to."""
 
-    seed: int
-    rows: int
+    rows: int  # longest seqlen
     dtypes: tuple[str, ...]
-    steps: tuple[tuple[str, int], ...] = ()
-
-    def __str__(self) -> str:
-        return json.dumps(self._asdict())
-
-    @classmethod
-    def of(cls, line: str) -> Recipe:
-        """Read what `str` wrote."""
-        try:
-            found = json.loads(line)
-            steps = tuple((str(name), int(number)) for name, number in found["steps"])
-            dtypes = tuple(map(str, found["dtypes"]))
-            recipe = cls(int(found["seed"]), int(found["rows"]), dtypes, steps)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ScfaError(
-                'a recipe is a line like {"seed": 7, "rows": 4096, "dtypes": ["float32"], '
-                f'"steps": [["length", 3]]}}, got {line.strip()!r} ({error})'
-            ) from error
-        unknown = {name for name, _ in steps} - set(STEPS)
-        if unknown:
-            raise ScfaError(f"steps of a recipe are {', '.join(STEPS)}; got {', '.join(unknown)}")
-        return recipe
 
 
-def draw(recipe: Recipe) -> Drawn:
-    """Draw the problem of a recipe, all but its tensors; without steps it is the seed's."""
-    base = campaign.draw_pattern(recipe.seed, most_rows=recipe.rows, dtypes=recipe.dtypes)
-    if not recipe.steps:
-        return base
-    spec, parts = base.spec, list(base.pattern.parts)
-    for name, number in recipe.steps:
-        spec, parts = STEPS[name](np.random.default_rng(number), spec, parts, recipe)
-        spec = replace(spec, parts=(*spec.parts, Part(f"then {name}", "guided")))
-    pattern = parts[0]
-    for part in parts[1:]:
-        pattern = pattern & part
-    rng = np.random.default_rng([recipe.seed, *(number for _, number in recipe.steps)])
-    return Drawn(spec, pattern, campaign.mask_of(spec, pattern), rng)
+def draw_pattern(
+    seed: int, *, most_rows: int, dtypes: tuple[str, ...], steps: tuple[str, ...] | None = None
+) -> Drawn:
+    """Draw what `campaign.draw_pattern` does, and change it; `steps` names what to do, in order.
+
+    Steps after which nothing is visible are left out, but where the family is "empty".
+    """
+    drawn = campaign.draw_pattern(seed, most_rows=most_rows, dtypes=dtypes)
+    rng = np.random.default_rng([seed, 20261128])
+    if steps is None:
+        steps = tuple(rng.choice(list(STEPS), int(rng.choice(NUMBERS_OF_STEPS))))
+    for step in map(str, steps):
+        parts = list(drawn.pattern.parts)
+        spec, parts = STEPS[step](rng, drawn.spec, parts, Limits(most_rows, dtypes))
+        if _rows_of(spec) > max(_rows_of(drawn.spec), MOST_ROWS):
+            continue
+        pattern = parts[0]
+        for part in parts[1:]:
+            pattern = pattern & part
+        spec = replace(spec, parts=(*spec.parts, Part(f"then {step}", "changed")))
+        changed = Drawn(spec, pattern, campaign.mask_of(spec, pattern), rng)
+        if spec.parts[0].kind == "empty" or campaign.shows_something(changed):
+            drawn = changed
+    return drawn._replace(rng=rng)
+
+
+def _rows_of(spec: Spec) -> int:
+    return spec.batch * max(spec.heads * spec.seqlen_q, spec.heads_kv * spec.seqlen_k)
 
 
 # Steps -------------------------------------------------------------------------------------------
@@ -116,21 +107,21 @@ def _resized(parts: Parts, axis: int, sizes: dict[str, int]) -> Parts:
     return changed
 
 
-def _length(rng: np.random.Generator, spec: Spec, parts: Parts, recipe: Recipe) -> Changed:
+def _length(rng: np.random.Generator, spec: Spec, parts: Parts, limits: Limits) -> Changed:
     """Queries, keys or both: a row more or less, or beside a multiple of a tile."""
     q, k = spec.seqlen_q, spec.seqlen_k
     side = int(rng.integers(3))
     if rng.random() < 0.4:
         one = int(rng.choice([-1, 1]))
-        new_q, new_k = (min(max(n + one, 1), recipe.rows) for n in (q, k))
+        new_q, new_k = (min(max(n + one, 1), limits.rows) for n in (q, k))
     else:
-        new_q = _beside(rng, recipe.rows)
-        new_k = new_q if rng.random() < 0.5 else _beside(rng, recipe.rows)
+        new_q = _beside(rng, limits.rows)
+        new_k = new_q if rng.random() < 0.5 else _beside(rng, limits.rows)
     q, k = (new_q if side != 1 else q), (new_k if side != 0 else k)
     return replace(spec, seqlen_q=q, seqlen_k=k), _resized(parts, 2, {"q": q, "k": k})
 
 
-def _heads(rng: np.random.Generator, spec: Spec, parts: Parts, recipe: Recipe) -> Changed:
+def _heads(rng: np.random.Generator, spec: Spec, parts: Parts, limits: Limits) -> Changed:
     """Another number of heads, of key heads, or of sequences."""
     heads_kv = int(rng.choice([1, spec.heads_kv, 2, 3]))
     heads = heads_kv * int(rng.choice([1, 2, 3, 4, 5, 8]))
@@ -139,19 +130,19 @@ def _heads(rng: np.random.Generator, spec: Spec, parts: Parts, recipe: Recipe) -
     return replace(spec, heads=heads, heads_kv=heads_kv, batch=batch), parts
 
 
-def _kind(rng: np.random.Generator, spec: Spec, parts: Parts, recipe: Recipe) -> Changed:
+def _kind(rng: np.random.Generator, spec: Spec, parts: Parts, limits: Limits) -> Changed:
     """Another dtype, or other head_dims."""
     if rng.random() < 0.5:
-        return replace(spec, dtype=str(rng.choice(recipe.dtypes))), parts
+        return replace(spec, dtype=str(rng.choice(limits.dtypes))), parts
     dims = (int(rng.choice(campaign.HEAD_DIMS)), int(rng.choice(campaign.HEAD_DIMS_V)))
     return replace(spec, head_dim=dims[0], head_dim_v=dims[1]), parts
 
 
-def _group(rng: np.random.Generator, spec: Spec, parts: Parts, recipe: Recipe) -> Changed:
+def _group(rng: np.random.Generator, spec: Spec, parts: Parts, limits: Limits) -> Changed:
     """Of a clause with ids: merge two groups, or give one a number of rows beside a tile's."""
     place = _one_of(rng, parts, (pt.HashSparse, pt.Documents))
     if place is None:
-        return _clause(rng, spec, parts, recipe)
+        return _clause(rng, spec, parts, limits)
     part = parts[place]
     names = _arrays(part)
     ids = {name: np.array(getattr(part, name)) for name in names}
@@ -178,11 +169,11 @@ def _group(rng: np.random.Generator, spec: Spec, parts: Parts, recipe: Recipe) -
     return spec, [*parts[:place], _with(part, **ids), *parts[place + 1 :]]
 
 
-def _order(rng: np.random.Generator, spec: Spec, parts: Parts, recipe: Recipe) -> Changed:
+def _order(rng: np.random.Generator, spec: Spec, parts: Parts, limits: Limits) -> Changed:
     """Rows of one array sorted, turned around or moved along."""
     places = [n for n, part in enumerate(parts) if _arrays(part)]
     if not places:
-        return _clause(rng, spec, parts, recipe)
+        return _clause(rng, spec, parts, limits)
     place = int(rng.choice(places))
     part = parts[place]
     style, by = int(rng.integers(3)), int(rng.choice([1, 63, 64, 65]))
@@ -196,7 +187,7 @@ def _order(rng: np.random.Generator, spec: Spec, parts: Parts, recipe: Recipe) -
     return spec, [*parts[:place], _with(part, **arrays), *parts[place + 1 :]]
 
 
-def _drop(rng: np.random.Generator, spec: Spec, parts: Parts, recipe: Recipe) -> Changed:
+def _drop(rng: np.random.Generator, spec: Spec, parts: Parts, limits: Limits) -> Changed:
     """Drop rows of queries, of keys, or of both: one, the first, the last, all but a few."""
     place = _one_of(rng, parts, pt.QKSparse)
     shapes = _shapes(spec)
@@ -231,7 +222,7 @@ def _drop(rng: np.random.Generator, spec: Spec, parts: Parts, recipe: Recipe) ->
     return spec, [*parts[:place], _with(part, **keeps), *parts[place + 1 :]]
 
 
-def _ranges(rng: np.random.Generator, spec: Spec, parts: Parts, recipe: Recipe) -> Changed:
+def _ranges(rng: np.random.Generator, spec: Spec, parts: Parts, limits: Limits) -> Changed:
     """Ranges of a few rows moved to edges of tiles, emptied, or exchanged."""
     place = _one_of(rng, parts, pt.KeyRanges)
     shape, keys = _shapes(spec).q, spec.seqlen_k
@@ -266,7 +257,7 @@ def _ranges(rng: np.random.Generator, spec: Spec, parts: Parts, recipe: Recipe) 
     return spec, [*parts[:place], part, *parts[place + 1 :]]
 
 
-def _clause(rng: np.random.Generator, spec: Spec, parts: Parts, recipe: Recipe) -> Changed:
+def _clause(rng: np.random.Generator, spec: Spec, parts: Parts, limits: Limits) -> Changed:
     """One more clause, or one in the place of another."""
     family = str(rng.choice(campaign.MORE))
     clause = campaign.further_clause(rng, _shapes(spec), family, int(rng.integers(2**31)))
@@ -277,10 +268,10 @@ def _clause(rng: np.random.Generator, spec: Spec, parts: Parts, recipe: Recipe) 
     return spec, [*parts, clause]
 
 
-def _without(rng: np.random.Generator, spec: Spec, parts: Parts, recipe: Recipe) -> Changed:
+def _without(rng: np.random.Generator, spec: Spec, parts: Parts, limits: Limits) -> Changed:
     """One clause less, if two are left."""
     if len(parts) == 1:
-        return _clause(rng, spec, parts, recipe)
+        return _clause(rng, spec, parts, limits)
     place = int(rng.integers(len(parts)))
     return spec, [*parts[:place], *parts[place + 1 :]]
 
@@ -291,7 +282,7 @@ def _shapes(spec: Spec) -> Shapes:
     )
 
 
-STEPS: dict[str, Callable[[np.random.Generator, Spec, Parts, Recipe], Changed]] = {
+STEPS: dict[str, Callable[[np.random.Generator, Spec, Parts, Limits], Changed]] = {
     "length": _length,
     "heads": _heads,
     "kind": _kind,
