@@ -39,7 +39,8 @@ settings.load_profile("faults")
 class Copy:
     """The sources, laid out as installed, with the tests beside them, in a temporary folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, limit: float = LIMIT) -> None:
+        self.limit = limit
         self.site, self.work, self.folder = folder / "site", folder / "work", folder
         skip = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / "scfa_core", self.site / "scfa_core", ignore=skip)
@@ -74,7 +75,7 @@ class Copy:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=LIMIT,
+            timeout=self.limit,
             check=False,
         )
 
