@@ -189,8 +189,9 @@ def _structured(
         if attention_mask.shape[2:] != (queries, keys):
             raise PatternError(
                 f"the layer has {queries} queries and {keys} keys, its mask is of "
-                f"{attention_mask.shape[2]} and {attention_mask.shape[3]}; the model cuts its mask "
-                "or its keys apart from each other: use attn_implementation='sdpa'"
+                f"{attention_mask.shape[2]} and {attention_mask.shape[3]}; pass an attention_mask "
+                "that is as long as all tokens, cached ones too, or, where the model itself cuts "
+                "its mask or its keys, use attn_implementation='sdpa'"
             )
         _refuse_lengths(kwargs, attention_mask.packed)
         return attention_mask

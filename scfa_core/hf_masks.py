@@ -171,7 +171,7 @@ def read_mask(
     ------
     PatternError
         The mask function has a part that is no interval, group or keep clause, or `attention_mask`
-        is not of two axes.
+        is not of two axes or of another batch.
 
     Notes
     -----
@@ -181,6 +181,11 @@ def read_mask(
         raise PatternError(
             "scfa_core takes a padding mask (batch, seqlen), got an attention mask of shape "
             f"{tuple(attention_mask.shape)}; use attn_implementation='sdpa' for custom masks"
+        )
+    if attention_mask is not None and attention_mask.shape[0] not in (1, batch_size):
+        raise PatternError(
+            "the padding mask must have as many sequences as the batch, got shape "
+            f"{tuple(attention_mask.shape)} for a batch of {batch_size}; give it a row a sequence"
         )
     queries = Positions("query", q_length, q_offset)
     keys = Positions("key", kv_length, kv_offset)

@@ -136,13 +136,6 @@ class _Symbol:
         """With what transformers' ``or_masks`` begins."""
         _refuse("a union of masks (or_masks)")
 
-    def _less(self, other: Any) -> _Distance:
-        """``self - other``, which comparisons are made of."""
-        less: Any = self - other
-        if isinstance(less, _Distance):
-            return less
-        _refuse(f"{self.what} compared with what is none of the other side")
-
     def __bool__(self) -> NoReturn:
         _refuse(f"a decision on the value of {self.what}")
 
@@ -232,7 +225,33 @@ class _PerBatch(_Symbol):
         self.values = values
 
 
-class _Index(_Symbol):
+class _OneSide(_Symbol):
+    """A value of queries or of keys: compared with one of the other side by their distance."""
+
+    def __le__(self, other: Any) -> Any:
+        return self._less(other) <= 0
+
+    def __lt__(self, other: Any) -> Any:
+        return self._less(other) <= -1
+
+    def __gt__(self, other: Any) -> Any:
+        return self._less(other) >= 1
+
+    def __ge__(self, other: Any) -> Any:
+        return self._less(other) >= 0
+
+    def __eq__(self, other: Any) -> Any:
+        return self._less(other) == 0
+
+    def _less(self, other: Any) -> _Distance:
+        """``self - other``, which comparisons are made of."""
+        less: Any = self - other
+        if isinstance(less, _Distance):
+            return less
+        _refuse(f"{self.what} compared with what is none of the other side")
+
+
+class _Index(_OneSide):
     """Position of a query or key, plus `shift`."""
 
     def __init__(self, at: Positions, device: torch.device, shift: int = 0) -> None:
@@ -263,23 +282,11 @@ class _Index(_Symbol):
     def _rows(self, device: torch.device) -> Tensor:
         return self.at.on(device)[None] + self.shift
 
-    def __le__(self, other: Any) -> Any:
-        return self._less(other) <= 0
-
-    def __lt__(self, other: Any) -> Any:
-        return self._less(other) <= -1
-
-    def __gt__(self, other: Any) -> Any:
-        return self._less(other) >= 1
-
     def __ge__(self, other: Any) -> Any:
         # Positions begin at 0; so says the mask that sees everything.
         if isinstance(other, int) and self.shift >= other:
             return Clause()
-        return self._less(other) >= 0
-
-    def __eq__(self, other: Any) -> Any:
-        return self._less(other) == 0
+        return super().__ge__(other)
 
 
 class _Distance(_Symbol):
@@ -347,7 +354,7 @@ class _Reach(_Symbol):
         return self <= other - 1
 
 
-class _Rows(_Symbol):
+class _Rows(_OneSide):
     """A value of each row of one side, (batch or 1, rows), looked up in `table` or computed.
 
     `shift` has been added to what was looked up; it is not in `values`.
@@ -388,18 +395,6 @@ class _Rows(_Symbol):
 
     def _shifted(self) -> Tensor:
         return self.values + self.shift if self.shift else self.values
-
-    def __le__(self, other: Any) -> Any:
-        return self._less(other) <= 0
-
-    def __lt__(self, other: Any) -> Any:
-        return self._less(other) <= -1
-
-    def __gt__(self, other: Any) -> Any:
-        return self._less(other) >= 1
-
-    def __ge__(self, other: Any) -> Any:
-        return self._less(other) >= 0
 
     def __eq__(self, other: Any) -> Any:
         if not isinstance(other, _Rows) or other.at.side == self.at.side:

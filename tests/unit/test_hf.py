@@ -316,6 +316,12 @@ def test_custom_masks_raise_in_a_model(model):
             model(tokens(), attention_mask=torch.ones(2, 20, 20, dtype=torch.bool))
 
 
+def test_a_padding_mask_too_short_raises(model):
+    model.set_attn_implementation("scfa")
+    with pytest.raises(scfa.PatternError, match="as long as all tokens"):
+        model(tokens(), attention_mask=torch.ones(2, 15), use_cache=False)
+
+
 def test_weights_as_an_output_raise(model):
     """GPT-2 tells its layers nothing and would return an empty tuple."""
     model.set_attn_implementation("scfa")

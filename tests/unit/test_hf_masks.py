@@ -181,3 +181,8 @@ def test_positions_that_a_user_looks_up_are_not_trusted():
 def test_a_padding_mask_of_other_axes_raises(shape):
     with pytest.raises(scfa.PatternError, match="takes a padding mask"):
         read_mask(2, 4, 4, attention_mask=torch.ones(shape, dtype=torch.bool))
+
+
+def test_a_padding_mask_of_another_batch_raises():
+    with pytest.raises(scfa.PatternError, match=r"got shape \(3, 4\) for a batch of 2"):
+        read_mask(2, 4, 4, attention_mask=torch.ones(3, 4, dtype=torch.bool))
