@@ -1,8 +1,12 @@
 """Hypothesis profiles and what every test shares."""
 
 import os
+import sys
+from pathlib import Path
 
 from hypothesis import HealthCheck, settings
+
+sys.path.append(str(Path(__file__).parent / "unit"))  # helpers that several test files import
 
 _QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
 

@@ -2,7 +2,7 @@
 
 from fault import SUITES, Fault
 
-HOPPER = "tests/unit/test_hopper_on_host.py"
+HOPPER = "tests/unit/test_hopper_any_order.py"
 SUITES["hopper"] = (
     (f"{HOPPER}::test_a_gap_beside_the_edge_of_a_block",),
     (f"{HOPPER}::test_keys_that_a_tile_sees",),

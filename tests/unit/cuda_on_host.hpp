@@ -2,6 +2,8 @@
 // there is no GPU. Every thread is a fiber that runs until a barrier; `order` chooses who goes first, so that a
 // missing barrier shows as a result that depends on it. Reads and writes of shared memory are real.
 #pragma once
+#undef _FORTIFY_SOURCE  // which takes a jump to another stack for a mistake
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdio>
@@ -39,18 +41,25 @@ struct Barrier {
   int arrived = 0, generation = 0;
 };
 
-static std::vector<ucontext_t> fibers;
+struct Fiber {
+  ucontext_t start;
+  jmp_buf place;  // where it goes on; a jump, unlike swapcontext, is no system call
+  bool begun;
+};
+static std::vector<Fiber*> fibers;  // kept, with their stacks, from block to block
 static std::vector<char> finished;
 static std::vector<int> turn;  // order in which fibers are resumed
 static std::vector<Barrier> warps;
 static std::vector<unsigned long long> slots;  // one per thread, for exchanges within a warp
 static Barrier block;
-static ucontext_t scheduler;
+static jmp_buf scheduler;
 static int current;
 static long progress;
 static std::function<void()> body;
 
-inline void yield() { swapcontext(&fibers[current], &scheduler); }
+inline void yield() {
+  if (_setjmp(fibers[current]->place) == 0) _longjmp(scheduler, 1);
+}
 
 inline void wait(Barrier& barrier, int members) {
   const int generation = barrier.generation;
@@ -79,37 +88,49 @@ T exchange(T value, int lane) {
 }
 
 inline void enter() {
-  body();
-  finished[current] = 1;
-  ++progress;
-  for (;;) yield();
+  for (;;) {  // once for each block
+    body();
+    finished[current] = 1;
+    ++progress;
+    yield();
+  }
+}
+
+inline void add_fiber() {
+  Fiber* fiber = new Fiber();
+  getcontext(&fiber->start);
+  fiber->start.uc_stack.ss_sp = std::malloc(kStackBytes);
+  fiber->start.uc_stack.ss_size = kStackBytes;
+  fiber->start.uc_link = nullptr;
+  makecontext(&fiber->start, enter, 0);
+  fibers.push_back(fiber);
+}
+
+// Lets the current fiber run until it yields.
+inline void resume() {
+  Fiber* fiber = fibers[current];
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber->begun) _longjmp(fiber->place, 1);
+  fiber->begun = true;
+  setcontext(&fiber->start);
 }
 
 // Runs one block of `threads` fibers to its end.
 inline void run_block(int threads, int order) {
-  static std::vector<char> stacks;
-  stacks.resize((size_t)threads * kStackBytes);
-  fibers.assign(threads, ucontext_t());
+  while (fibers.size() < (size_t)threads) add_fiber();
   finished.assign(threads, 0);
   warps.assign(threads / kWarp, Barrier());
   slots.assign(threads, 0);
   block = Barrier();
   turn.resize(threads);
   for (int i = 0; i < threads; ++i) turn[i] = order == 0 ? i : order == 1 ? threads - 1 - i : (i * 37 + 11) % threads;
-  for (int i = 0; i < threads; ++i) {
-    getcontext(&fibers[i]);
-    fibers[i].uc_stack.ss_sp = stacks.data() + (size_t)i * kStackBytes;
-    fibers[i].uc_stack.ss_size = kStackBytes;
-    fibers[i].uc_link = &scheduler;
-    makecontext(&fibers[i], enter, 0);
-  }
   for (int left = threads; left > 0;) {
     const long before = progress;
     for (int i : turn) {
       if (finished[i]) continue;
       current = i;
       threadIdx = {(unsigned)i, 0, 0};
-      swapcontext(&scheduler, &fibers[i]);
+      resume();
       left -= finished[i];
     }
     if (progress == before) {

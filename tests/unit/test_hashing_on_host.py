@@ -3,11 +3,7 @@
 Tensor cores are played by ptx_on_host.hpp; all else is the shipped source.
 """
 
-import ctypes
-import shutil
-import subprocess
-from pathlib import Path
-
+import host_build
 import numpy as np
 import pytest
 from scfa_core.backends.cupy_raw import hashing, nvrtc
@@ -15,8 +11,6 @@ from scfa_core.backends.cupy_raw import hashing, nvrtc
 from scfa_core.arrays import DeviceArray
 from scfa_core.hashing import random_directions
 
-HERE = Path(__file__).parent
-COMPILER = shutil.which("g++") or shutil.which("clang++")
 SOURCE = """
 #include "cuda_on_host.hpp"
 #include "ptx.cuh"
@@ -31,33 +25,16 @@ extern "C" void run(const HashParams* p, int blocks, int threads, int shared_byt
 }
 """
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (g++ or clang++) here")
+pytestmark = host_build.NEEDS_COMPILER
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory):
-    """Return constants -> the compiled host function."""
-    folder = tmp_path_factory.mktemp("hashing")
-    for name, text in nvrtc.read_sources().items():
-        (folder / name).write_text(text)
-    (folder / "ptx.cuh").write_text((HERE / "ptx_on_host.hpp").read_text())
-    shutil.copy(HERE / "cuda_on_host.hpp", folder)
-    source = folder / "hashing.cpp"
-    source.write_text(SOURCE)
-    built = {}
-
-    def build(values):
-        if values not in built:
-            library = folder / f"{len(built)}.so"
-            defines = [f"-DSCFA_{key}={value}" for key, value in values]
-            options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-ffp-contract=off"]
-            command = [COMPILER, *options, *defines, "-o", str(library), str(source)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[:4000]
-            built[values] = ctypes.CDLL(str(library)).run
-        return built[values]
-
-    return build
+def compiler(tmp_path_factory):
+    played = (host_build.HERE / "ptx_on_host.hpp").read_text()
+    sources = {**nvrtc.read_sources(), "ptx.cuh": played}
+    compiler = host_build.HostCompiler(tmp_path_factory.mktemp("hashing"), sources)
+    yield compiler
+    compiler.close()
 
 
 def device_array(x, dtype):
@@ -73,7 +50,7 @@ def narrow(x, dtype):
     return bits, (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
-def run(build, x, dtype, directions, center=None, rows=hashing._LEAST_TILE, order=0):
+def run(compiler, x, dtype, directions, center=None, rows=hashing._LEAST_TILE, order=0):
     bucket = np.full((directions.shape[0], *x.shape[:3]), -9, np.int32)
     arrays = device_array(x, dtype), device_array(directions, "float32")
     middle = None if center is None else device_array(center, "float32")
@@ -81,7 +58,7 @@ def run(build, x, dtype, directions, center=None, rows=hashing._LEAST_TILE, orde
     dim, count = x.shape[3], directions.shape[3]
     values = hashing.constants(dtype, dim, count, aligned=hashing.is_aligned(arrays[0]))
     shared = hashing.shared_bytes(dim, count)
-    build(values)(params, blocks, hashing.THREADS, shared, order)
+    compiler.start(SOURCE, values).result()(params, blocks, hashing.THREADS, shared, order)
     return bucket
 
 
@@ -109,14 +86,14 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_buckets_are_those_of_float64_but_for_near_ties(build, case):
+def test_buckets_are_those_of_float64_but_for_near_ties(compiler, case):
     dtype, dim, count, heads, own, center_heads, seqlen, rounds = case
     rng = np.random.default_rng(dim)
     x, exact = narrow(rng.standard_normal((2, heads, seqlen, dim), np.float32), dtype)
     directions = random_directions(own, dim, 2 * count, rounds=rounds, seed=1)
     center = rng.standard_normal((center_heads, dim), np.float32) if center_heads else None
     right = products(exact, directions, center)
-    mine = run(build, x, dtype, directions, center)
+    mine = run(compiler, x, dtype, directions, center)
     assert mine.min() >= 0
     assert mine.max() < 2 * count
     lost = right.max(-1) - np.take_along_axis(right, mine[..., None], -1)[..., 0]
@@ -125,30 +102,30 @@ def test_buckets_are_those_of_float64_but_for_near_ties(build, case):
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
-def test_threads_in_any_order_and_tiles_of_any_size_give_the_same(build, order):
+def test_threads_in_any_order_and_tiles_of_any_size_give_the_same(compiler, order):
     rng = np.random.default_rng(3)
     x, _ = narrow(rng.standard_normal((1, 2, 300, 64), np.float32), "bfloat16")
     directions = random_directions(2, 64, 16, seed=1)
-    first = run(build, x, "bfloat16", directions)
-    again = run(build, x, "bfloat16", directions, rows=256, order=order)
+    first = run(compiler, x, "bfloat16", directions)
+    again = run(compiler, x, "bfloat16", directions, rows=256, order=order)
     np.testing.assert_array_equal(first, again)
 
 
-def test_strides_and_odd_starts(build):
+def test_strides_and_odd_starts(compiler):
     rng = np.random.default_rng(4)
     x, _ = narrow(rng.standard_normal((2, 3, 50, 64), np.float32), "bfloat16")
     directions = random_directions(3, 64, 16, seed=1)
-    right = run(build, x, "bfloat16", directions)
+    right = run(compiler, x, "bfloat16", directions)
     turned = np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2)
     odd = np.zeros((2, 3, 50, 65), np.uint16)[..., 1:]
     odd[...] = x
     assert not hashing.is_aligned(device_array(odd, "bfloat16"))
     for y in (turned, odd, np.ascontiguousarray(x[:, :, ::-1])[:, :, ::-1]):
-        np.testing.assert_array_equal(run(build, y, "bfloat16", directions), right)
+        np.testing.assert_array_equal(run(compiler, y, "bfloat16", directions), right)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_ties_take_the_lowest_and_bad_rows_some_valid_bucket(build, dtype):
+def test_ties_take_the_lowest_and_bad_rows_some_valid_bucket(compiler, dtype):
     dim, count = 32, 12
     directions = np.zeros((1, 1, dim, count), np.float32)
     directions[0, 0, 3, [2, 5, 11]] = 1  # three equal directions
@@ -157,7 +134,7 @@ def test_ties_take_the_lowest_and_bad_rows_some_valid_bucket(build, dtype):
     x[0, 0, 2] = np.nan
     x[0, 0, 3, 4] = np.inf
     x[0, 0, 4, 3] = 6e-5  # below the least normal half
-    mine = run(build, narrow(x, dtype)[0], dtype, directions)[0, 0, 0]
+    mine = run(compiler, narrow(x, dtype)[0], dtype, directions)[0, 0, 0]
     np.testing.assert_array_equal(mine[[0, 1, 4, 5]], [2, 2 + count, 2, 0])
     assert ((mine >= 0) & (mine < 2 * count)).all()
 

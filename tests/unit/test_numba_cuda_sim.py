@@ -131,6 +131,8 @@ def main():
     from scfa_core.dispatch import unavailable_reason
 
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # Inf and NaN are among the data
+    # The simulator watches its threads in a loop; each of them waits until that has had its turn.
+    sys.setswitchinterval(1e-3)
     report = {"availability": unavailable_reason("numba-cuda")}
     for name, spec in CASES.items():
         report[name] = run_case(spec)

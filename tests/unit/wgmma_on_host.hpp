@@ -127,12 +127,18 @@ inline float described_element(unsigned long long descriptor, int row, int colum
 
 template <int kCount, class Left, class Right>
 void multiply_on_host(float (&d)[kCount], bool accumulate, Left left, Right right) {
+  static_assert(kCount % 4 == 0, "two rows by two columns at a time");
   const int lane = host::current % 32;
-  for (int i = 0; i < kCount; ++i) {
-    const int row = lane / 4 + 8 * (i >> 1 & 1), column = 8 * (i >> 2) + 2 * (lane % 4) + (i & 1);
-    float sum = accumulate ? d[i] : 0.0f;
-    for (int k = 0; k < 16; ++k) sum = fmaf(left(row, k), right(column, k), sum);
-    d[i] = sum;
+  float rows[2][16], columns[2][16];
+  for (int k = 0; k < 16; ++k) rows[0][k] = left(lane / 4, k), rows[1][k] = left(lane / 4 + 8, k);
+  for (int first = 0; first < kCount; first += 4) {
+    const int column = 2 * first + 2 * (lane % 4);
+    for (int k = 0; k < 16; ++k) columns[0][k] = right(column, k), columns[1][k] = right(column + 1, k);
+    for (int i = 0; i < 4; ++i) {
+      float sum = accumulate ? d[first + i] : 0.0f;
+      for (int k = 0; k < 16; ++k) sum = fmaf(rows[i >> 1][k], columns[i & 1][k], sum);
+      d[first + i] = sum;
+    }
   }
 }
 

@@ -1,0 +1,227 @@
+"""The Hopper kernels of a case, compiled as host C++ and run as launch_sm90.py would.
+
+wgmma_on_host.hpp plays what only the card has: barriers, copies, products from descriptors. All
+else is the shipped source: gathers, swizzle, zeros beyond the rows, masks, softmax, stores.
+"""
+
+import re
+
+import host_build
+import numpy as np
+import pytest
+from scfa_core.backends.cupy_raw import launch_sm90, nvrtc
+
+import scfa_core as scfa
+from scfa_core import testing
+from scfa_core.arrays import DeviceArray
+from scfa_core.plan import PlanArrays
+from scfa_core.problem import Problem
+from scfa_core.testing import Part, Results
+
+PLAYED_BY = ("cuda_on_host.hpp", "ptx_on_host.hpp", "wgmma_on_host.hpp")
+PLAYED = (  # functions of the shipped headers that the host has its own of
+    *("copy_chunk", "copy_word", "exp2_fast", "log2_fast", "pack_pair", "unpack_pair"),
+    *("wgmma_fence", "wgmma_commit", "wgmma_wait", "pin", "wgmma_shared", "wgmma_issue"),
+    *("wgmma_registers", "load_acquire", "store_release", "wait_until", "global_proxy_fence"),
+    *("start_sum", "wait_until_read", "wait_until_added", "fetch_sum", "shared_store_four"),
+    *("load_sum_four", "row_address"),
+)
+DRIVER = """
+extern "C" void run(const Params* p, int blocks, int threads, int shared_bytes, int order) {
+  std::vector<char> shared(shared_bytes + 1024);
+  dynamic_shared = (char*)(((size_t)shared.data() + 1023) / 1024 * 1024);
+  gridDim = {(unsigned)blocks, 1, 1};
+  blockDim = {(unsigned)threads, 1, 1};
+  for (int x = 0; x < blocks; ++x) {
+    for (size_t i = 0; i < shared.size(); ++i) shared[i] = i % 2 ? 0x7f : 0xff;  // NaN
+    host::start_block(threads);
+    blockIdx = {(unsigned)x, 0, 0};
+    host::body = [&] { KERNEL(*p); };
+    host::run_block(threads, order);
+  }
+}
+"""
+TYPES = """
+typedef unsigned short u16;
+typedef unsigned int u32;
+constexpr bool kIsBf16 = SCFA_BFLOAT16;
+inline unsigned __reduce_or_sync(unsigned lanes, unsigned value) {
+  for (int other = 1; other < 32; other *= 2) value |= __shfl_xor_sync(lanes, value, other);
+  return value;
+}
+"""
+
+
+def without_function(text, name):
+    """Cut every definition of a function, with its template line."""
+    head = rf"(?:template <[^{{}};]*?>\n)?__device__ __forceinline__ [\w ]+ {name}\("
+    while found := re.search(head, text):
+        end = text.index("{\n", found.end()) + 1
+        depth = 1
+        while depth:
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            end += 1
+        text = text[: found.start()] + text[end:]
+    return text
+
+
+def for_the_host(name, text):
+    """A shipped source with the instructions of the card taken out."""
+    text = text.replace("extern __shared__ char dynamic[]", "char* dynamic = dynamic_shared")
+    for function in PLAYED:
+        text = without_function(text, function)
+    text = re.sub(r'asm volatile\("(prefetch|" : "\+[lr]")[^;]*(;"[^;]*)?;', "", text)
+    fragment = r'asm volatile\("ldmatrix.*?: "=r"\((.*?)\)\s*: "r"\(address\)\s*: "memory"\);'
+    registers = r"load_matrices_of(\1, address);"
+    text = re.sub(fragment, registers, text, flags=re.S)
+    text = re.sub(r'\), "=r"\(|\),\s+"=r"\(', ", ", text)
+    fragment = r'asm volatile\("stmatrix.*?: ?"r"\(address\),\s*(.*?)\s*: "memory"\);'
+    text = re.sub(fragment, r"store_matrices(address, \1);", text, flags=re.S)
+    text = re.sub(r'"r"\((a\[4 \* step[^)]*\])\)', r"\1", text)
+    words = r'asm volatile\("ld\.shared\.v4\.u32[^:]*: "=r"\((\w+)\[0\].*?: "r"\(([^)]*)\)\);'
+    text = re.sub(words, r"load_words(\1, \2);", text, flags=re.S)
+    assert "asm volatile" not in re.sub(r"^#define.*?[^\\]$", "", text, flags=re.S | re.M), name
+    return text
+
+
+def source_of(headers, driver):
+    """Text of a source that has the played headers, then the shipped ones, then `driver`."""
+    return "\n".join([*(f'#include "{header}"' for header in (*PLAYED_BY, *headers)), driver])
+
+
+class Kernels(host_build.HostCompiler):
+    """What the shipped sources of Hopper are on the host."""
+
+    def __init__(self, folder):
+        sources = {"types.cuh": TYPES, "mbarrier.cuh": "#pragma once\n"}
+        for name, text in nvrtc.read_sources().items():
+            if re.search("sm90|wgmma", name):
+                sources[name] = for_the_host(name, text)
+        super().__init__(folder, sources)
+
+    def kernel(self, name, dtype, head_dim, shape, monotone=True, sanitize=False):
+        """Promise of the function that runs a kernel."""
+        constants = (("BFLOAT16", int(dtype == "bfloat16")),)
+        if shape is not None:
+            constants = overheard_constants(name, dtype, head_dim, shape, monotone)
+        source = source_of((f"{name}.cu",), f"#define KERNEL scfa_{name}{DRIVER}")
+        return self.start(source, (*constants, ("SANITIZE", int(sanitize))))
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    kernels = Kernels(tmp_path_factory.mktemp("hopper"))
+    yield kernels
+    kernels.close()
+
+
+def overheard_constants(kernel, dtype, head_dim, shape, monotone):
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            launch_sm90, "get_kernel", lambda *request, arch_suffix: asked.append(request)
+        )
+        launch_sm90._kernel.__wrapped__(kernel, 0, dtype, head_dim, shape, monotone)
+    return asked[0][2]
+
+
+def described(x, dtype):
+    strides = tuple(stride // x.itemsize for stride in x.strides)
+    return DeviceArray(x.ctypes.data, x.shape, strides, dtype, 0)
+
+
+def passes(spec, fused, monotone=True):
+    """Kernels of one call: name, shape, tiles of one head and of all, heads, blocks, threads.
+
+    `blocks` is None where any number will do.
+    """
+    per_query, per_key = (spec.seqlen_q, spec.heads), (spec.seqlen_k, spec.heads_kv)
+    head_dim = spec.head_dim
+    backward = (
+        ("bwd_prepare_sm90", launch_sm90._FUSED, *per_key),
+        (launch_sm90._FUSED_KERNELS.get(head_dim), launch_sm90._FUSED, *per_key),
+    )
+    if not fused:
+        backward = (
+            ("bwd_dq_sm90", launch_sm90._DQ, *per_query),
+            ("bwd_dkdv_sm90", launch_sm90._DKDV, *per_key),
+        )
+    if not monotone:
+        lists = spec.batch * spec.heads
+        yield "bwd_envelope_sm90", None, (1, lists), spec.heads, 2 * lists, 1024
+    for kernel, shapes, rows, heads in (("fwd_sm90", launch_sm90._FORWARD, *per_query), *backward):
+        shape = shapes[head_dim]
+        tiles = launch_sm90._tiles(rows, 64 * shape.warpgroups, spec.batch * heads)
+        if kernel == "bwd_prepare_sm90":
+            yield kernel, launch_sm90._PREPARE[head_dim], tiles, heads, None, 256
+        else:
+            yield kernel, shape, tiles, heads, None, launch_sm90._threads(kernel, shape)
+
+
+def run(kernels, case, order=0, blocks=1, fused=False, slots=None, sanitize=False, any_order=False):
+    """Results of one case; `slots` query heads have room for sums of dq, all by default.
+
+    With `any_order` the kernels are not told of ranges that are in order.
+    """
+    spec = case.spec
+    problem = Problem(
+        *(spec.batch, spec.heads, spec.heads_kv, spec.seqlen_q, spec.seqlen_k),
+        *(spec.head_dim, spec.head_dim_v, spec.dtype, "cpu", case.softmax_scale),
+    )
+    like = [np.zeros(x.shape, np.float32) for x in (case.q, case.k)]
+    made = scfa.make_plan(case.pattern, *like, backend="reference")
+    monotone = made.monotone and not any_order
+    lists = [made.q_index, made.q_count, made.k_index, made.k_count, made.key_start, made.key_end]
+    lists = [np.ascontiguousarray(x) for x in lists]
+    plan = PlanArrays.of([*(described(x, "int32") for x in lists), None], monotone)
+    q, k, v, dout = (host_build.aligned_copy(x) for x in (case.q, case.k, case.v, case.dout))
+    lse = np.full(q.shape[:3], np.nan, np.float32)
+    out, dq, dk, dv = (host_build.aligned_copy(np.full_like(x, 0x7FFF)) for x in (dout, q, k, v))
+    arrays = tuple(described(x, spec.dtype) for x in (q, k, v, out, dout, dq, dk, dv))
+    statistics = np.full(2 * lse.size + 1, np.nan, np.float32)
+    at = statistics.ctypes.data + 4
+    slots = slots or spec.batch * spec.heads
+    query_tiles = launch_sm90._tiles(spec.seqlen_q, 64, 1)[0]
+    added = np.full(spec.batch * spec.heads * query_tiles, -1, np.int32)
+    sum_of_dq = np.full((slots, query_tiles, 64, spec.head_dim), np.nan, np.float32)
+    sums = launch_sm90.Sums(sum_of_dq.ctypes.data, added.ctypes.data, slots, query_tiles)
+    envelopes = np.full((2, lse.size), -7, np.int32)
+    envelopes_at = (envelopes[0].ctypes.data, envelopes[1].ctypes.data)
+    launches = list(passes(spec, fused, monotone))
+    compiled = [  # all begin to compile before the first one runs
+        kernels.kernel(kernel, spec.dtype, spec.head_dim, shape, monotone, sanitize)
+        for kernel, shape, *_ in launches
+    ]
+    for (kernel, shape, tiles, heads, least, threads), function in zip(
+        launches, compiled, strict=True
+    ):
+        counter = np.zeros(1, np.int32)
+        params = launch_sm90._params(
+            *(problem, plan, arrays, described(lse, "float32")),
+            *((at, at + 4 * lse.size), counter.ctypes.data, tiles, heads, sums, 0, envelopes_at),
+        )
+        shared = 0 if shape is None else launch_sm90._SHARED[kernel](spec.head_dim, shape)
+        function.result()(params, least or blocks, threads, shared, order)
+    wide = (testing.widen(x, spec.dtype) for x in (out, dq, dk, dv))
+    out, dq, dk, dv = wide
+    return Results(out, lse, dq, dk, dv)
+
+
+def check(kernels, spec, **how):
+    check_case(kernels, testing.build(spec), **how)
+
+
+def check_case(kernels, case, **how):
+    got = run(kernels, case, **how)
+    bad = [verdict for verdict in testing.judge(case, got) if not verdict.ok]
+    assert not bad, f"{case.spec}: {bad}"
+
+
+HASH = (Part("hash", "uniform", 2),)
+WINDOW = (Part("window", number=70),)
+IN_ONE_PASS = {
+    "hash": HASH,
+    "all together": (*HASH, Part("keep", "uniform", 80), Part("window", number=90)),
+    "window": WINDOW,
+    "keep none": (Part("keep", "none"),),
+}

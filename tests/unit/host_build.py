@@ -1,0 +1,77 @@
+"""CUDA sources compiled as C++ of this machine, to run on the fibers of cuda_on_host.hpp."""
+
+import ctypes
+import os
+import platform
+import shutil
+import subprocess
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+NEEDS_COMPILER = pytest.mark.skipif(
+    COMPILER is None, reason="no C++ compiler (g++ or clang++) here"
+)
+OPTIONS = (
+    # -Og compiles fastest, and what it makes is not slower than that of -O1
+    *("-std=c++17", "-Og", "-w", "-fPIC", "-ffp-contract=off"),
+    *("-fsanitize=signed-integer-overflow,shift,bounds", "-fsanitize-undefined-trap-on-error"),
+    # fmaf and float16 as instructions, of the same results as the calls that they replace
+    *(("-march=native",) if platform.machine() in ("x86_64", "AMD64") else ()),
+)
+
+
+class HostCompiler:
+    """Compiles each source once, several at a time; of each library, the function `run`."""
+
+    def __init__(self, folder, sources):
+        """`sources`: texts of headers and kernels by name, over those of this folder."""
+        self.folder = folder
+        for header in HERE.glob("*_on_host.hpp"):
+            shutil.copy(header, folder)
+        for name, text in sources.items():
+            (folder / name).write_text(text)
+        self._pool = ThreadPoolExecutor(os.cpu_count())
+        self._started: dict[tuple, Future] = {}
+        # Every source begins with it: it is parsed once.
+        first = folder / "cuda_on_host.hpp"
+        self._call(*OPTIONS, "-x", "c++-header", "-o", f"{first}.gch", first)
+
+    def _call(self, *arguments):
+        command = [COMPILER, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[:4000]
+
+    def _compile(self, number, text, constants):
+        source = self.folder / f"{number}.cpp"
+        source.write_text(text)
+        defines = [f"-DSCFA_{key}={value}" for key, value in constants]
+        first = ("-include", self.folder / "cuda_on_host.hpp")
+        target = source.with_suffix(".so")
+        self._call(*OPTIONS, "-shared", *first, *defines, "-o", target, source)
+        return ctypes.CDLL(str(target)).run
+
+    def start(self, text, constants):
+        """Promise of the function `run` of this source under these constants."""
+        key = text, constants
+        if key not in self._started:
+            number = len(self._started)
+            self._started[key] = self._pool.submit(self._compile, number, text, constants)
+        return self._started[key]
+
+    def close(self):
+        """Wait for what is being compiled."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def aligned_copy(x):
+    """Copy whose data begin on a 16-byte boundary."""
+    room = np.empty(x.nbytes + 16, np.uint8)
+    start = -room.ctypes.data % 16
+    y = room[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+    y[...] = x
+    return y
