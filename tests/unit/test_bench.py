@@ -4,29 +4,12 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import bench_call
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def from_the_checkout(monkeypatch):
-    """`bench` is not installed: it is imported from the root of the checkout."""
-    monkeypatch.syspath_prepend(str(ROOT))
-
-
-def bench(*arguments, code=0):
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout
+from_the_checkout = bench_call.from_the_checkout
+bench = bench_call.bench
 
 
 def test_smoke_resume_report_and_compare(tmp_path):
@@ -55,7 +38,7 @@ def test_smoke_resume_report_and_compare(tmp_path):
 def test_unknown_case_names_the_known_ones():
     done = subprocess.run(
         [sys.executable, "-m", "bench", "--case", "nothing"],
-        cwd=ROOT,
+        cwd=bench_call.ROOT,
         capture_output=True,
         text=True,
         timeout=120,
@@ -152,11 +135,9 @@ def test_tile_pairs_by_hand():
     assert tile_pairs(scfa.make_plan(scfa.QKSparse(none, none), q, q)) == 0
 
 
-def test_every_cpu_case_runs(monkeypatch):
+def test_every_cpu_case_runs():
     from bench.cases import every_case
 
-    for threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
-        monkeypatch.setenv(threads, "1")  # rows are few, and other tests share the cores
     names = [case.name for case in every_case().values() if case.device == "cpu"]
     modes = ("forward", "backward", "both", "plan", "planned")
     line = ("--case", *names, "--method", "scfa-numba-cpu", "--mode", *modes)

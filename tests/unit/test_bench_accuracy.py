@@ -1,31 +1,12 @@
 """Errors against float64 beside torch's own: measured, stored row by row, made a page."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
+import bench_call
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def from_the_checkout(monkeypatch):
-    """`bench` is not installed: it is imported from the root of the checkout."""
-    monkeypatch.syspath_prepend(str(ROOT))
-
-
-def bench(*arguments, code=0):
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout
+from_the_checkout = bench_call.from_the_checkout
+bench = bench_call.bench
 
 
 def test_accuracy_is_measured_and_becomes_a_page(tmp_path):

@@ -2,17 +2,11 @@
 
 import itertools
 import sys
-from pathlib import Path
 
+import bench_call
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def from_the_checkout(monkeypatch):
-    """`bench` is not installed: it is imported from the root of the checkout."""
-    monkeypatch.syspath_prepend(str(ROOT))
+from_the_checkout = bench_call.from_the_checkout
 
 
 def test_a_peer_that_raises_costs_only_its_own_rows(monkeypatch):

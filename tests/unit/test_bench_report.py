@@ -1,31 +1,12 @@
 """From stored JSON: tables, plots, pages, the README's section, and the regression check."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
+import bench_call
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def from_the_checkout(monkeypatch):
-    """`bench` is not installed: it is imported from the root of the checkout."""
-    monkeypatch.syspath_prepend(str(ROOT))
-
-
-def bench(*arguments, code=0):
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout
+from_the_checkout = bench_call.from_the_checkout
+bench = bench_call.bench
 
 
 def timed(case, method, ms, density=0.5, mode="forward"):
@@ -206,7 +187,7 @@ def test_pages_check_names_a_page_that_was_edited_by_hand(tmp_path, monkeypatch,
     (tmp_path / "cpu.md").write_text("by hand")
     monkeypatch.setattr(pages, "PERF", tmp_path)
     monkeypatch.setattr(pages, "HOME", tmp_path / "bench")
-    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
+    (tmp_path / "README.md").write_text((bench_call.ROOT / "README.md").read_text())
     assert pages.main(["--check"]) == 1
     assert capsys.readouterr().out == "differs: cpu.md\n"
     assert (tmp_path / "cpu.md").read_text() == "by hand"
@@ -253,8 +234,10 @@ def test_speed_claims_of_the_readme_are_stored_results():
 
     from bench import report
 
-    section = (ROOT / "README.md").read_text().split("## Speed")[1].split(report.BEGIN)[0]
-    results = ROOT / "bench" / "results"
+    section = (
+        (bench_call.ROOT / "README.md").read_text().split("## Speed")[1].split(report.BEGIN)[0]
+    )
+    results = bench_call.ROOT / "bench" / "results"
     pairs = set()
     for path in results.glob("h[12]00*.json"):
         rows = {
