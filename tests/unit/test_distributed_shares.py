@@ -6,7 +6,9 @@ torch = pytest.importorskip("torch", reason="distributed attention needs torch")
 if not torch.distributed.is_available():
     pytest.skip("this torch has no distributed package", allow_module_level=True)
 
+import sharded  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from sharded import SEQLEN, patterns  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.tensor import Shard  # noqa: E402
 
@@ -14,38 +16,10 @@ import scfa_core as scfa  # noqa: E402
 from scfa_core import distributed  # noqa: E402
 from scfa_core.distributed_rules import _splits_evenly  # noqa: E402
 
-SEQLEN = 24
 
-
-def draw(heads_kv=2):
-    """Q, k and v."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(2, h, SEQLEN, 16, generator=generator) for h in (4, heads_kv, heads_kv)]
-
-
-def patterns(heads_kv=2):
-    """Each kind, arrays for every head or one for all."""
-    generator = torch.Generator().manual_seed(7)
-
-    def ints(*shape, most=3):
-        return torch.randint(0, most, shape, generator=generator)
-
-    ends = ints(2, 4, SEQLEN, most=SEQLEN + 1)
-    return {
-        "causal": scfa.Causal(),
-        "strict": scfa.Causal(include_self=False),
-        "far": scfa.Causal(lag=9),
-        "hash": scfa.HashSparse(ints(2, 4, SEQLEN), ints(2, heads_kv, SEQLEN), include_self=False),
-        "one hash for all": scfa.HashSparse(ints(1, 1, SEQLEN), ints(1, 1, SEQLEN), causal=False),
-        "drop": scfa.QKSparse(ints(2, 4, SEQLEN), ints(2, heads_kv, SEQLEN)),
-        "documents": scfa.Documents(torch.arange(SEQLEN).expand(2, -1) // 7),
-        "window": scfa.SlidingWindow(5),
-        "window both ways": scfa.SlidingWindow(3, causal=False),
-        "ranges": scfa.KeyRanges(ends // 2, ends),
-        "mixed": scfa.Documents(torch.arange(SEQLEN)[None] // 9)
-        & scfa.SlidingWindow(6)
-        & scfa.HashSparse(ints(2, 4, SEQLEN, most=2), ints(2, 1, SEQLEN, most=2), causal=False),
-    }
+def draw():
+    """Q, k and v in float32."""
+    return [x.float() for x in sharded.draw()[:3]]
 
 
 def test_shares_are_equal_or_none():
