@@ -1,4 +1,4 @@
-"""`python -m bench ...` without a new interpreter for each command."""
+"""`python -m bench ...`, `python -m bench.lm ...` without a new interpreter for each command."""
 
 import contextlib
 import io
@@ -19,8 +19,8 @@ def from_the_checkout(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
 
 
-def bench(*arguments, code=0):
-    """Run the command line in this process; what it wrote to stdout."""
+def bench(*arguments, code=0, module="bench"):
+    """Run the command line of a module in this process; what it wrote to stdout."""
     said = io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -30,10 +30,13 @@ def bench(*arguments, code=0):
         patch.syspath_prepend(str(ROOT))
         patch.chdir(ROOT)
         patch.setattr(os, "environ", dict(os.environ))
-        patch.setattr(sys, "argv", ["bench", *map(str, arguments)])
-        patch.delitem(sys.modules, "bench.__main__", raising=False)
+        patch.setattr(sys, "argv", [module, *map(str, arguments)])
+        patch.delitem(sys.modules, f"{module}.__main__", raising=False)
         warnings.simplefilter("default")  # as in a process of its own
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_module("bench", run_name="__main__")
-    assert (ended.value.code or 0) == code, said.getvalue()
+        ended: int | str = 0
+        try:
+            runpy.run_module(module, run_name="__main__")
+        except SystemExit as stop:
+            ended = stop.code or 0
+    assert ended == code, said.getvalue()
     return said.getvalue()
