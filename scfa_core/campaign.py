@@ -395,6 +395,7 @@ def verify_deep(
     dtypes: tuple[str, ...],
     against: str | None = None,
     changed: bool = False,
+    repeat: int = 0,
 ) -> Finding:
     """Run one problem forward and backward, hold everything against truth and reference plan."""
     from scfa_core.verify import hold
@@ -410,5 +411,6 @@ def verify_deep(
         (backend, against),
         run=lambda name: run(problem, name),
         judge=judge,
+        repeat=repeat,
         told=f" (views of q, k, v, dout: {problem.views})",
     )

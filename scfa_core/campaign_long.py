@@ -211,6 +211,7 @@ def verify_long(
     most_rows: int,
     dtypes: tuple[str, ...],
     against: str | None = None,
+    repeat: int = 0,
 ) -> Finding:
     """Run one problem forward and backward, hold everything against truth and reference plan."""
     from scfa_core.verify import carried_pattern, crash, hold
@@ -240,5 +241,6 @@ def verify_long(
             *stretch_verdicts(case, got, answers, of_out),
         ],
         answers=answers,
+        repeat=repeat,
         told=told,
     )

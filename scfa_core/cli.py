@@ -125,6 +125,13 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with --deep: run nothing, count what the plans of the seeds' problems hold",
     )
+    verify.add_argument(
+        "--repeat",
+        type=_whole(0),
+        metavar="N",
+        default=0,
+        help="call each problem N times more: the same bits must come",
+    )
     verify.add_argument("--rows", type=_whole(1), help="longest seqlen (200; with --deep 4096)")
     verify.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"))
     verify.add_argument(
@@ -259,6 +266,7 @@ def run_verify(options: argparse.Namespace, terminal: Terminal) -> int:
         workers=options.workers,
         warm=options.warm,
         changed=options.changed,
+        repeat=options.repeat,
     )
     seen, start = Summary(), time.monotonic()
     name = options.backend + (f" against {options.against}" if options.against else "")
@@ -337,6 +345,7 @@ def reproduction(options: argparse.Namespace, seed: int | None) -> str:
     line += " --deep" if options.deep else ""
     line += " --changed" if options.changed else ""
     line += f" --long {options.long}" if options.long else ""
+    line += f" --repeat {options.repeat}" if options.repeat else ""
     line += f" --rows {options.rows}" if options.rows else ""
     return line + (f" --dtype {options.dtype}" if options.dtype else "")
 

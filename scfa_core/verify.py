@@ -22,6 +22,7 @@ from scfa_core.api import attention, attention_backward, make_plan
 from scfa_core.dispatch import check_name, load_backend, unavailable_reason
 from scfa_core.errors import BackendUnavailable, ScfaError, UnknownBackend
 from scfa_core.verify_against import Fields, allowances_of, differing_entries, on_host, row_verdicts
+from scfa_core.verify_bits import changed_bits
 from scfa_core.verify_findings import Finding
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def verify(
     workers: int = 1,
     warm: bool = False,
     changed: bool = False,
+    repeat: int = 0,
 ) -> Iterator[Finding]:
     """Yield the finding of each seed from `seed` on, until `count` or the seconds are used up.
 
@@ -95,6 +97,9 @@ def verify(
         Processes first compile what the seeds need, each kernel in one of them (`verify_warm`).
     changed : bool
         The structured ones, but for long ones, changed in random steps (`campaign_changes`).
+    repeat : int
+        Further calls of each problem, which must give the same bits: what goes wrong once in fifty
+        calls is not seen in one.
 
     Raises
     ------
@@ -130,6 +135,7 @@ def verify(
         deep=deep,
         long=long,
         changed=changed,
+        repeat=repeat,
     )
     seeds = range(seed, seed + count)
     if workers > 1:
@@ -174,22 +180,26 @@ def verify_seed(
     long: int = 0,
     changed: bool = False,
     against: str | None = None,
+    repeat: int = 0,
 ) -> Finding:
     """Draw the problem of one seed, and run it."""
-    two: dict[str, Any] = {"dtypes": dtypes, "against": against}
+    how: dict[str, Any] = {"against": against, "repeat": repeat}
     if deep and long and seed % long == 0:
         from scfa_core.campaign_long import LONG_ROWS, verify_long
 
-        return verify_long(backend, seed, most_rows=rows or LONG_ROWS, **two)
+        return verify_long(backend, seed, most_rows=rows or LONG_ROWS, dtypes=dtypes, **how)
     if deep:
         from scfa_core.campaign import DEEP_ROWS, verify_deep
 
-        return verify_deep(backend, seed, most_rows=rows or DEEP_ROWS, changed=changed, **two)
+        how |= {"most_rows": rows or DEEP_ROWS, "dtypes": dtypes, "changed": changed}
+        return verify_deep(backend, seed, **how)
     spec = testing.random_spec(seed, most_rows=rows or DEFAULT_ROWS, dtypes=dtypes)
-    return verify_one(backend, spec, against)
+    return verify_one(backend, spec, **how)
 
 
-def verify_one(backend: str, spec: testing.Spec, against: str | None = None) -> Finding:
+def verify_one(
+    backend: str, spec: testing.Spec, against: str | None = None, repeat: int = 0
+) -> Finding:
     """Run one problem forward and backward, and hold everything against the truth."""
     case = testing.build(spec)
     return hold(
@@ -197,6 +207,7 @@ def verify_one(backend: str, spec: testing.Spec, against: str | None = None) -> 
         (backend, against),
         run=lambda name: run_case(case, name),
         judge=lambda got, _: testing.judge(case, got),
+        repeat=repeat,
     )
 
 
@@ -207,6 +218,7 @@ def hold(
     run: Callable[[str], tuple[testing.Results, Fields]],
     judge: Callable[[testing.Results, Fields], list[testing.Verdict]],
     answers: Answers | None = None,
+    repeat: int = 0,
     told: str = "",
 ) -> Finding:
     """Hold what one backend, or each of two, makes of a problem against the truth; then the two.
@@ -219,6 +231,8 @@ def hold(
         Results and plan of a backend; the verdicts on these.
     answers : Answers, optional
         For the comparison, if they are at hand.
+    repeat : int
+        Further calls of each backend, held against its first bit by bit.
     told : str
         Ends every complaint.
     """
@@ -238,6 +252,7 @@ def hold(
                 if not v.ok
             ]
             found += plan_differences(case, plan, right)
+            found += changed_bits((got, plan), [run(name) for _ in range(repeat)])
             complaints += found if len(names) == 1 else [f"{name}: {text}" for text in found]
             worst = max([worst, *map(_ratio, verdicts)])
         if len(names) == 2:
