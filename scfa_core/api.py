@@ -7,13 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from scfa_core.arrays import (
-    Framework,
-    adopt,
-    framework_of,
-    is_torch_tensor,
-    restore_kind,
-)
+from scfa_core.array_kinds import adopt, framework_of, is_torch_tensor, restore_kind
+from scfa_core.arrays import Framework
 from scfa_core.dispatch import Backend, choose_backend, choose_for_plan, requested_backend
 from scfa_core.errors import PatternError
 from scfa_core.lowering import lower

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from scfa_core.api import attention
-from scfa_core.arrays import is_torch_tensor
+from scfa_core.array_kinds import is_torch_tensor
 from scfa_core.dropping import drawn_by
 from scfa_core.errors import DTypeError, OptionError, PatternError, ShapeError
 from scfa_core.hashing import angular_hash, check_buckets

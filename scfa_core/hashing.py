@@ -13,13 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from scfa_core.arrays import (
-    adopt,
-    cuda_ordinal,
-    framework_of,
-    is_torch_tensor,
-    restore_kind,
-)
+from scfa_core.array_kinds import adopt, framework_of, is_torch_tensor, restore_kind
+from scfa_core.arrays import cuda_ordinal
 from scfa_core.dispatch import load_backend
 from scfa_core.errors import PatternError, ShapeError
 from scfa_core.hashing_checks import check_integers, of_one_library

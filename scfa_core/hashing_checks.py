@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from scfa_core.arrays import INT_DTYPES, adopt, framework_of, is_torch_tensor
+from scfa_core.array_kinds import adopt, framework_of, is_torch_tensor
+from scfa_core.arrays import INT_DTYPES
 from scfa_core.errors import DeviceError, DTypeError
 
 __all__ = ["check_integers", "of_one_library"]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from scfa_core.api import attention
-from scfa_core.arrays import is_torch_tensor
+from scfa_core.array_kinds import is_torch_tensor
 from scfa_core.errors import PatternError, ShapeError
 from scfa_core.patterns import Pattern
 from scfa_core.plan import Plan

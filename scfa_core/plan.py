@@ -183,7 +183,7 @@ class Plan:
                 raise LayoutError(f"plan.{name} must be contiguous, got strides {info.strides}")
 
     def _host(self, *names: str) -> list[np.ndarray]:
-        from scfa_core.arrays import framework_of
+        from scfa_core.array_kinds import framework_of
 
         framework = framework_of("plan", self.q_index)
         return [framework.to_numpy(getattr(self, name)) for name in names]

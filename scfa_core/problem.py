@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from scfa_core.arrays import FLOAT_DTYPES, ArrayInfo, Framework, framework_of
+from scfa_core.array_kinds import framework_of
+from scfa_core.arrays import FLOAT_DTYPES, ArrayInfo, Framework
 from scfa_core.errors import (
     DeviceError,
     DTypeError,

@@ -8,7 +8,7 @@ from scfa_core.reference.planner import plan_lists
 
 import scfa_core as scfa
 from scfa_core import testing
-from scfa_core.arrays import framework_of
+from scfa_core.array_kinds import framework_of
 from scfa_core.dispatch import load_backend
 from scfa_core.lowering import Clauses, lower
 from scfa_core.plan import PlanArrays, plan_shapes

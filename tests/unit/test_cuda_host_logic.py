@@ -193,7 +193,7 @@ def assert_equals_reference(arrays, problem, clauses):
 
 
 def check_spec(library, monkeypatch, spec, **options):
-    from scfa_core.arrays import framework_of
+    from scfa_core.array_kinds import framework_of
 
     case = testing.build(spec)
     problem = problem_of(spec)

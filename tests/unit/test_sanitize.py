@@ -12,7 +12,7 @@ import torch
 from scfa_core.backends.cupy_raw import launch_sm90, planner, variants
 
 import scfa_core as scfa
-from scfa_core.arrays import framework_of
+from scfa_core.array_kinds import framework_of
 from scfa_core.lowering import lower
 from scfa_core.plan import PlanArrays
 from scfa_core.problem import Problem

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import (  # noqa: E402
 )
 
 import scfa_core as scfa  # noqa: E402
-from scfa_core import arrays  # noqa: E402
+from scfa_core import array_kinds  # noqa: E402
 from scfa_core.merging import merge_attention  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
@@ -227,11 +227,11 @@ def test_export():
 
 def test_tensors_are_known_without_the_list_of_modules(monkeypatch):
     """Traced, that list would be walked through whole, and a process may import meanwhile."""
-    monkeypatch.delattr(arrays, "sys")
+    monkeypatch.delattr(array_kinds, "sys")
     for x in (torch.zeros(2), torch.nn.Parameter(torch.zeros(2)), torch.zeros(2, device="meta")):
-        assert arrays.is_torch_tensor(x)
+        assert array_kinds.is_torch_tensor(x)
     for x in (np.zeros(2), None, torch.float32, [torch.zeros(2)]):
-        assert not arrays.is_torch_tensor(x)
+        assert not array_kinds.is_torch_tensor(x)
     function, counter = counted(attention_over_halves)
     x = torch.randn(1, 1, 8, 16)
     right = scfa.attention(x, x, x, scfa.SlidingWindow(8, causal=False), backend=BACKEND)
