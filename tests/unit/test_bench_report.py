@@ -233,6 +233,7 @@ def test_speed_claims_of_the_readme_are_stored_results():
     import re
 
     from bench import report
+    from bench.lm.report import speed_sections
 
     section = (
         (bench_call.ROOT / "README.md").read_text().split("## Speed")[1].split(report.BEGIN)[0]
@@ -265,15 +266,14 @@ def test_speed_claims_of_the_readme_are_stored_results():
     for first, second in said:
         assert stored(first, second), f"{first} / {second} is in no stored result"
 
-    speedups = set()
-    for path in results.glob("lm-speed-h*.json"):
-        rows = report.load(path)["rows"]
-        dense = {row["seqlen"]: row["ms"] for row in rows if row["variant"] == "dense"}
-        speedups |= {
-            (row["seqlen"], f"{dense[row['seqlen']] / row['ms']:.2f}")
-            for row in rows
-            if row["seqlen"] in dense
-        }
+    speedups = set()  # as the page's tables have them, which are made of the stored results
+    records = [report.load(path) for path in sorted(results.glob("lm-speed-h200*.json"))]
+    for lines in (part.splitlines() for part in speed_sections(records) if part.startswith("|")):
+        lengths = [int(x) for x in re.findall(r"T=(\d+)", lines[0])]
+        for line in lines[2:]:
+            for seqlen, cell in zip(lengths, line.strip("| ").split(" | ")[1:], strict=True):
+                speedups |= {(seqlen, factor) for factor in re.findall(r"\((\d\.\d\d)x", cell)}
+    assert speedups
     for factor, seqlen in re.findall(r"(\d\.\d\d)(?: times)? \((?:T=)?(\d+)\)", section):
         assert (int(seqlen), factor) in speedups, f"{factor} at {seqlen} is in no stored result"
 
