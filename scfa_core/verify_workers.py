@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -41,9 +42,19 @@ def _one_thread_each() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _collect_seldom() -> None:
-    """Compilers make very many objects that live on: looking for garbage among them takes long."""
+def _begin() -> None:
+    """What each process does first."""
+    # Compilers make very many objects that live on: looking for garbage among them takes long.
     gc.set_threshold(100_000, 50, 100)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed tells nobody: what it had given out would be computed to the end."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 class Pool(NamedTuple):
@@ -57,7 +68,7 @@ class Pool(NamedTuple):
 def processes(workers: int) -> Iterator[Pool]:
     """Processes to be used by `in_processes`, several times if need be."""
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_collect_seldom)
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
     try:
         yield Pool(executor, workers)
     finally:

@@ -3,9 +3,12 @@
 import json
 import math
 import os
+import signal
+import subprocess
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -127,3 +130,40 @@ def test_counts_are_written_as_json(tmp_path, monkeypatch, capsys):
     assert written["card"] is None
     assert written["versions"]["numpy"]
     assert written["command"].startswith("scfa verify --backend reference --seed 2 --count 8")
+
+
+def runs(pid):
+    """Whether a process is there, and is not merely waiting for somebody to ask how it ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+ENDLESS = """
+import os
+import time
+from scfa_core.verify_workers import in_processes, processes
+
+if __name__ == "__main__":
+    with processes(2) as pool:
+        print(os.getpid(), *{x.result() for x in [pool.executor.submit(os.getpid)]}, flush=True)
+        list(in_processes(time.sleep, [600] * 4, pool))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_processes_end_with_a_parent_that_is_killed(tmp_path):
+    script = tmp_path / "endless.py"
+    script.write_text(ENDLESS)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as parent:
+        pid, *workers = map(int, parent.stdout.readline().split())
+        assert pid == parent.pid
+        assert len(workers) >= 1
+        assert all(map(runs, workers))
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        end = time.monotonic() + 30
+        while any(map(runs, workers)) and time.monotonic() < end:
+            time.sleep(0.1)
+    assert not any(map(runs, workers))
