@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scfa_core.reference.masks import dense_mask
 
-from scfa_core import campaign, cli, verify
+from scfa_core import campaign, cli, cli_verify, verify
 from scfa_core.campaign_judge import sampled_verdicts, visible
 
 FLOAT = ("float32",)
@@ -99,7 +99,7 @@ def test_command_line(capsys):
     assert cli.main([*options, "--dtype", "float32"]) == 0
     assert "3 problems from seed 0, 0 failed" in capsys.readouterr().out
     parsed = cli.build_parser().parse_args(["verify", "--deep"])
-    assert cli.reproduction(parsed, 5).endswith("--seed 5 --count 1 --deep")
+    assert cli_verify.reproduction(parsed, 5).endswith("--seed 5 --count 1 --deep")
 
 
 def test_a_failure_is_reported_with_its_views(monkeypatch):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scfa_core.reference.masks import dense_mask
 
-from scfa_core import campaign, campaign_changes, cli, testing, verify
+from scfa_core import campaign, campaign_changes, cli, cli_verify, testing, verify
 from scfa_core import patterns as pt
 from scfa_core.campaign_changes import MOST_ROWS, STEPS
 from scfa_core.campaign_coverage import covered, features
@@ -152,7 +152,9 @@ def test_command_line(capsys):
     assert cli.main([*options, "--dtype", "float32", "--count", "3"]) == 0
     assert "3 problems from seed 0, 0 failed" in capsys.readouterr().out
     parsed = cli.build_parser().parse_args(options)
-    assert cli.reproduction(parsed, 5).endswith("--seed 5 --count 1 --deep --changed --rows 40")
+    assert cli_verify.reproduction(parsed, 5).endswith(
+        "--seed 5 --count 1 --deep --changed --rows 40"
+    )
 
 
 def test_a_failure_is_that_of_the_changed_problem(monkeypatch):

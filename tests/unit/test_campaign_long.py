@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import scfa_core as scfa
-from scfa_core import campaign, campaign_blocks, cli, testing, verify
+from scfa_core import campaign, campaign_blocks, cli, cli_verify, testing, verify
 from scfa_core import campaign_long as long
 from scfa_core.testing import Case, Results, Spec
 
@@ -217,7 +217,9 @@ def test_command_line(capsys):
     assert cli.main([*options, "--count", "4", "--dtype", "float32"]) == 0
     assert "4 problems from seed 0, 0 failed" in capsys.readouterr().out
     parsed = cli.build_parser().parse_args(options)
-    assert cli.reproduction(parsed, 6).endswith("--seed 6 --count 1 --deep --long 2 --rows 300")
+    assert cli_verify.reproduction(parsed, 6).endswith(
+        "--seed 6 --count 1 --deep --long 2 --rows 300"
+    )
     assert cli.main(["verify", "--long", "2", "--backend", "reference"]) == 2
     assert "--deep" in capsys.readouterr().err
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from scfa_core import campaign, cli, testing, verify, verify_against
+from scfa_core import campaign, cli, cli_verify, testing, verify, verify_against
 from scfa_core.errors import BackendUnavailable, UnknownBackend
 
 CAUSAL = testing.Spec(
@@ -173,7 +173,7 @@ def test_command_line(tmp_path, capsys):
     assert 0 < written["largest difference of the allowed"] <= 1
     assert " --backend numba-cpu --against reference --seed 0 " in written["command"]
     parsed = cli.build_parser().parse_args(["verify", *options])
-    assert "--against reference --seed 7 --count 1" in cli.reproduction(parsed, 7)
+    assert "--against reference --seed 7 --count 1" in cli_verify.reproduction(parsed, 7)
 
 
 def test_a_second_backend_that_cannot_serve_is_refused(capsys, monkeypatch):
