@@ -35,7 +35,7 @@ def encode(pattern: Pattern) -> tuple[str, list[torch.Tensor], list[int]]:
             value = getattr(part, field)
             if isinstance(value, torch.Tensor):
                 # One tensor in two places is passed once: a compiler would copy it for each.
-                known = [at for at, tensor in enumerate(tensors) if tensor is value]
+                known = [at for at in range(len(tensors)) if tensors[at] is value]
                 if not known:
                     known = [len(tensors)]
                     tensors.append(value)

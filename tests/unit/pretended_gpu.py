@@ -182,7 +182,7 @@ def truth(q, k, v, pattern, layout="bhtd"):
 
 def assert_right(q, k, v, pattern, layout="bhtd", same=None):
     """Hold the answers to `pattern` against the truth of it, or of another spelled out."""
-    want, grads = truth(q, k, v, same or pattern, layout)
+    want, grads = truth(q, k, v, pattern if same is None else same, layout)
     out = scfa.attention(q, k, v, pattern, layout=layout)
     torch.testing.assert_close(out.double(), want, rtol=1e-4, atol=1e-5)
     if q.requires_grad:

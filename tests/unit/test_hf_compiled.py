@@ -106,6 +106,24 @@ def test_windows_and_chunks_are_one_graph(family, inputs):
     compare(made(family), "eager", **INPUTS[inputs]())
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_padded_batches_of_other_sizes(family):
+    """The second size is traced as a number of its own, which no tuple of sizes contains."""
+    model = made(family)
+    model.set_attn_implementation("eager")
+    calls = []
+    for batch, seqlen in ((2, 20), (3, 20), (4, 26)):
+        real = torch.ones(batch, seqlen, dtype=torch.long)
+        real[0, :6] = 0
+        inputs = {"input_ids": tokens(batch, seqlen), "attention_mask": real, "use_cache": False}
+        calls.append((inputs, real.bool(), model(**inputs).logits))
+    model.set_attn_implementation("scfa")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for inputs, real, right in calls:
+        mine = compiled(**inputs).logits
+        torch.testing.assert_close(mine[real], right[real], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
 def test_packed_documents_are_one_graph(family):
     compare(made(family), "eager", **packed(7, 1, 12))
