@@ -107,21 +107,18 @@ def test_windows_and_chunks_are_one_graph(family, inputs):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_padded_batches_of_other_sizes(family):
-    """The second size is traced as a number of its own, which no tuple of sizes contains."""
+def test_a_mask_that_comes_with_a_batch_of_another_size(family):
+    """Then the batch is traced as a number of its own, and the mask's size is a plain one."""
     model = made(family)
+    calls = [{"input_ids": tokens(3)}, padded(), {"input_ids": tokens(4, 26)}]
     model.set_attn_implementation("eager")
-    calls = []
-    for batch, seqlen in ((2, 20), (3, 20), (4, 26)):
-        real = torch.ones(batch, seqlen, dtype=torch.long)
-        real[0, :6] = 0
-        inputs = {"input_ids": tokens(batch, seqlen), "attention_mask": real, "use_cache": False}
-        calls.append((inputs, real.bool(), model(**inputs).logits))
+    right = [model(**inputs, use_cache=False).logits for inputs in calls]
     model.set_attn_implementation("scfa")
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    for inputs, real, right in calls:
-        mine = compiled(**inputs).logits
-        torch.testing.assert_close(mine[real], right[real], rtol=0, atol=1e-5)
+    for inputs, logits in zip(calls, right, strict=True):
+        real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        mine = compiled(**inputs, use_cache=False).logits
+        torch.testing.assert_close(mine[real], logits[real], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
