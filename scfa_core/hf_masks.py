@@ -182,13 +182,15 @@ def read_mask(
             "scfa_core takes a padding mask (batch, seqlen), got an attention mask of shape "
             f"{tuple(attention_mask.shape)}; use attn_implementation='sdpa' for custom masks"
         )
-    # Not `in (1, batch_size)`: a traced size of its own is found in no tuple.
-    sequences = 1 if attention_mask is None else attention_mask.shape[0]
-    if sequences != 1 and sequences != batch_size:
-        raise PatternError(
-            "the padding mask must have as many sequences as the batch, got shape "
-            f"{tuple(attention_mask.shape)} for a batch of {batch_size}; give it a row a sequence"
-        )
+    if attention_mask is not None:
+        # Not `in (1, batch_size)`: a traced size of its own is found in no tuple.
+        sequences = attention_mask.shape[0]
+        if sequences != 1 and sequences != batch_size:
+            raise PatternError(
+                "the padding mask must have as many sequences as the batch, got shape "
+                f"{tuple(attention_mask.shape)} for a batch of {batch_size}; give it a row a "
+                "sequence"
+            )
     queries = Positions("query", q_length, q_offset)
     keys = Positions("key", kv_length, kv_offset)
     said = read_function(
