@@ -177,20 +177,8 @@ def read_mask(
     -----
     No value of a tensor is looked at, so `torch.compile` traces it in one graph.
     """
-    if attention_mask is not None and attention_mask.ndim != 2:
-        raise PatternError(
-            "scfa_core takes a padding mask (batch, seqlen), got an attention mask of shape "
-            f"{tuple(attention_mask.shape)}; use attn_implementation='sdpa' for custom masks"
-        )
     if attention_mask is not None:
-        # Not `in (1, batch_size)`: a traced size of its own is found in no tuple.
-        sequences = attention_mask.shape[0]
-        if sequences != 1 and sequences != batch_size:
-            raise PatternError(
-                "the padding mask must have as many sequences as the batch, got shape "
-                f"{tuple(attention_mask.shape)} for a batch of {batch_size}; give it a row a "
-                "sequence"
-            )
+        _check_padding(attention_mask, batch_size)
     queries = Positions("query", q_length, q_offset)
     keys = Positions("key", kv_length, kv_offset)
     said = read_function(
@@ -212,6 +200,21 @@ def read_mask(
         heads_kv = getattr(config, "num_key_value_heads", None) or heads
         mask.plan_ahead(heads, heads_kv, dtype, device)
     return mask
+
+
+def _check_padding(mask: Tensor, batch_size: int) -> None:
+    """Refuse a padding mask that is not a row of flags a sequence."""
+    if mask.ndim != 2:
+        raise PatternError(
+            "scfa_core takes a padding mask (batch, seqlen), got an attention mask of shape "
+            f"{tuple(mask.shape)}; use attn_implementation='sdpa' for custom masks"
+        )
+    # Not `in (1, batch_size)`: a traced size of its own is found in no tuple.
+    if mask.shape[0] != 1 and mask.shape[0] != batch_size:
+        raise PatternError(
+            "the padding mask must have as many sequences as the batch, got shape "
+            f"{tuple(mask.shape)} for a batch of {batch_size}; give it a row a sequence"
+        )
 
 
 def _cut(keep: Tensor, length: int, offset: int) -> Tensor:
