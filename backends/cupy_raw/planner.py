@@ -3,8 +3,8 @@
 Mirrors cuda/plan_params.cuh field by field. Lists are sorted by plan_sort and ranges found by
 plan_ranges; where there is nothing to sort, plan_identity writes both at once. plan_causal goes
 first where the clauses are simple enough, and leaves the others only the lists whose ids it cannot
-take in one pass, which the device alone knows. Few long lists are shared by several blocks: then
-three plan_parts kernels take plan_causal's place.
+take in one pass, which the device alone knows. Long lists are shared by several blocks where they
+are few or very long: then three plan_parts kernels take plan_causal's place.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _STATIC_SHARED = 2048  # of plan_sort or plan_causal, rounded up
 _MAX_BITS = 8  # kMaxDigitBits
 _LEAST_BITS = 5  # of plan_causal where shared memory is short
 _SURVEY_WORDS = 10  # PartSurvey
-_LEAST_ROWS = 16384  # of lists that several blocks share
+_LEAST_ROWS = 16384  # of few lists that several blocks share
 _LEAST_PART = 1024  # rows
 _PART_SHAPES = ((512, 8192), (512, 4096), (256, 2048))  # threads, and rows of a part at most
 
@@ -137,14 +137,17 @@ def choose_one_pass(lists: int, rows: int, multiprocessors: int, most_shared: in
 
 
 def choose_parts(lists: int, rows: int, multiprocessors: int, most_shared: int) -> OnePass | None:
-    """Share lists that are few and long among enough blocks to fill the card, two at a time.
+    """Share long lists among several blocks each.
 
-    The card is filled several times where parts would not fit shared memory otherwise. None where
-    plan_causal serves as well, or where there is too little shared memory.
+    Few lists get enough blocks to fill the card, two at a time; it is filled several times where
+    parts would not fit shared memory otherwise. Lists whose rows 16 bits cannot number, which
+    plan_causal never stages, are shared however many there are. None where plan_causal serves as
+    well, or where there is too little shared memory.
     """
-    if rows < _LEAST_ROWS or 2 * lists > multiprocessors:
+    few = 2 * lists <= multiprocessors
+    if rows < (_LEAST_ROWS if few else _SHARED_ROWS):
         return None
-    wanted = -(-rows // (2 * multiprocessors // lists))
+    wanted = -(-rows // max(2 * multiprocessors // lists, 1))
     for most in (most_shared // 2, most_shared):
         for threads, most_rows in _PART_SHAPES:
             times = -(-wanted // most_rows)

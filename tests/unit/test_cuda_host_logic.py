@@ -563,9 +563,12 @@ def test_parts_as_they_are_launched(library, monkeypatch):
 
 def test_parts_fill_the_card_and_fit_it():
     for limit in (99 * 1024, 163 * 1024, 227 * 1024):
-        for lists in (1, 2, 12, 66):
-            for rows in (16384, 65536, 65537, 10**6):
+        for lists in (1, 2, 12, 66, 67, 132, 265, 5000):
+            for rows in (16384, 65535, 65536, 65537, 10**6):
                 found = planner.choose_parts(lists, rows, 132, limit)
+                if lists > 66 and rows < 65536:
+                    assert found is None
+                    continue
                 size = planner.part_bytes(found.threads, found.max_bits, found.part_rows)
                 assert found.shared_bytes == size <= limit - 2048
                 assert found.part_rows % found.threads == 0
@@ -573,5 +576,7 @@ def test_parts_fill_the_card_and_fit_it():
                 assert lists * found.parts(rows) >= 66 or found.part_rows == 1024
     for rows, parts in ((65536, 22), (131072, 22), (262144, 43)):  # of 264 blocks, or twice 264
         assert planner.choose_parts(12, rows, 132, 227 * 1024).parts(rows) == parts
-    for lists, rows, limit in ((67, 65536, 227 * 1024), (12, 16383, 227 * 1024), (1, 65536, 9000)):
+    for lists, part_rows in ((67, 7680), (132, 8192), (264, 8192), (5000, 8192)):
+        assert planner.choose_parts(lists, 65536, 132, 227 * 1024).part_rows == part_rows
+    for lists, rows, limit in ((67, 65535, 227 * 1024), (12, 16383, 227 * 1024), (1, 65536, 9000)):
         assert planner.choose_parts(lists, rows, 132, limit) is None

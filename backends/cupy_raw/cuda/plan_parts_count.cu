@@ -1,4 +1,4 @@
-// plan_parts_count: the second of three launches that plan few long lists, see plan_parts.cuh.
+// plan_parts_count: the second of three launches that plan long lists, see plan_parts.cuh.
 //
 // computes       counts[list][part][side][bin] = the part's queries and keys of each bin, where one digit tells the list's
 //                groups apart; other lists are left to plan_sort and plan_ranges

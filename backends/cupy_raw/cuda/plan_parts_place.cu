@@ -1,4 +1,4 @@
-// plan_parts_place: the last of three launches that plan few long lists, see plan_parts.cuh.
+// plan_parts_place: the last of three launches that plan long lists, see plan_parts.cuh.
 //
 // computes       what plan_causal does for a list, a part of it at a time; done[list] likewise
 // grid/block     one block per part of a query list; the first head of each key head writes the key list; 64, 128,

@@ -1,4 +1,4 @@
-// plan_parts_survey: the first of three launches that plan few long lists, see plan_parts.cuh.
+// plan_parts_survey: the first of three launches that plan long lists, see plan_parts.cuh.
 //
 // computes       surveys[list][part] = which bits differ among the part's kept queries and keys, the lowest and the
 //                highest id, how many of each side are dropped
