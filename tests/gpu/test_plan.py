@@ -17,17 +17,25 @@ from scfa_core.problem import Problem
 NAMES = PlanArrays._fields[:6]
 
 
+def repeated(x, copies):
+    """`x` as often along the batch, in memory of its own."""
+    return np.ascontiguousarray(np.concatenate([x] * copies))
+
+
 @pytest.fixture
 def equal(torch, backend):
-    """Plan NumPy clauses on the card and compare with the reference."""
+    """Plan NumPy clauses on the card and compare with the reference, over a batch of copies."""
     from scfa_core.torch_framework import TORCH_FRAMEWORK
 
     def native(x):
         return TORCH_FRAMEWORK.native(x, "cuda")
 
-    def equal(problem, clauses):
+    def equal(problem, clauses, copies=1):
+        sizes = (problem.batch, problem.heads, problem.heads_kv, problem.seqlen_q, problem.seqlen_k)
+        right = plan_lists(clauses, *sizes)
+        problem = dataclasses.replace(problem, batch=copies * problem.batch)
         moved = {
-            name: [torch.from_numpy(np.ascontiguousarray(x)).cuda() for x in getattr(clauses, name)]
+            name: [torch.from_numpy(repeated(x, copies)).cuda() for x in getattr(clauses, name)]
             for name in ("q_groups", "k_groups", "q_keeps", "k_keeps", "starts", "ends")
         }
         on_card = clauses._replace(**{name: tuple(map(native, xs)) for name, xs in moved.items()})
@@ -37,10 +45,8 @@ def equal(torch, backend):
         ]
         plan = PlanArrays(*map(native, arrays), clauses.monotone)
         load_backend(backend).make_plan(problem, on_card, plan, TORCH_FRAMEWORK.context("cuda:0"))
-        sizes = (problem.batch, problem.heads, problem.heads_kv, problem.seqlen_q, problem.seqlen_k)
-        right = plan_lists(clauses, *sizes)
         for name, got, want in zip(NAMES, arrays, right, strict=False):
-            np.testing.assert_array_equal(got.cpu().numpy(), want, err_msg=name)
+            np.testing.assert_array_equal(got.cpu().numpy(), repeated(want, copies), err_msg=name)
 
     return equal
 
@@ -72,6 +78,17 @@ def test_as_many_keys_as_queries(equal, seqlen, number, share):
     q_group, k_group = random_groups(rng, problem, number)
     keeps = [(rng.random(x.shape) < share).astype(np.uint8) for x in (q_group, k_group)]
     equal(problem, Clauses((q_group,), (k_group,), *((x,) for x in keeps), None, 1))
+
+
+def test_many_very_long_lists(equal):
+    """Of 65537 rows, more of them than half a card's multiprocessors; some left to plan_sort."""
+    rng = np.random.default_rng(2)
+    problem = problem_of(1, 4, 2, 65_537, 65_537)
+    q_group, k_group = random_groups(rng, problem, 100)
+    q_group[0, 1] *= 7
+    keeps = [(rng.random(x.shape) < 0.9).astype(np.uint8) for x in (q_group, k_group)]
+    clauses = Clauses((q_group,), (k_group,), *((x,) for x in keeps), None, 1)
+    equal(problem, clauses, copies=20)
 
 
 @pytest.mark.parametrize("style", testing.GROUP_STYLES)
