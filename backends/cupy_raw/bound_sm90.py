@@ -11,6 +11,7 @@ from scfa_core.backends.cupy_raw.prepared import Launch, Template, marks
 
 from scfa_core.arrays import DeviceArray
 from scfa_core.environment import Variable
+from scfa_core.errors import BackendUnavailable
 from scfa_core.plan import PlanAddresses, PlanArrays
 
 if TYPE_CHECKING:
@@ -109,7 +110,10 @@ def bind_backward(problem: Problem, monotone: bool, *described: DeviceArray) -> 
 def _ways(problem: Problem, asked: str | None, monotone: bool = True) -> tuple[bool, bool]:
     """Whether the split and the fused kernels are launched, with $SCFA_CUPY_BACKWARD `asked`."""
     if asked is not None and asked not in sm90._BACKWARDS:
-        raise ValueError(f"$SCFA_CUPY_BACKWARD must be one of {sm90._BACKWARDS}, got {asked!r}")
+        raise BackendUnavailable(
+            f"$SCFA_CUPY_BACKWARD must be one of {sm90._BACKWARDS}, got {asked!r}: "
+            "change or unset it"
+        )
     serves = monotone and problem.head_dim in sm90._FUSED and sm90._sums_fit(problem)
     if not serves or asked == "split":
         return True, False
@@ -208,7 +212,8 @@ class _Backward:
 
     def _envelopes(self) -> Launch:
         heads = self.problem.batch * self.problem.heads
-        params = self._params(2, sm90._tiles(self.problem.seqlen_q, 1, heads), self.problem.heads)
+        # A tile is a whole list: of all query rows there may be more than a tile count can say.
+        params = self._params(2, (1, heads), self.problem.heads)
         kernel = sm90._envelope_kernel(self.device)
         return self.marked.bind(params, kernel.bind((2 * heads, 1, 1), 1024, 0))
 

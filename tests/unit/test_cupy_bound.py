@@ -260,12 +260,27 @@ def test_hopper_arguments_are_those_packed_anew(launched, monkeypatch, monotone,
     if not monotone:  # one block for each list and direction
         name, _, grid, threads, *_, envelope_params = launched.pop(0)
         assert (name, grid, threads) == ("scfa_bwd_envelope_sm90", (2 * 8, 1, 1), 1024)
-        assert envelope_params == params(second, (90, 720), 4)
+        assert envelope_params == params(second, (1, 8), 4)
     assert [(x[0], x[-1]) for x in launched] == [
         ("scfa_bwd_dq_sm90", params(second, (1, 8), 4)),
         ("scfa_bwd_dkdv_sm90", params(second + 4, (3, 12), 2)),
     ]
     assert {x[1]["MONOTONE"] for x in launched} == {int(monotone)}
+
+
+@pytest.mark.parametrize("monotone", [True, False])
+def test_more_query_rows_than_an_int_counts_are_bound(launched, monotone):
+    """More than 2^31 - 1 in a batch: rows are numbered within a list, lists within the batch."""
+    sizes, arrays = problem(batch=3, heads=2, seqlen_q=(1 << 31) // 6 + 1), backward_arrays()
+    at, context = tuple(x.pointer for x in arrays), Context()
+    plan = PLAN._replace(monotone=monotone)
+    bound_sm90.bind_backward(sizes, monotone, *arrays)(plan, at, context)
+    n_rows = 6 * sizes.seqlen_q
+    assert n_rows > 1 << 31
+    assert context.asked[0] == ((2 * n_rows + 1,), "float32")
+    names = [x[0] for x in launched if x[0] != "zero"]
+    assert names[-2:] == ["scfa_bwd_dq_sm90", "scfa_bwd_dkdv_sm90"]
+    assert ("scfa_bwd_envelope_sm90" in names) != monotone
 
 
 def test_only_ranges_in_any_order_take_memory_for_envelopes(launched):

@@ -46,7 +46,7 @@ __device__ __forceinline__ void add_fetched(float (&grad)[32], Shared shared, co
     grad[i + 1] += __int_as_float(other.y);
   }
   // The next bulk copy into this room comes after these reads: without the fence it overtook them, in
-  // one call of fifty on a busy card.
+  // one call of fifty, whether or not the card was busy.
   shared_writes_fence();
   barrier_release(shared.sum_empty(turn.carrier), lane);
 }
