@@ -16,7 +16,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from scfa_core.backends.cupy_raw import planner
+from scfa_core.backends.cupy_raw import planner_shapes
 
 import scfa_core as scfa
 from scfa_core.dispatch import load_backend
@@ -194,8 +194,8 @@ def run_lists(backend, device, lists):
         start = torch.randint(-5, lists.seqlen_k, q_shape, dtype=dtype)
         pattern = pattern & scfa.KeyRanges(start.to(device), (start + 100).to(device))
     q, k = (torch.zeros((*shape, 16)).to(device) for shape in (q_shape, k_shape))
-    least = planner._LEAST_ROWS if lists.shared else 1 << 31
-    with mock.patch.object(planner, "_LEAST_ROWS", least):
+    least = planner_shapes._LEAST_ROWS if lists.shared else 1 << 31
+    with mock.patch.object(planner_shapes, "_LEAST_ROWS", least):
         plan = scfa.make_plan(pattern, q, k, backend=backend)
     read(plan.q_index, plan.q_count, plan.k_index, plan.k_count, plan.key_start, plan.key_end)
 

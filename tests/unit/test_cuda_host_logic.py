@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scfa_core.backends.cupy_raw import nvrtc, planner
+from scfa_core.backends.cupy_raw import nvrtc, planner, planner_shapes
 from scfa_core.reference.planner import plan_lists
 
 from scfa_core import testing
@@ -385,7 +385,7 @@ def test_one_pass_or_several(library, monkeypatch, top, shared_limit):
 
 
 def test_one_pass_takes_what_a_multiprocessor_holds():
-    from scfa_core.backends.cupy_raw.planner import choose_one_pass, one_pass_bytes
+    from scfa_core.backends.cupy_raw.planner_shapes import choose_one_pass, one_pass_bytes
 
     for rows in (1, 1000, 8192, 16384, 32768, 65535, 65536, 10**6):
         for lists in (1, 24, 192, 4000):
@@ -407,7 +407,7 @@ def test_one_pass_takes_what_a_multiprocessor_holds():
 def test_one_pass_counts_as_many_rows_as_16_bits_hold(library, monkeypatch, spread):
     """A list of 65535 rows ordered in shared memory: more than any card has, all in one group."""
     rng = np.random.default_rng(2)
-    monkeypatch.setattr(planner, "_LEAST_ROWS", 1 << 20)
+    monkeypatch.setattr(planner_shapes, "_LEAST_ROWS", 1 << 20)
     problem, clauses = one_pass_problem(rng, 65535, "hash", 1, 0 if spread == "one group" else 3, 1)
     arrays = plan_on_host(library, monkeypatch, problem, clauses, shared_limit=500_000)
     assert_equals_reference(arrays, problem, clauses)
@@ -419,9 +419,9 @@ PART = 128  # rows of a part in the tests below
 @pytest.fixture
 def parts(monkeypatch):
     """Let two warps take parts of 128 rows, of lists of any length; names of what ran, in order."""
-    monkeypatch.setattr(planner, "_LEAST_ROWS", 1)
-    monkeypatch.setattr(planner, "_LEAST_PART", PART)
-    monkeypatch.setattr(planner, "_PART_SHAPES", ((64, PART),))
+    monkeypatch.setattr(planner_shapes, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(planner_shapes, "_LEAST_PART", PART)
+    monkeypatch.setattr(planner_shapes, "_PART_SHAPES", ((64, PART),))
     ran = []
     launch = HostKernel.launch
 
@@ -532,8 +532,8 @@ def test_parts_of_several_keeps_and_of_views(library, monkeypatch, parts_alone):
 
 def test_more_parts_than_threads(library, monkeypatch, parts_alone):
     """71 parts of 64 rows, 64 threads: only the first part has the lowest id and a dropped key."""
-    monkeypatch.setattr(planner, "_LEAST_PART", 64)
-    monkeypatch.setattr(planner, "_PART_SHAPES", ((64, 64),))
+    monkeypatch.setattr(planner_shapes, "_LEAST_PART", 64)
+    monkeypatch.setattr(planner_shapes, "_PART_SHAPES", ((64, 64),))
     rng = np.random.default_rng(10)
     problem, clauses = one_pass_problem(rng, 4500, "hash and keep", 1, 6, 1.0)
     clauses.q_groups[0][...] = np.maximum(clauses.q_groups[0], 0)
@@ -565,18 +565,18 @@ def test_parts_fill_the_card_and_fit_it():
     for limit in (99 * 1024, 163 * 1024, 227 * 1024):
         for lists in (1, 2, 12, 66, 67, 132, 265, 5000):
             for rows in (16384, 65535, 65536, 65537, 10**6):
-                found = planner.choose_parts(lists, rows, 132, limit)
+                found = planner_shapes.choose_parts(lists, rows, 132, limit)
                 if lists > 66 and rows < 65536:
                     assert found is None
                     continue
-                size = planner.part_bytes(found.threads, found.max_bits, found.part_rows)
+                size = planner_shapes.part_bytes(found.threads, found.max_bits, found.part_rows)
                 assert found.shared_bytes == size <= limit - 2048
                 assert found.part_rows % found.threads == 0
                 assert found.part_rows <= 1 << 16
                 assert lists * found.parts(rows) >= 66 or found.part_rows == 1024
     for rows, parts in ((65536, 22), (131072, 22), (262144, 43)):  # of 264 blocks, or twice 264
-        assert planner.choose_parts(12, rows, 132, 227 * 1024).parts(rows) == parts
+        assert planner_shapes.choose_parts(12, rows, 132, 227 * 1024).parts(rows) == parts
     for lists, part_rows in ((67, 7680), (132, 8192), (264, 8192), (5000, 8192)):
-        assert planner.choose_parts(lists, 65536, 132, 227 * 1024).part_rows == part_rows
+        assert planner_shapes.choose_parts(lists, 65536, 132, 227 * 1024).part_rows == part_rows
     for lists, rows, limit in ((67, 65535, 227 * 1024), (12, 16383, 227 * 1024), (1, 65536, 9000)):
-        assert planner.choose_parts(lists, rows, 132, limit) is None
+        assert planner_shapes.choose_parts(lists, rows, 132, limit) is None
