@@ -70,7 +70,7 @@ FAULTS = (
         "group_keys &= key_one ? keys_one : ~keys_one;",
         "one pass: a query counts the keys of its own key's group", "cuda-plan",
     ),
-    Fault("cuda-causal-order", CUDA + "plan_joint.cuh",
+    Fault("cuda-causal-order", CUDA + "plan_warp.cuh",
         "= (Count)(sum - count);", "= (Count)(sum - (lane < 2 ? count : 0));",
         "one pass: the third warp's rows begin too late", "cuda-plan",
     ),

@@ -1,12 +1,8 @@
 // Queries and keys of one (batch, head) ordered together, by digits common to both: when row i is placed, the running
 // count of the keys in its group is the end of its range. Shared by plan_causal and the plan_parts kernels.
 #pragma once
-#include "sort.cuh"
-
-__device__ __forceinline__ int warp_sum(int x) {
-  for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(kEveryLane, x, step);
-  return x;
-}
+#include "plan_rows.cuh"
+#include "plan_warp.cuh"
 
 // The group column and the keep columns of one side, with batch and head fixed; thread t of kMaxColumns + 1.
 __device__ inline void fix_side(const ListSet& set, int batch, int head, ListRows& list, int t) {
@@ -18,45 +14,6 @@ __device__ inline void fix_side(const ListSet& set, int batch, int head, ListRow
     list.n_keeps = set.n_keeps;
     list.length = set.length;
   }
-}
-
-// Turns the total of each bin into the place of its first row; called by one warp.
-__device__ __forceinline__ void scan_bins(int* firsts, int bins) {
-  const int lane = threadIdx.x % 32;
-  int carry = 0;
-  for (int start = 0; start < bins; start += 32) {
-    const int count = start + lane < bins ? firsts[start + lane] : 0;
-    int sum = count;
-    for (int step = 1; step < 32; step <<= 1) {
-      const int below = __shfl_up_sync(kEveryLane, sum, step);
-      if (lane >= step) sum += below;
-    }
-    if (start + lane < bins) firsts[start + lane] = carry + sum - count;
-    carry += __shfl_sync(kEveryLane, sum, 31);
-  }
-}
-
-// Entries between the counts of two warps: an odd number of words, so that a column lies in 32 banks.
-template <class Count>
-__device__ __forceinline__ int pitch_of(int bins) { return bins + 4 / (int)sizeof(Count); }
-
-// before[warp][bin] = rows of `bin` before this warp's stretch, firsts[bin] = first place of the bin; by all threads.
-// `before` may be `counts` itself.
-template <class Count>
-__device__ inline void scan_counts(const int* counts, Count* before, int* firsts, int bins, int first_warp) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
-  for (int bin = warp; bin < bins; bin += n_warps) {
-    const int count = lane < n_warps ? counts[lane * pitch_of<int>(bins) + bin] : 0;
-    int sum = count;
-    for (int step = 1; step < 32; step <<= 1) {
-      const int below = __shfl_up_sync(kEveryLane, sum, step);
-      if (lane >= step) sum += below;
-    }
-    if (lane < n_warps) before[lane * pitch_of<Count>(bins) + bin] = (Count)(sum - count);
-    if (lane == 31) firsts[bin] = sum;
-  }
-  __syncthreads();  // firsts holds the total of each bin
-  if (warp == first_warp) scan_bins(firsts, bins);
 }
 
 // Walks rows [begin, end) in order, kUnroll rounds of 32 at a time: visit(rows, digits of queries, of keys, rows left).

@@ -1,48 +1,10 @@
 // Stable counting sort of one list by one block: the order of rows after each pass goes from one buffer to the
 // other. Every warp owns a stretch of the list, counts its digits, and later places them in the same order.
-// A little long: reading a row's key, counting and placing walk the list alike and are kept side by side.
 #pragma once
-#include "plan_params.cuh"
+#include "plan_rows.cuh"
+#include "plan_warp.cuh"
 
 constexpr int kMaxBins = 1 << kMaxDigitBits;
-constexpr int kUnroll = 4;  // rounds of 32 rows whose keys are loaded before the first is used
-
-// One list with batch and head fixed; lives in shared memory.
-struct ListRows {
-  ColumnRow groups[kMaxColumns];
-  ColumnRow keeps[kMaxColumns];
-  int n_groups, n_keeps, length;
-
-  // Bit u: rows[u] is kept. All loads of one column are under way before the first is used.
-  template <int kRows>
-  __device__ __forceinline__ u32 kept(const int (&rows)[kRows]) const {
-    u32 bits = (1u << kRows) - 1;
-#pragma unroll 1
-    for (int c = 0; c < n_keeps; ++c) {
-      const ColumnRow column = keeps[c];
-      bool flags[kRows];
-#pragma unroll
-      for (int u = 0; u < kRows; ++u) flags[u] = column.flag(rows[u]);
-#pragma unroll
-      for (int u = 0; u < kRows; ++u) bits &= ~((u32)!flags[u] << u);
-    }
-    return bits;
-  }
-};
-
-template <int kRows>
-__device__ __forceinline__ void load_keys(const ColumnRow& column, const int (&rows)[kRows], u64 (&keys)[kRows]) {
-  if (column.wide) {
-#pragma unroll
-    for (int u = 0; u < kRows; ++u) keys[u] = ordered_key(*(const i64*)(column.base + rows[u] * column.row_stride), true);
-  } else {
-    int narrow[kRows];
-#pragma unroll
-    for (int u = 0; u < kRows; ++u) narrow[u] = *(const int*)(column.base + rows[u] * column.row_stride);
-#pragma unroll
-    for (int u = 0; u < kRows; ++u) keys[u] = ordered_key(narrow[u], false);
-  }
-}
 
 // Where an order of rows lies: in place (row i at i), in shared memory (16 bits a row), or in global memory.
 struct Order {
@@ -65,36 +27,6 @@ struct Survey {
   u64 any_above[kMaxColumns];                                        // ones of key - low
   int dropped;
 };
-
-__device__ __forceinline__ u64 warp_or(u64 x) {
-  for (int step = 16; step; step >>= 1) x |= __shfl_xor_sync(kEveryLane, x, step);
-  return x;
-}
-
-__device__ __forceinline__ u64 warp_min(u64 x) {
-  for (int step = 16; step; step >>= 1) {
-    u64 other = __shfl_xor_sync(kEveryLane, x, step);
-    x = other < x ? other : x;
-  }
-  return x;
-}
-
-// Calls visit(rows, present) for all rows of the list, kUnroll of them at a time; bit u of `present`: rows[u] is in
-// the list (otherwise it is 0, which may be read).
-template <class Visit>
-__device__ __forceinline__ void visit_rows(int length, Visit visit) {
-  for (u32 first = threadIdx.x; first < (u32)length; first += blockDim.x * kUnroll) {  // unsigned: may pass 2^31
-    int rows[kUnroll];
-    u32 present = 0;
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const u32 row = first + u * blockDim.x;
-      rows[u] = row < (u32)length ? (int)row : 0;
-      present |= (u32)(row < (u32)length) << u;
-    }
-    visit(rows, present);
-  }
-}
 
 // Calls visit(key) for one column of all kept rows.
 template <class Visit>
@@ -122,7 +54,7 @@ __device__ inline void survey_rows(const ListRows& list, Survey& survey) {
   if (list.n_keeps > 0) {
     int dropped = 0;
     visit_rows(list.length, [&](const int(&rows)[kUnroll], u32 present) { dropped += __popc(present & ~list.kept(rows)); });
-    for (int step = 16; step; step >>= 1) dropped += __shfl_xor_sync(kEveryLane, dropped, step);
+    dropped = warp_sum(dropped);
     if (lane == 0 && dropped) atomicAdd(&survey.dropped, dropped);
   }
 #pragma unroll 1
@@ -173,37 +105,6 @@ __device__ inline void start_cursor(const ListRows& list, const Survey& survey, 
   }
 }
 
-__device__ __forceinline__ void digits_of(
-    const ListRows& list, const DigitCursor& cursor, const Digit& digit, const int (&rows)[kUnroll], u32 (&digits)[kUnroll]) {
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u) digits[u] = 0;
-  if (digit.n_segments == 1 && !list.groups[digit.segments[0].column].wide) {  // as below, in a quarter of the instructions
-    const Segment segment = digit.segments[0];
-    const ColumnRow column = list.groups[segment.column];
-    const u32 low = (u32)cursor.low[segment.column];
-    u32 keys[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) keys[u] = *(const u32*)(column.base + rows[u] * column.row_stride);
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) digits[u] = ((keys[u] ^ 0x80000000u) - low) >> segment.shift & segment.mask;
-  } else {
-#pragma unroll 1
-    for (int s = 0; s < digit.n_segments; ++s) {
-      const Segment segment = digit.segments[s];
-      const u64 low = cursor.low[segment.column];
-      u64 keys[kUnroll];
-      load_keys(list.groups[segment.column], rows, keys);
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) digits[u] |= segment_value(segment, keys[u], low);
-    }
-  }
-  if (digit.tests_keep) {
-    const u32 kept = list.kept(rows);
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) digits[u] = kept >> u & 1 ? digits[u] : digit.dropped;
-  }
-}
-
 // Lanes among `active` that hold the same digit as this one.
 __device__ __forceinline__ u32 warp_peers(u32 digit, int bits, u32 active) {
   u32 peers = active;
@@ -243,10 +144,9 @@ __device__ __forceinline__ void walk_stretch(
 __device__ inline void sort_pass(
     const ListRows& list, const DigitCursor& cursor, const Digit& digit, const Order& source,
     const Order& target, int* counts, int* firsts) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int bins = 1 << digit.bits;
-  const int pitch = bins + 1;  // odd: a column of `counts` lies in 32 banks
-  int* my_counts = counts + warp * pitch;
+  int* my_counts = counts + warp * pitch_of<int>(bins);
 
   // count: how many rows of each digit are in this warp's stretch
   for (int bin = lane; bin < bins; bin += 32) my_counts[bin] = 0;
@@ -260,30 +160,7 @@ __device__ inline void sort_pass(
   __syncthreads();  // every warp's counts are there
 
   // scan: per digit over the warps, then over the digits
-  for (int bin = warp; bin < bins; bin += n_warps) {
-    int count = lane < n_warps ? counts[lane * pitch + bin] : 0;
-    int sum = count;
-    for (int step = 1; step < 32; step <<= 1) {
-      int below = __shfl_up_sync(kEveryLane, sum, step);
-      if (lane >= step) sum += below;
-    }
-    if (lane < n_warps) counts[lane * pitch + bin] = sum - count;
-    if (lane == 31) firsts[bin] = sum;
-  }
-  __syncthreads();  // firsts holds the total of each digit
-  if (warp == 0) {
-    int carry = 0;
-    for (int start = 0; start < bins; start += 32) {
-      int count = start + lane < bins ? firsts[start + lane] : 0;
-      int sum = count;
-      for (int step = 1; step < 32; step <<= 1) {
-        int below = __shfl_up_sync(kEveryLane, sum, step);
-        if (lane >= step) sum += below;
-      }
-      if (start + lane < bins) firsts[start + lane] = carry + sum - count;
-      carry += __shfl_sync(kEveryLane, sum, 31);
-    }
-  }
+  scan_counts(counts, counts, firsts, bins, 0);
   __syncthreads();  // firsts holds the first place of each digit
 
   // place: rows of one digit keep their order, over warps, rounds and lanes
