@@ -167,6 +167,7 @@ def _speed(args: argparse.Namespace, where: World) -> None:
         warm=args.warm,
         repeats=args.repeats,
         profiled=args.lengths if args.profile == [] else args.profile or [],
+        graph=args.modes,
         budget=args.budget,
         json_path=args.json,
     )
@@ -210,13 +211,22 @@ def main() -> None:
     two.set_defaults(run=_quality)
 
     three = commands.add_parser("speed", help=_speed.__doc__)
-    _options(three, "paper", "attention", "seqlen", "micro_batch", "steps", "seconds")
+    _options(three, "paper", "attention", "seqlen", "micro_batch", "steps", "seconds", "graph")
     three.add_argument("--lengths", nargs="+", type=int, default=[16384, 8192, 32768])
     three.add_argument("--variants", nargs="+", default=["dense", "none", "hash16"])
     three.add_argument("--warm", type=int, default=3)
     three.add_argument("--repeats", type=int, default=8)
     three.add_argument(
         "--profile", nargs="*", type=int, help="kernels by time, at these lengths or at all"
+    )
+    three.add_argument(
+        "--graph",
+        dest="modes",
+        nargs="?",
+        const="both",
+        default="no",
+        choices=speed.MODES,
+        help="time steps replayed as CUDA graphs beside those enqueued as usual, or only them",
     )
     three.add_argument("--budget", type=float, default=math.inf, help="seconds")
     three.add_argument("--json", type=Path)

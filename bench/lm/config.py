@@ -26,6 +26,8 @@ class Config:
     ``trapezoid`` stays until the last fifth, where it falls linearly to a tenth: two runs of
     different length are then comparable step by step before that. The end is `steps`, or
     `seconds` of training (0: no limit), whichever share is further.
+
+    `graph` replays each training step as one CUDA graph, on one GPU: the host enqueues little.
     """
 
     attention: str = "hash16"
@@ -47,6 +49,7 @@ class Config:
     grad_clip: float = 1.0
     seed: int = 0
     compile: str = "blocks"
+    graph: bool = False
     packed: bool = False  # documents of a sequence do not see each other
     backend: str | None = None
 

@@ -17,7 +17,8 @@ SKIPPED = 0.1  # share of the longest curve whose losses may lie above the plot
 
 def settings(run: Run) -> tuple[Any, ...]:
     """What runs of one table share."""
-    config = {k: v for k, v in run["config"].items() if k not in ("attention", "seed")}
+    given = {"graph": False} | run["config"]  # older runs lack what they did not do
+    config = {k: v for k, v in given.items() if k not in ("attention", "seed")}
     facts = run["machine"]
     return (run["corpus"], facts["card"], facts["torch"], *sorted(config.items(), key=str))
 

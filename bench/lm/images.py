@@ -48,7 +48,10 @@ class ImageSplit(Split):
             raise SystemExit(f"seqlen={seqlen} must be a multiple of the {pixels} pixels")
         shape = (sequences, seqlen // pixels)
         chosen = np.random.default_rng([seed, draw]).integers(0, count, shape)
-        target = self.data[torch.from_numpy(chosen).to(self.data.device)].flatten(1).long()
+        rows = torch.from_numpy(chosen)
+        if self.data.is_cuda:  # a copy of pageable memory would wait until the GPU is idle
+            rows = rows.pin_memory().to(self.data.device, non_blocking=True)
+        target = self.data[rows].flatten(1).long()
         start = torch.full_like(target[:, :1], START)
         return torch.cat([start, target[:, :-1]], dim=1), target
 

@@ -121,6 +121,8 @@ def load(path: Path) -> dict[str, Any]:
     """Read a result file, or begin one."""
     if path.exists():
         record: dict[str, Any] = json.loads(path.read_text())
+        for run in record["runs"]:
+            run["config"].setdefault("graph", False)  # older runs lack what they did not do
         return record
     return {"runs": []}
 

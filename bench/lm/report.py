@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.lm import curves, pictures
-from bench.lm.speed import BOUND, table
+from bench.lm.speed import BOUND, label, table
 from bench.plots import COLORS
 
 HEAD = """\
@@ -41,13 +41,15 @@ Steps are timed on the same text by words hashed to the model's vocabulary, so t
 frequencies, and with them the buckets, are like a tokeniser's.
 
 This page is made by `python -m bench.lm report` from stored JSON. In order: the paper's 12 layers
-at T=8192 to 32768; the kernels of their steps; 8 layers of 512 at T=8192, ten minutes each for
-dense, hash16 and drop50, to be called again until a file holds all seeds; the same by tokens; the
-paper's model with checkpoints, resumed where it stopped; images; pairs that the Reformer keeps;
-this page.
+at T=8192 to 32768; each step beside the same as one CUDA graph, which leaves the host little to do
+(`--graph` of the other commands trains so); the kernels of their steps; 8 layers of 512 at T=8192,
+ten minutes each for dense, hash16 and drop50, to be called again until a file holds all seeds; the
+same by tokens; the paper's model with checkpoints, resumed where it stopped; images; pairs that the
+Reformer keeps; this page.
 
 ```text
 python -m bench.lm speed --json speed.json
+python -m bench.lm speed --graph --lengths 16384
 python -m bench.lm speed --profile --lengths 16384
 python -m bench.lm quality --seconds 600 --seeds 0 1 --budget 1800 --json quality.json
 python -m bench.lm quality --seconds 600 --tokens bpe --bpe-folder tokens --json bpe.json
@@ -132,10 +134,12 @@ def speed_sections(records: Sequence[dict[str, Any]]) -> list[str]:
         )
         text += " {} layers of {} heads of {}.".format(*model) if all(model) else ""
         text += f" Timed in the last of {steps} steps of training." if steps else ""
+        if any(row.get("graph") for rows in sittings.values() for row in rows):
+            text += " (graph): each step is replayed as one CUDA graph."
         if len(sittings) > 1:
             text += f" {len(sittings)} sittings, medians where several timed the same."
         costs = [
-            f"{row['variant']} {row['bucket_cost']:.2f} (T={row['seqlen']})"
+            f"{label(row)} {row['bucket_cost']:.2f} (T={row['seqlen']})"
             for rows in sittings.values()
             for row in rows
             if "bucket_cost" in row
@@ -147,7 +151,7 @@ def speed_sections(records: Sequence[dict[str, Any]]) -> list[str]:
             )
         parts += [*_unless_gpu(machines), "\n".join(table(list(sittings.values()))), text]
     failed = [
-        f"{row['variant']} at T={row['seqlen']} ({row['error']})"
+        f"{label(row)} at T={row['seqlen']} ({row['error']})"
         for record in records
         for row in record["rows"]
         if "error" in row
@@ -170,6 +174,7 @@ def _setting_words(runs: Sequence[dict[str, Any]]) -> str:
         f"{first['parameters'] / 1e6:.1f} million parameters, {config['layers']} layers of "
         f"{config['heads']} heads of {config['head_dim']}, T={config['seqlen']}, "
         f"{config['tokens_per_step']} tokens a step, "
+        f"{'each replayed as one CUDA graph, ' if config.get('graph') else ''}"
         f"{equal if config['seconds'] else 'equal steps'}, {config['schedule']} schedule "
         f"(compilation and validation not counted). ±: standard deviation over seeds. Bucket cost: "
         f"same-bucket pairs over those of even buckets, at the end. {data}. "

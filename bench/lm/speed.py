@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from bench.lm.train import Trainer, World
 from bench.run import machine
 
 BOUND = "none"
-
+MODES = {"no": (False,), "both": (False, True), "only": (True,)}  # whether steps are graphs
 
 _COMPILE = """
 import sys, torch, scfa_core as scfa
@@ -60,9 +60,12 @@ def compile_kernels_meanwhile(config: Config, where: World) -> Callable[[], None
 
 
 def time_steps(trainer: Trainer, warm: int, repeats: int) -> dict[str, Any]:
-    """Milliseconds from step to step, enqueued without waiting, after `warm` steps."""
+    """Milliseconds from step to step, enqueued without waiting, after `warm` steps.
+
+    Of graphs the first step is plain and the second captures, so that `warm` is then 2 or more.
+    """
     where = trainer.where
-    for _ in range(warm):
+    for _ in range(warm if trainer.static_step is None else max(warm, 2)):
         loss = trainer.train_step()
     where.synchronize()
     if not where.device.startswith("cuda"):
@@ -88,21 +91,22 @@ def time_steps(trainer: Trainer, warm: int, repeats: int) -> dict[str, Any]:
         "low": min(times),
         "mean": statistics.fmean(times),
         "host_ms": host,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "peak_gib": peak_bytes(trainer) / 2**30,
         "loss": float(loss),
     }
 
 
-def one_case(
-    config: Config,
-    corpus: Corpus,
-    where: World,
-    kernels_ready: Callable[[], None],
-    warm: int,
-    repeats: int,
-    profiled: bool,
-) -> dict[str, Any]:
-    """Row of one variant at one length."""
+def peak_bytes(trainer: Trainer) -> int:
+    """Most memory in use; a graph's is reserved for it alone, and in use at every replay."""
+    if trainer.static_step is None:
+        return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_reserved()
+
+
+def compiled(
+    config: Config, corpus: Corpus, where: World, kernels_ready: Callable[[], None]
+) -> tuple[Trainer, float]:
+    """Trainer of one variant at one length, and how many seconds its compilation took."""
     if config.attention not in ("dense", BOUND):
         kernels_ready()
     begin = time.perf_counter()
@@ -110,55 +114,92 @@ def one_case(
     trainer.warm_up()
     took = time.perf_counter() - begin
     kernels_ready()  # nothing else runs while steps are timed
+    return trainer, took
+
+
+def one_case(trainer: Trainer, warm: int, repeats: int, profiled: bool) -> dict[str, Any]:
+    """Measurements of one variant at one length; plain steps, or graphs."""
+    config = trainer.config
     row: dict[str, Any] = {
-        "seqlen": config.seqlen,
-        "variant": config.attention,
         "compile": config.compile,
-        "compile_seconds": took,
         **time_steps(trainer, warm, repeats),
         "tokens_per_step": config.tokens_per_step,
     }
     row["steps"] = trainer.step
-    if profiled and where.device.startswith("cuda"):
+    if profiled and trainer.where.device.startswith("cuda"):
         row["profile"] = kernels.profile_steps(trainer.train_step)
     if config.buckets:
         row["bucket_cost"] = trainer.bucket_cost()
     return row
 
 
+def cases(
+    config: Config,
+    corpus: Corpus,
+    where: World,
+    kernels_ready: Callable[[], None],
+    *,
+    graph: str,
+    warm: int,
+    repeats: int,
+    profiled: bool,
+) -> Iterator[dict[str, Any]]:
+    """Rows of one variant at one length; one trainer takes plain steps first, then graphs."""
+    trainer: Trainer | None = None
+    for as_graph in MODES[graph]:
+        row: dict[str, Any] = {"seqlen": config.seqlen, "variant": config.attention}
+        row["graph"] = as_graph
+        try:
+            if trainer is None:
+                trainer, row["compile_seconds"] = compiled(config, corpus, where, kernels_ready)
+            if as_graph:
+                trainer.use_graph()
+            row |= one_case(trainer, warm, repeats, profiled)
+        except Exception as error:
+            row["error"] = f"{error!r:.300}"
+        yield row
+
+
+def label(row: dict[str, Any]) -> str:
+    """Variant, and whether its steps were graphs."""
+    return f"{row['variant']} (graph)" if row.get("graph") else str(row["variant"])
+
+
 def describe(row: dict[str, Any]) -> list[str]:
     """One row in words, as it is made."""
-    name = f"T={row['seqlen']:6d} {row['variant']:16s}"
+    name = f"T={row['seqlen']:6d} {label(row):16s}"
     if "error" in row:
         return [f"{name} failed: {row['error']}"]
     host = f", host {row['host_ms']:.1f}" if "host_ms" in row else ""
     cost = f", bucket cost {row['bucket_cost']:.3f}" if "bucket_cost" in row else ""
-    text = (
-        f"{name} {row['ms']:8.2f} ms/step (low {row['low']:.2f}{host}), "
-        f"compile {row['compile_seconds']:.1f} s{cost}"
-    )
+    took = f", compile {row['compile_seconds']:.1f} s" if "compile_seconds" in row else ""
+    text = f"{name} {row['ms']:8.2f} ms/step (low {row['low']:.2f}{host}){took}{cost}"
     return [text, *(kernels.lines(row["profile"]) if "profile" in row else [])]
 
 
 def table(sittings: list[list[dict[str, Any]]]) -> list[str]:
     """Milliseconds, speed-up over dense and share of the bound, by length, as a Markdown table.
 
-    Rows are compared within their sitting; the table holds medians over sittings.
+    Rows are compared within their sitting, graphs with graphs; the table holds medians over
+    sittings.
     """
     found: dict[tuple[int, str], list[tuple[float, float, float]]] = {}  # ms, speed-up, share
+    names: dict[str, str] = {}  # of labels
     for rows in sittings:
-        times = {(row["seqlen"], row["variant"]): row["ms"] for row in rows if "ms" in row}
-        for (seqlen, variant), ms in times.items():
-            dense, bound = times.get((seqlen, "dense")), times.get((seqlen, BOUND))
-            ratios = (math.nan if other is None else other / ms for other in (dense, bound))
-            found.setdefault((seqlen, variant), []).append((ms, *ratios))
+        timed = {(row["seqlen"], label(row)): row for row in rows if "ms" in row}
+        for (seqlen, shown), row in timed.items():
+            dense, bound = (
+                timed.get((seqlen, label(row | {"variant": name})), {}).get("ms", math.nan)
+                for name in ("dense", BOUND)
+            )
+            ms, names[shown] = row["ms"], row["variant"]
+            found.setdefault((seqlen, shown), []).append((ms, dense / ms, bound / ms))
     lengths = sorted({seqlen for seqlen, _ in found})
-    variants = list(dict.fromkeys(variant for _, variant in found))
     lines = ["| ms per step | " + " | ".join(f"T={x}" for x in lengths) + " |"]
     lines.append("|" + "---|" * (len(lengths) + 1))
-    for variant in variants:
-        cells = [_cell(variant, found.get((seqlen, variant), [])) for seqlen in lengths]
-        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    for shown, variant in names.items():
+        cells = [_cell(variant, found.get((seqlen, shown), [])) for seqlen in lengths]
+        lines.append(f"| {shown} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -187,13 +228,17 @@ def run(
     warm: int = 3,
     repeats: int = 8,
     profiled: Sequence[int] = (),
+    graph: str = "no",
     budget: float = float("inf"),
     json_path: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Time every variant at every length; start no case once `budget` seconds have passed.
 
     A case that fails says why in its row, and the others go on. The file is written after each.
+    `graph` is one of `MODES`: steps as they are enqueued, replays of CUDA graphs, or both.
     """
+    if any(MODES[graph]):
+        Trainer.check_graph(where)
     begin = time.monotonic()
     head = machine("cuda" if where.device.startswith("cuda") else "cpu")
     record: dict[str, Any] = {
@@ -216,16 +261,20 @@ def run(
                 micro_batch=max(base.tokens_per_step // seqlen, 1),
                 steps=10**6,
             )
-            try:
-                row = one_case(
-                    config, corpus, where, kernels_ready, warm, repeats, seqlen in profiled
-                )
-            except Exception as error:
-                row = {"seqlen": seqlen, "variant": variant, "error": f"{error!r:.300}"}
-            rows.append(row)
-            print("\n".join(describe(row)), flush=True)
-            if json_path is not None:
-                json_path.write_text(json.dumps(record, indent=1) + "\n")
+            for row in cases(
+                config,
+                corpus,
+                where,
+                kernels_ready,
+                graph=graph,
+                warm=warm,
+                repeats=repeats,
+                profiled=seqlen in profiled,
+            ):
+                rows.append(row)
+                print("\n".join(describe(row)), flush=True)
+                if json_path is not None:
+                    json_path.write_text(json.dumps(record, indent=1) + "\n")
             gc.collect()
             if where.device.startswith("cuda"):
                 torch.cuda.empty_cache()

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bench.lm.config import Config
 from bench.lm.data import Corpus
+from bench.lm.graph import Batch, GraphStep, StaticStep, refusal
 from bench.lm.model import LanguageModel
 
 VALIDATION_SEED = 10**6
@@ -85,9 +86,12 @@ class Trainer:
     """One run: model, optimiser, position in the schedule.
 
     A step only enqueues; `pause` waits for the GPU and stops the clock, which `train_step` starts.
+    With `static_step` it runs on inputs that stay in place, as a graph does.
     """
 
     def __init__(self, config: Config, corpus: Corpus, where: World) -> None:
+        if config.graph:
+            self.check_graph(where)
         torch.manual_seed(config.seed)
         torch._dynamo.config.recompile_limit = 64  # variants and lengths share code
         self.config, self.corpus, self.where = config, corpus, where
@@ -100,16 +104,32 @@ class Trainer:
         self.validation_split = corpus.reader(corpus.validation, where.device)
         decayed = [p for p in self.model.parameters() if p.dim() >= 2]
         others = [p for p in self.model.parameters() if p.dim() < 2]
+        self.rate = torch.zeros((), device=where.device)  # a graph reads it, so it is no number
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": decayed, "weight_decay": config.weight_decay},
                 {"params": others, "weight_decay": 0.0},
             ],
-            lr=config.learning_rate,
+            lr=self.rate,
             betas=(0.9, 0.95),
             fused=True,
         )
         self.run: Any = DistributedDataParallel(self.model) if where.size > 1 else self.model
+        self.static_step: StaticStep | None = None
+        if config.graph:
+            self.use_graph()
+
+    @staticmethod
+    def check_graph(where: World) -> None:
+        """Stop where steps cannot be captured."""
+        reason = refusal(where.device, where.size)
+        if reason is not None:
+            raise SystemExit(reason)
+
+    def use_graph(self) -> None:
+        """From here on one step is plain, and later ones are replays of one graph."""
+        self.check_graph(self.where)
+        self.static_step = GraphStep(self.advance)
 
     @property
     def seconds(self) -> float:
@@ -134,44 +154,66 @@ class Trainer:
         ):
             yield
 
-    def _micro_step(self, draw: int, share: float) -> torch.Tensor:
-        """Gradients of one micro-batch, added to those there; its loss times `share`."""
+    def _seed(self, draw: int) -> None:
+        """Begin the random numbers of a step: hashes and drops of all its micro-batches."""
+        torch.manual_seed(self.config.seed * 1_000_003 + draw)
+
+    def _batch(self, draw: int) -> Batch:
+        """One micro-batch of training text."""
         config = self.config
-        torch.manual_seed(config.seed * 1_000_003 + draw)  # hashes and drops of this step
-        batch = self.train_split.batch(config.seqlen, config.micro_batch, config.seed, draw)
+        return self.train_split.batch(config.seqlen, config.micro_batch, config.seed, draw)
+
+    def _micro_step(self, batch: Batch, share: float) -> torch.Tensor:
+        """Gradients of one micro-batch, added to those there; its loss times `share`."""
         with self.precision():
             loss = self.run(*batch) * share
         loss.backward()
         return loss.detach()
 
+    def advance(self, batches: Sequence[Batch]) -> torch.Tensor:
+        """Forward, backward, clipping and AdamW; the mean loss. All of it can be captured."""
+        losses = []
+        for place, batch in enumerate(batches):
+            waits = self.where.size > 1 and place < len(batches) - 1
+            with self.run.no_sync() if waits else contextlib.nullcontext():
+                losses.append(self._micro_step(batch, 1 / len(batches)))
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.stack(losses).sum()
+
+    def _own_groups(self, *, captured: bool) -> None:
+        """Set of the optimiser's groups what no checkpoint knows."""
+        for group in self.optimizer.param_groups:
+            group["lr"], group["capturable"] = self.rate, captured
+
     def warm_up(self) -> None:
         """Compile everything that a step needs; weights and clock stay as they are."""
-        self._micro_step(0, 1.0)
+        self._seed(0)
+        self._micro_step(self._batch(0), 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         self.where.synchronize()
 
     def train_step(self) -> torch.Tensor:
         """Advance one step; return the mean loss of its tokens on this process, in nats."""
         config, where = self.config, self.where
+        if self.static_step is not None and self.static_step.due:
+            self.pause()
+            self._own_groups(captured=True)
+            self.static_step.capture()
         if self._began is None:
             self._began = time.perf_counter()
-        rate = learning_rate(config, self.step, self.seconds)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.rate.fill_(learning_rate(config, self.step, self.seconds))
         micro_steps = config.accumulation(where.size)
-        losses = []
-        for micro in range(micro_steps):
-            draw = (self.step * micro_steps + micro) * where.size + where.rank
-            last = micro == micro_steps - 1
-            wait = self.run.no_sync() if where.size > 1 and not last else contextlib.nullcontext()
-            with wait:
-                losses.append(self._micro_step(draw, 1 / micro_steps))
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        draws = [
+            (self.step * micro_steps + micro) * where.size + where.rank
+            for micro in range(micro_steps)
+        ]
+        self._seed(draws[0])
+        loss = (self.static_step or self.advance)([self._batch(draw) for draw in draws])
         self.model.adapt(max(1 / (self.step + 1), ADAPTED_SHARE))
         self.step += 1
-        return torch.stack(losses).sum()
+        return loss
 
     def validate(self, batches: int = 8) -> float:
         """Mean loss on fixed validation sequences, in nats; the clock stands meanwhile.
@@ -231,6 +273,9 @@ class Trainer:
             raise SystemExit(f"{path} is of another run: {other or 'another corpus'}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._own_groups(captured=False)
+        if self.static_step is not None:  # what a graph knew of the optimiser is no longer used
+            self.static_step = type(self.static_step)(self.advance)
         self.step, self._seconds = state["step"], state["seconds"]
 
 
