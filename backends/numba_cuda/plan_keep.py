@@ -1,66 +1,82 @@
-"""Planner, step 1: kept rows first, then the dropped ones, each in ascending order, and how many.
+"""Planner, step 1 where there are keeps: kept rows first, then the dropped ones, and how many.
 
-One block per list. Thread t owns the t-th stretch of rows, so the order is stable by construction.
+One block per list. Each warp counts the kept rows of its stretch; where they go follows from the
+counts of the warps before, and a row's place among them from the lanes below.
 """
 
 from __future__ import annotations
 
 from functools import cache
 
-from numba import cuda, int32
-from scfa_core.backends.numba_cuda.compiling import SIMULATED, Kernel, kernel
-
-THREADS = 32 if SIMULATED else 256
+from numba import cuda, int32, int64, uint32
+from scfa_core.backends.numba_cuda.compiling import Kernel, kernel
+from scfa_core.backends.numba_cuda.plan_warp import (
+    ROUNDS,
+    THREADS,
+    WARPS,
+    ballot,
+    lanes_before,
+    rows_of_warp,
+    sum_bins,
+)
 
 
 @cache
 def build_plan_keep() -> Kernel:
-    """Shared memory: one count per thread."""
+    """Rows of either kind ascend. Shared memory: one count per warp."""
 
-    @kernel("uint8:3", "bool", "int32:3", "int32:2")
-    def scfa_plan_keep(keep, all_kept, index, count):
-        sums = cuda.shared.array(THREADS, int32)
-        heads, seqlen = index.shape[1], index.shape[2]
+    @kernel("uint8:3", "int32:3", "int32:2", bounds=(THREADS, 2))
+    def scfa_plan_keep(keep, index, count):
+        sums = cuda.shared.array(WARPS, int32)
+        flags = cuda.local.array(ROUNDS, int32)
+        heads = index.shape[1]
         b = cuda.blockIdx.x // heads
         h = cuda.blockIdx.x % heads
-        thread = cuda.threadIdx.x
-        if all_kept:
-            for row in range(thread, seqlen, THREADS):
-                index[b, h, row] = row
-            if thread == 0:
-                count[b, h] = seqlen
-            return
-        stretch = (seqlen + THREADS - 1) // THREADS
-        first = min(thread * stretch, seqlen)
-        last = min(first + stretch, seqlen)
+        kept, rows = keep[b, h], index[b, h]
+        seqlen = int32(index.shape[2])
+        thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
+        lane, warp, warps = int32(thread % 32), int32(thread // 32), int32(threads // 32)
+        stretch = rows_of_warp(seqlen, warps)
+        first = uint32(min(warp * stretch, seqlen))
+        end = uint32(min(first + stretch, seqlen))
+        last = uint32(max(seqlen - 1, 0))
 
-        mine = 0
-        for row in range(first, last):
-            if keep[b, h, row] != 0:
-                mine += 1
-        sums[thread] = mine
+        mine = int32(0)
+        start = first
+        while start < end:
+            for u in range(ROUNDS):
+                flags[u] = kept[min(uint32(start + 32 * u + lane), last)]
+            for u in range(ROUNDS):
+                there = lanes_before(int64(end) - int64(start) - 32 * u)
+                mine += int32(cuda.popc(uint32(ballot(flags[u] != 0) & there)))
+            start = uint32(start + 32 * ROUNDS)
+        if lane == 0:
+            sums[warp] = mine
         cuda.syncthreads()  # all counts are there
-        step = 1
-        while step < THREADS:
-            more = int32(0)
-            if thread >= step:
-                more = sums[thread - step]
-            cuda.syncthreads()  # read before anyone adds
-            sums[thread] += more
-            cuda.syncthreads()  # added before anyone reads
-            step *= 2
-        total = sums[THREADS - 1]
-
-        kept = sums[thread] - mine
-        dropped = total + first - kept
-        for row in range(first, last):
-            if keep[b, h, row] != 0:
-                index[b, h, kept] = row
-                kept += 1
-            else:
-                index[b, h, dropped] = row
-                dropped += 1
+        total = sum_bins(sums, 0, warps)
+        kept_place = int32(sum_bins(sums, 0, warp))
+        dropped_place = int32(total + first - kept_place)
         if thread == 0:
             count[b, h] = total
+
+        before = lanes_before(lane)
+        start = first
+        while start < end:
+            for u in range(ROUNDS):
+                flags[u] = kept[min(uint32(start + 32 * u + lane), last)]
+            for u in range(ROUNDS):
+                there = lanes_before(int64(end) - int64(start) - 32 * u)
+                keepers = uint32(ballot(flags[u] != 0) & there)
+                row = uint32(start + 32 * u + lane)
+                if row < end:
+                    kept_below = int32(cuda.popc(uint32(keepers & before)))
+                    if flags[u] != 0:
+                        rows[uint32(kept_place + kept_below)] = row
+                    else:
+                        rows[uint32(dropped_place + lane - kept_below)] = row
+                kept_here = int32(cuda.popc(keepers))
+                kept_place += kept_here
+                dropped_place += int32(cuda.popc(there)) - kept_here
+            start = uint32(start + 32 * ROUNDS)
 
     return scfa_plan_keep

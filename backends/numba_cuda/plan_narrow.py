@@ -12,49 +12,59 @@ from numba import cuda, int64
 from scfa_core.backends.numba_cuda.compiling import SIMULATED, Kernel, kernel
 
 THREADS = 32 if SIMULATED else 128
+TILE = 8 * THREADS  # queries of a block
 
 
 @cache
 def build_plan_narrow(q_dtype: str, k_dtype: str) -> Kernel:
-    """One thread per sorted kept query; reads key_start and key_end unless `is_first`."""
+    """One block per tile of sorted queries, lists with done[b, h] left out if there `may_be_done`.
+
+    Reads key_start and key_end unless `is_first`.
+    """
 
     @kernel(
         f"{q_dtype}:3", f"{k_dtype}:3", "int32:3", "int32:3", "int32:2", "int32:2",
-        "int32:3", "int32:3", "bool",
+        "int32:3", "int32:3", "int32:2", "bool", "bool",
     )  # fmt: skip
     def scfa_plan_narrow(
-        q_group, k_group, q_index, k_index, q_count, k_count, key_start, key_end, is_first
-    ):
-        heads, seqlen_q = q_index.shape[1], q_index.shape[2]
-        share = heads // k_index.shape[1]
-        for place in range(cuda.grid(1), q_index.shape[0] * heads * seqlen_q, cuda.gridsize(1)):
-            r = place % seqlen_q
-            h = place // seqlen_q % heads
-            b = place // (seqlen_q * heads)
-            g = h // share
-            if r < q_count[b, h]:
-                start = int64(0)
-                end = int64(k_count[b, g])
-                if not is_first:
-                    start = int64(key_start[b, h, r])
-                    end = int64(key_end[b, h, r])
-                wanted = int64(q_group[b, h, q_index[b, h, r]])
+        q_group, k_group, q_index, k_index, q_count, k_count, key_start, key_end, done, may_be_done,
+        is_first,
+    ):  # fmt: skip
+        heads = q_index.shape[1]
+        tiles = (q_index.shape[2] + TILE - 1) // TILE
+        id = cuda.blockIdx.x // tiles
+        b = id // heads
+        h = id % heads
+        if may_be_done and done[b, h] != 0:
+            return
+        g = h // (heads // k_index.shape[1])
+        queries, keys = q_group[b, h], k_group[b, g]
+        q_rows, k_rows = q_index[b, h], k_index[b, g]
+        starts, ends = key_start[b, h], key_end[b, h]
+        first = cuda.blockIdx.x % tiles * TILE
+        for r in range(first + cuda.threadIdx.x, min(first + TILE, q_count[b, h]), THREADS):
+            start = int64(0)
+            end = int64(k_count[b, g])
+            if not is_first:
+                start = int64(starts[r])
+                end = int64(ends[r])
+            wanted = int64(queries[q_rows[r]])
 
-                low, high = start, end
-                while low < high:
-                    middle = (low + high) // 2
-                    if int64(k_group[b, g, k_index[b, g, middle]]) < wanted:
-                        low = middle + 1
-                    else:
-                        high = middle
-                key_start[b, h, r] = low
-                high = end
-                while low < high:
-                    middle = (low + high) // 2
-                    if int64(k_group[b, g, k_index[b, g, middle]]) <= wanted:
-                        low = middle + 1
-                    else:
-                        high = middle
-                key_end[b, h, r] = low
+            low, high = start, end
+            while low < high:
+                middle = (low + high) // 2
+                if int64(keys[k_rows[middle]]) < wanted:
+                    low = middle + 1
+                else:
+                    high = middle
+            starts[r] = low
+            high = end
+            while low < high:
+                middle = (low + high) // 2
+                if int64(keys[k_rows[middle]]) <= wanted:
+                    low = middle + 1
+                else:
+                    high = middle
+            ends[r] = low
 
     return scfa_plan_narrow

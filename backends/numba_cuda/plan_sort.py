@@ -1,109 +1,174 @@
 """Planner, step 2, once per group clause from the last to the first: stable sort by that clause.
 
-A radix sort of 4-bit digits, one block per list. Thread t owns the t-th stretch of the list and
-counts its own digits; the scan of the counts, digit by digit and within a digit thread by thread,
-says where each thread writes. Only as many digits are sorted as the span of the values has: 16
-buckets cost one pass, 256 two.
+A radix sort, one block per list. Each warp counts the digits of its stretch; the scan of the
+counts, digit by digit and within a digit warp by warp, says where each warp writes. Only as many
+bits are sorted as the span of the values has: up to 256 buckets cost one pass.
 """
 
 from __future__ import annotations
 
 from functools import cache
 
-from numba import cuda, int32, int64
-from scfa_core.backends.numba_cuda.compiling import SIMULATED, Kernel, kernel
+from numba import cuda, int32, int64, uint32
+from scfa_core.backends.numba_cuda.compiling import Kernel, kernel
+from scfa_core.backends.numba_cuda.plan_warp import (
+    ROUNDS,
+    THREADS,
+    WARPS,
+    ballot,
+    lanes_before,
+    lanes_that_agree,
+    rows_of_warp,
+    start_warps,
+    sum_bins,
+    sum_warps,
+    warp_barrier,
+)
 
-THREADS = 32 if SIMULATED else 512
-DIGIT_BITS = 4
-DIGITS = 1 << DIGIT_BITS
-COUNTS = DIGITS * THREADS
+DIGIT_BITS = 8
+BINS = 1 << DIGIT_BITS
+PITCH = BINS + 1  # of a warp's counts
+COUNTS = WARPS * PITCH
 
 
 @cache
 def build_plan_sort(dtype: str) -> Kernel:
-    """Sort the first count[b, h] entries of index by column[b, h, entry]; `scratch` is like index.
+    """Sort the first count[b, h] entries of index by column[b, h, entry].
 
-    Shared memory: DIGITS counts per thread, a sum and two extremes of each thread.
+    `from_rows`: index is yet to be written; all rows are kept, and count says so afterwards.
+    Lists that are done are left alone, if any `may_be_done`: done has an entry for every query
+    head, and a key list is written along with the first of its heads'. Scratch has room for a list
+    where one head, or the first query head of it, is. Shared memory: counts of each warp and bin,
+    a sum of each bin, two extremes of each thread: 26 KB.
     """
 
-    @kernel(f"{dtype}:3", "int32:3", "int32:3", "int32:2")
-    def scfa_plan_sort(column, index, scratch, count):
+    @kernel(
+        f"{dtype}:3", "int32:3", "int32:3", "int32:2", "int32:2", "bool", "bool",
+        bounds=(THREADS, 2),
+    )  # fmt: skip
+    def scfa_plan_sort(column, index, scratch, count, done, from_rows, may_be_done):
         counts = cuda.shared.array(COUNTS, int32)
-        sums = cuda.shared.array(THREADS, int32)
+        sums = cuda.shared.array(BINS, int32)
         lows = cuda.shared.array(THREADS, int64)
         highs = cuda.shared.array(THREADS, int64)
+        rows = cuda.local.array(ROUNDS, int32)
+        digits = cuda.local.array(ROUNDS, int32)
         heads = index.shape[1]
         b = cuda.blockIdx.x // heads
         h = cuda.blockIdx.x % heads
-        thread = cuda.threadIdx.x
-        seqlen = count[b, h]
-        stretch = (seqlen + THREADS - 1) // THREADS
-        first = min(thread * stretch, seqlen)
-        last = min(first + stretch, seqlen)
+        if may_be_done and done[b, h * (done.shape[1] // heads)] != 0:
+            return
+        thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
+        lane, warp, warps = int32(thread % 32), int32(thread // 32), int32(threads // 32)
+        keys, mine = column[b, h], index[b, h]
+        other = scratch[b, h * (scratch.shape[1] // heads)]
+        if from_rows and thread == 0:
+            count[b, h] = index.shape[2]
+        seqlen = int32(index.shape[2]) if from_rows else count[b, h]
+        if seqlen == 0:
+            return
+        stretch = rows_of_warp(seqlen, warps)
+        first = uint32(min(warp * stretch, seqlen))
+        end = uint32(min(first + stretch, seqlen))
+        last = uint32(seqlen - 1)
 
         # Which values are there? Sorted are their distances from the least, as unsigned numbers.
-        least = int64(0)
-        most = int64(0)
-        if seqlen > 0:
-            least = int64(column[b, h, index[b, h, 0]])
-            most = least
-            for place in range(first, last):
-                key = int64(column[b, h, index[b, h, place]])
-                least = min(least, key)
-                most = max(most, key)
+        least = int64(keys[0 if from_rows else mine[0]])
+        most = least
+        for place in range(thread, seqlen, threads):
+            key = int64(keys[uint32(place if from_rows else mine[uint32(place)])])
+            least = min(least, key)
+            most = max(most, key)
         lows[thread] = least
         highs[thread] = most
-        cuda.syncthreads()  # all are there
-        for t in range(THREADS):
-            least = min(least, lows[t])
-            most = max(most, highs[t])
-        span = most - least  # negative if it needs all 64 bits
+        step = threads // 2
+        while step > 0:
+            cuda.syncthreads()  # what the step before wrote is there
+            if thread < step:
+                lows[thread] = min(lows[thread], lows[thread + step])
+                highs[thread] = max(highs[thread], highs[thread + step])
+            step //= 2
+        cuda.syncthreads()  # the extremes are there
+        least = lows[0]
+        span = highs[0] - least  # negative if it needs all 64 bits
+        bits = int32(64 if span < 0 else 0)
+        while bits < 64 and span >> bits != 0:
+            bits += int32(1)
+        passes = int32((bits + DIGIT_BITS - 1) // DIGIT_BITS)
+        if passes == 0:
+            if from_rows:
+                for place in range(thread, seqlen, threads):
+                    mine[uint32(place)] = place
+            return
+        digit_bits = int32((bits + passes - 1) // passes)
+        bins = int32(1 << digit_bits)
 
-        source, target = index, scratch
-        swapped = False
-        for shift in range(0, 64, DIGIT_BITS):
-            if span >= 0 and span >> shift == 0:
-                break
-            for digit in range(DIGITS):
-                counts[digit * THREADS + thread] = 0
-            for place in range(first, last):
-                key = int64(column[b, h, source[b, h, place]]) - least
-                counts[((key >> shift) & (DIGITS - 1)) * THREADS + thread] += 1
-            cuda.syncthreads()  # all counts are there
+        before = lanes_before(lane)
+        my_counts = int32(warp * PITCH)
+        ones = int32(bins - 1)
+        for done_passes in range(passes):
+            shift = int32(done_passes * digit_bits)
+            in_order = from_rows and done_passes == 0  # entry i is row i
+            # The first pass reads row numbers or index; with the former the last one writes index.
+            left = passes - done_passes if from_rows else done_passes
+            source, target = mine, other
+            if left % 2 == 1:
+                source, target = other, mine
 
-            total = int32(0)
-            for entry in range(thread * DIGITS, thread * DIGITS + DIGITS):
-                total += counts[entry]
-            sums[thread] = total
+            # count: entries of each digit in this warp's stretch
+            for entry in range(thread, warps * PITCH, threads):
+                counts[entry] = 0
+            cuda.syncthreads()  # all counts are zero
+            start = first
+            while start < end:
+                for u in range(ROUNDS):
+                    place = min(uint32(start + 32 * u + lane), last)
+                    row = uint32(place if in_order else source[place])
+                    digits[u] = int32(int64(keys[row]) - least >> shift & ones)
+                for u in range(ROUNDS):
+                    if uint32(start + 32 * u + lane) < end:
+                        cuda.atomic.add(counts, uint32(my_counts + digits[u]), 1)
+                start = uint32(start + 32 * ROUNDS)
+            cuda.syncthreads()  # every warp's counts are there
+
+            # scan: over the digits, and within a digit over the warps
+            for digit in range(thread, bins, threads):
+                sums[digit] = sum_warps(counts, digit, PITCH, warps)
             cuda.syncthreads()  # all sums are there
-            step = 1
-            while step < THREADS:
-                more = int32(0)
-                if thread >= step:
-                    more = sums[thread - step]
-                cuda.syncthreads()  # read before anyone adds
-                sums[thread] += more
-                cuda.syncthreads()  # added before anyone reads
-                step *= 2
-            before = sums[thread] - total
-            for entry in range(thread * DIGITS, thread * DIGITS + DIGITS):
-                mine_here = counts[entry]
-                counts[entry] = before
-                before += mine_here
-            cuda.syncthreads()  # places are there
+            for digit in range(thread, bins, threads):
+                start_warps(counts, digit, PITCH, warps, sum_bins(sums, 0, digit))
+            cuda.syncthreads()  # counts say where each warp's next entry of a digit goes
 
-            for place in range(first, last):
-                row = source[b, h, place]
-                key = int64(column[b, h, row]) - least
-                slot = ((key >> shift) & (DIGITS - 1)) * THREADS + thread
-                target[b, h, counts[slot]] = row
-                counts[slot] += 1
+            # place: entries of a digit in their order
+            start = first
+            while start < end:
+                for u in range(ROUNDS):
+                    place = min(uint32(start + 32 * u + lane), last)
+                    row = uint32(place if in_order else source[place])
+                    rows[u] = row
+                    digits[u] = int32(int64(keys[row]) - least >> shift & ones)
+                for u in range(ROUNDS):
+                    now = uint32(start + 32 * u)
+                    if now < end:  # the same for all lanes
+                        digit = uint32(digits[u])
+                        same = lanes_before(end - now)
+                        for bit in range(digit_bits):
+                            mine_is_one = digit >> uint32(bit) & uint32(1) != 0
+                            same = lanes_that_agree(same, ballot(mine_is_one), mine_is_one)
+                        rank = int32(cuda.popc(uint32(same & before)))
+                        entry = uint32(my_counts + digit)
+                        place = uint32(counts[entry] + rank)
+                        warp_barrier()  # all lanes have read what the first of each digit changes
+                        if uint32(now + lane) < end:
+                            target[place] = rows[u]
+                            if rank == 0:
+                                counts[entry] += cuda.popc(same)
+                        warp_barrier()  # the next round reads the new counts
+                start = uint32(start + 32 * ROUNDS)
             cuda.syncthreads()  # the list is written before the next pass reads it
-            source, target = target, source
-            swapped = not swapped
 
-        if swapped:
-            for place in range(thread, seqlen, THREADS):
-                index[b, h, place] = scratch[b, h, place]
+        if not from_rows and passes % 2 == 1:
+            for place in range(thread, seqlen, threads):
+                mine[uint32(place)] = other[uint32(place)]
 
     return scfa_plan_sort

@@ -1,6 +1,8 @@
 """Clauses to plan, on the device: a few launches, no look at a value, no wait.
 
 Columns are sorted and searched one launch each, so any number of int32 and int64 clauses mix.
+plan_causal goes first where the clauses are simple enough, and leaves the others only the lists
+whose ids it cannot take in one pass, which the device alone knows.
 """
 
 from __future__ import annotations
@@ -9,12 +11,15 @@ from typing import Any
 
 from scfa_core.backends.numba_cuda import (
     plan_and,
+    plan_causal,
     plan_clip,
     plan_keep,
     plan_narrow,
     plan_ranges,
+    plan_rows,
     plan_sort,
 )
+from scfa_core.backends.numba_cuda.plan_warp import threads_of
 from scfa_core.backends.numba_cuda.views import device_of, multiprocessors, queue_of, view
 
 from scfa_core.arrays import CallContext
@@ -23,6 +28,7 @@ from scfa_core.plan import PlanArrays
 from scfa_core.problem import Problem
 
 FAR = 1 << 40  # an offset beyond every row
+MOST_ROWS = 1 << 30  # of plan_causal, whose 32-bit numbers of rows run a little beyond a list
 
 
 def _offset(value: int | None, default: int) -> int:
@@ -38,43 +44,78 @@ def _type_name(x: Any) -> str:
     return x.dtype if isinstance(x.dtype, str) else x.dtype.name
 
 
+def fits_one_pass(problem: Problem, clauses: Clauses) -> bool:
+    """Whether plan_causal may serve lists: one group, causal, nothing dropped."""
+    return (
+        len(clauses.q_groups) == 1
+        and not (clauses.q_keeps or clauses.k_keeps or clauses.starts)
+        and clauses.lo_offset is None
+        and clauses.hi_offset in (0, 1)
+        and 0 < problem.seqlen_q <= MOST_ROWS
+        and 0 < problem.seqlen_k <= MOST_ROWS
+    )
+
+
 class _Lists:
     """One side of a plan: its rows sorted by keeps and groups."""
 
     def __init__(self, index: Any, count: Any, ctx: CallContext) -> None:
-        self.native_index, self.ctx = index, ctx
+        self.shape, self.ctx = index.shape, ctx
         self.index, self.count = view(index), view(count)
-        self.lists = index.shape[0] * index.shape[1]
-        self.rows = self.lists * index.shape[2]
+        self.lists = self.shape[0] * self.shape[1]
+        self.threads = threads_of(self.shape[2])
         self.queue = queue_of(ctx)
 
-    def sort(self, keeps: tuple[Any, ...], groups: tuple[Any, ...]) -> None:
-        """Write index and count."""
-        shape = self.native_index.shape
-        flags = keeps[0] if keeps else self.ctx.empty((1, 1, 1), "uint8")
+    def keep(self, keeps: tuple[Any, ...]) -> None:
+        """Write index and count by keeps alone."""
+        flags = keeps[0]
         for more in keeps[1:]:
-            both = self.ctx.empty(shape, "uint8")
+            both = self.ctx.empty(self.shape, "uint8")
             plan_and.build_plan_and().launch(
-                _grid(self.rows, plan_and.THREADS, self.ctx.device),
+                _grid(self.lists * self.shape[2], plan_and.THREADS, self.ctx.device),
                 plan_and.THREADS,
                 self.queue,
                 (view(flags), view(more), view(both)),
             )
             flags = both
         plan_keep.build_plan_keep().launch(
-            self.lists,
-            plan_keep.THREADS,
-            self.queue,
-            (view(flags), not keeps, self.index, self.count),
+            self.lists, self.threads, self.queue, (view(flags), self.index, self.count)
         )
-        if groups:
-            scratch = view(self.ctx.empty(shape, "int32"))
-        for group in reversed(groups):
+
+    def write_rows(self) -> None:
+        """Write index and count where nothing is dropped or sorted."""
+        tiles = plan_rows.tiles_of(self.shape[2])
+        plan_rows.build_plan_rows().launch(
+            self.lists * tiles, plan_rows.THREADS, self.queue, (self.index, self.count, tiles)
+        )
+
+    def sort(
+        self,
+        keeps: tuple[Any, ...],
+        groups: tuple[Any, ...],
+        scratch: Any,
+        done: Any,
+        may_be_done: bool,
+    ) -> None:
+        """Write index and count; leave out lists that are done."""
+        if keeps:
+            self.keep(keeps)
+        elif not groups:
+            self.write_rows()
+        for place, group in enumerate(reversed(groups)):
             plan_sort.build_plan_sort(_type_name(group)).launch(
                 self.lists,
-                plan_sort.THREADS,
+                self.threads,
                 self.queue,
-                (view(group), self.index, scratch, self.count),
+                (
+                    view(group),
+                    self.index,
+                    scratch,
+                    self.count,
+                    done,
+                    not keeps and place == 0,
+                    may_be_done,
+                ),
             )
 
 
@@ -100,49 +141,52 @@ def _limits(problem: Problem, clauses: Clauses, q_shape: tuple[int, ...], ctx: C
 def run_make_plan(problem: Problem, clauses: Clauses, plan: PlanArrays, ctx: CallContext) -> None:
     """Fill `plan` on the stream of `ctx`.
 
-    Workspace: 4 bytes per row of either side where there are groups, 8 per query row for KeyRanges.
+    Workspace: 4 bytes per list for plan_causal, 4 per key row where keys are sorted that outnumber
+    the queries, 8 per query row for KeyRanges, 1 per row where keeps meet. Sorting borrows
+    key_start and key_end, which are filled later.
     """
     with device_of(ctx):
         queries = _Lists(plan.q_index, plan.q_count, ctx)
         keys = _Lists(plan.k_index, plan.k_count, ctx)
-        queries.sort(clauses.q_keeps, clauses.q_groups)
-        keys.sort(clauses.k_keeps, clauses.k_groups)
         key_start, key_end = view(plan.key_start), view(plan.key_end)
+        arrays = (queries.index, keys.index, queries.count, keys.count, key_start, key_end)
+        done, may_be_done = queries.count, fits_one_pass(problem, clauses)
+        if may_be_done:
+            done = view(ctx.empty(plan.q_count.shape, "int32"))
+            (q_group,), (k_group,) = clauses.q_groups, clauses.k_groups
+            plan_causal.build_plan_causal(_type_name(q_group), _type_name(k_group)).launch(
+                queries.lists,
+                threads_of(max(problem.seqlen_q, problem.seqlen_k)),
+                queries.queue,
+                (view(q_group), view(k_group), *arrays, done, clauses.hi_offset == 1),
+            )
+        k_scratch = key_end
+        if clauses.k_groups and problem.seqlen_k > problem.seqlen_q:
+            k_scratch = view(ctx.empty(plan.k_index.shape, "int32"))
+        queries.sort(clauses.q_keeps, clauses.q_groups, key_start, done, may_be_done)
+        keys.sort(clauses.k_keeps, clauses.k_groups, k_scratch, done, may_be_done)
+        if problem.seqlen_q == 0:
+            return
         pairs = zip(clauses.q_groups, clauses.k_groups, strict=True)
         for place, (q_group, k_group) in enumerate(pairs):
             plan_narrow.build_plan_narrow(_type_name(q_group), _type_name(k_group)).launch(
-                _grid(queries.rows, plan_narrow.THREADS, ctx.device),
+                queries.lists * -(-problem.seqlen_q // plan_narrow.TILE),
                 plan_narrow.THREADS,
                 queries.queue,
-                (
-                    view(q_group),
-                    view(k_group),
-                    queries.index,
-                    keys.index,
-                    queries.count,
-                    keys.count,
-                    key_start,
-                    key_end,
-                    place == 0,
-                ),
+                (view(q_group), view(k_group), *arrays, done, may_be_done, place == 0),
             )
         limits = _limits(problem, clauses, plan.q_index.shape, ctx)
-        lows, highs = limits or (queries.index, queries.index)
         plan_ranges.build_plan_ranges().launch(
-            _grid(queries.rows, plan_ranges.THREADS, ctx.device),
+            queries.lists * -(-problem.seqlen_q // plan_ranges.TILE),
             plan_ranges.THREADS,
             queries.queue,
             (
-                queries.index,
-                keys.index,
-                queries.count,
-                keys.count,
-                key_start,
-                key_end,
-                lows,
-                highs,
+                *arrays,
+                *(limits or (queries.index, queries.index)),
+                done,
                 _offset(clauses.lo_offset, -FAR),
                 _offset(clauses.hi_offset, FAR),
+                may_be_done,
                 limits is not None,
                 bool(clauses.q_groups),
             ),

@@ -36,15 +36,21 @@ def portable_kernel(name, dtype, head_dim):
 def planner_kernels():
     from scfa_core.backends.numba_cuda import (
         plan_and,
+        plan_causal,
         plan_clip,
         plan_keep,
         plan_narrow,
         plan_ranges,
+        plan_rows,
         plan_sort,
     )
 
+    yield plan_causal.build_plan_causal("int32", "int32")
+    yield plan_causal.build_plan_causal("int64", "int64")
+    yield plan_rows.build_plan_rows()
     yield plan_keep.build_plan_keep()
     yield plan_and.build_plan_and()
+    yield plan_sort.build_plan_sort("int32")
     yield plan_sort.build_plan_sort("int64")
     yield plan_narrow.build_plan_narrow("int32", "int64")
     yield plan_clip.build_plan_clip("int64")
@@ -128,7 +134,7 @@ def test_tensor_core_kernels_live_in_registers(
     assert spilled <= 64
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (10, 0)])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
 def test_planner_kernels(compile_to_ptx, tmp_path, capability):
     for kernel in planner_kernels():
         ptx = compile_to_ptx(kernel, capability)
