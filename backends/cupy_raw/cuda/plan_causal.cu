@@ -148,12 +148,10 @@ extern "C" __global__ void __launch_bounds__(1024, 1) scfa_plan_causal(const __g
   __syncthreads();  // digit is complete, counts are zero
 
   // count: how many rows of each digit are in this warp's stretch
-  const int stretch = rows_per_warp(length, n_warps);
-  const int begin = warp * stretch < length ? warp * stretch : length;
-  const int end = begin + stretch < length ? begin + stretch : length;
+  const Stretch stretch(length);
   int* my_queries = query_counts + warp * pitch_of<int>(bins);
   int* my_keys = key_counts + warp * pitch_of<int>(bins);
-  count_both(queries, keys, cursor, digit, begin, end, my_queries, my_keys);
+  count_both(queries, keys, cursor, digit, stretch, my_queries, my_keys);
   __syncthreads();  // every warp's counts are there
 
   // place: staged in shared memory, or at once in the lists
@@ -170,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) scfa_plan_causal(const __g
     u16* key_rows = query_rows + (length + 7) / 8 * 8;
     u16* ends = key_rows + (length + 7) / 8 * 8;
     place_both(
-        queries, keys, cursor, digit, begin, end, query_firsts, key_firsts, queries_before + warp * pitch_of<u16>(bins),
+        queries, keys, cursor, digit, stretch, query_firsts, key_firsts, queries_before + warp * pitch_of<u16>(bins),
         keys_before + warp * pitch_of<u16>(bins), k_count, p.sees_itself, [&](int row, u32, u32, int query_place, int key_place, int stop) {
           query_rows[query_place] = (u16)row;
           key_rows[key_place] = (u16)row;
@@ -185,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) scfa_plan_causal(const __g
     scan_counts(key_counts, key_counts, key_firsts, bins, n_warps - 1);
     __syncthreads();  // counts and firsts are complete
     place_both(
-        queries, keys, cursor, digit, begin, end, query_firsts, key_firsts, my_queries, my_keys, k_count, p.sees_itself,
+        queries, keys, cursor, digit, stretch, query_firsts, key_firsts, my_queries, my_keys, k_count, p.sees_itself,
         [&](int row, u32, u32, int query_place, int key_place, int stop) {
           p.queries.index[offset + query_place] = row;
           if (writes_keys) p.keys.index[key_offset + key_place] = row;

@@ -16,13 +16,24 @@ __device__ inline void fix_side(const ListSet& set, int batch, int head, ListRow
   }
 }
 
-// Walks rows [begin, end) in order, kUnroll rounds of 32 at a time: visit(rows, digits of queries, of keys, rows left).
+// Rows [begin, end): those of this warp among `length` that the warps of the block share.
+struct Stretch {
+  int begin, end;
+
+  __device__ __forceinline__ explicit Stretch(int length) {
+    const int rows = rows_per_warp(length, blockDim.x / 32), first = threadIdx.x / 32 * rows;
+    begin = first < length ? first : length;
+    end = begin + rows < length ? begin + rows : length;
+  }
+};
+
+// Walks a stretch in order, kUnroll rounds of 32 rows at a time: visit(rows, digits of queries, of keys, rows left).
 template <class Visit>
 __device__ __forceinline__ void walk_both(
-    const ListRows& queries, const ListRows& keys, const DigitCursor& cursor, const Digit& digit, int begin, int end,
+    const ListRows& queries, const ListRows& keys, const DigitCursor& cursor, const Digit& digit, Stretch stretch,
     Visit visit) {
-  const int lane = threadIdx.x % 32;
-  for (int round = begin; round < end; round += 32 * kUnroll) {
+  const int lane = threadIdx.x % 32, end = stretch.end;
+  for (int round = stretch.begin; round < end; round += 32 * kUnroll) {
     int rows[kUnroll];
     u32 of_query[kUnroll], of_key[kUnroll];
 #pragma unroll
@@ -33,12 +44,12 @@ __device__ __forceinline__ void walk_both(
   }
 }
 
-// Adds the rows [begin, end) to this warp's counts.
+// Adds the rows of a stretch to this warp's counts.
 __device__ __forceinline__ void count_both(
-    const ListRows& queries, const ListRows& keys, const DigitCursor& cursor, const Digit& digit, int begin, int end,
+    const ListRows& queries, const ListRows& keys, const DigitCursor& cursor, const Digit& digit, Stretch stretch,
     int* my_queries, int* my_keys) {
   const int lane = threadIdx.x % 32;
-  walk_both(queries, keys, cursor, digit, begin, end, [&](const int(&)[kUnroll], const u32(&of_query)[kUnroll], const u32(&of_key)[kUnroll], int left) {
+  walk_both(queries, keys, cursor, digit, stretch, [&](const int(&)[kUnroll], const u32(&of_query)[kUnroll], const u32(&of_key)[kUnroll], int left) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (32 * u + lane < left) {
@@ -49,16 +60,16 @@ __device__ __forceinline__ void count_both(
   });
 }
 
-// Calls put(row, digit of query, of key, place of query, of key, end of the query's range) for rows [begin, end): rows
+// Calls put(row, digit of query, of key, place of query, of key, end of the query's range) for the rows of a stretch: rows
 // of one digit keep their order, over warps, rounds and lanes. `my_queries` and `my_keys` are the rows of each digit
 // before; `k_count` is the end for dropped queries.
 template <class Count, class Put>
 __device__ __forceinline__ void place_both(
-    const ListRows& queries, const ListRows& keys, const DigitCursor& cursor, const Digit& digit, int begin, int end,
+    const ListRows& queries, const ListRows& keys, const DigitCursor& cursor, const Digit& digit, Stretch stretch,
     const int* query_firsts, const int* key_firsts, Count* my_queries, Count* my_keys, int k_count, int sees_itself,
     Put put) {
   const int lane = threadIdx.x % 32;
-  walk_both(queries, keys, cursor, digit, begin, end, [&](const int(&rows)[kUnroll], const u32(&of_query)[kUnroll], const u32(&of_key)[kUnroll], int left) {
+  walk_both(queries, keys, cursor, digit, stretch, [&](const int(&rows)[kUnroll], const u32(&of_query)[kUnroll], const u32(&of_key)[kUnroll], int left) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (32 * u >= left) break;  // the same for all lanes

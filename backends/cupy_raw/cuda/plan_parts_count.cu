@@ -24,10 +24,8 @@ extern "C" __global__ void __launch_bounds__(512, 2) scfa_plan_parts_count(const
   int* key_counts = query_counts + n_warps * pitch;
   for (int i = threadIdx.x; i < 2 * n_warps * pitch; i += blockDim.x) query_counts[i] = 0;
   __syncthreads();  // counts are zero
-  const int stretch = rows_per_warp(part.rows, n_warps);
-  const int begin = warp * stretch < part.rows ? warp * stretch : part.rows;
-  const int end = begin + stretch < part.rows ? begin + stretch : part.rows;
-  count_both(queries, keys, common.cursor, common.digit, begin, end, query_counts + warp * pitch, key_counts + warp * pitch);
+  int *my_queries = query_counts + warp * pitch, *my_keys = key_counts + warp * pitch;
+  count_both(queries, keys, common.cursor, common.digit, Stretch(part.rows), my_queries, my_keys);
   __syncthreads();  // every warp's counts are there
 
   // out: their sums

@@ -62,12 +62,10 @@ extern "C" __global__ void __launch_bounds__(512, 2) scfa_plan_parts_place(const
     atomicAdd(&totals[column], total);
     atomicAdd(&shifts[column], before);
   }
-  const int stretch = rows_per_warp(part.rows, n_warps);
-  const int begin = warp * stretch < part.rows ? warp * stretch : part.rows;
-  const int end = begin + stretch < part.rows ? begin + stretch : part.rows;
+  const Stretch stretch(part.rows);
   int* my_queries = query_counts + warp * pitch;
   int* my_keys = key_counts + warp * pitch;
-  count_both(queries, keys, common.cursor, digit, begin, end, my_queries, my_keys);
+  count_both(queries, keys, common.cursor, digit, stretch, my_queries, my_keys);
   __syncthreads();  // totals and every warp's counts are there
 
   // scan: places in the part, places in the list, and from the former to the latter
@@ -79,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(512, 2) scfa_plan_parts_place(const
 
   // place: in shared memory; dropped queries get their range below
   place_both(
-      queries, keys, common.cursor, digit, begin, end, firsts, firsts + bins, my_queries, my_keys, 0, p.sees_itself,
+      queries, keys, common.cursor, digit, stretch, firsts, firsts + bins, my_queries, my_keys, 0, p.sees_itself,
       [&](int row, u32 of_query, u32 of_key, int query_place, int key_place, int stop) {
         query_rows[query_place] = (u16)row;
         query_bins[query_place] = (unsigned char)of_query;
