@@ -17,6 +17,7 @@ from scfa_core.backends.numba_cuda.plan_warp import (
     THREADS,
     WARPS,
     ballot,
+    has_bit,
     lanes_before,
     lanes_that_agree,
     rows_of_warp,
@@ -62,10 +63,10 @@ def build_plan_causal(q_dtype: str, k_dtype: str) -> Kernel:
         q_ids = cuda.local.array(ROUNDS, int32)
         k_ids = cuda.local.array(ROUNDS, int32)
         heads, heads_kv = q_index.shape[1], k_index.shape[1]
-        b = cuda.blockIdx.x // heads
-        h = cuda.blockIdx.x % heads
-        share = heads // heads_kv
-        g = h // share
+        b = uint32(cuda.blockIdx.x // heads)
+        h = uint32(cuda.blockIdx.x % heads)
+        share = uint32(heads // heads_kv)
+        g = uint32(h // share)
         writes_keys = h % share == 0
         queries, keys = q_group[b, h], k_group[b, g]
         q_rows, k_rows = q_index[b, h], k_index[b, g]
@@ -82,8 +83,10 @@ def build_plan_causal(q_dtype: str, k_dtype: str) -> Kernel:
         my_queries = int32(warp * PITCH)
         my_keys = int32((warps + warp) * PITCH)
 
-        for entry in range(thread, SIDES * warps * PITCH, threads):
+        entry = thread
+        while entry < SIDES * warps * PITCH:
             counts[entry] = 0
+            entry = int32(entry + threads)
         if thread == 0:
             seen[0] = 0
         cuda.syncthreads()  # all counts are zero
@@ -114,24 +117,28 @@ def build_plan_causal(q_dtype: str, k_dtype: str) -> Kernel:
         bits = int32(0)
         while all_bits >> bits != 0:
             bits += int32(1)
-        bins = int32(1 << bits)
+        bins = uint32(1 << bits)
         if thread == 0:
             q_count[b, h] = seqlen_q
             if writes_keys:
                 k_count[b, g] = seqlen_k
 
         # scan: over the bins, and within a bin over the warps
-        for entry in range(thread, SIDES * bins, threads):
+        entry = thread
+        while entry < SIDES * bins:
             side, digit = entry >> bits, entry & (bins - 1)
             at = side * warps * PITCH + digit
             sums[side * BINS + digit] = sum_warps(counts, at, PITCH, warps)
+            entry = int32(entry + threads)
         cuda.syncthreads()  # all sums are there
-        for entry in range(thread, SIDES * bins, threads):
+        entry = thread
+        while entry < SIDES * bins:
             side, digit = entry >> bits, entry & (bins - 1)
             at = side * warps * PITCH + digit
             place = sum_bins(sums, side * BINS, side * BINS + digit)
             firsts[side * BINS + digit] = place
             start_warps(counts, at, PITCH, warps, place)
+            entry = int32(entry + threads)
         cuda.syncthreads()  # counts say where each warp's next row of a bin goes
 
         # place: rows of a bin in their order
@@ -151,13 +158,14 @@ def build_plan_causal(q_dtype: str, k_dtype: str) -> Kernel:
                     same_queries = lanes_before(q_end - now)
                     same_keys = lanes_before(k_end - now)
                     group_keys = same_keys  # lanes whose key is in this lane's query's group
-                    for bit in range(bits):
-                        query_bit = of_query >> uint32(bit) & uint32(1) != 0
-                        key_bit = of_key >> uint32(bit) & uint32(1) != 0
+                    bit = uint32(1)
+                    while bit < bins:
+                        query_bit, key_bit = has_bit(of_query, bit), has_bit(of_key, bit)
                         query_votes, key_votes = ballot(query_bit), ballot(key_bit)
                         same_queries = lanes_that_agree(same_queries, query_votes, query_bit)
                         same_keys = lanes_that_agree(same_keys, key_votes, key_bit)
                         group_keys = lanes_that_agree(group_keys, key_votes, query_bit)
+                        bit = uint32(bit << uint32(1))
                     query_rank = int32(cuda.popc(uint32(same_queries & before)))
                     key_rank = int32(cuda.popc(uint32(same_keys & before)))
                     seen_keys = int32(cuda.popc(uint32(group_keys & visible)))

@@ -30,8 +30,8 @@ def build_plan_keep() -> Kernel:
         sums = cuda.shared.array(WARPS, int32)
         flags = cuda.local.array(ROUNDS, int32)
         heads = index.shape[1]
-        b = cuda.blockIdx.x // heads
-        h = cuda.blockIdx.x % heads
+        b = uint32(cuda.blockIdx.x // heads)
+        h = uint32(cuda.blockIdx.x % heads)
         kept, rows = keep[b, h], index[b, h]
         seqlen = int32(index.shape[2])
         thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)

@@ -16,6 +16,7 @@ from scfa_core.backends.numba_cuda.plan_warp import (
     THREADS,
     WARPS,
     ballot,
+    has_bit,
     lanes_before,
     lanes_that_agree,
     rows_of_warp,
@@ -54,14 +55,14 @@ def build_plan_sort(dtype: str) -> Kernel:
         rows = cuda.local.array(ROUNDS, int32)
         digits = cuda.local.array(ROUNDS, int32)
         heads = index.shape[1]
-        b = cuda.blockIdx.x // heads
-        h = cuda.blockIdx.x % heads
-        if may_be_done and done[b, h * (done.shape[1] // heads)] != 0:
+        b = uint32(cuda.blockIdx.x // heads)
+        h = uint32(cuda.blockIdx.x % heads)
+        if may_be_done and done[b, uint32(h * (done.shape[1] // heads))] != 0:
             return
         thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
         lane, warp, warps = int32(thread % 32), int32(thread // 32), int32(threads // 32)
         keys, mine = column[b, h], index[b, h]
-        other = scratch[b, h * (scratch.shape[1] // heads)]
+        other = scratch[b, uint32(h * (scratch.shape[1] // heads))]
         if from_rows and thread == 0:
             count[b, h] = index.shape[2]
         seqlen = int32(index.shape[2]) if from_rows else count[b, h]
@@ -75,10 +76,12 @@ def build_plan_sort(dtype: str) -> Kernel:
         # Which values are there? Sorted are their distances from the least, as unsigned numbers.
         least = int64(keys[0 if from_rows else mine[0]])
         most = least
-        for place in range(thread, seqlen, threads):
+        place = uint32(thread)
+        while place < uint32(seqlen):
             key = int64(keys[uint32(place if from_rows else mine[uint32(place)])])
             least = min(least, key)
             most = max(most, key)
+            place = uint32(place + threads)
         lows[thread] = least
         highs[thread] = most
         step = threads // 2
@@ -97,11 +100,13 @@ def build_plan_sort(dtype: str) -> Kernel:
         passes = int32((bits + DIGIT_BITS - 1) // DIGIT_BITS)
         if passes == 0:
             if from_rows:
-                for place in range(thread, seqlen, threads):
+                place = uint32(thread)
+                while place < uint32(seqlen):
                     mine[uint32(place)] = place
+                    place = uint32(place + threads)
             return
         digit_bits = int32((bits + passes - 1) // passes)
-        bins = int32(1 << digit_bits)
+        bins = uint32(1 << digit_bits)
 
         before = lanes_before(lane)
         my_counts = int32(warp * PITCH)
@@ -116,8 +121,10 @@ def build_plan_sort(dtype: str) -> Kernel:
                 source, target = other, mine
 
             # count: entries of each digit in this warp's stretch
-            for entry in range(thread, warps * PITCH, threads):
+            entry = thread
+            while entry < warps * PITCH:
                 counts[entry] = 0
+                entry = int32(entry + threads)
             cuda.syncthreads()  # all counts are zero
             start = first
             while start < end:
@@ -132,11 +139,15 @@ def build_plan_sort(dtype: str) -> Kernel:
             cuda.syncthreads()  # every warp's counts are there
 
             # scan: over the digits, and within a digit over the warps
-            for digit in range(thread, bins, threads):
+            digit = thread
+            while digit < bins:
                 sums[digit] = sum_warps(counts, digit, PITCH, warps)
+                digit = int32(digit + threads)
             cuda.syncthreads()  # all sums are there
-            for digit in range(thread, bins, threads):
+            digit = thread
+            while digit < bins:
                 start_warps(counts, digit, PITCH, warps, sum_bins(sums, 0, digit))
+                digit = int32(digit + threads)
             cuda.syncthreads()  # counts say where each warp's next entry of a digit goes
 
             # place: entries of a digit in their order
@@ -152,9 +163,11 @@ def build_plan_sort(dtype: str) -> Kernel:
                     if now < end:  # the same for all lanes
                         digit = uint32(digits[u])
                         same = lanes_before(end - now)
-                        for bit in range(digit_bits):
-                            mine_is_one = digit >> uint32(bit) & uint32(1) != 0
-                            same = lanes_that_agree(same, ballot(mine_is_one), mine_is_one)
+                        bit = uint32(1)
+                        while bit < bins:
+                            is_one = has_bit(digit, bit)
+                            same = lanes_that_agree(same, ballot(is_one), is_one)
+                            bit = uint32(bit << uint32(1))
                         rank = int32(cuda.popc(uint32(same & before)))
                         entry = uint32(my_counts + digit)
                         place = uint32(counts[entry] + rank)
@@ -168,7 +181,10 @@ def build_plan_sort(dtype: str) -> Kernel:
             cuda.syncthreads()  # the list is written before the next pass reads it
 
         if not from_rows and passes % 2 == 1:
-            for place in range(thread, seqlen, threads):
+            place = uint32(thread)
+            while place < uint32(seqlen):
                 mine[uint32(place)] = other[uint32(place)]
+
+                place = uint32(place + threads)
 
     return scfa_plan_sort

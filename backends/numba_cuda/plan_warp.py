@@ -6,7 +6,7 @@ it hold the same bin.
 
 from __future__ import annotations
 
-from numba import int64, uint32
+from numba import int32, uint32
 from scfa_core.backends.numba_cuda.compiling import SIMULATED, device
 
 if SIMULATED:
@@ -49,7 +49,13 @@ def rows_of_warp(rows, warps):
 @device
 def lanes_before(count):
     """Bits of the first `count` lanes, of all or none where count lies outside 0 to 32."""
-    return uint32((1 << min(max(int64(count), 0), 32)) - 1)
+    return uint32((1 << min(max(int32(count), int32(0)), int32(32))) - 1)
+
+
+@device
+def has_bit(x, bit):
+    """Whether x and `bit`, a power of 2, have a bit in common; both are uint32."""
+    return uint32(x & bit) != uint32(0)
 
 
 @device
