@@ -61,6 +61,7 @@ class Shape(NamedTuple):
     stages: int  # buffers of the streamed operands
     query_buffers: int  # buffers of the operands a tile keeps
     parts: int = 1  # warpgroups that share 64 rows, each a part of the columns (dk/dv)
+    gatherers: int = 1  # gathering warpgroups (dq, dk/dv)
 
 
 _CHUNK = 8  # columns one cp.async moves
@@ -90,14 +91,18 @@ _FORWARD = _Shapes(
 )
 _DQ = _Shapes(
     {
-        64: Shape(2, 64, 6, 2),
+        64: Shape(2, 64, 6, 2, gatherers=2),
         128: Shape(2, 64, 3, 1),
         192: Shape(1, 64, 3, 1),
         256: Shape(1, 48, 2, 1),
     }
 )
 _DKDV = _Shapes(
-    {64: Shape(2, 64, 11, 1), 128: Shape(2, 64, 3, 1), 256: Shape(1, 64, 2, 1, parts=2)}
+    {
+        64: Shape(2, 64, 11, 1, gatherers=2),
+        128: Shape(2, 64, 3, 1),
+        256: Shape(1, 64, 2, 1, parts=2),
+    }
 )
 _FUSED = {  # stages: of q and dout together, or at 128 of either; query_buffers: of dS
     64: Shape(2, 64, 4, 3),
@@ -316,6 +321,7 @@ def _kernel(
         ("STAGES", shape.stages),
         ("QUERY_BUFFERS", shape.query_buffers),
         ("PARTS", shape.parts),
+        ("GATHERERS", shape.gatherers),
         ("MONOTONE", int(monotone)),
         ("CHOICE", int(monotone and head_dim in _LONG_KEYS)),
         ("SHARED_BYTES", _SHARED[name](head_dim, shape)),
@@ -346,7 +352,7 @@ def _tiles(rows: int, per_tile: int, heads: int) -> tuple[int, int]:
 
 def _threads(name: str, shape: Shape) -> int:
     """Threads of a block of a kernel with multiplying warpgroups."""
-    others = 2 if name == "bwd_fused_sm90" else 1  # warpgroups that do not multiply keys
+    others = 2 if name == "bwd_fused_sm90" else shape.gatherers  # that do not multiply keys
     return 128 * (shape.warpgroups * shape.parts + others)
 
 

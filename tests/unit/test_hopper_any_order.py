@@ -34,7 +34,9 @@ void visit(const Params& p, int keys_of_tile, KeyUnion* unions, char* seen) {
   const TileData<kRows> data{64};
   const int thread = threadIdx.x, own = gather_owned_row(thread, 0);
   for (int tile = 0; tile < p.tiles; ++tile) {
-    const KeyUnion keys = load_tile_rows(p, data, 0, locate_query_tile<kRows>(p, tile), thread);
+    load_tile_rows(p, data, 0, locate_query_tile<kRows>(p, tile), thread);
+    __syncthreads();
+    const KeyUnion keys = join_key_ranges(0);
     if (thread == 0) unions[tile] = keys;
     for (int first = keys.first; first < keys.end; first += kBlock) {
       const int key = first + min(own, kBlock - 1);

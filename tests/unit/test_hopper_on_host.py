@@ -55,6 +55,16 @@ def test_scores_far_below_those_of_another_block(kernels, head_dim):
     assert all(verdict.ok for verdict in testing.judge(case, got))
 
 
+@pytest.mark.parametrize("seqlen", [1, 129, 450])
+@pytest.mark.parametrize("name", ["causal", "all together", "keep none"])
+def test_two_gathering_warpgroups(kernels, name, seqlen):
+    """They take blocks in turn, on from tile to tile, and fetch no tile that nobody sees."""
+    parts = {"causal": (Part("causal", number=0),), **IN_ONE_PASS}[name]
+    spec = Spec(1, 4, 2, seqlen, seqlen, 64, 64, "bfloat16", parts=parts, poison=True, seed=seqlen)
+    assert launch_sm90._DQ[64].gatherers == launch_sm90._DKDV[64].gatherers == 2
+    check(kernels, spec, order=seqlen % 3, blocks=1 + seqlen % 2)
+
+
 @pytest.mark.parametrize("head_dim", sorted(launch_sm90._FUSED))
 @pytest.mark.parametrize("seqlen", [1, 63, 64, 65, 127, 129, 331])
 def test_causal_in_one_pass(kernels, head_dim, seqlen):

@@ -6,11 +6,10 @@
 //   range holds j, all heads of the group. Where ranges are nondecreasing along the sorted queries
 //   (plan.monotone) the queries of a key tile are one range too. In any order they lie in one
 //   (bwd_envelope_sm90.cu), of which blocks that do not see the tile are passed over.
-// grid/block: one persistent block per SM; a tile is kBlockN sorted keys of one kv head. Warpgroup
-// 0
-//   gathers rows (cp.async), each of the others owns 64 keys and walks kBlockM queries at a time,
-//   in order: bitwise deterministic. Beyond 128 columns two own the same keys: both make the scores,
-//   each half the columns of dk and dv.
+// grid/block: one persistent block per SM; a tile is kBlockN sorted keys of one kv head. One or two
+//   warpgroups gather rows (cp.async), each of the others owns 64 keys and walks kBlockM queries at
+//   a time, in order: bitwise deterministic. Beyond 128 columns two own the same keys: both make
+//   the scores, each half the columns of dk and dv.
 // shared memory: 4 * kHeadDim * (kBlockN + kStages * kBlockM) bytes, row data, barriers
 //   (kSharedBytes).
 // inputs/outputs: Params (params_sm90.cuh): q, k, v, dout, dk, dv in 16 bits; row_lse, row_delta as
@@ -21,7 +20,7 @@
 #include "bwd_dkdv_sm90_gather.cuh"
 #include "weigh_columns_sm90.cuh"
 
-// Warpgroups 1..: dk and dv of 64 keys of each tile.
+// The other warpgroups: dk and dv of 64 keys of each tile.
 __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, int warpgroup) {
   // Which 64 keys, and which columns of their dk and dv: all make the scores, and a part each.
   const int group = kParts == 1 ? warpgroup : 0, part = kParts == 1 ? 0 : warpgroup;
@@ -223,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ char dynamic[];
   const Shared shared{(shared_address(dynamic) + 1023) & ~1023u};
   if (threadIdx.x == 0) {
-    barrier_init(shared.key_full(), kGatherThreads + publications(kGatherThreads));
+    barrier_init(shared.key_full(), kGatherThreads + publications(kAllGatherThreads));
     barrier_init(shared.key_empty(), 4 * kWarpgroups * kReleases);
     for (int i = 0; i < kStages; ++i) {
       barrier_init(shared.query_full(i), kGatherThreads);
@@ -233,11 +232,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();  // barriers are initialised
   const int warpgroup = uniform(threadIdx.x / 128);
-  if (warpgroup == 0) {
+  if (warpgroup < kGatherers) {
     give_registers<kProducerRegisters>();
-    gather_tiles(p, shared);
+    gather_tiles(p, shared, warpgroup);
   } else {
     take_registers<kConsumerRegisters>();
-    multiply_tiles(p, shared, warpgroup - 1);
+    multiply_tiles(p, shared, warpgroup - kGatherers);
   }
 }

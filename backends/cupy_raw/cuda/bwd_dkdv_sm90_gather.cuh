@@ -2,7 +2,7 @@
 #pragma once
 
 #if !defined(SCFA_HEAD_DIM) || !defined(SCFA_BLOCK_N) || !defined(SCFA_WARPGROUPS) || \
-    !defined(SCFA_STAGES) || !defined(SCFA_SHARED_BYTES)
+    !defined(SCFA_STAGES) || !defined(SCFA_GATHERERS) || !defined(SCFA_SHARED_BYTES)
 #error "the tile shape and SCFA_SHARED_BYTES: set by launch_sm90.py"
 #endif
 #ifndef SCFA_PARTS
@@ -23,11 +23,20 @@ constexpr int kWarpgroups = kKeyGroups * kParts;
 constexpr int kStages = SCFA_STAGES;       // buffers of one q and one dout block each
 constexpr int kBlockN = 64 * kKeyGroups;   // keys of a tile
 constexpr int kBlockM = SCFA_BLOCK_N;      // queries of a step
-constexpr int kThreads = 128 * (kWarpgroups + 1);
-// Where rows end inside the only panel, gathering takes more registers, and products fewer.
-constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kColumns < 64 ? 56 : 40;
-constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : kColumns < 64 ? 224 : 232;
-static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <= launched_registers(kThreads),
+constexpr int kGatherers = SCFA_GATHERERS;  // warpgroups that fetch blocks, in turn
+constexpr int kThreads = 128 * (kGatherers + kWarpgroups);
+// Two gathering warpgroups take what is left of 512. With one, where rows end inside the only panel,
+// gathering takes more, and products fewer.
+constexpr int kProducerRegisters = kGatherers == 2    ? 32
+                                   : kWarpgroups == 3 ? 32
+                                   : kColumns < 64    ? 56
+                                                      : 40;
+constexpr int kConsumerRegisters = kGatherers == 2    ? 224
+                                   : kWarpgroups == 3 ? 160
+                                   : kColumns < 64    ? 224
+                                                      : 232;
+static_assert(kGatherers * kProducerRegisters + kWarpgroups * kConsumerRegisters <=
+                  launched_registers(kThreads),
               "registers are shared out, not made");
 // Two uses of registers that are free only at head_dim 64, 64 queries a step and two warpgroups:
 // keys and values as A operands, and scores of the next queries running behind the products of
@@ -40,6 +49,9 @@ static_assert(kPartWidth <= 128, "dk and dv fit into registers");
 static_assert(kParts == 1 || (kParts == 2 && kPartWidth == 128 && kColumns > 128),
               "both parts hold columns");
 static_assert(kStages >= 2, "scores of the next block start before this one is done");
+
+static_assert(kGatherers == 1 || kGatherers == 2, "they take turns");
+constexpr int kAllGatherThreads = kGatherers * kGatherThreads;
 
 constexpr int kKeyBytes = kBlockN * kHeadDim * 2;
 constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
@@ -58,7 +70,8 @@ static_assert(kSharedBytes <= 232448, "more shared memory than a block can have"
 static_assert(kSharedBytes == SCFA_SHARED_BYTES, "launch_sm90.py asks for as much as is laid out");
 
 constexpr int kSeesNothing = 0x7FFFFFFF;  // a range start beyond every key
-constexpr int kProducerBarrier = 1;       // named barrier of the gathering warpgroup
+constexpr int kProducerBarrier = 1;       // named barrier of all gathering warpgroups
+constexpr int kGathererBarrier = 2;       // the first of those of each alone
 
 struct Shared {
   unsigned base;
@@ -89,46 +102,60 @@ struct Shared {
   }
 };
 
-// Warpgroup 0: for each tile gather keys and values, then every block of queries that may see one
-// of them.
-__device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
-  const int thread = threadIdx.x, warp = uniform(thread / 32), lane = thread % 32;
+// Bring the row numbers of a tile's keys nearer; one warp calls it with the tile number in its lane
+// 0.
+__device__ __forceinline__ void prefetch_tile_keys(const Params& p, int number, int lane) {
+  number = __shfl_sync(0xFFFFFFFFu, number, 0);
+  if (number >= p.tiles || lane > kBlockN / 32) return;
+  const int z = p.by_tiles.quotient(number), n = number - z * p.tiles_per_head;
+  const int row = min(n * kBlockN + 32 * lane, p.seqlen_k - 1);
+  const int* line = p.k_index + static_cast<long long>(z) * p.seqlen_k + row;
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+}
+
+// The first warpgroups: for each tile gather keys and values, then every block of queries that may
+// see one of them, in turn.
+__device__ __forceinline__ void gather_tiles(const Params& p, Shared shared, int gatherer) {
+  const int thread = threadIdx.x % kGatherThreads, warp = uniform(thread / 32), lane = thread % 32;
+  const bool fetches_keys = gatherer == 0, searches = gatherer == kGatherers - 1;
   const int lane_bytes = (thread % kLanesPerRow) * 16;
   Ring<1> key;
   Ring<kStages> query;
-  if (thread == 0) shared_store(shared.share(), share_of(p, kSplit));
-  int next = blockIdx.x;
+  if (threadIdx.x == 0) shared_store(shared.share(), share_of(p, kSplit));
+  int next = blockIdx.x, turn = 0;  // whose is the next block
   while (true) {
     barrier_wait(shared.key_empty(), key.parity ^ 1);
-    if (thread == 0) {
+    if (threadIdx.x == 0) {
       next = own_tile<false>(p, kSplit, shared.share(), next, gridDim.x);
       shared_store(shared.tile(), next);
     }
-    named_barrier_sync(kProducerBarrier, kGatherThreads);  // the tile number is written
+    named_barrier_sync(kProducerBarrier, kAllGatherThreads);  // the tile number is written
     const int tile = uniform(shared_load(shared.tile()));
     if (tile >= p.tiles) break;
-    if (thread == 0) next = atomicAdd(p.counter, 1) + gridDim.x;
+    if (threadIdx.x == 0) next = atomicAdd(p.counter, 1) + gridDim.x;
     const int z = p.by_tiles.quotient(tile), n = tile - z * p.tiles_per_head;
     const int b = p.by_heads.quotient(z), h_kv = z - b * p.heads_kv;
     const int key0 = n * kBlockN, key1 = min(key0 + kBlockN, p.seqlen_k);
 
-    const int* k_index = p.k_index + static_cast<long long>(z) * p.seqlen_k;
-    int rows[(kBlockN + 127) / 128];
+    const int kept = p.k_count[z];  // no query sees a key beyond these: nothing is fetched for it
+    if (fetches_keys) {
+      const int* k_index = p.k_index + static_cast<long long>(z) * p.seqlen_k;
+      int rows[(kBlockN + 127) / 128];
 #pragma unroll
-    for (int i = 0; i < (kBlockN + 127) / 128; ++i) {
-      const int sorted = key0 + gather_owned_row(thread, i);
-      rows[i] = sorted < key1 ? k_index[sorted] : -1;
+      for (int i = 0; i < (kBlockN + 127) / 128; ++i) {
+        const int sorted = key0 + gather_owned_row(thread, i), row = k_index[min(sorted, key1 - 1)];
+        rows[i] = sorted < min(key1, kept) ? row : -1;
+      }
+      gather_tile<kBlockN>(shared.key(), p.k.of_head(b, h_kv) + lane_bytes, p.k.row, rows, thread);
+      gather_tile<kBlockN>(shared.value(), p.v.of_head(b, h_kv) + lane_bytes, p.v.row, rows,
+                           thread);
+      barrier_arrive_after_copies(shared.key_full());
     }
-    gather_tile<kBlockN>(shared.key(), p.k.of_head(b, h_kv) + lane_bytes, p.k.row, rows,
-                                  thread);
-    gather_tile<kBlockN>(shared.value(), p.v.of_head(b, h_kv) + lane_bytes, p.v.row, rows,
-                                  thread);
-    barrier_arrive_after_copies(shared.key_full());
 
     // The queries that see one of a warpgroup's keys lie between the first that ends beyond the
     // first of these keys and the first that starts beyond the last; where ranges lie in any order,
     // their envelopes end and start there. Each warp searches for one bound at a time.
-    for (int member = 0; member < p.group_size; ++member) {
+    for (int member = 0; searches && member < p.group_size; ++member) {
       const long long list =
           static_cast<long long>(b * p.heads + h_kv * p.group_size + member) * p.seqlen_q;
       for (int i = warp; i < kBounds; i += kGatherThreads / 32) {
@@ -136,12 +163,14 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
         const int* searched = kMonotone ? i & 1 ? p.key_start : p.key_end
                               : i & 1   ? p.envelope_start
                                         : p.envelope_end;
-        const int found = first_greater(searched + list, p.seqlen_q, key_of_bound, lane);
+        const int found =
+            key0 < kept ? first_greater(searched + list, p.seqlen_q, key_of_bound, lane) : 0;
         if (lane == 0) shared_store(shared.bound(key.parity, member, i), found);
       }
     }
-    named_barrier_sync(kProducerBarrier, kGatherThreads);  // the bounds are written
-    barrier_publish(shared.key_full(), thread);            // tile number and bounds
+    named_barrier_sync(kProducerBarrier, kAllGatherThreads);  // the bounds are written
+    barrier_publish(shared.key_full(), threadIdx.x);          // tile number and bounds
+    if (fetches_keys && warp == 0) prefetch_tile_keys(p, next, lane);
 
     for (int member = 0; member < p.group_size; ++member) {
       const int h = h_kv * p.group_size + member;
@@ -161,16 +190,25 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
         const int at = min(sorted, p.seqlen_q - 1);
         return Query{sorted < end_query ? starts[at] : kSeesNothing, ends[at], indices[at]};
       };
-      Query upcoming = load_query(first_query);
+      const auto pass = [&]() {
+        query.advance();
+        if constexpr (kGatherers > 1) turn ^= 1;
+      };
+      const int ahead = kGatherers == 1 ? 0 : gatherer ^ turn;  // blocks of another before the first
+      Query upcoming = load_query(first_query + ahead * kBlockM);
       for (int first = first_query; first < end_query; first += kBlockM) {
+        if (kGatherers > 1 && turn != gatherer) {
+          pass();
+          continue;
+        }
         const Query own = upcoming;
-        upcoming = load_query(first + kBlockM);
+        upcoming = load_query(first + kGatherers * kBlockM);
         const bool sees = own.start < own.end && own.end > key0 && own.start < key1;
         const int current[1] = {sees ? own.row
                                      : -1};  // a query that sees no key of the tile becomes zeros
         // A block of which no query does is passed over by those who multiply: they need the ranges.
         const bool wanted =
-            kMonotone || named_barrier_any(kProducerBarrier, kGatherThreads, sees);
+            kMonotone || named_barrier_any(kGathererBarrier + gatherer, kGatherThreads, sees);
         barrier_wait(shared.query_empty(query.slot), query.parity ^ 1);
         if (wanted) {
           gather_tile<kBlockM>(shared.query(query.slot), q, p.q.row, current, thread);
@@ -190,12 +228,12 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
           copy_word(shared.ends(query.slot) + 4 * column, ends + sorted, true);
         }
         barrier_arrive_after_copies(shared.query_full(query.slot));
-        query.advance();
+        pass();
       }
     }
     key.advance();
   }
-  barrier_arrive_after_copies(
-      shared.key_full());  // no more tiles: let the others read the tile number and leave
-  barrier_publish(shared.key_full(), thread);
+  // No more tiles: let the others read the tile number and leave.
+  if (fetches_keys) barrier_arrive_after_copies(shared.key_full());
+  barrier_publish(shared.key_full(), threadIdx.x);
 }

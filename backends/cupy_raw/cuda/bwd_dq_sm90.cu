@@ -5,8 +5,8 @@
 //   dq[i] = scale * sum_j p[i][j] * (dout[i] . v[j] - delta[i]) k[j],
 //   j over k_index[key_start[r] : key_end[r]], i = q_index[r].
 // grid/block: one persistent block per SM; a tile is kBlockM sorted query rows of one head.
-//   Warpgroup 0 gathers rows (cp.async), each of the others owns 64 query rows; scores, weights and
-//   dq stay in its registers.
+//   One or two warpgroups gather rows (cp.async), each of the others owns 64 query rows; scores,
+//   weights and dq stay in its registers.
 // shared memory: 2 * kHeadDim * (3 * kQueryBuffers * kBlockM + 2 * kStages * kBlockN) bytes, row
 //   data, barriers (kSharedBytes).
 // inputs/outputs: Params (params_sm90.cuh): q, k, v, out, dout, dq in 16 bits; lse, row_lse,
@@ -43,7 +43,7 @@ __device__ __forceinline__ float row_product(unsigned dout, unsigned out, int ro
   return sum + __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
 }
 
-// Warpgroups 1..: statistics, then score gradients and dq of 64 query rows of each tile.
+// The other warpgroups: statistics, then score gradients and dq of 64 query rows of each tile.
 __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, int group) {
   const int thread = threadIdx.x % 128, warp = uniform(thread / 32), lane = thread % 32;
   const int row =
@@ -187,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     if (blockIdx.x == 0) p.row_lse[-1] = SCFA_INFINITY;  // the lse of queries that are not there
     for (int i = 0; i < kQueryBuffers; ++i) {
-      barrier_init(shared.query_full(i), 2 * kGatherThreads);
+      barrier_init(shared.query_full(i), 2 * kAllGatherThreads);
       barrier_init(shared.query_empty(i), 4 * kWarpgroups * kReleases);
     }
     for (int i = 0; i < kStages; ++i) {
@@ -198,11 +198,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();  // barriers are initialised
   const int warpgroup = uniform(threadIdx.x / 128);
-  if (warpgroup == 0) {
+  if (warpgroup < kGatherers) {
     if constexpr (kWarpgroups > 1) give_registers<kProducerRegisters>();
-    gather_tiles(p, shared);
+    gather_tiles(p, shared, warpgroup);
   } else {
     if constexpr (kWarpgroups > 1) take_registers<kConsumerRegisters>();
-    multiply_tiles(p, shared, warpgroup - 1);
+    multiply_tiles(p, shared, warpgroup - kGatherers);
   }
 }

@@ -2,7 +2,8 @@
 #pragma once
 
 #if !defined(SCFA_HEAD_DIM) || !defined(SCFA_BLOCK_N) || !defined(SCFA_WARPGROUPS) || \
-    !defined(SCFA_STAGES) || !defined(SCFA_QUERY_BUFFERS) || !defined(SCFA_SHARED_BYTES)
+    !defined(SCFA_STAGES) || !defined(SCFA_QUERY_BUFFERS) || !defined(SCFA_GATHERERS) || \
+    !defined(SCFA_SHARED_BYTES)
 #error "the tile shape and SCFA_SHARED_BYTES: set by launch_sm90.py"
 #endif
 #include "mbarrier.cuh"
@@ -19,15 +20,27 @@ constexpr int kWarpgroups = SCFA_WARPGROUPS;
 constexpr int kStages = SCFA_STAGES;  // buffers of one key and one value block each
 constexpr int kQueryBuffers = SCFA_QUERY_BUFFERS;
 constexpr int kBlockM = 64 * kWarpgroups;
-constexpr int kThreads = 128 * (kWarpgroups + 1);
-// Where rows end inside the only panel, gathering takes more registers, and products fewer.
-constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kColumns < 64 ? 56 : 40;
-constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : kColumns < 64 ? 224 : 232;
-static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <= launched_registers(kThreads),
+constexpr int kGatherers = SCFA_GATHERERS;  // warpgroups that fetch blocks, in turn
+constexpr int kThreads = 128 * (kGatherers + kWarpgroups);
+// Two gathering warpgroups take what is left of 512. With one, where rows end inside the only panel,
+// gathering takes more, and products fewer.
+constexpr int kProducerRegisters = kGatherers == 2    ? 56
+                                   : kWarpgroups == 3 ? 32
+                                   : kColumns < 64    ? 56
+                                                      : 40;
+constexpr int kConsumerRegisters = kGatherers == 2    ? 200
+                                   : kWarpgroups == 3 ? 160
+                                   : kColumns < 64    ? 224
+                                                      : 232;
+static_assert(kGatherers * kProducerRegisters + kWarpgroups * kConsumerRegisters <=
+                  launched_registers(kThreads),
               "registers are shared out, not made");
 static_assert(kHeadDim <= 128 || kWarpgroups == 1, "dq, scores and slopes fit into registers");
 static_assert(kBlockN % 16 == 0, "scores of one wgmma, reduced over 16 keys at a time");
 static_assert(kStages >= 2, "scores of the next block start before this one is done");
+
+static_assert(kGatherers == 1 || (kGatherers == 2 && kHeadDim == 64), "two take turns in one panel");
+constexpr int kAllGatherThreads = kGatherers * kGatherThreads;
 
 constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
 constexpr int kKeyBytes = kBlockN * kHeadDim * 2;
@@ -73,28 +86,31 @@ struct Shared {
   __device__ __forceinline__ unsigned key_empty(unsigned i) const { return key_full(kStages + i); }
 };
 
-// Warpgroup 0: for each tile gather q, dout, out and lse, then key and value blocks from the last
-// to the first.
-__device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
-  const int thread = threadIdx.x, warp = uniform(thread / 32);
+// The first warpgroups: for each tile gather q, dout, out and lse, then key and value blocks from
+// the last to the first, in turn.
+__device__ __forceinline__ void gather_tiles(const Params& p, Shared shared, int gatherer) {
+  const int thread = threadIdx.x % kGatherThreads, warp = uniform(thread / 32);
+  const bool leads = gatherer == 0;
   const int lane_bytes = (thread % kLanesPerRow) * 16;
   Ring<kQueryBuffers> query;
   Ring<kStages> key;
-  if (thread == 0) shared_store(shared.share(), share_of(p, kSplit));
-  int next = blockIdx.x;
+  if (threadIdx.x == 0) shared_store(shared.share(), share_of(p, kSplit));
+  int next = blockIdx.x, turn = 0;  // whose is the next block
   while (true) {
     const TileData<kBlockM> data = shared.data(query.slot);
     barrier_wait(shared.query_empty(query.slot), query.parity ^ 1);
-    if (thread == 0) {
+    if (threadIdx.x == 0) {
       next = own_tile<true>(p, kSplit, shared.share(), next, gridDim.x);
       shared_store(data.tile(), next);
     }
-    named_barrier_sync(kProducerBarrier, kGatherThreads);  // the tile number is written
+    named_barrier_sync(kProducerBarrier, kAllGatherThreads);  // the tile number is written
     const int tile = uniform(shared_load(data.tile()));
     if (tile >= p.tiles) break;
-    if (thread == 0) next = atomicAdd(p.counter, 1) + gridDim.x;
+    if (threadIdx.x == 0) next = atomicAdd(p.counter, 1) + gridDim.x;
     const QueryTile at = locate_query_tile<kBlockM>(p, tile);
-    const KeyUnion keys = load_tile_rows(p, data, shared.base + kScratchBase, at, thread);
+    if (leads) load_tile_rows(p, data, shared.base + kScratchBase, at, thread);
+    named_barrier_sync(kProducerBarrier, kAllGatherThreads);  // row data and ranges are written
+    const KeyUnion keys = join_key_ranges(shared.base + kScratchBase);
     const int blocks = (keys.end - keys.first + kBlockN - 1) / kBlockN;
     const int* k_index =
         p.k_index + static_cast<long long>(at.b * p.heads_kv + at.h_kv) * p.seqlen_k;
@@ -104,44 +120,65 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
       const int sorted = first + min(gather_owned_row(thread, 0), kBlockN - 1);
       return seen_by_tile<kBlockN>(data, keys, first, sorted, thread) ? k_index[sorted] : -1;
     };
-    if (thread == 0) {
+    if (threadIdx.x == 0) {
       shared_store(data.first_key(), keys.first);
       shared_store(data.key_blocks(), blocks);
     }
-    int upcoming = blocks > 0 ? key_row(blocks - 1) : -1;
-    for (int r = thread; r < kBlockM; r += kGatherThreads) {
+    const int ahead = kGatherers == 1 ? 0 : gatherer ^ turn;  // blocks of another before the first
+    int upcoming = blocks > ahead ? key_row(blocks - 1 - ahead) : -1;
+    for (int r = threadIdx.x; r < kBlockM; r += kAllGatherThreads) {
       const int row = shared_load(data.indices() + 4 * r);
       copy_word(shared.lse(query.slot) + 4 * r,
                 p.lse.of_head(at.b, at.h) + static_cast<long long>(max(row, 0)) * p.lse.row,
                 row >= 0);
     }
 
+    const auto row_of = [&](int r) {
+      const int row = shared_load(data.indices() + 4 * min(r, kBlockM - 1));
+      return blocks > 0 ? row : -1;  // what sees nothing is not fetched
+    };
     int rows[(kBlockM + 127) / 128];
 #pragma unroll
-    for (int i = 0; i < (kBlockM + 127) / 128; ++i) {
-      rows[i] = shared_load(data.indices() + 4 * min(gather_owned_row(thread, i), kBlockM - 1));
+    for (int i = 0; i < (kBlockM + 127) / 128; ++i) rows[i] = row_of(gather_owned_row(thread, i));
+    const char* out = p.out.of_head(at.b, at.h) + lane_bytes;
+    if (kGatherers == 1 || leads) {
+      gather_tile<kBlockM>(shared.query(query.slot), p.q.of_head(at.b, at.h) + lane_bytes, p.q.row,
+                           rows, thread);
     }
-    gather_tile<kBlockM>(shared.query(query.slot), p.q.of_head(at.b, at.h) + lane_bytes,
-                                  p.q.row, rows, thread);
-    gather_tile<kBlockM>(shared.dout(query.slot), p.dout.of_head(at.b, at.h) + lane_bytes,
-                                  p.dout.row, rows, thread);
-    gather_tile<kBlockM>(shared.out(query.slot), p.out.of_head(at.b, at.h) + lane_bytes,
-                                  p.out.row, rows, thread);
+    if (kGatherers == 1 || !leads) {
+      gather_tile<kBlockM>(shared.dout(query.slot), p.dout.of_head(at.b, at.h) + lane_bytes,
+                           p.dout.row, rows, thread);
+    }
+    if constexpr (kGatherers == 1) {
+      gather_tile<kBlockM>(shared.out(query.slot), out, p.out.row, rows, thread);
+    } else {
+      constexpr int kShare = kBlockM / kGatherers;
+      const int share[1] = {row_of(kShare * gatherer + gather_owned_row(thread, 0))};
+      gather_tile<kShare>(shared.out(query.slot) + gatherer * kShare * kRowBytes, out, p.out.row,
+                          share, thread);
+    }
     barrier_arrive_after_copies(shared.query_full(query.slot));
     barrier_arrive(shared.query_full(query.slot));  // releases the row data this thread wrote
 
+    const auto prefetch_next = [&]() {  // once its number has come
+      if (leads && warp == 0) prefetch_tile_rows<kBlockM>(p, next, thread);
+    };
     const char* k = p.k.of_head(at.b, at.h_kv) + lane_bytes;
     const char* v = p.v.of_head(at.b, at.h_kv) + lane_bytes;
     for (int block = blocks - 1; block >= 0; --block) {
-      const int current[1] = {upcoming};
-      if (block > 0) upcoming = key_row(block - 1);
-      barrier_wait(shared.key_empty(key.slot), key.parity ^ 1);
-      gather_tile<kBlockN>(shared.key(key.slot), k, p.k.row, current, thread);
-      gather_tile<kBlockN>(shared.value(key.slot), v, p.v.row, current, thread);
-      barrier_arrive_after_copies(shared.key_full(key.slot));
+      if (kGatherers == 1 || turn == gatherer) {
+        const int current[1] = {upcoming};
+        if (block >= kGatherers) upcoming = key_row(block - kGatherers);
+        barrier_wait(shared.key_empty(key.slot), key.parity ^ 1);
+        gather_tile<kBlockN>(shared.key(key.slot), k, p.k.row, current, thread);
+        gather_tile<kBlockN>(shared.value(key.slot), v, p.v.row, current, thread);
+        barrier_arrive_after_copies(shared.key_full(key.slot));
+      }
       key.advance();
-      if (block == blocks - 1 && warp == 0) prefetch_tile_rows<kBlockM>(p, next, thread);
+      if constexpr (kGatherers > 1) turn ^= 1;
+      if (block == blocks - 1) prefetch_next();
     }
+    if (blocks == 0) prefetch_next();
     query.advance();
   }
   barrier_arrive_after_copies(shared.query_full(

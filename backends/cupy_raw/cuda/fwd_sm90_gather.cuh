@@ -91,7 +91,9 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
     if (tile >= p.tiles) break;
     if (thread == 0) next = atomicAdd(p.counter, 1) + gridDim.x;
     const QueryTile at = locate_query_tile<kBlockM>(p, tile);
-    const KeyUnion keys = load_tile_rows(p, data, shared.base + kScratchBase, at, thread);
+    load_tile_rows(p, data, shared.base + kScratchBase, at, thread);
+    named_barrier_sync(kProducerBarrier, kGatherThreads);  // row data and ranges are written
+    const KeyUnion keys = join_key_ranges(shared.base + kScratchBase);
     const int blocks = (keys.end - keys.first + kBlockN - 1) / kBlockN;
     if (thread == 0) {
       shared_store(data.first_key(), keys.first);
@@ -109,7 +111,9 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
     int rows[(kBlockM + 127) / 128];
 #pragma unroll
     for (int i = 0; i < (kBlockM + 127) / 128; ++i) {
-      rows[i] = shared_load(data.indices() + 4 * min(gather_owned_row(thread, i), kBlockM - 1));
+      const int row =
+          shared_load(data.indices() + 4 * min(gather_owned_row(thread, i), kBlockM - 1));
+      rows[i] = blocks > 0 ? row : -1;  // what sees nothing is not fetched
     }
     gather_tile<kBlockM>(shared.query(query.slot), p.q.of_head(at.b, at.h) + lane_bytes,
                                   p.q.row, rows, thread);
@@ -117,6 +121,10 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
     if (thread == 0)
       barrier_arrive(shared.query_full(query.slot));  // releases the row data written above
 
+    const auto prefetch_next = [&]() {  // once its number has come
+      if (warp == 0) prefetch_tile_rows<kBlockM>(p, next, thread);
+    };
+    if (blocks == 0) prefetch_next();
     const char* k = p.k.of_head(at.b, at.h_kv) + lane_bytes;
     const char* v = p.v.of_head(at.b, at.h_kv) + lane_bytes;
     int previous[1];
@@ -128,7 +136,7 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
       barrier_arrive_after_copies(shared.key_full(key.slot));
       key.advance();
       if (block == blocks - 1) {
-        if (warp == 0) prefetch_tile_rows<kBlockM>(p, next, thread);
+        prefetch_next();
       } else {
         barrier_wait(shared.value_empty(value.slot), value.parity ^ 1);
         gather_tile<kBlockN>(shared.value(value.slot), v, p.v.row, previous, thread);

@@ -5,7 +5,7 @@
 
 #include "order_sm90.cuh"
 
-constexpr int kProducerBarrier = 1;  // named barrier of the gathering warpgroup
+constexpr int kProducerBarrier = 1;  // named barrier of all gathering warpgroups
 
 // Shared-memory addresses of one query buffer's row data: kRows ints each of key_start, key_end,
 // q_index, then the header.
@@ -42,12 +42,12 @@ struct KeyUnion {
   int first, end, gap_first, gap_end;
 };
 
-// Load the tile's row data into shared memory and agree on its key range. All threads of the
-// gathering warpgroup call it.
+// Load the tile's row data into shared memory, and what each warp finds of its key range into
+// `scratch`. All threads of one warpgroup call it; a barrier must follow.
 template <int kRows>
-__device__ __forceinline__ KeyUnion load_tile_rows(const Params& p, TileData<kRows> data,
-                                                   unsigned scratch, const QueryTile& tile,
-                                                   int thread) {
+__device__ __forceinline__ void load_tile_rows(const Params& p, TileData<kRows> data,
+                                               unsigned scratch, const QueryTile& tile,
+                                               int thread) {
   const long long list = static_cast<long long>(tile.z) * p.seqlen_q;
   const int *starts = p.key_start + list, *ends = p.key_end + list, *indices = p.q_index + list;
   const int last = p.seqlen_q - 1;
@@ -98,8 +98,11 @@ __device__ __forceinline__ KeyUnion load_tile_rows(const Params& p, TileData<kRo
     shared_store(mine + 8, keys.gap_first);
     shared_store(mine + 12, keys.gap_end);
   }
-  named_barrier_sync(kProducerBarrier,
-                     kGatherThreads);  // row data and the four warps' ranges are written
+}
+
+// The key range of a tile, from what the four warps of load_tile_rows found.
+__device__ __forceinline__ KeyUnion join_key_ranges(unsigned scratch) {
+  KeyUnion keys{0x7FFFFFFF, 0, 0x7FFFFFFF, 0};
 #pragma unroll
   for (int warp = 0; warp < kGatherThreads / 32; ++warp) {
     const int2 range = shared_load_pair(scratch + 16 * warp),
