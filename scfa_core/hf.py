@@ -22,7 +22,8 @@ from transformers.utils import output_capturing
 
 from scfa_core.api import attention
 from scfa_core.errors import PatternError, ShapeError
-from scfa_core.hashing import angular_hash, check_buckets, random_directions
+from scfa_core.hashing import angular_hash, check_buckets
+from scfa_core.hf_directions import DIRECTIONS
 from scfa_core.hf_masks import StructuredMask, read_mask
 from scfa_core.hf_reading import Band
 from scfa_core.merging import attention_over
@@ -44,6 +45,8 @@ _REFUSED = {
     "output_attentions": "attention weights as an output",
 }
 
+_SEEDS = 2**48  # times layers they are 64-bit ints, as operators take them
+
 
 class Options(NamedTuple):
     """What `register` was given; a model's config may say otherwise."""
@@ -59,7 +62,8 @@ class Options(NamedTuple):
             SlidingWindow(self.window)
         check_buckets(self.buckets)
         as_size("near", self.near, error=PatternError)
-        as_size("seed", self.seed, error=PatternError)
+        if as_size("seed", self.seed, error=PatternError) >= _SEEDS:
+            raise PatternError(f"seed must be below 2**48, got {self.seed}")
         return self
 
 
@@ -262,21 +266,7 @@ def _hash_patterns(
 
 
 def _directions(module: Any, options: Options, key: Tensor) -> Tensor:
-    """Directions of one layer, remembered on its module (a compiler finds an attribute there)."""
+    """Directions of one layer."""
     layer = getattr(module, "layer_idx", None) or 0
-    use = (key.shape[1], key.shape[3], options.buckets, options.seed, layer, key.device)
-    known: tuple[Any, Tensor] | None = getattr(module, "_scfa_directions", None)
-    if known is None or known[0] != use:
-        known = module._scfa_directions = (use, _draw(*use))
-    return known[1]
-
-
-@torch.compiler.disable(
-    reason="a layer draws its hash directions in its first call: call the model once uncompiled"
-)
-def _draw(
-    heads_kv: int, head_dim: int, buckets: int, seed: int, layer: int, device: torch.device
-) -> Tensor:
-    """Directions for `angular_hash` on `device`."""
-    drawn = random_directions(heads_kv, head_dim, buckets, seed=seed * 10_007 + layer)
-    return torch.from_numpy(drawn).to(device)
+    seed = options.seed * 10_007 + layer
+    return DIRECTIONS(key.shape[1], key.shape[3], options.buckets, seed, key.device)

@@ -14,6 +14,7 @@ transformers = pytest.importorskip(
 from transformers import masking_utils as theirs  # noqa: E402 - may be absent
 
 from scfa_core import hf  # noqa: E402
+from scfa_core.hashing import random_directions  # noqa: E402
 from scfa_core.hf_masks import read_mask  # noqa: E402
 
 
@@ -50,7 +51,7 @@ def test_window_and_hash_see_what_they_say(shift):
     out = call("scfa_window", module, q, k, v, mask)
     right = dense(q, k, v, (j <= i) & (j > i - 7), 0.2)
     torch.testing.assert_close(out, right, rtol=0, atol=1e-5)
-    directions = hf._draw(2, 16, 4, 0, 1, q.device)
+    directions = torch.from_numpy(random_directions(2, 16, 4, seed=1))
     a, b = (hf.angular_hash(x, directions)[0] for x in (q, k))
     same = a[..., :, None] == b.repeat_interleave(2, dim=1)[..., None, :]
     for near in (3, 0):
@@ -127,6 +128,7 @@ def test_what_is_not_supported_raises():
         ({"near": -1}, "near must be at least 0"),
         ({"near": 2.5}, "near must be an int"),
         ({"seed": None}, "seed must be an int"),
+        ({"seed": 2**48}, "seed must be below"),
     ],
 )
 def test_options_that_are_none_raise(wrong, words):
@@ -148,3 +150,22 @@ def test_packed_lengths_need_a_packed_mask():
     mask = read_mask(2, 20, 20, mask_function=chunks)
     with pytest.raises(scfa.PatternError, match="cu_seq_lens_q says"):
         call("scfa", SimpleNamespace(is_causal=True), q, k, v, mask, cu_seq_lens_q=ends)
+
+
+@pytest.mark.parametrize("mode", ["fake", "inference", "written over"])
+def test_kept_directions_are_nobodys_to_change(mode):
+    """A first call under a mode of torch leaves ordinary directions to the next; so does a graph
+    that writes over what it was given."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from scfa_core.hf_directions import DIRECTIONS, _kept
+
+    _kept.cache_clear()
+    use = (2, 16, 4, 11, torch.device("cpu"))
+    with {"fake": FakeTensorMode, "inference": torch.inference_mode}.get(mode, torch.no_grad)():
+        first = DIRECTIONS(*use)
+        assert first.shape == (1, 2, 16, 2)
+        first.zero_()
+    second = DIRECTIONS(*use)
+    assert torch.equal(second, torch.from_numpy(random_directions(2, 16, 4, seed=11)))
+    assert not second.is_inference()

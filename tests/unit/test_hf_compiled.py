@@ -11,6 +11,7 @@ transformers = pytest.importorskip(
 )
 
 from scfa_core import hf  # noqa: E402 - transformers may be absent
+from scfa_core.hf_directions import _kept  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -134,7 +135,6 @@ def test_packed_windows_are_one_graph_backward_too():
 def test_one_graph_serves_packings_of_any_length(name):
     model = made("mistral")
     model.set_attn_implementation(name)
-    model(**packed(3, 3), use_cache=False)  # a hash draws its directions in the first call
     graphs = []
 
     def backend(module, inputs):
@@ -144,8 +144,8 @@ def test_one_graph_serves_packings_of_any_length(name):
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
     for lengths in ((7, 1, 12), (9, 24), (2, 2, 2, 21)):
         inputs = packed(*lengths) | {"use_cache": False}
-        right = model(**inputs).logits
-        torch.testing.assert_close(compiled(**inputs).logits, right, rtol=0, atol=1e-5)
+        mine = compiled(**inputs).logits
+        torch.testing.assert_close(mine, model(**inputs).logits, rtol=0, atol=1e-5)
     assert len(graphs) == 1
 
 
@@ -204,16 +204,47 @@ def test_layers_of_other_heads_than_the_config_says_plan_for_themselves():
     torch.testing.assert_close(mine, right, rtol=0, atol=1e-5)
 
 
-def test_hash_directions_not_yet_drawn_say_what_to_do():
-    model = made("llama", num_hidden_layers=1)
-    model.set_attn_implementation("scfa_hash")
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="call the model once uncompiled"):
-        torch.compile(model, backend="eager", fullgraph=True)(tokens(), use_cache=False)
-
-
-def test_an_exported_model_takes_padding_and_windows():
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_hash_is_compiled_from_the_first_call(dynamic):
+    """Its directions, drawn nowhere yet, are an operator of the graph; another seed is traced."""
+    _kept.cache_clear()
     model = made("qwen3")
-    model.set_attn_implementation("scfa")
+    model.set_attn_implementation("scfa_hash")
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=dynamic)
+    calls = [{"input_ids": tokens()}, {"input_ids": tokens(3, 33)}, padded()]
+    results = []
+    for seed in (0, 1):
+        model.config.scfa_seed = seed
+        for inputs in calls:
+            both = [call(**inputs, use_cache=False).logits for call in (compiled, model)]
+            torch.testing.assert_close(*both, rtol=0, atol=1e-5)
+            grads = (torch.autograd.grad(x.square().sum(), model.parameters()) for x in both)
+            torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+        results.append(both[0])
+    assert not torch.equal(*results)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_hash_generates_from_a_compiled_first_call(cache):
+    """Prefill and steps as graphs; then the model itself, uncompiled."""
+    _kept.cache_clear()
+    model = made("qwen3")
+    model.set_attn_implementation("scfa_hash")
+    whole = model.forward
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0} | padded()
+    config = transformers.CompileConfig(backend="eager", mode=None, fullgraph=True)
+    config._compile_all_devices = True  # or a CPU would not compile
+    model.forward = torch.compile(whole, backend="eager", fullgraph=True)
+    mine = model.generate(**options, cache_implementation=cache, compile_config=config)
+    model.forward = whole
+    assert torch.equal(mine, model.generate(**options, cache_implementation="dynamic"))
+
+
+@pytest.mark.parametrize("name", ["scfa", "scfa_hash"])
+def test_an_exported_model_takes_padding_and_windows(name):
+    _kept.cache_clear()
+    model = made("qwen3")
+    model.set_attn_implementation(name)
     inputs = padded() | {"use_cache": False}
     exported = torch.export.export(model, (), inputs, strict=False).module()
     mine, right = exported(**inputs).logits, model(**inputs).logits
