@@ -122,7 +122,7 @@ def transformers(torch):
     return found
 
 
-def make_model(torch, transformers, kind, dtype):
+def make_model(torch, transformers, kind, dtype, device="cuda"):
     """Tiny, random; windows shorter than the text in every other layer of Qwen."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 101, "max_position_embeddings": 512}
@@ -140,12 +140,13 @@ def make_model(torch, transformers, kind, dtype):
             **sizes
         )
     model = transformers.AutoModelForCausalLM.from_config(config)
-    return model.eval().to(device="cuda", dtype=getattr(torch, dtype))
+    return model.eval().to(device=device, dtype=getattr(torch, dtype))
 
 
-def padded(torch, seqlen=100):
+def padded(torch, seqlen=100, device="cuda"):
     text = torch.randint(2, 101, (2, seqlen), generator=torch.Generator().manual_seed(1))
-    return text.cuda(), (torch.arange(seqlen).expand(2, -1) >= torch.tensor([[17], [0]])).cuda()
+    real = torch.arange(seqlen).expand(2, -1) >= torch.tensor([[17], [0]])
+    return text.to(device), real.to(device)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -195,3 +196,61 @@ def test_generation_sees_what_one_call_sees(torch, transformers, backend, implem
         whole = model(steps.sequences, attention_mask=real.long(), position_ids=positions).logits
     mine = torch.stack(steps.logits, dim=1)
     torch.testing.assert_close(mine, whole[:, 99:107], rtol=0, atol=1e-4)
+
+
+ONE_GRAPH = {  # model, implementation, inputs, plans in the graph: one a mask, of a hash one a layer
+    "causal": ("llama", "scfa", "plain", 1),
+    "padded": ("llama", "scfa", "padded", 1),
+    "windows in every other layer": ("qwen", "scfa", "padded", 2),
+    "packed": ("llama", "scfa", "packed", 1),
+    "hash": ("llama", "scfa_hash", "padded", 2 * 2),  # of near keys, and of far ones of a bucket
+}
+
+
+def compare_one_graph(torch, transformers, device, kind, implementation, inputs, plans):
+    """Logits and gradients of a model as one graph, uncompiled, and with `eager` attention."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    torch._dynamo.reset()
+    model = make_model(torch, transformers, kind, "float32", device)
+    text, real = padded(torch, device=device)
+    given = {"input_ids": text, "use_cache": False}
+    if inputs == "padded":
+        given["attention_mask"] = real.long()
+    else:
+        real = torch.ones_like(real)
+    if inputs == "packed":
+        lengths = (41, 1, 58)
+        positions = torch.cat([torch.arange(n, device=device) for n in lengths])
+        given["position_ids"] = positions.expand(2, -1)
+    planned = []
+
+    def count(graph, _):
+        called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+        planned.append(called.count(torch.ops.scfa.make_plan.default))
+        return graph.forward
+
+    def results(call):
+        logits = call(**given).logits[real]
+        grads = torch.autograd.grad(logits.square().sum(), model.parameters())
+        return logits.detach(), torch.cat([x.flatten() for x in grads])
+
+    model.set_attn_implementation(implementation)
+    backend = aot_autograd(fw_compiler=count, bw_compiler=count)
+    mine = results(torch.compile(model, backend=backend, fullgraph=True))  # the first call of all
+    assert planned == [plans, 0]
+    bounds = [(results(model), 1e-5)]
+    if implementation == "scfa":
+        model.set_attn_implementation("eager")
+        bounds.append((results(model), 1e-3))
+    for right, bound in bounds:
+        for got, wanted in zip(mine, right, strict=True):
+            assert (got - wanted).norm() <= bound * wanted.norm()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of dynamo itself
+@pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd:UserWarning")
+@pytest.mark.parametrize("mask", ONE_GRAPH)
+def test_a_whole_model_is_one_graph(torch, transformers, backend, mask):
+    with scfa.use_backend(backend):
+        compare_one_graph(torch, transformers, "cuda", *ONE_GRAPH[mask])
