@@ -185,11 +185,12 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
     const int key0 = at.number * kBlockN, key1 = min(key0 + kBlockN, p.seqlen_k);
     const int first_z = at.b * p.heads + at.h_kv * p.group_size;
 
+    const int kept = p.k_count[at.z];
     int sorted_keys[2], rows[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       sorted_keys[i] = key0 + gather_owned_row<kRowThreads>(thread, i);
-      rows[i] = sorted_keys[i] < key1
+      rows[i] = sorted_keys[i] < min(key1, kept)
                     ? p.k_index[static_cast<long long>(at.z) * p.seqlen_k + sorted_keys[i]]
                     : -1;
     }
@@ -197,8 +198,8 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
                                   p.v.row, rows, thread);
     for (int member = 0; member < p.group_size; ++member) {
       const int z = first_z + member;
-      find_bounds(p, shared, buffer, member, static_cast<long long>(z) * p.seqlen_q, p.q_count[z],
-                  key0, warp, lane);
+      find_bounds(p, shared, buffer, member, static_cast<long long>(z) * p.seqlen_q,
+                  key0 < kept ? p.q_count[z] : 0, key0, warp, lane);
     }
     named_barrier_sync(kProducerBarrier, kRowThreads);  // the bounds are written
 
