@@ -145,8 +145,15 @@ def require_bool(name: str, value: Any) -> bool:
 
 
 def require_arrays(pattern: str, **arrays: Any) -> None:
-    """Refuse lists and scalars where a pattern needs arrays."""
+    """Refuse lists, scalars and nested tensors where a pattern needs arrays."""
     for name, x in arrays.items():
+        if getattr(x, "is_nested", False):  # of such a tensor even the shape may raise
+            raise PatternError(
+                f"{pattern}: {name} is a nested tensor, whose sequences share no length: pack them "
+                "into one, and pass Documents(ids), ids (1, rows of all) the sequence of each row; "
+                "torch.repeat_interleave(torch.arange(n), nested.offsets().diff())[None] of a "
+                "jagged one of n sequences"
+            )
         if not hasattr(x, "shape") or not hasattr(x, "dtype"):
             raise PatternError(
                 f"{pattern}: {name} must be an array (torch, NumPy, CuPy, ...), "

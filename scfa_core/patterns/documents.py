@@ -27,7 +27,7 @@ class Documents(Pattern):
     Raises
     ------
     PatternError
-        Ids that are not arrays.
+        Ids that are not arrays, or nested tensors.
     """
 
     __slots__ = ("causal", "k_ids", "q_ids")

@@ -198,7 +198,7 @@ def test_generation_sees_what_one_call_sees(torch, transformers, backend, implem
     torch.testing.assert_close(mine, whole[:, 99:107], rtol=0, atol=1e-4)
 
 
-ONE_GRAPH = {  # model, implementation, inputs, plans in the graph: one a mask, of a hash one a layer
+ONE_GRAPH = {  # model, implementation, inputs, plans in the graph: one a mask; a hash's in layers
     "causal": ("llama", "scfa", "plain", 1),
     "padded": ("llama", "scfa", "padded", 1),
     "windows in every other layer": ("qwen", "scfa", "padded", 2),

@@ -13,13 +13,9 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the torch bridge needs torch (extra 'torch')")
 
-from torch import nn  # noqa: E402
-from torch.utils._pytree import tree_map_only  # noqa: E402
-
 import scfa_core as scfa  # noqa: E402
 from scfa_core import (  # noqa: E402
     dispatch,
-    torch_bridge,
     torch_calls,
     torch_counters,
     torch_framework,
@@ -314,87 +310,6 @@ def test_empty_tensors_give_empty_results(batch, seqlen_q, seqlen_k, pattern):
     assert not q.grad.any()
     assert k.grad.shape == k.shape
     assert not k.grad.any()
-
-
-def test_subclasses_and_views_take_the_operator():
-    """Whatever is not an ordinary tensor in memory never reaches a pointer."""
-    negative = torch._neg_view(Q)  # a minus sign that is not in memory
-    want = scfa.attention(-Q, K, V, backend="reference")
-    assert torch.equal(scfa.attention(negative, K, V, backend="reference"), want)
-    parameter = torch.nn.Parameter(Q)
-    assert torch.equal(
-        scfa.attention(parameter, K, V, backend="reference"),
-        scfa.attention(Q, K, V, backend="reference"),
-    )
-    assert not torch_bridge._is_plain(parameter, K, V)
-    assert not torch_bridge._is_plain(negative, K, V)
-    assert torch_bridge._is_plain(Q, K, V)
-
-
-class Wrapper(torch.Tensor):
-    """A tensor without memory of its own, as DTensors and tracers are."""
-
-    seen = None
-
-    @staticmethod
-    def __new__(cls, held):
-        return torch.Tensor._make_wrapper_subclass(
-            cls, held.shape, strides=held.stride(), dtype=held.dtype, device=held.device
-        )
-
-    def __init__(self, held):
-        self.held = held
-
-    @classmethod
-    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
-        cls.seen.append(str(op))
-        bare = tree_map_only(Wrapper, lambda x: x.held, (args, kwargs or {}))
-        return tree_map_only(torch.Tensor, Wrapper, op(*bare[0], **bare[1]))
-
-
-class Named(torch.Tensor):
-    """An ordinary tensor by another name."""
-
-
-@pytest.mark.parametrize("backend", ["reference", "numba-cpu"])
-@pytest.mark.parametrize("kind", [Wrapper, lambda x: x.as_subclass(Named), nn.Parameter])
-def test_what_a_pattern_holds_takes_the_operator_if_it_is_not_plain(kind, backend):
-    """Q, k and v are plain: a plan made of addresses would read memory that is none."""
-    rows = torch.arange(8).expand(2, 4, -1) % 3, torch.arange(8).expand(2, 2, -1) % 2
-    patterns = {
-        "hash": (scfa.HashSparse, [rows[0], rows[1]]),
-        "keep": (scfa.QKSparse, [rows[0] > 0, (rows[1] > 0).float()]),
-        "documents": (scfa.Documents, [rows[0][:, 0]]),
-        "ranges": (scfa.KeyRanges, [rows[0], rows[0] + 2]),
-    }
-    grads = torch.ones(2, 4, 8, 24)
-    for pattern, arrays in patterns.values():
-        arrays = [x.contiguous() for x in arrays]
-        plain = pattern(*arrays) & scfa.SlidingWindow(6)
-        if kind is nn.Parameter:
-            odd = pattern(*(kind(x, requires_grad=False) for x in arrays)) & scfa.SlidingWindow(6)
-        else:
-            odd = pattern(*(kind(x) for x in arrays)) & scfa.SlidingWindow(6)
-        Wrapper.seen = []
-        out, lse = scfa.attention(Q, K, V, plain, return_lse=True, backend=backend)
-        right = scfa.attention_backward(grads, Q, K, V, out, lse, plain, backend=backend)
-        plan = scfa.make_plan(odd, Q, K, backend=backend)
-        for given in (odd, plan):
-            mine = scfa.attention(Q, K, V, given, backend=backend)
-            assert torch.equal(held(mine), out)
-            own = scfa.attention_backward(grads, Q, K, V, out, lse, given, backend=backend)
-            assert all(torch.equal(held(x), y) for x, y in zip(own, right, strict=True))
-            leaves = [x.clone().requires_grad_() for x in (Q, K, V)]
-            mine = scfa.attention(*leaves, given, backend=backend)
-            dout = Wrapper(grads) if kind is Wrapper else grads
-            own = torch.autograd.grad(mine, leaves, dout)
-            assert all(torch.equal(held(x), y) for x, y in zip(own, right, strict=True))
-        if kind is Wrapper:
-            assert {"scfa.make_plan.default", "scfa.forward.default"} <= set(Wrapper.seen)
-
-
-def held(x):
-    return x.held if isinstance(x, Wrapper) else x.as_subclass(torch.Tensor)
 
 
 def test_the_profiler_sees_the_operators():
