@@ -25,7 +25,7 @@ from scfa_core.errors import PatternError, ShapeError
 from scfa_core.hashing import angular_hash, check_buckets
 from scfa_core.hf_directions import DIRECTIONS
 from scfa_core.hf_masks import StructuredMask, read_mask
-from scfa_core.hf_reading import Band
+from scfa_core.hf_symbols import Band
 from scfa_core.merging import attention_over
 from scfa_core.patterns import HashSparse, Pattern, SlidingWindow
 from scfa_core.plan import Plan

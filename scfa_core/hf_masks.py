@@ -18,7 +18,8 @@ from transformers import masking_utils
 
 from scfa_core.api import make_plan
 from scfa_core.errors import PatternError
-from scfa_core.hf_reading import Band, Positions, read_function
+from scfa_core.hf_reading import read_function
+from scfa_core.hf_symbols import Band, Positions
 from scfa_core.patterns import Causal, HashSparse, KeyRanges, Pattern, QKSparse, SlidingWindow
 from scfa_core.plan import Plan
 from scfa_core.problem import MIN_HEAD_DIM

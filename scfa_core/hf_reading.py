@@ -1,61 +1,34 @@
 """Mask functions of Hugging Face transformers, read by one call with symbols for indices.
 
-A mask function takes (batch, head, query, key) and says whether the pair is visible. Called with
-the symbols of this file it says which comparisons it makes, and those become an interval around the
-query's position, group ids and keep flags. Nothing is drawn, nothing is looked at on the host, and
-`torch.compile` traces the call like any other. What is no such clause raises.
+A mask function takes (batch, head, query, key) and says whether the pair is visible. `hf_symbols`
+turns its comparisons into clauses; here it is called, and look-ups in tensors are made to give
+symbols. `torch.compile` traces the call like any other.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from scfa_core.errors import PatternError
+from scfa_core.hf_symbols import (
+    BatchIndex,
+    Clause,
+    HeadIndex,
+    PerBatch,
+    Positions,
+    RowIndex,
+    Rows,
+    Symbol,
+    as_clause,
+    refuse_part,
+)
 
-__all__ = ["Band", "Clause", "Positions", "read_function"]
-
-
-class Band(NamedTuple):
-    """Key at position p is visible to a query at position i iff ``i + lo <= p < i + hi``."""
-
-    lo: int | None = None
-    hi: int | None = None
-
-    def narrowed(self, other: Band) -> Band:
-        """Both bands at once."""
-        los = [x for x in (self.lo, other.lo) if x is not None]
-        his = [x for x in (self.hi, other.hi) if x is not None]
-        return Band(max(los, default=None), min(his, default=None))
-
-
-EVERYTHING = Band()
-
-
-class Positions(NamedTuple):
-    """Rows ``0 .. length - 1`` stand at positions from `offset` on; `side` is "query" or "key"."""
-
-    side: str
-    length: int
-    offset: int | Tensor
-
-    def on(self, device: torch.device) -> Tensor:
-        """Position of every row."""
-        return torch.arange(self.length, device=device) + self.offset
-
-    def rows_of(self, table: Tensor) -> Tensor:
-        """Pick a (batch, positions) table at these positions."""
-        if not isinstance(self.offset, Tensor) and (self.offset, self.length) == (
-            0,
-            table.shape[1],
-        ):
-            return table
-        return table[:, self.on(table.device)]
+__all__ = ["read_function"]
 
 
 def read_function(
@@ -87,7 +60,7 @@ def read_function(
     PatternError
         The function has a part that is no interval, group or keep clause.
     """
-    indices = _Batch(), _Head(), _Index(queries, device), _Index(keys, device)
+    indices = BatchIndex(), HeadIndex(), RowIndex(queries, device), RowIndex(keys, device)
     try:
         if plain:
             said = function(*indices)
@@ -95,314 +68,11 @@ def read_function(
             with _LookUps():
                 said = function(*indices)
     except (AttributeError, TypeError) as error:  # a method that symbols do not have
-        _refuse(str(error), error)
-    found = _as_clause(said)
+        refuse_part(str(error), error)
+    found = as_clause(said)
     if found.compares_looked_up and (custom or not found.packed):
-        _refuse("a comparison of positions looked up in a tensor")
+        refuse_part("a comparison of positions looked up in a tensor")
     return found
-
-
-def _refuse(part: str, cause: Exception | None = None) -> NoReturn:
-    raise PatternError(
-        f"the attention mask has a part that scfa_core cannot express: {part}. It knows causal, "
-        "sliding-window, chunked, bidirectional, packed and padding masks, and what is made of "
-        "their comparisons joined by &; use attn_implementation='sdpa' for this model"
-    ) from cause
-
-
-class _Symbol:
-    """Stands for an index or for what became of one; whatever a child does not define raises."""
-
-    __hash__ = None  # type: ignore[assignment]
-    device = None
-    what = "an index"
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> NoReturn:
-        """Refuse a torch function, and a tensor's operator with a symbol at its right."""
-        _refuse(f"{getattr(func, '__name__', func)} of {cls.what}")
-
-    def to(self, *args: Any, **kwargs: Any) -> _Symbol:
-        """Symbols live nowhere."""
-        return self
-
-    def new_ones(self, *args: Any, **kwargs: Any) -> Clause:
-        """With what transformers' ``and_masks`` begins: every pair is visible."""
-        return Clause()
-
-    def new_zeros(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """With what transformers' ``or_masks`` begins."""
-        _refuse("a union of masks (or_masks)")
-
-    def __bool__(self) -> NoReturn:
-        _refuse(f"a decision on the value of {self.what}")
-
-
-def _refused(name: str) -> Callable[..., NoReturn]:
-    def operate(self: _Symbol, *others: Any) -> NoReturn:
-        _refuse(f"{name} of {self.what}")
-
-    return operate
-
-
-for _name in (
-    *("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "rfloordiv", "truediv", "rtruediv"),
-    *("mod", "rmod", "and", "rand", "or", "ror", "xor", "rxor", "invert", "abs", "neg"),
-    *("lt", "le", "gt", "ge", "eq", "ne", "getitem", "index", "int", "float"),
-):
-    setattr(_Symbol, f"__{_name}__", _refused(_name))
-
-
-class Clause(_Symbol):
-    """What must hold for a pair to be visible.
-
-    Attributes
-    ----------
-    band : Band
-    groups : tuple of (q_ids, k_ids)
-        Each (batch or 1, rows): equal ids see each other.
-    keeps : tuple of bool Tensor, (batch or 1, keys)
-    packed : bool
-        One table tells queries and keys apart: documents.
-    compares_looked_up : bool
-        The band was said of positions looked up in a table. Within a document those rise by one, as
-        rows do.
-    """
-
-    what = "a mask"
-
-    def __init__(
-        self,
-        band: Band = EVERYTHING,
-        groups: tuple[tuple[Tensor, Tensor], ...] = (),
-        keeps: tuple[Tensor, ...] = (),
-        packed: bool = False,
-        compares_looked_up: bool = False,
-    ) -> None:
-        self.band = band
-        self.groups = groups
-        self.keeps = keeps
-        self.packed = packed
-        self.compares_looked_up = compares_looked_up
-
-    def __and__(self, other: Any) -> Clause:
-        other = _as_clause(other)
-        return Clause(
-            self.band.narrowed(other.band),
-            self.groups + other.groups,
-            self.keeps + other.keeps,
-            self.packed or other.packed,
-            self.compares_looked_up or other.compares_looked_up,
-        )
-
-
-def _as_clause(said: Any) -> Clause:
-    """Return what a mask function said as a clause; flags of keys are one."""
-    if isinstance(said, Clause):
-        return said
-    if isinstance(said, _Rows) and said.at.side == "key" and said.values.dtype == torch.bool:
-        return Clause(keeps=(said.values,))
-    what = said.what if isinstance(said, _Symbol) else f"a {type(said).__name__}"
-    _refuse(f"{what} in place of a comparison")
-
-
-class _Batch(_Symbol):
-    what = "the batch index"
-
-
-class _Head(_Symbol):
-    what = "the head index"
-
-
-class _PerBatch(_Symbol):
-    """``table[batch]`` of a (batch,) table."""
-
-    what = "a value of each sequence"
-
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
-
-
-class _OneSide(_Symbol):
-    """A value of queries or of keys: compared with one of the other side by their distance."""
-
-    def __le__(self, other: Any) -> Any:
-        return self._less(other) <= 0
-
-    def __lt__(self, other: Any) -> Any:
-        return self._less(other) <= -1
-
-    def __gt__(self, other: Any) -> Any:
-        return self._less(other) >= 1
-
-    def __ge__(self, other: Any) -> Any:
-        return self._less(other) >= 0
-
-    def __eq__(self, other: Any) -> Any:
-        return self._less(other) == 0
-
-    def _less(self, other: Any) -> _Distance:
-        """``self - other``, which comparisons are made of."""
-        less: Any = self - other
-        if isinstance(less, _Distance):
-            return less
-        _refuse(f"{self.what} compared with what is none of the other side")
-
-
-class _Index(_OneSide):
-    """Position of a query or key, plus `shift`."""
-
-    def __init__(self, at: Positions, device: torch.device, shift: int = 0) -> None:
-        self.at = at
-        self.device = device
-        self.shift = shift
-        self.what = f"the {at.side} index"
-
-    def __add__(self, other: Any) -> Any:
-        if isinstance(other, int):
-            return _Index(self.at, self.device, self.shift + other)
-        _refuse(f"a sum of {self.what}")
-
-    def __sub__(self, other: Any) -> Any:
-        if isinstance(other, int):
-            return _Index(self.at, self.device, self.shift - other)
-        if isinstance(other, _PerBatch):
-            return _Rows(self.at, self._rows(other.values.device) - other.values[:, None])
-        if isinstance(other, _Index) and other.at.side != self.at.side:
-            return _Distance(self.at.side, self.shift - other.shift)
-        _refuse(f"a difference of {self.what}")
-
-    def __floordiv__(self, other: Any) -> Any:
-        if isinstance(other, int):
-            return _Rows(self.at, self._rows(self.device)) // other
-        _refuse(f"a division of {self.what}")
-
-    def _rows(self, device: torch.device) -> Tensor:
-        return self.at.on(device)[None] + self.shift
-
-    def __ge__(self, other: Any) -> Any:
-        # Positions begin at 0; so says the mask that sees everything.
-        if isinstance(other, int) and self.shift >= other:
-            return Clause()
-        return super().__ge__(other)
-
-
-class _Distance(_Symbol):
-    """Position of `side` less that of the other, plus `shift`; `looked_up`: as a table has them."""
-
-    what = "a distance of query and key"
-
-    def __init__(self, side: str, shift: int, looked_up: bool = False) -> None:
-        self.side = side
-        self.shift = shift
-        self.looked_up = looked_up
-
-    def __add__(self, other: Any) -> Any:
-        if isinstance(other, int):
-            return _Distance(self.side, self.shift + other, self.looked_up)
-        _refuse(f"a sum of {self.what}")
-
-    def __sub__(self, other: Any) -> Any:
-        if isinstance(other, int):
-            return _Distance(self.side, self.shift - other, self.looked_up)
-        _refuse(f"a difference of {self.what}")
-
-    def __abs__(self) -> Any:
-        return _Reach(self)
-
-    def __le__(self, other: Any) -> Any:
-        return self._between(None, other)
-
-    def __lt__(self, other: Any) -> Any:
-        return self <= other - 1
-
-    def __ge__(self, other: Any) -> Any:
-        return self._between(other, None)
-
-    def __gt__(self, other: Any) -> Any:
-        return self >= other + 1
-
-    def __eq__(self, other: Any) -> Any:
-        return self._between(other, other)
-
-    def _between(self, least: Any, most: Any) -> Clause:
-        """Of key less query, both ends included."""
-        if not all(x is None or isinstance(x, int) for x in (least, most)):
-            _refuse(f"{self.what} compared with what is no int")
-        lo = None if least is None else least - self.shift
-        hi = None if most is None else most - self.shift
-        if self.side == "query":
-            lo, hi = None if hi is None else -hi, None if lo is None else -lo
-        band = Band(lo, None if hi is None else hi + 1)
-        return Clause(band, compares_looked_up=self.looked_up)
-
-
-class _Reach(_Symbol):
-    """``abs`` of a distance."""
-
-    what = "a distance both ways"
-
-    def __init__(self, distance: _Distance) -> None:
-        self.distance = distance
-
-    def __le__(self, other: Any) -> Any:
-        return (self.distance <= other) & (self.distance >= -other)
-
-    def __lt__(self, other: Any) -> Any:
-        return self <= other - 1
-
-
-class _Rows(_OneSide):
-    """A value of each row of one side, (batch or 1, rows), looked up in `table` or computed.
-
-    `shift` has been added to what was looked up; it is not in `values`.
-    """
-
-    def __init__(
-        self, at: Positions, values: Tensor, table: Tensor | None = None, shift: int = 0
-    ) -> None:
-        self.at = at
-        self.values = values
-        self.table = table
-        self.shift = shift
-        self.what = f"values of each {at.side}"
-
-    def __add__(self, other: Any) -> Any:
-        if isinstance(other, int):
-            return _Rows(self.at, self.values, self.table, self.shift + other)
-        _refuse(f"a sum of {self.what}")
-
-    def __sub__(self, other: Any) -> Any:
-        if isinstance(other, int):
-            return self + -other
-        if isinstance(other, _PerBatch):
-            return _Rows(self.at, self._shifted() - other.values[:, None])
-        if isinstance(other, _Rows) and self._same_table(other):
-            return _Distance(self.at.side, self.shift - other.shift, looked_up=True)
-        _refuse(f"a difference of {self.what}")
-
-    def __floordiv__(self, other: Any) -> Any:
-        if isinstance(other, int):
-            quotient = torch.div(self._shifted(), other, rounding_mode="floor")
-            return _Rows(self.at, quotient)
-        _refuse(f"a division of {self.what}")
-
-    def _same_table(self, other: _Rows) -> bool:
-        sides = self.at.side != other.at.side
-        return sides and self.table is not None and self.table is other.table
-
-    def _shifted(self) -> Tensor:
-        return self.values + self.shift if self.shift else self.values
-
-    def __eq__(self, other: Any) -> Any:
-        if not isinstance(other, _Rows) or other.at.side == self.at.side:
-            _refuse(f"{self.what} compared with what is none of the other side")
-        mine, others = self._shifted(), other._shifted()
-        groups = (mine, others) if self.at.side == "query" else (others, mine)
-        packed = self._same_table(other) and self.shift == other.shift
-        return Clause(groups=(groups,), packed=packed)
 
 
 class _LookUps(TorchFunctionMode):
@@ -413,14 +83,14 @@ class _LookUps(TorchFunctionMode):
     ) -> Any:
         if func is Tensor.__getitem__ or func is operator.getitem:
             table, index = args
-            if isinstance(index, _Batch) and table.ndim == 1:
-                return _PerBatch(table)
-            if isinstance(index, tuple) and len(index) == 2 and isinstance(index[0], _Batch):
+            if isinstance(index, BatchIndex) and table.ndim == 1:
+                return PerBatch(table)
+            if isinstance(index, tuple) and len(index) == 2 and isinstance(index[0], BatchIndex):
                 at = index[1]
-                if isinstance(at, _Index) and at.shift == 0 and table.ndim == 2:
-                    return _Rows(at.at, at.at.rows_of(table), table)
+                if isinstance(at, RowIndex) and at.shift == 0 and table.ndim == 2:
+                    return Rows(at.at, at.at.rows_of(table), table)
             if any(
-                isinstance(x, _Symbol) for x in (index if isinstance(index, tuple) else (index,))
+                isinstance(x, Symbol) for x in (index if isinstance(index, tuple) else (index,))
             ):
-                _refuse(f"a look-up in a tensor of shape {tuple(table.shape)}")
+                refuse_part(f"a look-up in a tensor of shape {tuple(table.shape)}")
         return func(*args, **(kwargs or {}))
