@@ -89,7 +89,7 @@ def one_pass_cases():
     served = [[0, 0, 1, 1], [1] * 4]
     yield "key-above", sizes, causal((queries, with_entry(keys, (0, 0, 31), 300))), served
     served = [[1] * 4, [1, 1, 0, 0]]
-    yield "key-negative", sizes, causal((queries, with_entry(keys, (1, 1, 0), -5))), served
+    yield "key-negative", sizes, causal((queries, with_entry(keys, (1, 1, 0), -70000))), served
     sizes = (1, 2, 1, 40, 66)
     yield "none-served", sizes, causal(ids(sizes, below(1000))), [[0, 0]]
     high = ids(sizes, one_of(5, 5 + 2**32, 2**40), wide)
