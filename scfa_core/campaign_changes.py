@@ -15,7 +15,8 @@ import numpy as np
 
 from scfa_core import campaign
 from scfa_core import patterns as pt
-from scfa_core.campaign import Drawn, Shapes
+from scfa_core.campaign import Drawn
+from scfa_core.campaign_clauses import MORE, Shapes, further_clause
 from scfa_core.lowering import MAX_GROUP_CLAUSES
 from scfa_core.testing import Part, Spec
 
@@ -259,8 +260,8 @@ def _ranges(rng: np.random.Generator, spec: Spec, parts: Parts, limits: Limits) 
 
 def _clause(rng: np.random.Generator, spec: Spec, parts: Parts, limits: Limits) -> Changed:
     """One more clause, or one in the place of another."""
-    family = str(rng.choice(campaign.MORE))
-    clause = campaign.further_clause(rng, _shapes(spec), family, int(rng.integers(2**31)))
+    family = str(rng.choice(MORE))
+    clause = further_clause(rng, _shapes(spec), family, int(rng.integers(2**31)))
     groups = sum(isinstance(x, (pt.HashSparse, pt.Documents)) for x in parts)
     if groups == MAX_GROUP_CLAUSES or rng.random() < 0.3:
         place = int(rng.integers(len(parts)))

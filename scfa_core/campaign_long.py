@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scfa_core import campaign, testing
+from scfa_core import campaign, campaign_clauses, testing
 from scfa_core import patterns as pt
-from scfa_core.campaign import DeepProblem, Shapes
+from scfa_core.campaign import DeepProblem
 from scfa_core.campaign_blocks import (
     Answers,
     count_visible,
@@ -23,6 +23,7 @@ from scfa_core.campaign_blocks import (
     numbers_on,
     stored_out_sizes,
 )
+from scfa_core.campaign_clauses import Shapes
 from scfa_core.campaign_judge import visible
 from scfa_core.reference.backend import narrow
 from scfa_core.testing import Case, Part, Results, Spec, Verdict
@@ -37,7 +38,7 @@ LENGTHS = (
     *(2**k + one for k in range(13, 17) for one in (-1, 0, 1)),
     *(4099, 5003, 6007, 10_007, 12_289, 20_011, 24_593, 40_009, 50_021, 80_021, 100_003),
 )  # the last line are primes
-FAMILIES = ("buckets", *campaign.FAMILIES, "window", "causal")
+FAMILIES = ("buckets", *campaign_clauses.FAMILIES, "window", "causal")
 ENTRIES = 2**23  # of q: what long problems may have in heads they lack in rows
 HOST_PAIRS, CUDA_PAIRS = 2**24, 2**32  # visible (query, key) pairs of all heads, about
 LOOKED_AT = 64  # queries of each head from which the pairs are estimated
@@ -52,7 +53,7 @@ def _length(rng: np.random.Generator, most: int) -> int:
 
 
 def _clause(rng: np.random.Generator, shapes: Shapes, family: str, seed: int) -> pt.Pattern:
-    """One pattern of a family: those of `campaign`, and hashes to few or many buckets."""
+    """One pattern of a family: those of `campaign_clauses`, and hashes to few or many buckets."""
     causal = bool(rng.random() < 0.8)
     if family == "causal":
         return pt.Causal(seed % 2 == 0, "bottom-right" if rng.random() < 0.5 else "top-left")
@@ -62,7 +63,7 @@ def _clause(rng: np.random.Generator, shapes: Shapes, family: str, seed: int) ->
         number = int(rng.choice([8, 64, 1000, 8192]))
         q_hash, k_hash = (rng.integers(0, number, shape, np.int32) for shape in shapes)
         return pt.HashSparse(q_hash, k_hash, causal=causal)
-    return campaign._clause(rng, shapes, family, seed)
+    return campaign_clauses.draw_clause(rng, shapes, family, seed)
 
 
 def draw(seed: int, *, most_rows: int, most_pairs: int, dtypes: tuple[str, ...]) -> DeepProblem:

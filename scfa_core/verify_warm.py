@@ -17,7 +17,8 @@ import numpy as np
 
 from scfa_core import campaign, testing
 from scfa_core import patterns as pt
-from scfa_core.campaign import DeepProblem, Shapes
+from scfa_core.campaign import DeepProblem
+from scfa_core.campaign_clauses import Shapes
 from scfa_core.dispatch import load_backend
 from scfa_core.reference.backend import narrow
 from scfa_core.testing import Case, Spec
