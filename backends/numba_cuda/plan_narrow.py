@@ -1,4 +1,4 @@
-"""Planner, step 3, once per group clause from the first to the last: keys whose group is equal.
+"""Planner, step 3, once per group clause from the first to the last but one: keys that agree in it.
 
 Sorted keys that agree in the clauses before lie together and are sorted by this clause; two binary
 searches narrow each query's range to those that agree in this one too.
@@ -17,26 +17,20 @@ TILE = 8 * THREADS  # queries of a block
 
 @cache
 def build_plan_narrow(q_dtype: str, k_dtype: str) -> Kernel:
-    """One block per tile of sorted queries, lists with done[b, h] left out if there `may_be_done`.
-
-    Reads key_start and key_end unless `is_first`.
-    """
+    """One block per tile of sorted queries; reads key_start and key_end unless `is_first`."""
 
     @kernel(
         f"{q_dtype}:3", f"{k_dtype}:3", "int32:3", "int32:3", "int32:2", "int32:2",
-        "int32:3", "int32:3", "int32:2", "bool", "bool",
+        "int32:3", "int32:3", "bool",
     )  # fmt: skip
     def scfa_plan_narrow(
-        q_group, k_group, q_index, k_index, q_count, k_count, key_start, key_end, done, may_be_done,
-        is_first,
-    ):  # fmt: skip
+        q_group, k_group, q_index, k_index, q_count, k_count, key_start, key_end, is_first
+    ):
         heads = q_index.shape[1]
         tiles = (q_index.shape[2] + TILE - 1) // TILE
         id = cuda.blockIdx.x // tiles
         b = id // heads
         h = id % heads
-        if may_be_done and done[b, h] != 0:
-            return
         g = h // (heads // k_index.shape[1])
         queries, keys = q_group[b, h], k_group[b, g]
         q_rows, k_rows = q_index[b, h], k_index[b, g]

@@ -167,20 +167,23 @@ def run_make_plan(problem: Problem, clauses: Clauses, plan: PlanArrays, ctx: Cal
         keys.sort(clauses.k_keeps, clauses.k_groups, k_scratch, done, may_be_done)
         if problem.seqlen_q == 0:
             return
-        pairs = zip(clauses.q_groups, clauses.k_groups, strict=True)
-        for place, (q_group, k_group) in enumerate(pairs):
+        *before_last, last = (*zip(clauses.q_groups, clauses.k_groups, strict=True),) or (None,)
+        for place, (q_group, k_group) in enumerate(before_last):
             plan_narrow.build_plan_narrow(_type_name(q_group), _type_name(k_group)).launch(
                 queries.lists * -(-problem.seqlen_q // plan_narrow.TILE),
                 plan_narrow.THREADS,
                 queries.queue,
-                (view(q_group), view(k_group), *arrays, done, may_be_done, place == 0),
+                (view(q_group), view(k_group), *arrays, place == 0),
             )
         limits = _limits(problem, clauses, plan.q_index.shape, ctx)
-        plan_ranges.build_plan_ranges().launch(
+        q_group, k_group = last or (plan.q_index, plan.k_index)
+        plan_ranges.build_plan_ranges(_type_name(q_group), _type_name(k_group)).launch(
             queries.lists * -(-problem.seqlen_q // plan_ranges.TILE),
             plan_ranges.THREADS,
             queries.queue,
             (
+                view(q_group),
+                view(k_group),
                 *arrays,
                 *(limits or (queries.index, queries.index)),
                 done,
@@ -188,6 +191,7 @@ def run_make_plan(problem: Problem, clauses: Clauses, plan: PlanArrays, ctx: Cal
                 _offset(clauses.hi_offset, FAR),
                 may_be_done,
                 limits is not None,
-                bool(clauses.q_groups),
+                last is not None,
+                not before_last,
             ),
         )

@@ -54,7 +54,7 @@ def planner_kernels():
     yield plan_sort.build_plan_sort("int64")
     yield plan_narrow.build_plan_narrow("int32", "int64")
     yield plan_clip.build_plan_clip("int64")
-    yield plan_ranges.build_plan_ranges()
+    yield plan_ranges.build_plan_ranges("int32", "int64")
 
 
 @pytest.fixture

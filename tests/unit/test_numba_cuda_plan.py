@@ -160,7 +160,7 @@ def run_case(sizes, clauses):
 
 def touch_lists_that_are_done():
     """Names of the kernels that write where every list is done."""
-    from scfa_core.backends.numba_cuda import plan_narrow, plan_ranges, plan_sort
+    from scfa_core.backends.numba_cuda import plan_ranges, plan_sort
     from scfa_core.backends.numba_cuda.compiling import Queue
     from scfa_core.backends.numba_cuda.views import view
 
@@ -173,8 +173,10 @@ def touch_lists_that_are_done():
     group, index, count, done = (view(x) for x in (group, index, count, done))
     kernels = {
         plan_sort.build_plan_sort("int32"): (group, index, view(start), count, done, True, True),
-        plan_narrow.build_plan_narrow("int32", "int32"): (group, group, *arrays, done, True, True),
-        plan_ranges.build_plan_ranges(): (*arrays, index, index, done, 0, 1, True, False, False),
+        plan_ranges.build_plan_ranges("int32", "int32"): (
+            *(group, group, *arrays, index, index, done, 0, 1),
+            *(True, False, True, True),
+        ),
     }
     touched = []
     for kernel, arguments in kernels.items():
