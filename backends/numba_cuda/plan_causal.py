@@ -1,16 +1,17 @@
-"""Planner, all steps at once: one group clause of small ids, causal, nothing dropped.
+"""Planner, all steps at once: one group clause of neighbouring ids, causal, nothing dropped.
 
 One counting pass over queries and keys of a (batch, head) together. Key row i is placed in the same
 round as query row i, so the number of keys of its group placed so far is the end of the query's
-range: nothing is searched. A list with ids outside [0, BINS) is left to the other kernels, and
-`done` says so; only the device knows.
+range: nothing is searched. Ids are taken to lie in [0, BINS); where they do not, their least one is
+looked for, and counting begins anew from there. A list whose ids lie further apart is left to the
+other kernels, and `done` says so; only the device knows.
 """
 
 from __future__ import annotations
 
 from functools import cache
 
-from numba import cuda, int32, uint32
+from numba import cuda, int32, int64, uint32
 from scfa_core.backends.numba_cuda.compiling import Kernel, device, kernel
 from scfa_core.backends.numba_cuda.plan_warp import (
     ROUNDS,
@@ -32,12 +33,14 @@ PITCH = BINS + 1  # of a warp's counts, with those of ids that have no bin
 SIDES = 2  # queries, keys
 COUNTS = SIDES * WARPS * PITCH
 TOTALS = SIDES * BINS
+MOST = (1 << 63) - 1
 
 
 @device
-def bin_of(value):
+def bin_of(value, least):
     """An id's bin; BINS, which nobody looks into, for all that have none."""
-    return int32(value if 0 <= value < BINS else BINS)
+    distance = int64(value) - least
+    return int32(distance if 0 <= distance < BINS else BINS)
 
 
 @cache
@@ -60,6 +63,7 @@ def build_plan_causal(q_dtype: str, k_dtype: str) -> Kernel:
         sums = cuda.shared.array(TOTALS, int32)
         firsts = cuda.shared.array(TOTALS, int32)
         seen = cuda.shared.array(1, int32)
+        extremes = cuda.shared.array(2, int64)
         q_ids = cuda.local.array(ROUNDS, int32)
         k_ids = cuda.local.array(ROUNDS, int32)
         heads, heads_kv = q_index.shape[1], k_index.shape[1]
@@ -83,33 +87,57 @@ def build_plan_causal(q_dtype: str, k_dtype: str) -> Kernel:
         my_queries = int32(warp * PITCH)
         my_keys = int32((warps + warp) * PITCH)
 
-        entry = thread
-        while entry < SIDES * warps * PITCH:
-            counts[entry] = 0
-            entry = int32(entry + threads)
         if thread == 0:
-            seen[0] = 0
-        cuda.syncthreads()  # all counts are zero
+            extremes[0] = MOST
+            extremes[1] = -MOST
+        least = int64(0)
+        all_bits = int32(BINS)
+        for tries in range(2):
+            if tries == 1:
+                # survey: the ids may be few, but not begin at 0
+                low, high = int64(MOST), int64(-MOST)
+                row = thread
+                while row < longer:
+                    of_query = int64(queries[uint32(min(row, q_last))])
+                    of_key = int64(keys[uint32(min(row, k_last))])
+                    low = min(low, min(of_query, of_key))
+                    high = max(high, max(of_query, of_key))
+                    row = int32(row + threads)
+                cuda.atomic.min(extremes, 0, low)
+                cuda.atomic.max(extremes, 1, high)
+                cuda.syncthreads()  # the extremes are there, and all have read `seen`
+                least = extremes[0]
+                if not 0 <= extremes[1] - least < BINS:
+                    break
+            entry = thread
+            while entry < SIDES * warps * PITCH:
+                counts[entry] = 0
+                entry = int32(entry + threads)
+            if thread == 0:
+                seen[0] = 0
+            cuda.syncthreads()  # all counts are zero
 
-        # count: rows of each bin in this warp's stretch, and the bits of all ids
-        bits_seen = int32(0)
-        start = first
-        while start < end:
-            for u in range(ROUNDS):
-                row = int32(start + 32 * u + lane)
-                q_ids[u] = bin_of(queries[uint32(min(row, q_last))])
-                k_ids[u] = bin_of(keys[uint32(min(row, k_last))])
-            for u in range(ROUNDS):
-                row = int32(start + 32 * u + lane)
-                bits_seen = int32(bits_seen | q_ids[u] | k_ids[u])
-                if row < q_end:
-                    cuda.atomic.add(counts, uint32(my_queries + q_ids[u]), 1)
-                if row < k_end:
-                    cuda.atomic.add(counts, uint32(my_keys + k_ids[u]), 1)
-            start = int32(start + 32 * ROUNDS)
-        cuda.atomic.or_(seen, 0, bits_seen)
-        cuda.syncthreads()  # every warp's counts are there
-        all_bits = seen[0]
+            # count: rows of each bin in this warp's stretch, and the bits of all bins
+            bits_seen = int32(0)
+            start = first
+            while start < end:
+                for u in range(ROUNDS):
+                    row = int32(start + 32 * u + lane)
+                    q_ids[u] = bin_of(queries[uint32(min(row, q_last))], least)
+                    k_ids[u] = bin_of(keys[uint32(min(row, k_last))], least)
+                for u in range(ROUNDS):
+                    row = int32(start + 32 * u + lane)
+                    bits_seen = int32(bits_seen | q_ids[u] | k_ids[u])
+                    if row < q_end:
+                        cuda.atomic.add(counts, uint32(my_queries + q_ids[u]), 1)
+                    if row < k_end:
+                        cuda.atomic.add(counts, uint32(my_keys + k_ids[u]), 1)
+                start = int32(start + 32 * ROUNDS)
+            cuda.atomic.or_(seen, 0, bits_seen)
+            cuda.syncthreads()  # every warp's counts are there
+            all_bits = seen[0]
+            if all_bits < BINS:
+                break
         if thread == 0:
             done[b, h] = all_bits < BINS
         if all_bits >= BINS:
@@ -148,8 +176,8 @@ def build_plan_causal(q_dtype: str, k_dtype: str) -> Kernel:
         while start < end:
             for u in range(ROUNDS):
                 row = int32(start + 32 * u + lane)
-                q_ids[u] = queries[uint32(min(row, q_last))]
-                k_ids[u] = keys[uint32(min(row, k_last))]
+                q_ids[u] = int64(queries[uint32(min(row, q_last))]) - least
+                k_ids[u] = int64(keys[uint32(min(row, k_last))]) - least
             for u in range(ROUNDS):
                 now = int32(start + 32 * u)
                 if now < end:  # the same for all lanes

@@ -69,6 +69,13 @@ def one_pass_cases():
     yield "all-distinct", sizes, causal(ids(sizes, distinct)), all_served
     yield "first-and-last-bin", sizes, causal(ids(sizes, one_of(0, 255))), all_served
     wide = (np.int64, np.int64)
+    yield "from-minus-1", sizes, causal(ids(sizes, below(4, -1))), all_served
+    yield "far-from-0", sizes, causal(ids(sizes, one_of(10**9, 10**9 + 255))), all_served
+    queries, keys = ids(sizes, below(3))
+    yield "least-is-a-key", sizes, causal((queries, keys - 1)), all_served
+    least, most = -(2**63), 2**63 - 1
+    yield "least-int64", sizes, causal(ids(sizes, one_of(least, least + 9), wide)), all_served
+    yield "most-int64", sizes, causal(ids(sizes, one_of(most - 70, most), wide)), all_served
     yield "int64", sizes, causal(ids(sizes, below(17), wide)), all_served
     yield "two-dtypes", sizes, causal(ids(sizes, below(4), (np.int32, np.int64))), all_served
     queries, keys = ids(sizes, below(4))
@@ -85,7 +92,7 @@ def one_pass_cases():
     served = [[1, 1, 0, 1], [1, 1, 1, 1]]  # another head of the key head is served all the same
     yield "query-above", sizes, causal((with_entry(queries, (0, 2, 9), 256), keys)), served
     served = [[1] * 4, [1, 0, 1, 1]]
-    yield "query-negative", sizes, causal((with_entry(queries, (1, 1, 32), -1), keys)), served
+    yield "query-negative", sizes, causal((with_entry(queries, (1, 1, 32), -252), keys)), served
     served = [[0, 0, 1, 1], [1] * 4]
     yield "key-above", sizes, causal((queries, with_entry(keys, (0, 0, 31), 300))), served
     served = [[1] * 4, [1, 1, 0, 0]]
@@ -94,7 +101,7 @@ def one_pass_cases():
     yield "none-served", sizes, causal(ids(sizes, below(1000))), [[0, 0]]
     high = ids(sizes, one_of(5, 5 + 2**32, 2**40), wide)
     yield "wide-ids", sizes, causal(high), [[0, 0]]
-    extreme = ids(sizes, one_of(-(2**63), 0, 2**63 - 1), wide)
+    extreme = ids(sizes, one_of(least, 0, most), wide)
     yield "extreme-ids", sizes, causal(extreme), [[0, 0]]
 
 
