@@ -57,7 +57,7 @@ def with_entry(x, place, value):
 
 def one_pass_cases():
     """Sizes, clauses, and which query lists plan_causal serves."""
-    for rows in (1, 63, 64, 65, 127, 129, 131):
+    for rows in (1, 63, 64, 65, 127, 129, 131, 311):  # beyond 256 a warp loads more than once
         sizes = (1, 1, 1, rows, rows)
         yield f"length-{rows}", sizes, causal(ids(sizes, below(5))), [[1]]
     sizes = (1, 2, 1, 70, 70)
@@ -115,6 +115,10 @@ def other_cases():
     yield "keep", sizes, Clauses(hi_offset=1, **keeps), None
     yield "keep-one-pass", sizes, causal(few, **keeps), None
     yield "keep-two-passes", sizes, causal(many, **keeps), None
+    long = (1, 1, 1, 301, 289)
+    keeps_of_long = ids(long, one_of(0, 1, 1), (np.uint8, np.uint8))
+    long_keeps = {f"{side}_keeps": (x,) for side, x in zip("qk", keeps_of_long, strict=True)}
+    yield "keep-long", long, causal(ids(long, below(500)), **long_keeps), None
     yield "keep-eight-passes", sizes, causal(deep, **keeps), None
     none = {name: (np.zeros_like(x[0]),) for name, x in keeps.items()}
     yield "keep-nothing", sizes, causal(few, **none), None
