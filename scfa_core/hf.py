@@ -20,6 +20,8 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import output_capturing
 
+import scfa_core.torch_hashing
+import scfa_core.torch_union_ops  # noqa: F401  (both register operators: loaded programs need them)
 from scfa_core.api import attention
 from scfa_core.errors import PatternError, ShapeError
 from scfa_core.hashing import angular_hash, check_buckets

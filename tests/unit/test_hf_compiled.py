@@ -3,6 +3,9 @@
 `torch.compile(fullgraph=True)` raises where a graph would break.
 """
 
+import subprocess
+import sys
+
 import pytest
 
 torch = pytest.importorskip("torch", reason="transformers needs torch")
@@ -249,3 +252,30 @@ def test_an_exported_model_takes_padding_and_windows(name):
     exported = torch.export.export(model, (), inputs, strict=False).module()
     mine, right = exported(**inputs).logits, model(**inputs).logits
     torch.testing.assert_close(mine, right, rtol=0, atol=1e-5)
+
+
+LOAD = """
+import sys, torch, scfa_core.hf
+program = torch.export.load(sys.argv[1]).module()
+torch.save(program(torch.load(sys.argv[2])), sys.argv[3])
+"""
+
+
+def test_a_saved_program_needs_no_more_than_this_import(tmp_path):
+    """In a process of its own, which has made no model; a hash has operators of every kind."""
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = made("qwen3")
+            self.model.set_attn_implementation("scfa_hash")
+
+        def forward(self, text):
+            return self.model(text, use_cache=False).logits
+
+    logits = Logits()
+    program, text, out = (tmp_path / file for file in ("program.pt2", "text", "out"))
+    torch.export.save(torch.export.export(logits, (tokens(),), strict=False), program)
+    torch.save(tokens(), text)
+    subprocess.run([sys.executable, "-c", LOAD, program, text, out], check=True, timeout=120)
+    torch.testing.assert_close(torch.load(out), logits(tokens()), rtol=0, atol=1e-5)
