@@ -226,7 +226,9 @@ class _Backward:
     def _split(self) -> list[Launch]:
         """The dq kernel, then the dk/dv kernel."""
         problem, head_dim = self.problem, self.problem.head_dim
-        dq, dkdv = sm90._DQ[head_dim], sm90._DKDV[head_dim]
+        dq, dkdv = (
+            sm90._shape_of(shapes, head_dim, self.monotone) for shapes in (sm90._DQ, sm90._DKDV)
+        )
         heads = problem.batch * problem.heads
         tiles = sm90._tiles(problem.seqlen_q, 64 * dq.warpgroups, heads)
         return [

@@ -112,6 +112,12 @@ _FUSED_KERNELS = {64: "bwd_fused_sm90", 128: "bwd_fused128_sm90"}
 _PREPARE = {head_dim: Shape(0, 64, 0, 0) for head_dim in _FUSED}
 
 
+def _shape_of(shapes: dict[int, Shape], head_dim: int, monotone: bool) -> Shape:
+    """A kernel's shape; over ranges in any order one warpgroup gathers, as two were slower."""
+    shape = shapes[head_dim]
+    return shape if monotone else shape._replace(gatherers=1)
+
+
 def _forward_shared(head_dim: int, shape: Shape) -> int:
     """Bytes of dynamic shared memory of fwd_sm90.cu."""
     rows = 64 * shape.warpgroups

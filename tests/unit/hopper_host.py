@@ -150,7 +150,7 @@ def passes(spec, fused, monotone=True):
         lists = spec.batch * spec.heads
         yield "bwd_envelope_sm90", None, (1, lists), spec.heads, 2 * lists, 1024
     for kernel, shapes, rows, heads in (("fwd_sm90", launch_sm90._FORWARD, *per_query), *backward):
-        shape = shapes[head_dim]
+        shape = launch_sm90._shape_of(shapes, head_dim, monotone)
         tiles = launch_sm90._tiles(rows, 64 * shape.warpgroups, spec.batch * heads)
         if kernel == "bwd_prepare_sm90":
             yield kernel, launch_sm90._PREPARE[head_dim], tiles, heads, None, 256
