@@ -7,8 +7,9 @@ functorch, dispatch modes, subclasses, the profiler) goes through the operators.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import index
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -54,6 +55,7 @@ from scfa_core.torch_transforms import forward_in_functorch, functorch_is_active
 
 __all__ = ["TORCH_FRAMEWORK", "attention", "attention_backward", "make_plan"]
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _TRACED_AS_TENSORS = (torch.Tensor, np.ndarray, np.generic)
 _AUTOCAST_KINDS = ("cpu", "cuda")
 _AUTOCAST_TAKES = (torch.float16, torch.bfloat16, torch.float32)
@@ -316,7 +318,16 @@ def _are_head_dims(*sizes: int) -> bool:
     return all(size in range(MIN_HEAD_DIM, MAX_HEAD_DIM + 1, HEAD_DIM_STEP) for size in sizes)
 
 
-@torch.compiler.assume_constant_result  # reads context, environment
+def _constant_in_graphs(function: _Function) -> _Function:
+    """Mark as `torch.compiler.assume_constant_result` does, without its import of all of dynamo.
+
+    That takes more than a second of a first call, compiled or not.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_in_graphs  # reads context, environment
 def _name_backend(
     head_dim: int,
     head_dim_v: int,

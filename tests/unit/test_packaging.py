@@ -194,3 +194,16 @@ def test_numpy_calls_import_no_framework(tmp_path):
         "print(sorted({'torch', 'cupy', 'matplotlib', 'rich'} & set(sys.modules)))\n"
     )
     assert run(sys.executable, "-c", code, cwd=tmp_path).strip() == "[]"
+
+
+def test_torch_calls_import_no_compiler_of_torch(tmp_path):
+    """All of dynamo and what it imports would take more than a second of a first call."""
+    code = (
+        "import sys, torch, scfa_core as scfa\n"
+        "x = torch.ones((1, 1, 20, 16), requires_grad=True)\n"
+        "ids = torch.zeros((1, 1, 20), dtype=torch.int32)\n"
+        "scfa.attention(x, x, x, scfa.HashSparse(ids, ids)).sum().backward()\n"
+        "compilers = {'torch._dynamo', 'torch._inductor', 'sympy', 'triton'}\n"
+        "print(sorted(compilers & set(sys.modules)))\n"
+    )
+    assert run(sys.executable, "-c", code, cwd=tmp_path).strip() == "[]"
