@@ -38,7 +38,9 @@ deduplicated, split by file; a run records the hash of its corpus. Packages copy
 validation files are not strangers to training: read losses against each other, not against those of
 other corpora. `--tokens bpe` takes a byte-pair tokeniser trained on the training split instead.
 Steps are timed on the same text by words hashed to the model's vocabulary, so that their
-frequencies, and with them the buckets, are like a tokeniser's.
+frequencies, and with them the buckets, are like a tokeniser's. Speeds that name no commit are from
+before c7dc36e: until then each step waited for the GPU before it drew its batch, which a slow host
+shows (79.9 ms a step of hash16r at T=16384 on an H100 where 69.4 came after).
 
 This page is made by `python -m bench.lm report` from stored JSON. In order: the paper's 12 layers
 at T=8192 to 32768; each step beside the same as one CUDA graph, which leaves the host little to do
