@@ -40,6 +40,7 @@ __all__ = [
     "Spec",
     "Verdict",
     "as_numpy_kind",
+    "as_tf32",
     "baseline",
     "build",
     "judge",
@@ -53,6 +54,7 @@ __all__ = [
 ]
 
 ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+ROUNDOFF["tf32"] = 2.0**-11  # of what is multiplied; sums are those of float32
 SMALL = 4096  # entries but for zeros, below which one lucky rounding decides the maximum
 FEW = 64  # queries that see two keys or more: every gradient of such a query hangs on one delta
 
@@ -172,18 +174,27 @@ def _clean(case: Case) -> tuple[np.ndarray, ...]:
     return tuple(np.where(np.isfinite(x), x, 0.0) for x in case.wide())
 
 
-def baseline(case: Case) -> Results:
+def as_tf32(x: np.ndarray) -> np.ndarray:
+    """Float32 with 10 mantissa bits, ties away from 0: what a tensor core multiplies of `x`."""
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    rounded = ((bits + np.uint32(1 << 12)) & np.uint32(0xFFFF_E000)).view(np.float32)
+    return np.where(np.isfinite(x), rounded, x)
+
+
+def baseline(case: Case, *, tf32: bool = False) -> Results:
     """The formula as a framework evaluates it: every step rounded to the dtype, sums in float32.
 
-    This is what torch's composite attention does in the same dtype.
+    This is what torch's composite attention does in the same dtype; with `tf32`, where its products
+    of float32 arrays may be TF32.
     """
     dtype, scale = case.spec.dtype, case.softmax_scale
     acc = np.float64 if dtype == "float64" else np.float32
+    factor = as_tf32 if tf32 else np.asarray
 
     def step(x: np.ndarray) -> np.ndarray:
         return widen(narrow(x.astype(np.float64), dtype), dtype).astype(acc)
 
-    q, k, v, dout = (x.astype(acc) for x in _clean(case))
+    q, k, v, dout = (factor(x.astype(acc)) for x in _clean(case))
     heads, heads_kv = q.shape[1], k.shape[1]
     k, v = spread_heads(k, heads), spread_heads(v, heads)
     scores = np.where(case.mask, step(step(q @ k.swapaxes(-1, -2)) * acc(scale)), -np.inf)
@@ -201,6 +212,7 @@ def baseline(case: Case) -> Results:
         shape = (x.shape[0], heads_kv, heads // heads_kv, *x.shape[2:])
         return step(x.reshape(shape).sum(axis=2))
 
+    p, ds = factor(p), factor(ds)
     return Results(
         step(p @ v),
         lse,
@@ -284,10 +296,15 @@ class Verdict(NamedTuple):
         return self.max_ratio <= 1.0 and self.norm_ratio <= 1.0
 
 
-def judge(case: Case, got: Results, right: Results | None = None) -> list[Verdict]:
-    """Hold `got` (float64 or NumPy arrays, None to leave one out) against the truth by the rule."""
+def judge(
+    case: Case, got: Results, right: Results | None = None, *, tf32: bool = False
+) -> list[Verdict]:
+    """Hold `got` (float64 or NumPy arrays, None to leave one out) against the truth by the rule.
+
+    With `tf32` the products of float32 arrays may be TF32, here as in the formula compared with.
+    """
     right = truth(case) if right is None else right
-    plain, sizes, of_out = baseline(case), magnitudes(case), stored_out_sizes(case)
+    plain, sizes, of_out = baseline(case, tf32=tf32), magnitudes(case), stored_out_sizes(case)
     few = int((case.mask.sum(axis=-1) > 1).sum()) < FEW
     verdicts = []
     for name, mine, true, other, size in zip(
@@ -296,7 +313,9 @@ def judge(case: Case, got: Results, right: Results | None = None) -> list[Verdic
         if mine is not None:
             wide, from_out = np.asarray(mine, np.float64), of_out.get(name)
             verdicts.append(
-                judge_tensor(name, wide, true, other, size, case, few=few, from_out=from_out)
+                judge_tensor(
+                    name, wide, true, other, size, case, few=few, from_out=from_out, tf32=tf32
+                )
             )
     return verdicts
 
@@ -311,6 +330,7 @@ def judge_tensor(
     *,
     few: bool = False,
     from_out: np.ndarray | None = None,
+    tf32: bool = False,
 ) -> Verdict:
     """Hold one tensor, or some of its rows, against the truth.
 
@@ -326,6 +346,8 @@ def judge_tensor(
         Whether it all hangs on few queries, as far as the caller knows.
     from_out : array, optional
         Of `stored_out_sizes`: twice that rounding is allowed.
+    tf32 : bool
+        Whether products are TF32, and with them the luck of few entries.
     """
     if mine.shape != true.shape:
         return Verdict(name, np.inf, np.inf, f"shape {mine.shape}, expected {true.shape}")
@@ -342,7 +364,8 @@ def judge_tensor(
     stored = ROUNDOFF["float32" if name == "lse" else case.spec.dtype]
     # Rows of one key have dq 0 whatever is rounded: they say nothing about the luck of others.
     uncertain = np.count_nonzero((size != 0) & ((true != 0) | (other != 0)))
-    luck = 4 * ROUNDOFF[case.spec.dtype] if few or uncertain < SMALL else 0.0
+    unit = ROUNDOFF["tf32" if tf32 else case.spec.dtype]
+    luck = 4 * unit if few or uncertain < SMALL else 0.0
     # In float64 the truth has roundings of its own and the plain formula repeats them exactly;
     # nothing coarser hides that a sum of n terms rounds n times.
     longest = max(case.spec.seqlen_q * case.spec.heads // case.spec.heads_kv, case.spec.seqlen_k)

@@ -30,11 +30,16 @@ _ALIGNMENT = 16  # bytes one copy moves
 _ROW_REACH = 1 << 32  # bytes from row to row that one 32-bit multiply can span
 _MOST_REMEMBERED = 4096  # calls; dropped all at once, as shapes rarely vary more
 _asked = Variable("SCFA_CUPY_KERNELS")
+_asked_products = Variable("SCFA_CUPY_FP32")
 _remembered: dict[tuple[object, ...], Bound] = {}
 _KERNELS = {  # $SCFA_CUPY_KERNELS -> whether the Hopper kernels are asked
     "auto": True,
     "sm90": True,
     "sm80": False,
+}
+_PRODUCTS = {  # $SCFA_CUPY_FP32 -> whether products of float32 arrays may be TF32
+    "exact": False,
+    "tf32": True,
 }
 
 
@@ -53,6 +58,16 @@ def _hopper(device: int) -> bool:
     return _KERNELS[name] and found == (9, 0)
 
 
+def _tf32(name: str | None) -> bool:
+    """Whether products of float32 arrays may be TF32, with $SCFA_CUPY_FP32 `name`."""
+    name = "exact" if name is None else name
+    if name not in _PRODUCTS:
+        raise BackendUnavailable(
+            f"$SCFA_CUPY_FP32 must be one of {list(_PRODUCTS)}, got {name!r}: change or unset it"
+        )
+    return _PRODUCTS[name]
+
+
 def _aligned(arrays: tuple[DeviceArray, ...]) -> bool:
     """Whether every row of every array starts at a multiple of 16 bytes, less than 4 GiB apart."""
     itemsize = ITEMSIZE[arrays[0].dtype]
@@ -68,12 +83,18 @@ def _aligned(arrays: tuple[DeviceArray, ...]) -> bool:
 
 
 def _prepare(
-    kernel: str, problem: Problem, device: int, aligned: bool, monotone: bool, strides: bytes
+    kernel: str,
+    problem: Problem,
+    device: int,
+    aligned: bool,
+    monotone: bool,
+    tf32: bool,
+    strides: bytes,
 ) -> Callable[[int, bytes], None]:
     """Choose and load the variant of one kernel; what comes back wants a stream and pointers."""
     variant: Variant = choose(
         kernel,
-        problem.dtype,
+        "tf32" if tf32 else problem.dtype,
         problem.head_dim,
         problem.head_dim_v,
         aligned=aligned,
@@ -97,17 +118,19 @@ class _BoundForward:
 
     def __init__(self, problem: Problem, *arrays: DeviceArray) -> None:
         self._problem, self._arrays = problem, arrays
+        self._float32 = problem.dtype == "float32"
         self._chosen: dict[object, Bound] = {}
 
     def __call__(self, plan: PlanAddresses, arrays: tuple[int, ...], ctx: CallContext) -> None:
         q, k, v, out, _ = arrays
-        key = (_asked.get(), plan.monotone, (q | k | v | out) % _ALIGNMENT == 0)
+        products = _asked_products.get() if self._float32 else None
+        key = (_asked.get(), products, plan.monotone, (q | k | v | out) % _ALIGNMENT == 0)
         run = self._chosen.get(key)
         if run is None:
-            run = self._chosen[key] = self._choose(plan, arrays)
+            run = self._chosen[key] = self._choose(plan, arrays, _tf32(products))
         run(plan, arrays, ctx)
 
-    def _choose(self, plan: PlanAddresses, addresses: tuple[int, ...]) -> Bound:
+    def _choose(self, plan: PlanAddresses, addresses: tuple[int, ...], tf32: bool) -> Bound:
         """Take the Hopper kernel where it serves, else a portable one."""
         problem = self._problem
         arrays = _at(self._arrays, addresses)
@@ -117,7 +140,7 @@ class _BoundForward:
             return bound_sm90.bind_forward(problem, plan.monotone, *self._arrays)
         aligned = _aligned((q, k, v, out))
         strides = pack_strides((*(x.strides for x in arrays), None, None, None, None))
-        launch = _prepare("fwd", problem, device, aligned, True, strides)
+        launch = _prepare("fwd", problem, device, aligned, True, tf32, strides)
 
         def run(plan: PlanAddresses, arrays: tuple[int, ...], ctx: CallContext) -> None:
             launch(ctx.stream, POINTERS.pack(*arrays, 0, 0, 0, 0, 0, 0, *_read_lists(plan)))
@@ -130,19 +153,21 @@ class _BoundBackward:
 
     def __init__(self, problem: Problem, *arrays: DeviceArray) -> None:
         self._problem, self._arrays = problem, arrays
+        self._float32 = problem.dtype == "float32"
         self._chosen: dict[object, Bound] = {}
 
     def __call__(self, plan: PlanAddresses, arrays: tuple[int, ...], ctx: CallContext) -> None:
         dout, q, k, v, out, _, dq, dk, dv = arrays
         read = (q | k | v | out | dout) % _ALIGNMENT == 0
         written = (dq | dk | dv) % _ALIGNMENT == 0
-        key = (_asked.get(), plan.monotone, read, written)
+        products = _asked_products.get() if self._float32 else None
+        key = (_asked.get(), products, plan.monotone, read, written)
         run = self._chosen.get(key)
         if run is None:
-            run = self._chosen[key] = self._choose(plan, arrays)
+            run = self._chosen[key] = self._choose(plan, arrays, _tf32(products))
         run(plan, arrays, ctx)
 
-    def _choose(self, plan: PlanAddresses, addresses: tuple[int, ...]) -> Bound:
+    def _choose(self, plan: PlanAddresses, addresses: tuple[int, ...], tf32: bool) -> Bound:
         """Take the Hopper kernels where they serve, else portable ones."""
         problem = self._problem
         dout, q, k, v, out, lse, dq, dk, dv = _at(self._arrays, addresses)
@@ -152,7 +177,7 @@ class _BoundBackward:
         aligned = _aligned((q, k, v, out, dout, dq, dk, dv))
         strides = pack_strides([x.strides for x in (q, k, v, out, lse, dout, dq, dk, dv)])
         launches = [
-            _prepare(kernel, problem, device, aligned, plan.monotone, strides)
+            _prepare(kernel, problem, device, aligned, plan.monotone, tf32, strides)
             for kernel in ("bwd_dq", "bwd_dkdv")
         ]
         rows = problem.batch * problem.heads * problem.seqlen_q

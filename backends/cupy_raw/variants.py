@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 Constants = tuple[tuple[str, int], ...]
 
-ELEMENTS = {"float32": 0, "float16": 1, "bfloat16": 2}  # SCFA_ELEMENT
+ELEMENTS = {"float32": 0, "float16": 1, "bfloat16": 2, "tf32": 3}  # SCFA_ELEMENT
 SHARED_LIMITS = {
     80: 163 << 10,
     86: 99 << 10,
@@ -23,8 +23,9 @@ SHARED_LIMITS = {
 }
 SMALLEST_SHARED = min(SHARED_LIMITS.values())  # bytes a block may have
 _RESERVED = 1024  # bytes of each block that the system keeps; a multiprocessor has one more
-_ROW_BYTES = 128  # kRowBytes: one row of one panel of 64 columns
+_ROW_BYTES = 128  # kRowBytes: one row of one panel
 _MEMBER_BYTES = 32  # sizeof(Member) of bwd_dkdv.cu
+WIDEST_TF32 = 128  # head_dim up to which float32 has kernels for tensor cores
 
 
 class Shape(NamedTuple):
@@ -70,6 +71,18 @@ _SHAPES: dict[str, tuple[tuple[int, tuple[Shape, ...]], ...]] = {
             ),
         ),
     ),
+    "fwd_tf32": (
+        (64, (Shape(128, 64, 4, sub=32), Shape(128, 32, 4, sub=32))),
+        (128, (Shape(128, 16, 4, sub=16),)),
+    ),
+    "bwd_dq_tf32": (
+        (64, (Shape(128, 32, 4, sub=32), Shape(64, 32, 4, sub=32, own_in_registers=1))),
+        (128, (Shape(64, 16, 4, sub=16, own_in_registers=1),)),
+    ),
+    "bwd_dkdv_tf32": (
+        (64, (Shape(32, 128, 4, sub=32), Shape(32, 64, 4, sub=32, own_in_registers=1))),
+        (128, (Shape(16, 64, 4, sub=16, min_blocks=1), Shape(16, 32, 2, sub=16))),
+    ),
     "fwd_fp32": ((128, (Shape(64, 32, 8),)), (256, (Shape(32, 32, 8),))),
     "bwd_dq_fp32": ((128, (Shape(32, 32, 8),)), (256, (Shape(16, 16, 8),))),
     "bwd_dkdv_fp32": ((128, (Shape(32, 32, 8),)), (256, (Shape(16, 16, 8),))),
@@ -92,24 +105,26 @@ class Variant(NamedTuple):
         return self.shared_bytes + self.shared_per_head * (group_size - 1)
 
 
-def _tile(rows: int, dim: int) -> int:
-    """Bytes of a swizzled 16-bit tile: tile_bytes of copy.cuh."""
-    return -(-dim // 64) * rows * _ROW_BYTES
+def _tile(rows: int, dim: int, itemsize: int) -> int:
+    """Bytes of a swizzled tile: tile_bytes of copy.cuh."""
+    return -(-dim * itemsize // _ROW_BYTES) * rows * _ROW_BYTES
 
 
 def _shared_bytes(kernel: str, shape: Shape, dim: int, dim_v: int) -> int:
     """Sizeof(Shared) of the kernel, rounded up; a static_assert there compares."""
     m, n, stages = shape.block_m, shape.block_n, shape.stages
-    keys, queries = (_tile(rows, dim) + _tile(rows, dim_v) for rows in (n, m))
+    itemsize = 4 if kernel.endswith("_tf32") else 2
+    keys, queries = (_tile(rows, dim, itemsize) + _tile(rows, dim_v, itemsize) for rows in (n, m))
+    own = _tile(m, max(dim, dim_v), itemsize)
     floats, floats_v = dim + 4, dim_v + 4
     size = {
-        "fwd": _tile(m, max(dim, dim_v)) + stages * (keys + 4 * n) + 13 * m + 16 * shape.warps + 40,
+        "fwd": own + stages * (keys + 4 * n) + 13 * m + 16 * shape.warps + 40,
         "bwd_dq": queries + stages * (keys + 4 * n) + 21 * m + 16 * shape.warps + 40,
         "bwd_dkdv": keys + stages * (queries + 20 * m + 16) + 5 * n + 16 + _MEMBER_BYTES,
         "fwd_fp32": 4 * (m * floats + n * max(floats, floats_v) + m * (n + 1)) + 13 * m,
         "bwd_dq_fp32": 4 * ((m + n) * (floats + floats_v) + m * (n + 1) + 256) + 21 * m,
         "bwd_dkdv_fp32": 4 * ((m + n) * (floats + floats_v) + 2 * n * (m + 1) + 512) + 16 * m + n,
-    }[kernel]
+    }[kernel.removesuffix("_tf32")]
     return -(-size // 16) * 16
 
 
@@ -129,6 +144,9 @@ def choose(
 
     Parameters
     ----------
+    dtype : str
+        Of `ELEMENTS`. "tf32" is float32 whose products may be TF32; those of heads wider than
+        `WIDEST_TF32` stay exact.
     aligned : bool
         Every row of every array starts at a multiple of 16 bytes.
     monotone : bool
@@ -136,9 +154,10 @@ def choose(
     shared_limit : int
         Bytes of shared memory a block may have on the card.
     """
-    if dtype == "float32":
-        kernel += "_fp32"
     width = max(head_dim, head_dim_v)
+    if dtype == "tf32" and width > WIDEST_TF32:
+        dtype = "float32"
+    kernel += {"float32": "_fp32", "tf32": "_tf32"}.get(dtype, "")
     shapes = next(shapes for widest, shapes in _SHAPES[kernel] if width <= widest)
     found = [
         _variant(kernel, shape, dtype, head_dim, head_dim_v, aligned, monotone) for shape in shapes
@@ -164,6 +183,8 @@ def _variant(
 ) -> Variant:
     """Spell out the constants of one shape."""
     shared = _shared_bytes(kernel, shape, head_dim, head_dim_v)
+    tensor_cores = dtype != "float32"
+    kernel = kernel.removesuffix("_tf32")  # by the source of the 16-bit kernels
     values = {
         "HEAD_DIM": head_dim,
         "HEAD_DIM_V": head_dim_v,
@@ -173,7 +194,7 @@ def _variant(
         "BLOCK_N": shape.block_n,
         "SHARED_BYTES": shared,
     }
-    if dtype != "float32":
+    if tensor_cores:
         values |= {
             "NUM_WARPS": shape.warps,
             "STAGES": shape.stages,
@@ -184,7 +205,7 @@ def _variant(
             values["SUB_M" if kernel == "bwd_dkdv" else "SUB_N"] = shape.sub
     if kernel.startswith("bwd_dkdv"):
         values["MONOTONE"] = int(monotone)
-        if dtype != "float32":
+        if tensor_cores:
             values["SPLIT"] = shape.split
     return Variant(
         f"scfa_{kernel}",
@@ -210,9 +231,11 @@ def shipped_variants(shared_limit: int = SMALLEST_SHARED) -> list[Variant]:
             ("bfloat16", (16, 40, 64, 72, 128, 136, 192, 256)),
             ("float16", (64, 128, 256)),
             ("float32", (16, 64, 128, 256)),
+            ("tf32", (16, 40, 64, 72, 128)),
         )
         for dim in dims
     ]
+    cases += [("tf32", 64, 64, False, True), ("tf32", 128, 24, True, False)]
     cases += [("bfloat16", 64, 64, False, True), ("float32", 64, 64, False, True)]
     cases += [("bfloat16", 64, 64, True, False), ("bfloat16", 192, 128, True, True)]
     cases += [("bfloat16", 24, 256, True, True), ("bfloat16", 128, 128, False, False)]

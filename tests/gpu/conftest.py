@@ -84,11 +84,11 @@ def kernels(request, backend, monkeypatch):
 def hold(request):
     """Judge results by the error rule, and note the worst ratio for the record."""
 
-    def hold(case, got, right=None):
-        verdicts = testing.judge(case, got, right)
+    def hold(case, got, right=None, *, tf32=False):
+        verdicts = testing.judge(case, got, right, tf32=tf32)
         for verdict in verdicts:
             worst = max(verdict.max_ratio, verdict.norm_ratio)
-            name = f"{case.spec.dtype}/{verdict.name}"
+            name = f"{'tf32' if tf32 else case.spec.dtype}/{verdict.name}"
             request.node.user_properties.append(("ratio", (name, worst)))
         bad = [
             f"{v.name}: {v.max_ratio:.2f} {v.norm_ratio:.2f} {v.detail}"

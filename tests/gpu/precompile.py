@@ -16,6 +16,7 @@ def compile_side_by_side():
         "bfloat16": (16, 32, 40, 64, 80, 96, 112, 128, 136, 192, 256),
         "float16": (16, 40, 64, 96, 128, 192, 256),
         "float32": (16, 64, 128, 256),
+        "tf32": (16, 24, 32, 64, 80, 128),
     }
     cases = [(dtype, dim, dim, True, True) for dtype, dims in widths.items() for dim in dims]
     cases += [
@@ -41,7 +42,10 @@ def compile_side_by_side():
 
 
 def compile_portable(problems):
-    """Compile the planner, and for each (dtype, head_dim, head_dim_v, aligned, monotone, group)."""
+    """Compile the planner, and for each (dtype, head_dim, head_dim_v, aligned, monotone, group).
+
+    The dtype may be "tf32": float32 under $SCFA_CUPY_FP32=tf32.
+    """
     from scfa_core.backends.cupy_raw import loader, planner, variants
 
     chosen = {

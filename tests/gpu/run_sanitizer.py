@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 TOOLS = ("racecheck", "initcheck", "synccheck", "memcheck")  # the slowest first
-FAMILIES = ("planner", "long-lists", "portable", "float32", "hopper", "fused")
-HOPPER_FAMILIES = ("hopper", "fused")  # only cupy has them
+FAMILIES = ("planner", "long-lists", "portable", "float32", "hopper", "fused", "tf32")
+HOPPER_FAMILIES = ("hopper", "fused")
+CUPY_FAMILIES = (*HOPPER_FAMILIES, "tf32")  # only cupy has them
 OWN_BUILD = ("racecheck", "initcheck")  # tools with a build of their own, kSanitize in mbarrier.cuh
 TARGET = Path(__file__).parent / "sanitize.py"
 FOUND = 9  # exit code for "the tool found something"
@@ -205,7 +206,7 @@ def jobs_of(
         for tool in tools
         for backend in backends
         for family in families
-        if backend == "cupy" or family not in HOPPER_FAMILIES
+        if backend == "cupy" or family not in CUPY_FAMILIES
     ]
 
 

@@ -57,6 +57,12 @@ FLOAT32 = (
     Call("float32", 256, rows=70),
     Call("float32", 256, pattern="ranges", rows=70),
 )
+TF32 = (  # $SCFA_CUPY_FP32=tf32
+    Call("float32", 64),
+    Call("float32", 64, pattern="ranges", aligned=False),
+    Call("float32", 72, 40, pattern="keep", poison=True),
+    Call("float32", 128, pattern="ranges", rows=70),
+)
 HOPPER = (
     Call("bfloat16", 64),
     Call("bfloat16", 128),
@@ -215,6 +221,8 @@ def families_of(backend, device):
     if backend == "cupy" and is_hopper(device):
         families["hopper"] = ("auto", "split", run_call, HOPPER)
         families["fused"] = ("auto", "fused", run_call, HOPPER)
+    if backend == "cupy":
+        families["tf32"] = ("sm80", "auto", run_call, TF32)
     return families
 
 
@@ -223,14 +231,16 @@ def compile_kernels(families):
     sys.path.insert(0, str(Path(__file__).parent))
     import precompile
 
-    calls = [call for *_, run, cases in families.values() if run is run_call for call in cases]
     precompile.compile_portable(
         {
             (
-                *(call.dtype, call.head_dim, call.head_dim_v or call.head_dim),
+                "tf32" if name == "tf32" else call.dtype,
+                *(call.head_dim, call.head_dim_v or call.head_dim),
                 *(call.aligned, call.pattern != "ranges", call.heads // call.heads_kv),
             )
-            for call in calls
+            for name, (*_, run, cases) in families.items()
+            if run is run_call
+            for call in cases
         }
     )
     if "hopper" in families or "fused" in families:
@@ -242,6 +252,7 @@ def run_family(backend, device, name, family):
     kernels, backward, run, cases = family
     os.environ["SCFA_CUPY_KERNELS"] = kernels
     os.environ["SCFA_CUPY_BACKWARD"] = backward
+    os.environ["SCFA_CUPY_FP32"] = "tf32" if name == "tf32" else "exact"
     begin = time.perf_counter()
     for number, case in enumerate(cases, 1):
         print(f"call {number} of {len(cases)}: {case}", flush=True)

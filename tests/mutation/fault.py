@@ -35,6 +35,7 @@ SUITES = {
         ("tests/unit/test_cuda_host_logic.py",),
     ),
     "cuda": (("tests/unit/test_kernels_on_host.py",),),
+    "cuda-tf32": (("tests/unit/test_tf32_on_host.py",),),
 }
 
 

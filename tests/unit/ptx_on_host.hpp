@@ -20,6 +20,7 @@ struct alignas(16) float4 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline int min(int a, int b) { return a < b ? a : b; }
@@ -77,6 +78,12 @@ inline float float_of_16(u16 x) { return kIsBf16 ? __uint_as_float(u32(x) << 16)
 
 inline void unpack_pair(u32 word, float& low, float& high) { low = float_of_16(u16(word)), high = float_of_16(u16(word >> 16)); }
 inline u32 pack_pair(float low, float high) { return u32(float_to_16(low)) | u32(float_to_16(high)) << 16; }
+// To the nearest of 10 mantissa bits, ties away from 0; NaN and Inf stay what they are.
+inline float round_tf32(float x) {
+  const u32 bits = bits_of<u32>(x);
+  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+  return __uint_as_float((x != x ? 0x7fc00000u : bits + (finite ? 0x1000u : 0u)) & 0xffffe000u);
+}
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float log2_fast(float x) { return log2f(x); }
 inline u32 shared_address(const void* pointer) { return u32((const char*)pointer - dynamic_shared); }
@@ -146,7 +153,20 @@ inline void load_matrices_on_host(u32 (&r)[4], u32 address, bool transposed) {
 inline void load_matrices(u32 (&r)[4], u32 address) { load_matrices_on_host(r, address, false); }
 inline void load_matrices_transposed(u32 (&r)[4], u32 address) { load_matrices_on_host(r, address, true); }
 
-// PTX ISA, "Matrix fragments for mma.m16n8k16": which lane and register holds which element.
+inline u32 load_word(u32 address) { return *(const u32*)(dynamic_shared + address); }
+
+// Element k of a row of fragments, of lanes first + 4 * row .. + 3: 16 bits lie by twos, float32 by fours.
+inline float fragment_element(const std::vector<u32>& registers, int first, int row, int k, int slot, int slots_on) {
+  if (kElementBytes == 2) {
+    const u32 pair = registers[(first + row * 4 + k % 8 / 2) * 6 + slot + k / 8 * slots_on];
+    return float_of_16(u16(pair >> k % 2 * 16));
+  }
+  const u32 word = registers[(first + row * 4 + k % 4) * 6 + slot + k / 4 * slots_on];
+  if (word & 0x1fffu) std::fprintf(stderr, "a product of float32 that is not TF32\n"), std::abort();
+  return __uint_as_float(word);
+}
+
+// PTX ISA, "Matrix fragments for mma.m16n8k16" and, of .tf32, "mma.m16n8k8": which lane and register holds which element.
 inline void multiply_add(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   static std::vector<u32> registers;  // six per thread
   registers.resize(host::slots.size() * 6);
@@ -156,10 +176,10 @@ inline void multiply_add(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   host::wait_warp();
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    for (int k = 0; k < 16; ++k) {
-      const u32 left = registers[(first + row % 8 * 4 + k % 8 / 2) * 6 + row / 8 + k / 8 * 2];
-      const u32 right = registers[(first + column * 4 + k % 8 / 2) * 6 + 4 + k / 8];
-      acc[i] = fmaf(float_of_16(u16(left >> k % 2 * 16)), float_of_16(u16(right >> k % 2 * 16)), acc[i]);
+    for (int k = 0; k < 32 / kElementBytes; ++k) {
+      const float left = fragment_element(registers, first, row % 8, k, row / 8, 2);
+      const float right = fragment_element(registers, first, column, k, 4, 1);
+      acc[i] = fmaf(left, right, acc[i]);
     }
   }
   host::wait_warp();

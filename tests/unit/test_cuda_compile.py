@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 from scfa_core.backends.cupy_raw import hashing, nvrtc, planner
+from scfa_core.backends.cupy_raw.variants import ELEMENTS
 
 from scfa_core.errors import BackendUnavailable
 
@@ -34,6 +35,7 @@ ACCEPTED_NOTICES = {
 # head_dims that fill their tiles in part: what differs between all others is compiled alike
 PARTIAL = range(16, 257, 8) if EVERYTHING else (16, 40, 96, 120, 136)
 DEFAULT_CASES = 34  # variants compiled by default, spread over sources and architectures
+TF32_STEP = 11  # of those with TF32 products, that many to one: two an architecture
 
 
 class Build(NamedTuple):
@@ -59,6 +61,13 @@ class Build(NamedTuple):
         kinds = [HOPPER + ANY_ORDER] * self.any_order + [self.arch]
         return next((ACCEPTED_SPILLS[self.source, kind][0] for kind in kinds
                      if (self.source, kind) in ACCEPTED_SPILLS), 0)  # fmt: skip
+
+
+def is_tf32(build: Build) -> bool:
+    """Whether float32 is multiplied as TF32, by the sources of the 16-bit kernels."""
+    return build.source in ("fwd.cu", "bwd_dq.cu", "bwd_dkdv.cu") and (
+        dict(build.constants)["ELEMENT"] == ELEMENTS["tf32"]
+    )
 
 
 def hopper_builds() -> list[Build]:
@@ -121,6 +130,7 @@ def chosen_builds() -> list[Build]:
         first.setdefault((build.source, ARCHITECTURES[number % len(ARCHITECTURES)]), build)
     step = max(len(first) // DEFAULT_CASES, 1)
     hopper = [build for build in builds if build.arch == HOPPER]
+    tf32 = [build for build in builds if is_tf32(build)]
     portable = [build for build in list(first.values())[::step] if build.arch != HOPPER]
     for build in first.values():  # one at least of every source and of every architecture
         if build.arch != HOPPER and (
@@ -128,7 +138,8 @@ def chosen_builds() -> list[Build]:
             or all(build.source != chosen.source for chosen in portable)
         ):
             portable.append(build)
-    return [*portable, *hopper[::2]]  # float16 differs from bfloat16 in conversions only
+    # float16 differs from bfloat16 in conversions only
+    return list(dict.fromkeys([*portable, *tf32[::TF32_STEP], *hopper[::2]]))
 
 
 BUILDS = chosen_builds()
@@ -209,6 +220,9 @@ def test_the_sample_holds_every_source_and_architecture():
     builds = all_builds()
     assert {build.source for build in BUILDS} == {build.source for build in builds}
     assert {build.arch for build in BUILDS} == {*ARCHITECTURES, HOPPER}
+    tf32 = [build for build in BUILDS if is_tf32(build)]
+    assert {build.arch for build in tf32} == set(ARCHITECTURES)
+    assert {build.source for build in tf32} == {"fwd.cu", "bwd_dq.cu", "bwd_dkdv.cu"}
 
 
 def test_every_kernel_source_is_shipped():

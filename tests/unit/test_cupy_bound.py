@@ -9,6 +9,7 @@ from scfa_core.backends.cupy_raw.params import POINTERS
 from scfa_core.backends.cupy_raw.prepared import Template, marks
 
 from scfa_core.arrays import DeviceArray
+from scfa_core.errors import BackendUnavailable
 from scfa_core.lowering import Clauses
 from scfa_core.plan import PlanAddresses, PlanArrays
 from scfa_core.problem import Problem
@@ -200,6 +201,70 @@ def test_the_choice_of_kernels_is_read_at_every_call(launched, monkeypatch):
     for _ in range(2):
         with pytest.raises(ValueError, match="SCFA_CUPY_KERNELS must be one of"):
             bound(PLAN, at, Context())
+
+
+def float32_arrays(dim=64):
+    """dout, q, k, v, out, lse, dq, dk, dv."""
+    lse = backward_arrays()[5]
+    at = iter(range(0x100_0000, 0x1000_0000, 0x100_0000))
+
+    def one(heads):
+        return rows(next(at), heads, "float32", dim)
+
+    return (one(4), one(4), one(2), one(2), one(4), lse, one(4), one(2), one(2))
+
+
+def test_tf32_is_asked_for_at_every_call(launched, monkeypatch):
+    """The same bound calls, exact by default; wider heads have no such kernels."""
+    kernels = ("fwd", "bwd_dq", "bwd_dkdv")
+    for dim in (64, 128):
+        arrays = float32_arrays(dim)
+        at = tuple(x.pointer for x in arrays)
+        sizes = problem(dtype="float32", head_dim=dim, head_dim_v=dim)
+        forward = launch.bind_forward(sizes, *arrays[1:6])
+        backward = launch.bind_backward(sizes, *arrays)
+        for asked in (None, "tf32", "exact", "tf32"):
+            if asked is None:
+                monkeypatch.delenv("SCFA_CUPY_FP32", raising=False)
+            else:
+                monkeypatch.setenv("SCFA_CUPY_FP32", asked)
+            launched.clear()
+            forward(PLAN, at[1:6], Context())
+            backward(PLAN, at, Context())
+            suffix, element = ("", 3) if asked == "tf32" else ("_fp32", 0)
+            assert [x[0] for x in launched] == [f"scfa_{name}{suffix}" for name in kernels]
+            assert {x[1]["ELEMENT"] for x in launched} == {element}
+    wide = float32_arrays(136)
+    sizes = problem(dtype="float32", head_dim=136, head_dim_v=136)
+    launch.bind_forward(sizes, *wide[1:6])(PLAN, tuple(x.pointer for x in wide[1:6]), Context())
+    assert launched[-1][0] == "scfa_fwd_fp32"
+
+
+def test_tf32_concerns_float32_alone(launched, monkeypatch):
+    arrays = forward_arrays()
+    at = tuple(x.pointer for x in arrays)
+    bound = launch.bind_forward(problem(), *arrays)
+    bound(PLAN, at, Context())
+    for asked in ("tf32", "fast"):
+        monkeypatch.setenv("SCFA_CUPY_FP32", asked)
+        bound(PLAN, at, Context())
+        assert launched[-1] == launched[0]
+
+
+def test_unknown_products_are_refused(launched, monkeypatch):
+    arrays = float32_arrays()
+    at = tuple(x.pointer for x in arrays)
+    sizes = problem(dtype="float32")
+    forward = launch.bind_forward(sizes, *arrays[1:6])
+    backward = launch.bind_backward(sizes, *arrays)
+    monkeypatch.setenv("SCFA_CUPY_FP32", "fast")
+    wanted = r"SCFA_CUPY_FP32 must be one of \['exact', 'tf32'\], got 'fast': change or unset it"
+    for _ in range(2):
+        with pytest.raises(BackendUnavailable, match=wanted):
+            forward(PLAN, at[1:6], Context())
+        with pytest.raises(BackendUnavailable, match=wanted):
+            backward(PLAN, at, Context())
+    assert not launched
 
 
 def test_hopper_kernels_read_these_addresses(launched, monkeypatch):

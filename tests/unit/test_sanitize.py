@@ -29,10 +29,10 @@ def sanitize():
     return module
 
 
-def chosen(call, kernel):
+def chosen(call, kernel, dtype=None):
     return variants.choose(
         kernel,
-        call.dtype,
+        dtype or call.dtype,
         call.head_dim,
         call.head_dim_v or call.head_dim,
         aligned=call.aligned,
@@ -62,8 +62,24 @@ def test_every_shape_of_the_portable_kernels(sanitize):
             names = ("ALIGNED",) if kernel != "bwd_dkdv" else ("ALIGNED", "MONOTONE")
             assert {(source, name, value) for name in names for value in (0, 1)} <= switches
     assert every <= mine
-    assert {call.dtype for call in sanitize.PORTABLE} == set(variants.ELEMENTS) - {"float32"}
+    assert {call.dtype for call in sanitize.PORTABLE} == {"bfloat16", "float16"}
     assert {call.dtype for call in sanitize.FLOAT32} == {"float32"}
+
+
+def test_every_shape_of_tf32(sanitize):
+    """The same sources once more, for float32 under $SCFA_CUPY_FP32=tf32."""
+    assert {call.dtype for call in sanitize.TF32} == {"float32"}
+    for kernel in ("fwd", "bwd_dq", "bwd_dkdv"):
+        mine = {chosen(call, kernel, "tf32") for call in sanitize.TF32}
+        assert {dict(x.constants)["ELEMENT"] for x in mine} == {variants.ELEMENTS["tf32"]}
+        every = {
+            chosen(sanitize.Call("float32", head_dim), kernel, "tf32").shape
+            for head_dim in range(16, variants.WIDEST_TF32 + 1, 8)
+        }
+        assert every <= {x.shape for x in mine}
+        names = ("ALIGNED",) if kernel != "bwd_dkdv" else ("ALIGNED", "MONOTONE")
+        for name in names:
+            assert {dict(x.constants)[name] for x in mine} == {0, 1}
 
 
 def test_every_hopper_kernel(sanitize):
@@ -157,13 +173,14 @@ def test_both_backwards_of_hopper(sanitize, monkeypatch):
     assert {kernels for kernels, *_ in found.values()} == {"auto", "sm80"}
     portable = {"planner", "long-lists", "portable", "float32"}
     assert set(sanitize.families_of("numba-cuda", "cuda")) == portable
-    assert set(found) == portable | {"hopper", "fused"}
+    assert set(found) == portable | {"hopper", "fused", "tf32"}
 
 
 def test_the_calls_run_on_the_host(sanitize, monkeypatch, capsys):
     monkeypatch.setenv("SCFA_GPU_BACKENDS", "numba-cpu")
     monkeypatch.setenv("SCFA_CUPY_KERNELS", "auto")
     monkeypatch.setenv("SCFA_CUPY_BACKWARD", "auto")
+    monkeypatch.setenv("SCFA_CUPY_FP32", "exact")
     monkeypatch.setattr(sanitize, "PLANNER", sanitize.PLANNER[::3])
     monkeypatch.setattr(sanitize, "is_hopper", lambda device: True)
     sanitize.main(["planner", "portable", "float32"])

@@ -1,4 +1,4 @@
-// scfa_bwd_dkdv: gradients of keys and values, 16-bit inputs, tensor cores.
+// scfa_bwd_dkdv: gradients of keys and values, by tensor cores.
 //
 // Computes   dv[j] = sum_i p[i][j] dout[i],  dk[j] = scale * sum_i ds[i][j] q[i],  with p and ds as in scfa_bwd_dq,
 //            over the queries i of all heads of the group whose range holds j. Scores are formed transposed (keys are rows),
@@ -7,7 +7,8 @@
 //            kWarpRows keys; query tiles of kBlockM rows stream by, taken kSubM at a time, head after head: the order of every
 //            sum is fixed, so results are the same bit for bit.
 // Shared     k and v tiles (reused for dk and dv) + kStages * (q tile + dout tile + row data) + query indices; see Shared.
-// Inputs     q k v dout 16-bit; lse_log2 and delta float32 in sorted order from scfa_bwd_dq; plan arrays.
+// Inputs     q k v dout float16 | bfloat16 | float32, whose products are TF32; lse_log2 and delta float32 in sorted order from
+//            scfa_bwd_dq; plan arrays.
 // Outputs    dk like k, dv like v: every row, 0 for keys nobody sees.
 // Exactness  as scfa_fwd: exact.cuh recomputes every row of dk and dv that is not finite.
 // Source     Dao, FlashAttention-2, the key-owner half of its backward; transposed scores as in FlashAttention-3.
@@ -26,8 +27,10 @@ constexpr bool kMonotone = SCFA_MONOTONE != 0;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kWarpRows = kBlockN / kWarps;
 constexpr int kMi = kWarpRows / 16;
-constexpr int kSteps = padded(kHeadDim) / 16;
-constexpr int kStepsV = padded(kHeadDimV) / 16;
+constexpr int kSteps = padded(kHeadDim) / kStepColumns;
+constexpr int kStepsV = padded(kHeadDimV) / kStepColumns;
+constexpr int kOutBlocks = padded(kHeadDim) / 8;
+constexpr int kOutBlocksV = padded(kHeadDimV) / 8;
 static_assert(kWarpRows % 16 == 0, "a warp owns whole blocks of 16 keys");
 static_assert(kSubM % 16 == 0 && kSubM <= kWarpSize && kBlockM % kSubM == 0, "one lane looks at one query of a step");
 static_assert(kStages >= 2, "the next tile loads while this one computes");
@@ -71,7 +74,7 @@ SCFA_DEVICE void block_load_tile(Shared& shared, const Params& p, const Cursor<k
 
 template <bool kMasked, bool kDoDk, bool kDoDv>
 SCFA_DEVICE void visit_queries(const Shared& shared, int stage, int sub, const u32 (&own_k)[kMi][kOwnInRegisters ? kSteps : 1][4],
-                               float (&acc_dk)[kMi][kDoDk ? kSteps * 2 : 1][4], float (&acc_dv)[kMi][kDoDv ? kStepsV * 2 : 1][4], float scale) {
+                               float (&acc_dk)[kMi][kDoDk ? kOutBlocks : 1][4], float (&acc_dv)[kMi][kDoDv ? kOutBlocksV : 1][4], float scale) {
   const int lane = threadIdx.x % kWarpSize;
   const int own_row = thread_here() / kWarpSize * kWarpRows;
   const QueryRows<kBlockM>& rows = shared.rows[stage];
@@ -117,21 +120,21 @@ SCFA_DEVICE void visit_queries(const Shared& shared, int stage, int sub, const u
 
   // acc_dv += p^T @ dout, acc_dk += ds^T @ q
   if constexpr (kDoDv) {
-    u32 probability[kMi][kSubM / 16][4];
-    warp_pack<kMi, kSubM / 8>(probability, acc_s);
-    warp_product_nn(acc_dv, probability, left_operand<kBlockM>(shared.dout[stage], sub * kSubM));
+    u32 probability[kMi][kSubM / kStepColumns][4];
+    warp_pack(probability, acc_s);
+    warp_product_nn(acc_dv, probability, rows_operand<kBlockM>(shared.dout[stage], sub * kSubM));
   }
   if constexpr (kDoDk) {
-    u32 ds[kMi][kSubM / 16][4];
-    warp_pack<kMi, kSubM / 8>(ds, acc_dp);
-    warp_product_nn(acc_dk, ds, left_operand<kBlockM>(shared.q[stage], sub * kSubM));
+    u32 ds[kMi][kSubM / kStepColumns][4];
+    warp_pack(ds, acc_dp);
+    warp_product_nn(acc_dk, ds, rows_operand<kBlockM>(shared.q[stage], sub * kSubM));
   }
 }
 
 // Stores dk and dv; everything it needs to know of its place is found again.
 template <bool kDoDk, bool kDoDv>
-SCFA_DEVICE void block_finish(const Params& p, Shared& shared, const float (&acc_dk)[kMi][kDoDk ? kSteps * 2 : 1][4],
-                              const float (&acc_dv)[kMi][kDoDv ? kStepsV * 2 : 1][4]) {
+SCFA_DEVICE void block_finish(const Params& p, Shared& shared, const float (&acc_dk)[kMi][kDoDk ? kOutBlocks : 1][4],
+                              const float (&acc_dv)[kMi][kDoDv ? kOutBlocksV : 1][4]) {
   const Tile tile = key_tile<kBlockN>(p);
   const int lane = thread_here() % kWarpSize;
   const int warp_row = thread_here() / kWarpSize * kWarpRows;
@@ -238,16 +241,20 @@ SCFA_DEVICE void block_gradients(const Params& p, Shared& shared) {
   }
 
   copies_wait<kStages - 1>();
+  block_round<kBlockN, kHeadDim, kThreads>(shared.k);
+  block_round<kBlockN, kHeadDimV, kThreads>(shared.v);
   __syncthreads();  // k and v are complete
   if (p.negative_scale) warp_negate_rows<kWarpRows, kBlockN, kHeadDim>(shared.k, warp_row);
   u32 own_k[kMi][kOwnInRegisters ? kSteps : 1][4];
   if constexpr (kOwnInRegisters) warp_load_left(own_k, left_operand<kBlockN>(shared.k, warp_row));
 
-  float acc_dk[kMi][kDoDk ? kSteps * 2 : 1][4] = {};
-  float acc_dv[kMi][kDoDv ? kStepsV * 2 : 1][4] = {};
+  float acc_dk[kMi][kDoDk ? kOutBlocks : 1][4] = {};
+  float acc_dv[kMi][kDoDv ? kOutBlocksV : 1][4] = {};
 #pragma unroll 1
   for (int t = 0; shared.at[t % kSlots].member < p.group_size; ++t) {
     copies_wait<kStages - 2>();
+    block_round<kBlockM, kHeadDim, kThreads>(shared.q[t % kStages]);
+    block_round<kBlockM, kHeadDimV, kThreads>(shared.dout[t % kStages]);
     __syncthreads();  // tile t is complete, and everyone has left the stage and the slot that are filled next
 
     const int stage = t % kStages;

@@ -1,4 +1,4 @@
-// scfa_bwd_dq: gradient of the queries, and the two numbers per query row that scfa_bwd_dkdv needs, 16-bit inputs.
+// scfa_bwd_dq: gradient of the queries, and the two numbers per query row that scfa_bwd_dkdv needs, by tensor cores.
 //
 // Computes   delta[i] = sum_d dout[i][d] out[i][d],  p[i][j] = exp(scale * q[i] . k[j] - lse[i]),
 //            ds[i][j] = p[i][j] (dout[i] . v[j] - delta[i]),  dq[i] = scale * sum_j ds[i][j] k[j]
@@ -6,7 +6,8 @@
 // Grid       as scfa_fwd: kBlockM sorted query rows of one (batch, head) a block, kWarpRows a warp. A warp takes the kBlockN
 //            keys of a tile kSubN at a time, which bounds its registers and sharpens skipping.
 // Shared     q and dout tiles (q is reused for dq) + kStages * (k tile + v tile) + row data + key indices; see Shared.
-// Inputs     q k v dout out (batch, heads, seqlen, head_dim | head_dim_v) float16 | bfloat16; lse float32; plan arrays.
+// Inputs     q k v dout out (batch, heads, seqlen, head_dim | head_dim_v) float16 | bfloat16 | float32, whose products are TF32; lse
+//            float32; plan arrays.
 // Outputs    dq like q, every row; delta and lse * log2(e) (+inf for rows that see nothing) float32 in sorted order.
 // Exactness  as scfa_fwd: exact.cuh recomputes every row of dq that is not finite.
 // Source     Dao, FlashAttention-2, split in two kernels so that nothing is accumulated across blocks; see
@@ -24,8 +25,9 @@ constexpr bool kOwnInRegisters = SCFA_OWN_IN_REGISTERS != 0;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kWarpRows = kBlockM / kWarps;
 constexpr int kMi = kWarpRows / 16;
-constexpr int kSteps = padded(kHeadDim) / 16;
-constexpr int kStepsV = padded(kHeadDimV) / 16;
+constexpr int kSteps = padded(kHeadDim) / kStepColumns;
+constexpr int kStepsV = padded(kHeadDimV) / kStepColumns;
+constexpr int kOutBlocks = padded(kHeadDim) / 8;
 constexpr int kHeldQ = kOwnInRegisters ? kSteps : 1;
 constexpr int kHeldDout = kOwnInRegisters ? kStepsV : 1;
 static_assert(kWarpRows % 16 == 0, "a warp owns whole blocks of 16 rows");
@@ -69,7 +71,7 @@ SCFA_DEVICE void block_row_statistics(Shared& shared, const Params& p, const Til
         load8(out + q_row * p.out_strides.row + d, x);
         load8(dout + q_row * p.dout_strides.row + d, y);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) delta = fmaf(x[i], y[i], delta);
+        for (int i = 0; i < 8; ++i) delta = fmaf(x[i], as_multiplied(y[i]), delta);
       }
     }
 #pragma unroll
@@ -89,7 +91,7 @@ SCFA_DEVICE void block_row_statistics(Shared& shared, const Params& p, const Til
 
 template <bool kMasked>
 SCFA_DEVICE void visit_keys(const Shared& shared, int stage, int sub, int first_key, const Own& own,
-                            float (&acc_dq)[kMi][kSteps * 2][4], float scale) {
+                            float (&acc_dq)[kMi][kOutBlocks][4], float scale) {
   const int lane = threadIdx.x % kWarpSize;
   const int row = thread_here() / kWarpSize * kWarpRows;
 
@@ -127,13 +129,13 @@ SCFA_DEVICE void visit_keys(const Shared& shared, int stage, int sub, int first_
     }
 
   // acc_dq += ds @ k
-  u32 ds[kMi][kSubN / 16][4];
-  warp_pack<kMi, kSubN / 8>(ds, acc_s);
-  warp_product_nn(acc_dq, ds, left_operand<kBlockN>(shared.keys.k[stage], sub * kSubN));
+  u32 ds[kMi][kSubN / kStepColumns][4];
+  warp_pack(ds, acc_s);
+  warp_product_nn(acc_dq, ds, rows_operand<kBlockN>(shared.keys.k[stage], sub * kSubN));
 }
 
 // Stores dq; everything it needs to know of its place is found again.
-SCFA_DEVICE void block_finish(const Params& p, Shared& shared, const float (&acc_dq)[kMi][kSteps * 2][4]) {
+SCFA_DEVICE void block_finish(const Params& p, Shared& shared, const float (&acc_dq)[kMi][kOutBlocks][4]) {
   const Tile tile = query_tile<kBlockM>(p);
   const int lane = thread_here() % kWarpSize;
   const int warp_row = thread_here() / kWarpSize * kWarpRows;
@@ -208,6 +210,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, SCFA_MIN_BLOCKS) scfa_bwd
 
   block_row_statistics(shared, p, tile, list);
   copies_wait<kStages - 1>();
+  block_round<kBlockM, kHeadDim, kThreads>(shared.q);
+  block_round<kBlockM, kHeadDimV, kThreads>(shared.dout);
   __syncthreads();  // q, dout and row statistics are complete
   if (p.negative_scale) warp_negate_rows<kWarpRows, kBlockM, kHeadDim>(shared.q, warp_row);
   Own own;
@@ -215,10 +219,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, SCFA_MIN_BLOCKS) scfa_bwd
     warp_load_left(own.q, left_operand<kBlockM>(shared.q, warp_row));
     warp_load_left(own.dout, left_operand<kBlockM>(shared.dout, warp_row));
   }
-  float acc_dq[kMi][kSteps * 2][4] = {};
+  float acc_dq[kMi][kOutBlocks][4] = {};
 #pragma unroll 1
   for (int t = 0; shared.source.first + t * kBlockN < shared.source.last; ++t) {
     copies_wait<kStages - 2>();
+    block_round_tile<kThreads>(shared.keys, t);
     __syncthreads();  // tile t is complete, and everyone has left the stage that is filled next
     const int stage = t % kStages;
     block_stream_tile<kBlockN, kThreads>(shared.keys, shared.key_rows, shared.source, p, t + kStages - 1, true);

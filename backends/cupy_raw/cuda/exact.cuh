@@ -6,7 +6,7 @@
 // fused multiply-add per accumulator. A row stops early once all it computes is NaN. All threads of the block take part.
 //
 // Long sums of float32 rows are made of chains of kChain terms, joined with what the additions before them lost. Where rows are
-// of half precision, the roundings of their weights outweigh those of the sums, which are made as tiles make them.
+// of half precision or TF32, the roundings of their weights outweigh those of the sums, which are made as tiles make them.
 #pragma once
 #include "mma.cuh"
 #include "params.cuh"
@@ -20,7 +20,7 @@ SCFA_DEVICE float dot_rows(const Element* a, const Element* b) {
     load8(a + d, x);
     load8(b + d, y);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) sum = fmaf(x[i], y[i], sum);
+    for (int i = 0; i < 8; ++i) sum = fmaf(as_multiplied(x[i]), as_multiplied(y[i]), sum);
   }
   return sum;
 }
@@ -64,7 +64,7 @@ struct RowSlice {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       float& sum = kMindsLoss ? chain[c] : value[c];
-      if (column(c) < kDim) sum = fmaf(factor, to_float(row[column(c)]), sum);
+      if (column(c) < kDim) sum = fmaf(as_multiplied(factor), as_multiplied(to_float(row[column(c)])), sum);
     }
   }
   SCFA_DEVICE void join_chain() {

@@ -1,4 +1,4 @@
-// scfa_fwd: attention of sorted query rows over their ranges of the sorted key list, 16-bit inputs, tensor cores.
+// scfa_fwd: attention of sorted query rows over their ranges of the sorted key list, by tensor cores.
 //
 // Computes   out[i] = sum_j p[i][j] v[j] / sum_j p[i][j],  p[i][j] = exp(scale * q[i] . k[j]),  lse[i] = ln sum_j p[i][j]
 //            over j = k_index[key_start[r] : key_end[r]] for i = q_index[r]. Rows that see nothing: out 0, lse -inf.
@@ -6,7 +6,8 @@
 //            them. A block walks the union of its rows' ranges kBlockN keys at a time; a warp skips tiles its rows do
 //            not see, and takes those seen in part kSubN keys at a time, masked.
 // Shared     q tile (reused for out) + kStages * (k tile + v tile) + row ranges + kStages * kBlockN key indices; see Shared.
-// Inputs     q k v (batch, heads, seqlen, head_dim) float16 | bfloat16 at any strides; plan arrays int32.
+// Inputs     q k v (batch, heads, seqlen, head_dim) float16 | bfloat16 | float32, whose products are TF32, at any strides; plan
+//            arrays int32.
 // Outputs    out like q, every row; lse float32, natural log, in the user's order.
 // Exactness  rows outside the block's union are never read; NaN or Inf of invisible rows inside it cannot leak: exact.cuh.
 // Source     Dao et al., FlashAttention-2 (tiling, warps own rows); Pagliardini et al. 2023 (key ranges). This version:
@@ -25,7 +26,7 @@ constexpr bool kQInRegisters = SCFA_OWN_IN_REGISTERS != 0;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kWarpRows = kBlockM / kWarps;
 constexpr int kMi = kWarpRows / 16;
-constexpr int kSteps = padded(kHeadDim) / 16;
+constexpr int kSteps = padded(kHeadDim) / kStepColumns;
 constexpr int kOutBlocks = padded(kHeadDimV) / 8;
 static_assert(kWarpRows % 16 == 0, "a warp owns whole blocks of 16 rows");
 static_assert(kSubN % 16 == 0 && kBlockN % kSubN == 0, "keys are multiplied 16 at a time");
@@ -77,9 +78,9 @@ SCFA_DEVICE void visit_keys(const Shared& shared, int t, int sub, const u32 (&q)
   }
 
   // acc_o += p @ v
-  u32 p[kMi][kKeys / 16][4];
-  warp_pack<kMi, kKeys / 8>(p, acc_s);
-  warp_product_nn(acc_o, p, left_operand<kBlockN>(shared.keys.v[stage], sub));
+  u32 p[kMi][kKeys / kStepColumns][4];
+  warp_pack(p, acc_s);
+  warp_product_nn(acc_o, p, rows_operand<kBlockN>(shared.keys.v[stage], sub));
 }
 
 // Stores out and lse; everything it needs to know of its place is found again.
@@ -158,6 +159,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SCFA_MIN_BLOCKS) scfa_fwd
   for (int t = 0; t < kStages - 1; ++t) block_stream_tile<kBlockN, kThreads>(shared.keys, shared.key_rows, shared.source, p, t, false);
 
   copies_wait<kStages - 1>();
+  block_round<kBlockM, kHeadDim, kThreads>(shared.q);
   __syncthreads();  // q is complete
   if (p.negative_scale) warp_negate_rows<kWarpRows, kBlockM, kHeadDim>(shared.q, warp_row);
   u32 q_operand[kMi][kQInRegisters ? kSteps : 1][4];
@@ -169,6 +171,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, SCFA_MIN_BLOCKS) scfa_fwd
 #pragma unroll 1
   for (int t = 0; shared.source.first + t * kBlockN < shared.source.last; ++t) {
     copies_wait<kStages - 2>();
+    block_round_tile<kThreads>(shared.keys, t);
     __syncthreads();  // tile t is complete, and everyone has left the stage that is filled next
     block_stream_tile<kBlockN, kThreads>(shared.keys, shared.key_rows, shared.source, p, t + kStages - 1, true);
 

@@ -23,6 +23,13 @@ SCFA_DEVICE u32 pack_pair(float low, float high) {
   return word;
 }
 
+// The nearest of 10 mantissa bits, ties away from 0: what a tensor core multiplies of a float32.
+SCFA_DEVICE float round_tf32(float x) {
+  u32 rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(x));
+  return __uint_as_float(rounded);
+}
+
 SCFA_DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -83,7 +90,8 @@ SCFA_DEVICE int block_here() {
 }
 
 // Four 8 x 8 matrices of 16-bit elements, one row a lane by address, as mma operands: lane l gets row l / 4, columns
-// 2 * (l % 4) and one on of each; transposed, column l / 4 and rows 2 * (l % 4) and one on.
+// 2 * (l % 4) and one on of each; transposed, column l / 4 and rows 2 * (l % 4) and one on. Of float32, a row of a matrix is
+// 4 elements, and lane l gets column l % 4.
 SCFA_DEVICE void load_matrices(u32 (&r)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -96,9 +104,20 @@ SCFA_DEVICE void load_matrices_transposed(u32 (&r)[4], u32 address) {
                : "r"(address));
 }
 
-// acc (16 x 8) += a (16 x 16) @ b (16 x 8)
+// One float32 of shared memory: ldmatrix transposes 16-bit elements only.
+SCFA_DEVICE u32 load_word(u32 address) {
+  u32 word;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(address));
+  return word;
+}
+
+// acc (16 x 8) += a (16 x kStepColumns) @ b (kStepColumns x 8); of float32 the 13 low bits are ignored
 SCFA_DEVICE void multiply_add(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  if constexpr (kIsBf16) {
+  if constexpr (kElementBytes == 4) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else if constexpr (kIsBf16) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

@@ -36,3 +36,10 @@ SCFA_DEVICE void block_stream_tile(KeyStages<kRows, kStages>& tiles, int (&key_r
   }
   copies_commit();
 }
+
+// What a thread has copied of tile t, as it is multiplied (block_round); before the barrier that completes the tile.
+template <int kThreads, int kRows, int kStages>
+SCFA_DEVICE void block_round_tile(KeyStages<kRows, kStages>& tiles, int t) {
+  block_round<kRows, kHeadDim, kThreads>(tiles.k[t % kStages]);
+  block_round<kRows, kHeadDimV, kThreads>(tiles.v[t % kStages]);
+}

@@ -16,7 +16,7 @@ typedef unsigned long long u64;
 #error "SCFA_HEAD_DIM_V: set by variants.py"
 #endif
 #ifndef SCFA_ELEMENT
-#error "SCFA_ELEMENT (0 float32, 1 float16, 2 bfloat16): set by variants.py"
+#error "SCFA_ELEMENT (0 float32, 1 float16, 2 bfloat16, 3 float32 multiplied as TF32): set by variants.py"
 #endif
 #ifndef SCFA_ALIGNED
 #error "SCFA_ALIGNED (1: rows start at multiples of 16 bytes, less than 4 GiB apart): set by variants.py"
@@ -25,15 +25,20 @@ typedef unsigned long long u64;
 constexpr int kHeadDim = SCFA_HEAD_DIM;
 constexpr int kHeadDimV = SCFA_HEAD_DIM_V;
 constexpr bool kIsBf16 = SCFA_ELEMENT == 2;
+constexpr bool kIsTf32 = SCFA_ELEMENT == 3;
 constexpr bool kAligned = SCFA_ALIGNED != 0;
 static_assert(kHeadDim % 8 == 0 && kHeadDim >= 8 && kHeadDim <= 256, "head_dim is a multiple of 8, at most 256");
 static_assert(kHeadDimV % 8 == 0 && kHeadDimV >= 8 && kHeadDimV <= 256, "head_dim_v is a multiple of 8, at most 256");
 
-#if SCFA_ELEMENT == 0
+#if SCFA_ELEMENT == 0 || SCFA_ELEMENT == 3
 using Element = float;
 #else
 using Element = u16;  // the bits of a half or a bfloat16
 #endif
+
+constexpr int kElementBytes = sizeof(Element);
+constexpr int kChunkColumns = 16 / kElementBytes;  // one copy moves 16 bytes of a row
+constexpr int kStepColumns = 32 / kElementBytes;   // one tensor-core product takes 32 bytes of a row
 
 constexpr int kWarpSize = 32;
 constexpr u32 kAllLanes = 0xffffffffu;
