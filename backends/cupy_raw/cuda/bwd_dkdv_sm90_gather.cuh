@@ -1,4 +1,4 @@
-// First half of bwd_dkdv_sm90.cu: its tile shape, its shared memory, and the gathering warpgroup.
+// First half of bwd_dkdv_sm90.cu: its tile shape, its shared memory, and the gathering warpgroups.
 #pragma once
 
 #if !defined(SCFA_HEAD_DIM) || !defined(SCFA_BLOCK_N) || !defined(SCFA_WARPGROUPS) || \
@@ -159,7 +159,9 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared, int
       const long long list =
           static_cast<long long>(b * p.heads + h_kv * p.group_size + member) * p.seqlen_q;
       for (int i = warp; i < kBounds; i += kGatherThreads / 32) {
-        const int key_of_bound = key0 + 64 * (i / 2) + 63 * (i & 1);
+        // Queries that are dropped start at `kept`, beyond all that see a key.
+        const int first = key0 + 64 * (i / 2);
+        const int key_of_bound = i & 1 ? min(first + 63, kept - 1) : first;
         const int* searched = kMonotone ? i & 1 ? p.key_start : p.key_end
                               : i & 1   ? p.envelope_start
                                         : p.envelope_end;

@@ -1,4 +1,4 @@
-// First half of bwd_dq_sm90.cu: its tile shape, its shared memory, and the gathering warpgroup.
+// First half of bwd_dq_sm90.cu: its tile shape, its shared memory, and the gathering warpgroups.
 #pragma once
 
 #if !defined(SCFA_HEAD_DIM) || !defined(SCFA_BLOCK_N) || !defined(SCFA_WARPGROUPS) || \

@@ -256,8 +256,8 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
       for (; first < end_query; first += kBlockM) {
         const Query own = upcoming;
         upcoming = load_query(first + kBlockM);
-        const bool kept = first + column < count;
-        const bool sees = kept && own.start < own.end && own.end > key0 && own.start < key1;
+        const bool there = first + column < count;
+        const bool sees = there && own.start < own.end && own.end > key0 && own.start < key1;
         // A query that sees no key of the tile becomes zeros.
         const int row = sees ? own.row : -1;
         barrier_wait(shared.query_empty(query.slot), query.parity ^ 1);
@@ -265,8 +265,8 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
         // Lse of rows past the last kept one is +inf (before row_lse's first element) and delta 0:
         // their weights are 0.
         const unsigned target = shared.lse(query.slot) + 4 * column;
-        copy_word(target, kept ? at_byte(lse, own.offset) : p.row_lse - 1, true);
-        copy_word(target + 4 * kBlockM, at_byte(delta, own.offset), kept);
+        copy_word(target, there ? at_byte(lse, own.offset) : p.row_lse - 1, true);
+        copy_word(target + 4 * kBlockM, at_byte(delta, own.offset), there);
         copy_word(target + 8 * kBlockM, at_byte(starts, own.offset), true);
         copy_word(target + 12 * kBlockM, at_byte(ends, own.offset), true);
         barrier_arrive_after_copies(shared.query_full(query.slot));

@@ -19,8 +19,8 @@ __device__ __forceinline__ KeyTile locate_key_tile(const Params& p, int tile) {
 // j and its first starts before key kBlockN * (j + 1): the visitors of i are a range of key tiles,
 // which bwd_fused_sm90.cu and bwd_prepare_sm90.cu know from these two numbers. Bound 2 is the first
 // row to start beyond the tile's first key, bound 3 the first to end beyond its last: if 3 comes
-// before 2 it sees all keys of the tile. A tile beyond the keys that are kept, which nobody sees, is
-// given `count` 0: nothing is searched.
+// before 2 it sees all keys of the tile. Where a tile beyond the keys that are kept, which
+// nobody sees, is given `count` 0, nothing is searched.
 __device__ __forceinline__ void find_bounds(const Params& p, Shared shared, unsigned buffer,
                                             int member, long long list, int count, int key0,
                                             int warp, int lane) {

@@ -1,5 +1,5 @@
 // Which tile of sorted query rows a block works on, which keys that tile's rows see, and the row
-// data shared between the gathering warpgroup and the multiplying ones. Used by the kernels that
+// data shared between the gathering warpgroups and the multiplying ones. Used by the kernels that
 // own query tiles (fwd_sm90.cu, bwd_dq_sm90.cu).
 #pragma once
 
@@ -43,7 +43,8 @@ struct KeyUnion {
 };
 
 // Load the tile's row data into shared memory, and what each warp finds of its key range into
-// `scratch`. All threads of one warpgroup call it; a barrier must follow.
+// `scratch`. All threads of one warpgroup call it; a barrier must follow, and another one before the
+// next call.
 template <int kRows>
 __device__ __forceinline__ void load_tile_rows(const Params& p, TileData<kRows> data,
                                                unsigned scratch, const QueryTile& tile,
