@@ -34,6 +34,7 @@ def _card(stem: str) -> Page:
         stem,
         {
             stem: "",
+            f"{stem}-now": "After a second gathering warpgroup: what changed since",
             f"{stem}-original": "Beside the original, and numba-cuda",
             f"{stem}-flex": "Beside FlexAttention",
             f"{stem}-jit": "First use on a machine",
@@ -48,7 +49,7 @@ PAGES = (
     Page("cpu", {"cpu-epyc": "", "cpu-epyc-jit": "First use on a machine"}),
     Page("accuracy", {"accuracy-numba-cpu": "", "accuracy-h200": "", "accuracy-h100": ""}),
 )
-README = {"h100": ["goal"], "h200-original": ["goal"], "cpu-epyc": ["cpu"]}  # files: sets shown
+README = {"h100": ["goal"], "h100-original": ["goal"], "cpu-epyc": ["cpu"]}  # files: sets shown
 
 
 def intro(name: str) -> str:

@@ -248,6 +248,7 @@ def compare_one_graph(torch, transformers, device, kind, implementation, inputs,
             assert (got - wanted).norm() <= bound * wanted.norm()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # its compiler imports torch.jit
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of dynamo itself
 @pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd:UserWarning")
 @pytest.mark.parametrize("mask", ONE_GRAPH)

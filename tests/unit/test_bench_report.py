@@ -267,7 +267,7 @@ def test_speed_claims_of_the_readme_are_stored_results():
         assert stored(first, second), f"{first} / {second} is in no stored result"
 
     speedups = set()  # as the page's tables have them, which are made of the stored results
-    records = [report.load(path) for path in sorted(results.glob("lm-speed-h200*.json"))]
+    records = [report.load(path) for path in sorted(results.glob("lm-speed-h[12]00*.json"))]
     for lines in (part.splitlines() for part in speed_sections(records) if part.startswith("|")):
         lengths = [int(x) for x in re.findall(r"T=(\d+)", lines[0])]
         for line in lines[2:]:
