@@ -76,8 +76,6 @@ def build_of(tool: str) -> str:
 def command_of(program: str, tool: str, family: str, number: int, only: list[str]) -> list[str]:
     """Command line of one run."""
     options = ["--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "100"]
-    # cuda-bindings asks the driver for functions that it may not have, which is no fault.
-    options += ["--report-api-errors", "no"] if tool == "memcheck" else []
     options += ["--port", str(FIRST_PORT + PORTS_EACH * number), "--launch-timeout", "120"]
     return [
         program,

@@ -53,9 +53,7 @@ def lm(torch, backend, monkeypatch, tmp_path):
 def assert_same_run(graph, plain):
     """Sums in another order (atomic additions of the embedding's gradient) grow with the steps."""
     assert graph[0] == pytest.approx(plain[0], rel=1e-5)
-    half = len(plain) // 2
-    assert graph[:half] == pytest.approx(plain[:half], abs=5e-3)
-    assert graph == pytest.approx(plain, rel=5e-3)
+    assert graph == pytest.approx(plain, abs=5e-3)
     moves = [abs(a - b) for a, b in itertools.pairwise(plain)]
     assert max(moves) > 0.05, "losses that hardly move would hide a replay of old data"
 

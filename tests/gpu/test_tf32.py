@@ -1,6 +1,7 @@
 """$SCFA_CUPY_FP32=tf32: float32 by tensor cores, as exact as torch's attention in TF32."""
 
 import pytest
+from gpu_calls import everything, inputs
 
 import scfa_core as scfa
 from scfa_core import testing
@@ -82,23 +83,8 @@ def test_random_problems(call, hold, seed):
     check(call, hold, testing.random_spec(seed, most_rows=200, head_dims=(16, 64, 128)))
 
 
-def draw(torch, shape, heads_kv=None, buckets=4, seed=0):
-    """q, k, v, dout and the hashes of queries and keys."""
-    generator = torch.Generator("cuda").manual_seed(seed)
-    kv_shape = (shape[0], heads_kv or shape[1], *shape[2:])
-    shapes = (shape, kv_shape, kv_shape, shape)
-    tensors = [torch.randn(size, device="cuda", generator=generator) for size in shapes]
-    hashes = [
-        torch.randint(0, buckets, size[:3], device="cuda", generator=generator)
-        for size in (shape, kv_shape)
-    ]
-    return tensors, hashes
-
-
-def everything(backend, tensors, pattern):
-    q, k, v, dout = tensors
-    out, lse = scfa.attention(q, k, v, pattern, return_lse=True, backend=backend)
-    return out, lse, *scfa.attention_backward(dout, q, k, v, out, lse, pattern, backend=backend)
+def draw(torch, shape, heads_kv=None):
+    return inputs(torch, shape, heads_kv, torch.float32)
 
 
 def same(torch, left, right):
@@ -111,7 +97,7 @@ def same(torch, left, right):
 def test_thousands_of_rows_against_torch_on_the_card(torch, backend, request, head_dim):
     """The rule at its word: twice the error of torch's own evaluation with TF32 products."""
     rows = 2500
-    (q, k, v, dout), (q_hash, k_hash) = draw(torch, (1, 4, rows, head_dim), seed=head_dim)
+    (q, k, v, dout), (q_hash, k_hash) = draw(torch, (1, 4, rows, head_dim))
     row = torch.arange(rows, device="cuda")
     mask = (q_hash[..., :, None] == k_hash[..., None, :]) & (row[:, None] >= row[None, :])
     blind = ~mask.any(-1, keepdim=True)
@@ -171,21 +157,13 @@ def test_the_default_is_exact_and_stays_what_it_was(torch, backend, monkeypatch,
     assert not any(same(torch, found["tf32"], found["exact"]))
 
 
-def test_wider_heads_stay_exact(torch, backend, monkeypatch):
-    tensors, hashes = draw(torch, (1, 2, 300, 256))
+@pytest.mark.parametrize(("head_dim", "dtype"), [(256, "float32"), (64, "bfloat16")])
+def test_wider_heads_and_other_types_do_not_look(torch, backend, monkeypatch, head_dim, dtype):
+    tensors, hashes = inputs(torch, (1, 2, 300, head_dim), dtype=getattr(torch, dtype))
     pattern = scfa.HashSparse(*hashes)
     asked = everything(backend, tensors, pattern)
     monkeypatch.delenv("SCFA_CUPY_FP32")
     assert all(same(torch, asked, everything(backend, tensors, pattern)))
-
-
-def test_half_precision_does_not_look(torch, backend, monkeypatch):
-    tensors, hashes = draw(torch, (1, 2, 300, 64))
-    half = [x.to(torch.bfloat16) for x in tensors]
-    pattern = scfa.HashSparse(*hashes)
-    asked = everything(backend, half, pattern)
-    monkeypatch.delenv("SCFA_CUPY_FP32")
-    assert all(same(torch, asked, everything(backend, half, pattern)))
 
 
 def test_another_value_is_refused_and_survived(torch, backend, monkeypatch):

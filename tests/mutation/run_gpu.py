@@ -23,7 +23,7 @@ from faults_gpu import FAULTS
 from run import HERE, Copy, check_on_clean_sources, judge
 
 RESULTS = HERE / "results_gpu.json"
-LIMIT = 150.0  # seconds of one fault, compiling included; a kernel that hangs is a failure too
+LIMIT = 240.0  # seconds of one fault, compiling included; a kernel that hangs is a failure too
 
 
 def plant(fault: Fault) -> dict[str, str]:

@@ -4,13 +4,11 @@ As in test_numba_cuda_sim.py, this file runs itself in a process that chooses th
 """
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from simulated import report_of
 
 from scfa_core.arrays import HostContext
 from scfa_core.lowering import Clauses
@@ -211,17 +209,7 @@ def main():
 
 @pytest.fixture(scope="module")
 def report():
-    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1"}
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).resolve())],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return report_of(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -5,12 +5,10 @@ own, which works through all cases and prints what it found.
 """
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from simulated import report_of
 
 from scfa_core.testing import Part, Spec
 
@@ -142,17 +140,7 @@ def main():
 
 @pytest.fixture(scope="module")
 def report():
-    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1"}
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).resolve())],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return report_of(__file__)
 
 
 def test_simulator_is_available(report):
