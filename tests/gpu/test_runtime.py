@@ -39,6 +39,20 @@ def test_same_bits_hundreds_of_times(kernels, torch, backend, head_dim, dtype):
     assert not any(differ), dict(zip(names, differ.tolist(), strict=True))
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("pattern", ["hash", "causal"])
+def test_same_bits_of_a_full_card(kernels, torch, backend, head_dim, pattern):
+    """Sums in memory are passed from block to block: on every multiprocessor, in long queues."""
+    tensors, hashes = inputs(torch, (2, 24, 4000, head_dim), buckets=2, seed=head_dim)
+    pattern = scfa.HashSparse(*hashes) if pattern == "hash" else scfa.Causal()
+    first = everything(backend, tensors, pattern)
+    differ = torch.zeros(len(first), device="cuda")
+    for _ in range(40 if backend == "cupy" else 10):
+        again = everything(backend, tensors, pattern)
+        differ += torch.stack([(x != y).any() for x, y in zip(first, again, strict=True)])
+    assert not any(differ), differ.tolist()
+
+
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # torch says it is a prototype
 def test_a_call_does_not_wait(torch, backend):
     tensors, hashes = inputs(torch)

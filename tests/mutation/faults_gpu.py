@@ -12,9 +12,9 @@ RUNTIME, EXACT = "tests/gpu/test_runtime.py", "tests/gpu/test_exact.py"
 
 
 def _both(way: str, head_dim: str) -> tuple[tuple[str, ...], ...]:
-    """Hundreds of calls bit by bit, then thousands of rows against torch."""
+    """Calls compared bit by bit, hundreds of small and tens of large, then rows against torch."""
     return (
-        (RUNTIME, "-k", f"hundreds and {way} and {head_dim}"),
+        (RUNTIME, "-k", f"(hundreds or full_card) and {way} and {head_dim}"),
         (EXACT, "-k", f"thousands and {way} and {head_dim}"),
     )
 
@@ -102,7 +102,8 @@ FAULTS = (
     ),
     Fault("gpu-fused128-rows", GATHER128,
         "        barrier_wait(shared.rows_empty(ring.slot), ring.parity ^ 1);\n"
-        "        // Rows past the last kept one", "        // Rows past the last kept one",
+        "        gather_rows<kBlockM, kPanels, kRowThreads>(shared.rows(ring.slot), dout,",
+        "        gather_rows<kBlockM, kPanels, kRowThreads>(shared.rows(ring.slot), dout,",
         "queries are overwritten that products still read", "gpu-fused128",
     ),
     Fault("gpu-fused128-sum-room", CARRY,

@@ -16,6 +16,14 @@ HAZARD = (
     "========= Error: Race reported between Write access at scfa_fwd and Read access\n"
     "=========     at scfa_fwd+0x10\n"
 )
+LOOK_UP = (
+    '========= Program hit CUDA_ERROR_NOT_FOUND (error 500) due to "named symbol not found" on CUDA '
+    "API call to cuGetProcAddress_v2.\n=========     Saved host backtrace\n"
+)
+
+
+def summary(errors):
+    return f"all calls done\n========= ERROR SUMMARY: {errors} errors\n"
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +46,12 @@ def runner():
         ),
         (f"{BANNER}{CALLS}{HAZARD}all calls done\n", 9, "found (in call 2 of 2): 1 lines"),
         (f"{BANNER}{CALLS}{HAZARD}all calls done\n", 0, "found (in call 2 of 2): 1 lines"),
+        (f"{BANNER}{LOOK_UP * 3}{CALLS}{summary(3)}", 9, "clean"),
+        (f"{BANNER}{LOOK_UP * 3}{CALLS}{summary(4)}", 9, "found (in call 2 of 2): nothing"),
+        (f"{BANNER}{LOOK_UP}{CALLS}{HAZARD}{summary(2)}", 9, "found (in call 2 of 2): 1 lines"),
+        (f"{BANNER}{LOOK_UP}{CALLS}{HAZARD}{summary(1)}", 9, "found (in call 2 of 2): 1 lines"),
+        (f"{BANNER}{LOOK_UP.replace('_v2', 'X')}{CALLS}{summary(1)}", 9, "found (in call 2 of 2)"),
+        (f"{BANNER}{LOOK_UP}{CALLS}boom\n", 1, "failed with exit code 1"),
         (f"{BANNER}call 1 of 2: a\n", None, "not finished after 5 s (in call 1 of 2; nothing"),
         (f"{BANNER}{CALLS}{HAZARD}", None, "not finished after 5 s (in call 2 of 2; 1 lines, the"),
         (BANNER, None, "not finished after 5 s (no call begun"),
