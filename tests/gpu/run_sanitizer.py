@@ -40,9 +40,7 @@ OURS = "kns=scfa_"
 MARK = "========="
 # Bindings for Python ask the driver for every function they know, by name; that it lacks one is no
 # fault of a call.
-LOOK_UP = re.compile(
-    r"Program hit CUDA_ERROR_NOT_FOUND .* on CUDA API call to cuGetProcAddress(_v2)?\."
-)
+LOOK_UP = re.compile(r"Program hit .* on CUDA API call to cuGetProcAddress(_v2)?\.")
 
 
 class Run(NamedTuple):
@@ -120,7 +118,7 @@ def state_of(output: str, code: int | None, seconds: float) -> str:
     """Say how a run ended; `code` None: it was stopped. Only "clean" is good."""
     lines = [line for line in output.splitlines() if line.startswith(f"{MARK} ")]
     heads = [line.removeprefix(f"{MARK} ") for line in lines if not line.startswith(f"{MARK}  ")]
-    told = [x for x in heads if "COMPUTE-SANITIZER" not in x and "SUMMARY" not in x]
+    told = [x for x in heads if x and "COMPUTE-SANITIZER" not in x and "SUMMARY" not in x]
     found = [x for x in told if not LOOK_UP.fullmatch(x)]
     looked_up = len(told) - len(found)
     if f"ERROR SUMMARY: {looked_up} error" in output and code == FOUND:

@@ -178,6 +178,7 @@ def test_another_value_is_refused_and_survived(torch, backend, monkeypatch):
     assert all(same(torch, right, everything(backend, tensors, pattern)))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # its compiler imports torch.jit
 def test_a_compiled_model_is_asked_anew(torch, backend, monkeypatch):
     """The switch is no part of what torch.compile traces: nothing compiles again."""
     torch._dynamo.reset()

@@ -17,8 +17,8 @@ HAZARD = (
     "=========     at scfa_fwd+0x10\n"
 )
 LOOK_UP = (
-    '========= Program hit CUDA_ERROR_NOT_FOUND (error 500) due to "named symbol not found" on '
-    "CUDA API call to cuGetProcAddress_v2.\n=========     Saved host backtrace\n"
+    '========= Program hit CUDA_ERROR_INVALID_VALUE (error 1) due to "invalid argument" on CUDA '
+    "API call to cuGetProcAddress_v2.\n=========     Saved host backtrace\n========= \n"
 )
 
 
