@@ -1,6 +1,6 @@
 """Recipes of random patterns: ids, flags and ranges that aim at the places where kernels go wrong.
 
-`testing` puts them together to problems.
+`testing_problems` puts them together.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from scfa_core import patterns as pt
 
 if TYPE_CHECKING:
-    from scfa_core.testing import Spec
+    from scfa_core.testing_problems import Spec
 
 GROUP_STYLES = (
     "uniform",

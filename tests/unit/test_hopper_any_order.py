@@ -19,7 +19,7 @@ from hopper_host import (
 from scfa_core.backends.cupy_raw import launch_sm90
 
 import scfa_core as scfa
-from scfa_core import testing
+from scfa_core import testing, testing_problems
 from scfa_core.plan import PlanArrays
 from scfa_core.problem import Problem
 from scfa_core.testing import Part, Spec
@@ -135,7 +135,7 @@ def check_ranges(kernels, sizes, start, end, dtype="bfloat16", **how):
     given = (1, sizes[1], sizes[3])
     ranges = [np.broadcast_to(np.asarray(x), given).copy() for x in (start, end)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(testing, "build_part", lambda *_: scfa.KeyRanges(*ranges))
+        patch.setattr(testing_problems, "build_part", lambda *_: scfa.KeyRanges(*ranges))
         case = testing.build(spec)
     check_case(kernels, case, **how)
 
