@@ -14,6 +14,7 @@
 #include "choice_sm90.cuh"
 #include "order_sm90.cuh"
 #include "gather_sm90.cuh"
+#include "query_data_sm90.cuh"
 #include "width_sm90.cuh"
 #include "softmax_sm90.cuh"
 
@@ -23,21 +24,8 @@ constexpr int kWarpgroups = kKeyGroups * kParts;
 constexpr int kStages = SCFA_STAGES;       // buffers of one q and one dout block each
 constexpr int kBlockN = 64 * kKeyGroups;   // keys of a tile
 constexpr int kBlockM = SCFA_BLOCK_N;      // queries of a step
-constexpr int kGatherers = SCFA_GATHERERS;  // warpgroups that fetch blocks, in turn
-constexpr int kThreads = 128 * (kGatherers + kWarpgroups);
-// Two gathering warpgroups take what is left of 512. With one, where rows end inside the only panel,
-// gathering takes more, and products fewer.
-constexpr int kProducerRegisters = kGatherers == 2    ? 32
-                                   : kWarpgroups == 3 ? 32
-                                   : kColumns < 64    ? 56
-                                                      : 40;
-constexpr int kConsumerRegisters = kGatherers == 2    ? 224
-                                   : kWarpgroups == 3 ? 160
-                                   : kColumns < 64    ? 224
-                                                      : 232;
-static_assert(kGatherers * kProducerRegisters + kWarpgroups * kConsumerRegisters <=
-                  launched_registers(kThreads),
-              "registers are shared out, not made");
+constexpr int kTwoGatherRegisters = 32;  // those of products: 256 less that
+#include "gatherers_sm90.cuh"
 // Two uses of registers that are free only at head_dim 64, 64 queries a step and two warpgroups:
 // keys and values as A operands, and scores of the next queries running behind the products of
 // these.
@@ -50,46 +38,30 @@ static_assert(kParts == 1 || (kParts == 2 && kPartWidth == 128 && kColumns > 128
               "both parts hold columns");
 static_assert(kStages >= 2, "scores of the next block start before this one is done");
 
-static_assert(kGatherers == 1 || kGatherers == 2, "they take turns");
-constexpr int kAllGatherThreads = kGatherers * kGatherThreads;
-
 constexpr int kKeyBytes = kBlockN * kHeadDim * 2;
 constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
 constexpr int kQueryBase = 2 * kKeyBytes;
 constexpr int kDataBase = kQueryBase + 2 * kStages * kQueryBytes;
-constexpr int kDataBytes = 16 * kBlockM;  // lse, delta, key_start, key_end of the block's queries
-constexpr int kMaxGroup =
-    16;  // query heads of one kv head; launch_sm90.py sends larger groups elsewhere
+constexpr int kDataBytes = query_data_bytes(kBlockM);
 constexpr int kBounds = 2 * kKeyGroups;  // first and end query of each warpgroup's keys
-constexpr int kBoundsBase = kDataBase + kStages * kDataBytes;  // of two tiles
-constexpr int kTileBase = kBoundsBase + 2 * 4 * kMaxGroup * kBounds;
+constexpr int kBoundsBase = kDataBase + kStages * kDataBytes;
+constexpr int kTileBase = kBoundsBase + bounds_bytes(kBounds);
 constexpr int kBarrierBase = kTileBase + 16;
 constexpr int kSharedBytes =
     kBarrierBase + 8 * (2 + 2 * kStages) + 1024;  // 1024: room to align the base
 static_assert(kSharedBytes <= 232448, "more shared memory than a block can have");
 static_assert(kSharedBytes == SCFA_SHARED_BYTES, "launch_sm90.py asks for as much as is laid out");
 
-constexpr int kSeesNothing = 0x7FFFFFFF;  // a range start beyond every key
-constexpr int kProducerBarrier = 1;       // named barrier of all gathering warpgroups
-constexpr int kGathererBarrier = 2;       // the first of those of each alone
+constexpr int kProducerBarrier = 1;  // named barrier of all gathering warpgroups
+constexpr int kGathererBarrier = 2;  // the first of those of each alone
 
-struct Shared {
-  unsigned base;
+struct Shared : QueryData<kBlockM, kDataBase, kBounds, kBoundsBase> {
   __device__ __forceinline__ unsigned key() const { return base; }
   __device__ __forceinline__ unsigned value() const { return base + kKeyBytes; }
   __device__ __forceinline__ unsigned query(unsigned i) const {
     return base + kQueryBase + 2 * i * kQueryBytes;
   }
   __device__ __forceinline__ unsigned dout(unsigned i) const { return query(i) + kQueryBytes; }
-  __device__ __forceinline__ unsigned lse(unsigned i) const {
-    return base + kDataBase + i * kDataBytes;
-  }
-  __device__ __forceinline__ unsigned delta(unsigned i) const { return lse(i) + 4 * kBlockM; }
-  __device__ __forceinline__ unsigned starts(unsigned i) const { return lse(i) + 8 * kBlockM; }
-  __device__ __forceinline__ unsigned ends(unsigned i) const { return lse(i) + 12 * kBlockM; }
-  __device__ __forceinline__ unsigned bound(unsigned parity, int member, int i) const {
-    return base + kBoundsBase + 4 * ((parity * kMaxGroup + member) * kBounds + i);
-  }
   __device__ __forceinline__ unsigned tile() const { return base + kTileBase; }
   __device__ __forceinline__ unsigned share() const { return base + kTileBase + 4; }
   __device__ __forceinline__ unsigned key_full() const { return base + kBarrierBase; }

@@ -20,27 +20,13 @@ constexpr int kWarpgroups = SCFA_WARPGROUPS;
 constexpr int kStages = SCFA_STAGES;  // buffers of one key and one value block each
 constexpr int kQueryBuffers = SCFA_QUERY_BUFFERS;
 constexpr int kBlockM = 64 * kWarpgroups;
-constexpr int kGatherers = SCFA_GATHERERS;  // warpgroups that fetch blocks, in turn
-constexpr int kThreads = 128 * (kGatherers + kWarpgroups);
-// Two gathering warpgroups take what is left of 512. With one, where rows end inside the only panel,
-// gathering takes more, and products fewer.
-constexpr int kProducerRegisters = kGatherers == 2    ? 56
-                                   : kWarpgroups == 3 ? 32
-                                   : kColumns < 64    ? 56
-                                                      : 40;
-constexpr int kConsumerRegisters = kGatherers == 2    ? 200
-                                   : kWarpgroups == 3 ? 160
-                                   : kColumns < 64    ? 224
-                                                      : 232;
-static_assert(kGatherers * kProducerRegisters + kWarpgroups * kConsumerRegisters <=
-                  launched_registers(kThreads),
-              "registers are shared out, not made");
+constexpr int kTwoGatherRegisters = 56;  // those of products: 256 less that
+#include "gatherers_sm90.cuh"
 static_assert(kHeadDim <= 128 || kWarpgroups == 1, "dq, scores and slopes fit into registers");
 static_assert(kBlockN % 16 == 0, "scores of one wgmma, reduced over 16 keys at a time");
 static_assert(kStages >= 2, "scores of the next block start before this one is done");
 
-static_assert(kGatherers == 1 || (kGatherers == 2 && kHeadDim == 64), "two take turns in one panel");
-constexpr int kAllGatherThreads = kGatherers * kGatherThreads;
+static_assert(kGatherers == 1 || kHeadDim == 64, "two take turns in one panel");
 
 constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
 constexpr int kKeyBytes = kBlockN * kHeadDim * 2;
