@@ -1,51 +1,27 @@
 // First part of bwd_fused128_sm90.cu: its tile shape, its shared memory, and the gathering warps.
 #pragma once
 
-#if !defined(SCFA_HEAD_DIM) || !defined(SCFA_BLOCK_N) || !defined(SCFA_WARPGROUPS) || \
-    !defined(SCFA_STAGES) || !defined(SCFA_QUERY_BUFFERS) || !defined(SCFA_SHARED_BYTES)
-#error "the tile shape and SCFA_SHARED_BYTES: set by launch_sm90.py"
-#endif
-#include "mbarrier.cuh"
-#include "products_sm90.cuh"
-#include "params_sm90.cuh"
-#include "choice_sm90.cuh"
-#include "gather_sm90.cuh"
-#include "softmax_sm90.cuh"
+#include "bwd_fused_sm90_sizes.cuh"
 
-constexpr int kHeadDim = SCFA_HEAD_DIM;
 constexpr int kPanels = kHeadDim / kPanelColumns;
-constexpr int kWarpgroups = SCFA_WARPGROUPS;  // that multiply: 64 keys and half of dq's columns each
-constexpr int kRing = SCFA_STAGES;            // buffers of a q or a dout block
-constexpr int kBlockN = 64 * kWarpgroups;     // keys of a tile
-constexpr int kBlockM = SCFA_BLOCK_N;         // queries of a step
-constexpr int kRowThreads = 64;  // two warps gather; the other two of their warpgroup carry sums
-constexpr int kCarriers = 2;
+constexpr int kRing = SCFA_STAGES;  // buffers of a q or a dout block
 constexpr int kThreads = 128 * (kWarpgroups + 1);
 constexpr int kRowRegisters = 40, kConsumerRegisters = 232;
 static_assert(kRowRegisters + kWarpgroups * kConsumerRegisters <= launched_registers(kThreads),
               "registers are shared out, not made");
-constexpr int kChanges = SCFA_QUERY_BUFFERS;  // buffers of dS
-constexpr int kDataSlots = 3;                 // buffers of what else belongs to a block of queries
+constexpr int kDataSlots = 3;  // buffers of what else belongs to a block of queries
 static_assert(kHeadDim == 128 && kBlockM == 64 && kWarpgroups == 2,
               "dq of a step is two products of 64 x 64, dk and dv of 64 keys fill the registers");
 static_assert(kChanges == 2, "dS of a step is stored before dq of the step before is there");
 static_assert(4 <= kRing && kRing <= 6,
               "scores of the next block start before this one is done; its data outlive it");
 
-constexpr int kKeyBytes = kBlockN * kHeadDim * 2;
-constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
-constexpr int kChangeBytes = kBlockN * kBlockM * 2;
-constexpr int kSumFloats = kBlockM * kHeadDim;  // of one dq tile
-constexpr int kSumBytes = 4 * kSumFloats;
 constexpr int kChangeBase = 2 * kKeyBytes;
 constexpr int kSumBase = kChangeBase + kChanges * kChangeBytes;
 constexpr int kQueryBase = kSumBase + kSumBytes;
 constexpr int kDataBase = kQueryBase + kRing * kQueryBytes;
-constexpr int kDataBytes = 16 * kBlockM;  // lse, delta, key_start, key_end of the block's queries
-constexpr int kMaxGroup = 16;  // query heads of one kv head; launch_sm90.py sends larger elsewhere
-constexpr int kBounds = 4;     // of one query head: see find_bounds
-constexpr int kBoundsBase = kDataBase + kDataSlots * kDataBytes;  // of two tiles
-constexpr int kJobBase = kBoundsBase + 2 * 4 * kMaxGroup * kBounds;
+constexpr int kBoundsBase = kDataBase + kDataSlots * kDataBytes;
+constexpr int kJobBase = kBoundsBase + bounds_bytes(kBounds);
 constexpr int kJobBytes = 16;
 constexpr int kTileBase = kJobBase + kJobBytes * kCarriers;
 constexpr int kBarrierBase = kTileBase + 16;
@@ -54,11 +30,7 @@ constexpr int kSharedBytes = kBarrierBase + 8 * kBarriers + 1024;  // 1024: room
 static_assert(kSharedBytes <= 232448, "more shared memory than a block can have");
 static_assert(kSharedBytes == SCFA_SHARED_BYTES, "launch_sm90.py asks for as much as is laid out");
 
-constexpr int kSeesNothing = 0x7FFFFFFF;  // a range start beyond every key
-constexpr int kProducerBarrier = 1;       // named barrier of the gathering warps
-
-struct Shared {
-  unsigned base;
+struct Shared : QueryData<kBlockM, kDataBase, kBounds, kBoundsBase> {
   __device__ __forceinline__ unsigned key() const { return base; }
   __device__ __forceinline__ unsigned value() const { return base + kKeyBytes; }
   __device__ __forceinline__ unsigned changes(unsigned i) const {
@@ -67,15 +39,6 @@ struct Shared {
   __device__ __forceinline__ unsigned sum() const { return base + kSumBase; }
   __device__ __forceinline__ unsigned rows(unsigned i) const {  // q and dout of a block in turn
     return base + kQueryBase + i * kQueryBytes;
-  }
-  __device__ __forceinline__ unsigned lse(unsigned i) const {
-    return base + kDataBase + i * kDataBytes;
-  }
-  __device__ __forceinline__ unsigned delta(unsigned i) const { return lse(i) + 4 * kBlockM; }
-  __device__ __forceinline__ unsigned starts(unsigned i) const { return lse(i) + 8 * kBlockM; }
-  __device__ __forceinline__ unsigned ends(unsigned i) const { return lse(i) + 12 * kBlockM; }
-  __device__ __forceinline__ unsigned bound(unsigned buffer, int member, int i) const {
-    return base + kBoundsBase + 4 * ((buffer * kMaxGroup + member) * kBounds + i);
   }
   __device__ __forceinline__ unsigned job(unsigned i) const {
     return base + kJobBase + kJobBytes * i;
@@ -114,7 +77,7 @@ struct Shared {
   }
 };
 
-#include "bwd_fused_sm90_tiles.cuh"
+#include "bwd_fused_sm90_keys.cuh"
 
 // Warps 0 and 1: for each tile gather keys and values, then every block of queries that may see one
 // of them.
@@ -126,14 +89,8 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
   Ring<kDataSlots> data;
   if (thread == 0) shared_store(shared.share(), share_of(p, kFused));
   for (;; buffer ^= 1) {
-    // Not one tile ahead: others would wait for its sums as long as this block is at the last one.
-    // The multiplying warpgroups are at the last blocks of that.
-    if (thread == 0) {
-      const int next = atomicAdd(p.counter, 1);
-      shared_store(shared.tile(buffer), own_tile<false>(p, kFused, shared.share(), next, 0));
-    }
-    named_barrier_sync(kProducerBarrier, kRowThreads);  // the tile number is written
-    const int tile = uniform(shared_load(shared.tile(buffer)));
+    // The multiplying warpgroups are at the last blocks of the tile before.
+    const int tile = take_tile(p, shared, buffer, thread);
     if (tile >= p.tiles) break;
     const KeyTile at = locate_key_tile(p, tile);
     const int key0 = at.number * kBlockN, key1 = min(key0 + kBlockN, p.seqlen_k);
@@ -146,24 +103,12 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
     }
     named_barrier_sync(kProducerBarrier, kRowThreads);  // the bounds are written
 
-    // Keys that nobody sees become zeros: dq adds up products with all keys of the tile, with those
-    // by zero, and they must be numbers.
-    bool all = false;
-    for (int member = 0; member < p.group_size; ++member) {
-      all |= uniform(shared_load(shared.bound(buffer, member, 3))) <
-             uniform(shared_load(shared.bound(buffer, member, 2)));
-    }
+    const bool all = sees_all(p, shared, buffer);
     int rows[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int key = key0 + gather_owned_row<kRowThreads>(thread, i);
-      bool seen = all;
-      for (int member = 0; member < p.group_size && !seen; ++member) {
-        const int z = first_z + member, low = shared_load(shared.bound(buffer, member, 0));
-        const long long list = static_cast<long long>(z) * p.seqlen_q;
-        seen = seen_by_rows(p.key_start + list, p.key_end + list, low,
-                            shared_load(shared.bound(buffer, member, 3)), p.q_count[z], key);
-      }
+      bool seen = seen_by_group(p, shared, buffer, first_z, key, all);
       seen &= key < key1;
       rows[i] = seen ? p.k_index[static_cast<long long>(at.z) * p.seqlen_k + key] : -1;
     }

@@ -1,50 +1,26 @@
 // First part of bwd_fused_sm90.cu: its tile shape, its shared memory, and the gathering warps.
 #pragma once
 
-#if !defined(SCFA_HEAD_DIM) || !defined(SCFA_BLOCK_N) || !defined(SCFA_WARPGROUPS) || \
-    !defined(SCFA_STAGES) || !defined(SCFA_QUERY_BUFFERS) || !defined(SCFA_SHARED_BYTES)
-#error "the tile shape and SCFA_SHARED_BYTES: set by launch_sm90.py"
-#endif
-#include "mbarrier.cuh"
-#include "products_sm90.cuh"
-#include "params_sm90.cuh"
-#include "choice_sm90.cuh"
-#include "gather_sm90.cuh"
-#include "softmax_sm90.cuh"
+#include "bwd_fused_sm90_sizes.cuh"
 
-constexpr int kHeadDim = SCFA_HEAD_DIM;
-constexpr int kWarpgroups = SCFA_WARPGROUPS;  // that own keys
-constexpr int kStages = SCFA_STAGES;          // buffers of one q and one dout block each
-constexpr int kBlockN = 64 * kWarpgroups;     // keys of a tile
-constexpr int kBlockM = SCFA_BLOCK_N;         // queries of a step
-constexpr int kRowThreads = 64;  // two warps gather; the other two of their warpgroup carry sums
-constexpr int kCarriers = 2;     // and have a dq tile in shared memory each
+constexpr int kStages = SCFA_STAGES;  // buffers of one q and one dout block each
 constexpr int kThreads = 128 * (kWarpgroups + 2);
 constexpr int kRowRegisters = 48, kQueryRegisters = 64, kConsumerRegisters = 200;
 static_assert(kRowRegisters + kQueryRegisters + kWarpgroups * kConsumerRegisters <=
                   launched_registers(kThreads),
               "registers are shared out, not made");
 constexpr int kKeyBuffers = 2;
-constexpr int kChanges = SCFA_QUERY_BUFFERS;  // buffers of dS, and of what it belongs to
 static_assert(kHeadDim == 64 && kBlockM == 64 && kWarpgroups == 2,
               "dq of a step is one product of 64 x 64, two warpgroups have the registers");
 static_assert(kStages >= 2, "scores of the next block start before this one is done");
 
-constexpr int kKeyBytes = kBlockN * kHeadDim * 2;
-constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
-constexpr int kChangeBytes = kBlockN * kBlockM * 2;
-constexpr int kSumFloats = kBlockM * kHeadDim;  // of one dq tile
-constexpr int kSumBytes = 4 * kSumFloats;
 constexpr int kChangeBase = 2 * kKeyBuffers * kKeyBytes;
 constexpr int kSumBase = kChangeBase + kChanges * kChangeBytes;
-constexpr int kQueryBase = kSumBase + kCarriers * kSumBytes;
+constexpr int kQueryBase = kSumBase + kCarriers * kSumBytes;  // each carrier has a dq tile
 constexpr int kDataBase = kQueryBase + 2 * kStages * kQueryBytes;
-constexpr int kDataBytes = 16 * kBlockM;  // lse, -delta, key_start, key_end of the block's queries
-constexpr int kMaxGroup = 16;  // query heads of one kv head; launch_sm90.py sends larger elsewhere
-constexpr int kBounds = 4;     // of one query head: see find_bounds
-constexpr int kBoundsBase = kDataBase + kStages * kDataBytes;  // of two tiles
-constexpr int kJobBase = kBoundsBase + 2 * 4 * kMaxGroup * kBounds;
-constexpr int kJobBytes = 32;
+constexpr int kBoundsBase = kDataBase + kStages * kDataBytes;
+constexpr int kJobBase = kBoundsBase + bounds_bytes(kBounds);
+constexpr int kJobBytes = 32;  // what a buffer of dS belongs to
 constexpr int kLoadBase = kJobBase + kJobBytes * kChanges;
 constexpr int kTileBase = kLoadBase + 8 * kCarriers;
 constexpr int kBarrierBase = kTileBase + 16;
@@ -53,12 +29,9 @@ constexpr int kSharedBytes = kBarrierBase + 8 * kBarriers + 1024;  // 1024: room
 static_assert(kSharedBytes <= 232448, "more shared memory than a block can have");
 static_assert(kSharedBytes == SCFA_SHARED_BYTES, "launch_sm90.py asks for as much as is laid out");
 
-constexpr int kSeesNothing = 0x7FFFFFFF;  // a range start beyond every key
-constexpr int kProducerBarrier = 1;       // named barrier of the gathering warpgroup
-constexpr int kQueryBarrier = 2;          // and of the one that makes dq
+constexpr int kQueryBarrier = 2;  // named barrier of the warpgroup that makes dq
 
-struct Shared {
-  unsigned base;
+struct Shared : QueryData<kBlockM, kDataBase, kBounds, kBoundsBase> {
   __device__ __forceinline__ unsigned key(unsigned i) const { return base + 2 * i * kKeyBytes; }
   __device__ __forceinline__ unsigned value(unsigned i) const { return key(i) + kKeyBytes; }
   __device__ __forceinline__ unsigned changes(unsigned i) const {
@@ -71,15 +44,6 @@ struct Shared {
     return base + kQueryBase + 2 * i * kQueryBytes;
   }
   __device__ __forceinline__ unsigned dout(unsigned i) const { return query(i) + kQueryBytes; }
-  __device__ __forceinline__ unsigned lse(unsigned i) const {
-    return base + kDataBase + i * kDataBytes;
-  }
-  __device__ __forceinline__ unsigned delta(unsigned i) const { return lse(i) + 4 * kBlockM; }
-  __device__ __forceinline__ unsigned starts(unsigned i) const { return lse(i) + 8 * kBlockM; }
-  __device__ __forceinline__ unsigned ends(unsigned i) const { return lse(i) + 12 * kBlockM; }
-  __device__ __forceinline__ unsigned bound(unsigned buffer, int member, int i) const {
-    return base + kBoundsBase + 4 * ((buffer * kMaxGroup + member) * kBounds + i);
-  }
   __device__ __forceinline__ unsigned job(unsigned i) const {
     return base + kJobBase + kJobBytes * i;
   }
@@ -115,7 +79,7 @@ struct Shared {
   }
 };
 
-#include "bwd_fused_sm90_tiles.cuh"
+#include "bwd_fused_sm90_keys.cuh"
 
 // Element of a list by its offset in bytes: one offset serves several lists.
 template <class T>
@@ -173,13 +137,7 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
   unsigned buffer = 0;  // of tile number and bounds, by the parity of the tile
   for (;; buffer ^= 1) {
     barrier_wait(shared.key_empty(key.slot), key.parity ^ 1);
-    // Not one tile ahead: others would wait for its sums as long as this block is at the last one.
-    if (thread == 0) {
-      const int next = atomicAdd(p.counter, 1);
-      shared_store(shared.tile(buffer), own_tile<false>(p, kFused, shared.share(), next, 0));
-    }
-    named_barrier_sync(kProducerBarrier, kRowThreads);  // the tile number is written
-    const int tile = uniform(shared_load(shared.tile(buffer)));
+    const int tile = take_tile(p, shared, buffer, thread);
     if (tile >= p.tiles) break;
     const KeyTile at = locate_key_tile(p, tile);
     const int key0 = at.number * kBlockN, key1 = min(key0 + kBlockN, p.seqlen_k);
@@ -203,24 +161,10 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
     }
     named_barrier_sync(kProducerBarrier, kRowThreads);  // the bounds are written
 
-    // dq adds up products with all keys of the tile, with those that nobody sees by zero: they must
-    // be numbers.
-    bool all = false;
-    for (int member = 0; member < p.group_size; ++member) {
-      all |= uniform(shared_load(shared.bound(buffer, member, 3))) <
-             uniform(shared_load(shared.bound(buffer, member, 2)));
-    }
+    const bool all = sees_all(p, shared, buffer);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      bool seen = all;
-      for (int member = 0; member < p.group_size && !seen; ++member) {
-        const int z = first_z + member, low = shared_load(shared.bound(buffer, member, 0));
-        const long long list = static_cast<long long>(z) * p.seqlen_q;
-        seen = seen_by_rows(p.key_start + list, p.key_end + list, low,
-                            shared_load(shared.bound(buffer, member, 3)), p.q_count[z],
-                            sorted_keys[i]);
-      }
-      if (!seen) rows[i] = -1;
+      if (!seen_by_group(p, shared, buffer, first_z, sorted_keys[i], all)) rows[i] = -1;
     }
     __syncwarp();
     gather_rows<kBlockN, 1, kRowThreads>(shared.key(key.slot), p.k.of_head(at.b, at.h_kv) + lane_bytes,
