@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 
+from scfa_core.errors import BackendUnavailable
+
 
 class Variable:
     """One environment variable; its value is read anew at every call."""
@@ -29,3 +31,29 @@ class Variable:
         if value is None:
             return None
         return str(environment.decodevalue(value))
+
+
+class Choice(Variable):
+    """A variable of a backend that is one of a few words: the first, where it is unset or empty."""
+
+    __slots__ = ("words",)
+
+    def __init__(self, name: str, *words: str) -> None:
+        super().__init__(name)
+        self.words = words
+
+    def word(self, value: str | None) -> str:
+        """Return the word that `value`, what `get` returned, stands for.
+
+        Raises
+        ------
+        BackendUnavailable
+            It is none of them.
+        """
+        if not value:
+            return self.words[0]
+        if value not in self.words:
+            raise BackendUnavailable(
+                f"${self.name} must be one of {list(self.words)}, got {value!r}: change or unset it"
+            )
+        return value

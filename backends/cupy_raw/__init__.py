@@ -115,6 +115,12 @@ class CupyBackend:
                 return f"{name} must be a multiple of 8 from 16 to 256, got {size}"
         return _card_reason(cuda_ordinal(problem.device))
 
+    def multiplies_tf32(self, dtype: str, head_dim: int, head_dim_v: int) -> bool:
+        """Whether products of such arrays are TF32: $SCFA_CUPY_FP32, and no wide heads."""
+        from scfa_core.backends.cupy_raw.launch import multiplies_tf32
+
+        return multiplies_tf32(dtype, head_dim, head_dim_v)
+
     def make_plan(
         self, problem: Problem, clauses: Clauses, plan: PlanArrays, ctx: CallContext
     ) -> None:

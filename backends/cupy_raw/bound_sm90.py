@@ -10,8 +10,7 @@ from scfa_core.backends.cupy_raw.loader import Kernel
 from scfa_core.backends.cupy_raw.prepared import Launch, Template, marks
 
 from scfa_core.arrays import DeviceArray
-from scfa_core.environment import Variable
-from scfa_core.errors import BackendUnavailable
+from scfa_core.environment import Choice
 from scfa_core.plan import PlanAddresses, PlanArrays
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["bind_backward", "bind_forward"]
 
-_asked = Variable("SCFA_CUPY_BACKWARD")
+_asked = Choice("SCFA_CUPY_BACKWARD", "auto", "fused", "split")
 _PLAN_SLOTS = 6  # arrays of a plan that kernels read: all but `work`
 
 
@@ -109,15 +108,11 @@ def bind_backward(problem: Problem, monotone: bool, *described: DeviceArray) -> 
 
 def _ways(problem: Problem, asked: str | None, monotone: bool = True) -> tuple[bool, bool]:
     """Whether the split and the fused kernels are launched, with $SCFA_CUPY_BACKWARD `asked`."""
-    if asked is not None and asked not in sm90._BACKWARDS:
-        raise BackendUnavailable(
-            f"$SCFA_CUPY_BACKWARD must be one of {sm90._BACKWARDS}, got {asked!r}: "
-            "change or unset it"
-        )
+    way = _asked.word(asked)
     serves = monotone and problem.head_dim in sm90._FUSED and sm90._sums_fit(problem)
-    if not serves or asked == "split":
+    if not serves or way == "split":
         return True, False
-    if asked == "fused":
+    if way == "fused":
         return False, True
     # No range is longer than all keys: where those are few there is nothing to ask.
     return True, problem.seqlen_k > sm90._LONG_KEYS.get(problem.head_dim, problem.seqlen_k)

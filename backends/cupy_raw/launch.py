@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from scfa_core.backends.cupy_raw import bound_sm90, launch_sm90
 from scfa_core.backends.cupy_raw.loader import compute_capability, get_kernel, shared_limit
 from scfa_core.backends.cupy_raw.params import POINTERS, pack_sizes, pack_strides
-from scfa_core.backends.cupy_raw.variants import Variant, choose
+from scfa_core.backends.cupy_raw.variants import WIDEST_TF32, Variant, choose
 
 from scfa_core.arrays import ITEMSIZE, DeviceArray
-from scfa_core.environment import Variable
+from scfa_core.environment import Choice
 from scfa_core.errors import BackendUnavailable
 from scfa_core.plan import PlanAddresses, PlanArrays
 
@@ -24,48 +24,37 @@ if TYPE_CHECKING:
     from scfa_core.dispatch import Bound
     from scfa_core.problem import Problem
 
-__all__ = ["bind_backward", "bind_forward", "run_backward", "run_forward"]
+__all__ = ["bind_backward", "bind_forward", "multiplies_tf32", "run_backward", "run_forward"]
 
 _ALIGNMENT = 16  # bytes one copy moves
 _ROW_REACH = 1 << 32  # bytes from row to row that one 32-bit multiply can span
 _MOST_REMEMBERED = 4096  # calls; dropped all at once, as shapes rarely vary more
-_asked = Variable("SCFA_CUPY_KERNELS")
-_asked_products = Variable("SCFA_CUPY_FP32")
+_asked = Choice("SCFA_CUPY_KERNELS", "auto", "sm80", "sm90")
+_asked_products = Choice("SCFA_CUPY_FP32", "exact", "tf32")
 _remembered: dict[tuple[object, ...], Bound] = {}
-_KERNELS = {  # $SCFA_CUPY_KERNELS -> whether the Hopper kernels are asked
-    "auto": True,
-    "sm90": True,
-    "sm80": False,
-}
-_PRODUCTS = {  # $SCFA_CUPY_FP32 -> whether products of float32 arrays may be TF32
-    "exact": False,
-    "tf32": True,
-}
 
 
 def _hopper(device: int) -> bool:
     """Whether the Hopper kernels are to be asked, by $SCFA_CUPY_KERNELS and the card."""
-    name = _asked.get()
-    name = "auto" if name is None else name
-    if name not in _KERNELS:
-        raise ValueError(f"$SCFA_CUPY_KERNELS must be one of {list(_KERNELS)}, got {name!r}")
+    name = _asked.word(_asked.get())
     found = compute_capability(device)
     if name == "sm90" and found != (9, 0):
         raise BackendUnavailable(
             f"$SCFA_CUPY_KERNELS=sm90 asks for the Hopper kernels, cuda:{device} has compute "
             f"capability {found[0]}.{found[1]}: unset it"
         )
-    return _KERNELS[name] and found == (9, 0)
+    return name != "sm80" and found == (9, 0)
 
 
-def _tf32(name: str | None) -> bool:
-    """Whether products of float32 arrays may be TF32, with $SCFA_CUPY_FP32 `name`."""
-    name = "exact" if name is None else name
-    if name not in _PRODUCTS:
-        raise BackendUnavailable(
-            f"$SCFA_CUPY_FP32 must be one of {list(_PRODUCTS)}, got {name!r}: change or unset it"
-        )
-    return _PRODUCTS[name]
+def _tf32(asked: str | None) -> bool:
+    """Whether products of float32 arrays may be TF32, with $SCFA_CUPY_FP32 `asked`."""
+    return _asked_products.word(asked) == "tf32"
+
+
+def multiplies_tf32(dtype: str, head_dim: int, head_dim_v: int) -> bool:
+    """Whether products of such arrays are TF32 now."""
+    narrow = max(head_dim, head_dim_v) <= WIDEST_TF32
+    return dtype == "float32" and _tf32(_asked_products.get()) and narrow
 
 
 def _aligned(arrays: tuple[DeviceArray, ...]) -> bool:

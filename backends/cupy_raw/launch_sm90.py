@@ -32,7 +32,6 @@ _MAX_GROUP = 16  # query heads of one kv head in the dk/dv kernel
 _SUM_ROWS = 64  # query rows of one dq tile in the fused kernel
 _SUM_BYTES = 32 << 20  # for sums of dq; they should stay in L2
 _SUM_BYTES_PER_ROW = 8  # and so much more for each query row
-_BACKWARDS = ("auto", "fused", "split")  # $SCFA_CUPY_BACKWARD
 # head_dim -> keys of a query tile from which "auto" takes the fused kernel, which is faster then
 # (hopper.md); a head_dim that is not here goes the split way unless told otherwise
 _LONG_KEYS = {64: 3840, 128: 6144}

@@ -20,7 +20,7 @@ from typing import Any
 from scfa_core.backends.cupy_raw import disk_cache, nvrtc
 from scfa_core.backends.cupy_raw.nvrtc import Constants, compile_to_cubin
 
-from scfa_core.environment import Variable
+from scfa_core.environment import Choice
 from scfa_core.errors import BackendUnavailable
 
 __all__ = [
@@ -39,7 +39,7 @@ _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 _MAJOR, _MINOR = 75, 76  # cudaDevAttrComputeCapability{Major,Minor}
 _SHARED_OPTIN = 97  # cudaDevAttrMaxSharedMemoryPerBlockOptin
 _MULTIPROCESSORS = 16  # cudaDevAttrMultiProcessorCount
-_sanitize = Variable("SCFA_CUPY_SANITIZE")
+_sanitize = Choice("SCFA_CUPY_SANITIZE", "0", "1")
 
 
 # Illegal address, launch timeout, assert, and what else a kernel may do that nothing survives.
@@ -254,10 +254,8 @@ def _of_this_build(constants: Constants, arch_suffix: str) -> Constants:
 
     "1" is Hopper's kernels made of what compute-sanitizer can follow: kSanitize in mbarrier.cuh.
     """
-    asked = _sanitize.get() or "0"
-    if asked not in ("0", "1"):
-        raise ValueError(f"$SCFA_CUPY_SANITIZE must be 0 or 1, got {asked!r}")
-    return (*constants, ("SANITIZE", 1)) if arch_suffix and asked == "1" else constants
+    asked = _sanitize.word(_sanitize.get()) == "1"
+    return (*constants, ("SANITIZE", 1)) if arch_suffix and asked else constants
 
 
 _kernels: dict[tuple[str, str, Constants, int, str], Kernel] = {}
@@ -293,7 +291,7 @@ def get_kernel(
     Raises
     ------
     BackendUnavailable
-        NVRTC does not know the card.
+        NVRTC does not know the card, or $SCFA_CUPY_SANITIZE is neither 0 nor 1.
     CompileError
         The source does not compile.
     MemoryError

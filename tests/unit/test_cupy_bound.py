@@ -1,67 +1,27 @@
 """Launches that were prepared once equal those packed anew, whatever the addresses."""
 
 import struct
-from types import SimpleNamespace
 
 import pytest
+import recorded_launches
+from recorded_launches import (
+    PLAN,
+    STREAM,
+    WORKSPACE,
+    Context,
+    backward_arrays,
+    forward_arrays,
+    problem,
+)
 from scfa_core.backends.cupy_raw import bound_sm90, launch, launch_sm90, planner
 from scfa_core.backends.cupy_raw.params import POINTERS
 from scfa_core.backends.cupy_raw.prepared import Template, marks
 
 from scfa_core.arrays import DeviceArray
-from scfa_core.errors import BackendUnavailable
 from scfa_core.lowering import Clauses
-from scfa_core.plan import PlanAddresses, PlanArrays
-from scfa_core.problem import Problem
+from scfa_core.plan import PlanArrays
 
-PLAN = PlanAddresses(*(0x7F00_0000_0000 + (i << 20) for i in range(7)), monotone=True)
-WORKSPACE = 0x7E00_0000_1000
-STREAM = 77
-
-
-class Context:
-    """Workspace from one address on; keeps what was asked for."""
-
-    device, stream = 0, STREAM
-
-    def __init__(self):
-        self.asked = []
-
-    def empty(self, shape, dtype):
-        at = WORKSPACE + (len(self.asked) << 20)
-        self.asked.append((shape, dtype))
-        return DeviceArray(at, shape, (1,), dtype, 0)
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """Every launch of any kernel: name, constants, grid, block, shared memory, stream, params."""
-    found = []
-
-    def get_kernel(name, source, constants, device, *, arch_suffix=""):
-        def enqueue(*arguments):
-            found.append((name, dict(constants), *arguments))
-
-        def bind(*settled):
-            return lambda stream, params: enqueue(*settled, stream, params)
-
-        return SimpleNamespace(name=name, launch=enqueue, bind=bind)
-
-    for module in (launch, launch_sm90, planner):
-        monkeypatch.setattr(module, "get_kernel", get_kernel)
-    monkeypatch.setattr(planner, "_kernel", lambda name, device: get_kernel(name, "", (), device))
-    for cached in ("_kernel", "_choose_kernel", "_envelope_kernel"):
-        monkeypatch.setattr(launch_sm90, cached, getattr(launch_sm90, cached).__wrapped__)
-    monkeypatch.setattr(launch_sm90, "_multiprocessors", lambda device: 132)
-    monkeypatch.setattr(launch_sm90, "_zero", lambda *arguments: found.append(("zero", *arguments)))
-    monkeypatch.setattr(planner, "multiprocessors", lambda device: 132)
-    for module in (launch, planner):
-        monkeypatch.setattr(module, "shared_limit", lambda device: 232_448)
-    for module in (launch, launch_sm90):
-        monkeypatch.setattr(module, "compute_capability", lambda device: (8, 0))
-    launch._remembered.clear()
-    yield found
-    launch._remembered.clear()
+launched = recorded_launches.launched
 
 
 def test_addresses_fill_their_holes():
@@ -72,12 +32,6 @@ def test_addresses_fill_their_holes():
     assert template.fill((2**64 - 1, 0, 9)) == packing.pack(0, -5, 1, 2, 2**64 - 1, 0, 0)
     with pytest.raises(ValueError, match="two addresses or more"):
         Template(struct.pack("<Q", c), 3)
-
-
-def problem(**changes):
-    sizes = dict.fromkeys(("batch", "heads_kv"), 2) | {"heads": 4, "seqlen_q": 90, "seqlen_k": 90}
-    sizes |= {"head_dim": 64, "head_dim_v": 64, "dtype": "bfloat16", "device": "cuda:0"}
-    return Problem(**{**sizes, "softmax_scale": 0.125, **changes})
 
 
 def column(at, dtype="int32", rows=90):
@@ -118,22 +72,6 @@ def test_bound_planning_launches_the_same(launched, name, seqlen_k):
     assert launched == anew
     assert len(anew) in (1, 2, 3)
     assert bound_context.asked == context.asked
-
-
-def rows(at, heads=4, dtype="bfloat16", dim=64):
-    return DeviceArray(at, (2, heads, 90, dim), (heads * 90 * dim, 90 * dim, dim, 1), dtype, 0)
-
-
-def forward_arrays(shift=0):
-    at = [0x10_0000 * i + shift for i in range(1, 5)]
-    lse = DeviceArray(0x90_0004, (2, 4, 90), (360, 90, 1), "float32", 0)
-    return (rows(at[0]), rows(at[1], 2), rows(at[2], 2), rows(at[3]), lse)
-
-
-def backward_arrays():
-    q, k, v, out, lse = forward_arrays()
-    grads = [rows(0xA0_0000), rows(0xB0_0000, 2), rows(0xC0_0000, 2)]
-    return (rows(0xD0_0000), q, k, v, out, lse, *grads)
 
 
 def pointers(params):
@@ -181,90 +119,6 @@ def test_portable_backward(launched):
     any_order = PLAN._replace(monotone=False)
     bound(any_order, tuple(x.pointer for x in arrays), context)
     assert [x[1].get("MONOTONE") for x in launched] == [None, 1, None, 0]
-
-
-def test_the_choice_of_kernels_is_read_at_every_call(launched, monkeypatch):
-    for module in (launch, launch_sm90):
-        monkeypatch.setattr(module, "compute_capability", lambda device: (9, 0))
-    arrays = forward_arrays()
-    bound = launch.bind_forward(problem(), *arrays)
-    at = tuple(x.pointer for x in arrays)
-    for name, kernel in (
-        ("auto", "scfa_fwd_sm90"),
-        ("sm80", "scfa_fwd"),
-        ("sm90", "scfa_fwd_sm90"),
-    ):
-        monkeypatch.setenv("SCFA_CUPY_KERNELS", name)
-        bound(PLAN, at, Context())
-        assert launched[-1][0] == kernel
-    monkeypatch.setenv("SCFA_CUPY_KERNELS", "fast")
-    for _ in range(2):
-        with pytest.raises(ValueError, match="SCFA_CUPY_KERNELS must be one of"):
-            bound(PLAN, at, Context())
-
-
-def float32_arrays(dim=64):
-    """dout, q, k, v, out, lse, dq, dk, dv."""
-    lse = backward_arrays()[5]
-    at = iter(range(0x100_0000, 0x1000_0000, 0x100_0000))
-
-    def one(heads):
-        return rows(next(at), heads, "float32", dim)
-
-    return (one(4), one(4), one(2), one(2), one(4), lse, one(4), one(2), one(2))
-
-
-def test_tf32_is_asked_for_at_every_call(launched, monkeypatch):
-    """The same bound calls, exact by default; wider heads have no such kernels."""
-    kernels = ("fwd", "bwd_dq", "bwd_dkdv")
-    for dim in (64, 128):
-        arrays = float32_arrays(dim)
-        at = tuple(x.pointer for x in arrays)
-        sizes = problem(dtype="float32", head_dim=dim, head_dim_v=dim)
-        forward = launch.bind_forward(sizes, *arrays[1:6])
-        backward = launch.bind_backward(sizes, *arrays)
-        for asked in (None, "tf32", "exact", "tf32"):
-            if asked is None:
-                monkeypatch.delenv("SCFA_CUPY_FP32", raising=False)
-            else:
-                monkeypatch.setenv("SCFA_CUPY_FP32", asked)
-            launched.clear()
-            forward(PLAN, at[1:6], Context())
-            backward(PLAN, at, Context())
-            suffix, element = ("", 3) if asked == "tf32" else ("_fp32", 0)
-            assert [x[0] for x in launched] == [f"scfa_{name}{suffix}" for name in kernels]
-            assert {x[1]["ELEMENT"] for x in launched} == {element}
-    wide = float32_arrays(136)
-    sizes = problem(dtype="float32", head_dim=136, head_dim_v=136)
-    launch.bind_forward(sizes, *wide[1:6])(PLAN, tuple(x.pointer for x in wide[1:6]), Context())
-    assert launched[-1][0] == "scfa_fwd_fp32"
-
-
-def test_tf32_concerns_float32_alone(launched, monkeypatch):
-    arrays = forward_arrays()
-    at = tuple(x.pointer for x in arrays)
-    bound = launch.bind_forward(problem(), *arrays)
-    bound(PLAN, at, Context())
-    for asked in ("tf32", "fast"):
-        monkeypatch.setenv("SCFA_CUPY_FP32", asked)
-        bound(PLAN, at, Context())
-        assert launched[-1] == launched[0]
-
-
-def test_unknown_products_are_refused(launched, monkeypatch):
-    arrays = float32_arrays()
-    at = tuple(x.pointer for x in arrays)
-    sizes = problem(dtype="float32")
-    forward = launch.bind_forward(sizes, *arrays[1:6])
-    backward = launch.bind_backward(sizes, *arrays)
-    monkeypatch.setenv("SCFA_CUPY_FP32", "fast")
-    wanted = r"SCFA_CUPY_FP32 must be one of \['exact', 'tf32'\], got 'fast': change or unset it"
-    for _ in range(2):
-        with pytest.raises(BackendUnavailable, match=wanted):
-            forward(PLAN, at[1:6], Context())
-        with pytest.raises(BackendUnavailable, match=wanted):
-            backward(PLAN, at, Context())
-    assert not launched
 
 
 def test_hopper_kernels_read_these_addresses(launched, monkeypatch):

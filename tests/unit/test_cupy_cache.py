@@ -8,6 +8,8 @@ import threading
 import pytest
 from scfa_core.backends.cupy_raw import disk_cache, loader, nvrtc
 
+from scfa_core.errors import BackendUnavailable
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
@@ -207,5 +209,5 @@ def test_the_build_for_the_sanitizer_is_another_kernel(monkeypatch):
     plain = (("K", 3),)
     assert asked == [("90", plain), ("90a", plain), ("90a", (*plain, ("SANITIZE", 1)))]
     monkeypatch.setenv("SCFA_CUPY_SANITIZE", "yes")
-    with pytest.raises(ValueError, match="SCFA_CUPY_SANITIZE must be 0 or 1, got 'yes'"):
+    with pytest.raises(BackendUnavailable, match=r"SCFA_CUPY_SANITIZE must be one of .* got 'yes'"):
         loader.get_kernel("n", "n.cu", (), 0)

@@ -183,7 +183,7 @@ def test_batch_and_heads_do_not_decide_which_kernels_run(batch, heads_kv, group,
 def test_ranges_in_any_order_never_go_the_fused_way(head_dim):
     sizes = (1, 1, 50_000, 50_000, head_dim, head_dim)
     problem = Problem(1, *sizes, "bfloat16", "cuda:0", 0.1)
-    for asked in (None, *launch_sm90._BACKWARDS):
+    for asked in (None, *bound_sm90._asked.words):
         assert bound_sm90._ways(problem, asked, monotone=False) == (True, False)
 
 

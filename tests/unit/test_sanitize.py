@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("torch", reason="needs the extra torch")
 
 import torch
-from scfa_core.backends.cupy_raw import launch_sm90, planner, variants
+from scfa_core.backends.cupy_raw import bound_sm90, launch_sm90, planner, variants
 
 import scfa_core as scfa
 from scfa_core.array_kinds import framework_of
@@ -169,7 +169,7 @@ def test_ids_differ_in_the_bits_they_say(sanitize):
 def test_both_backwards_of_hopper(sanitize, monkeypatch):
     monkeypatch.setattr(sanitize, "is_hopper", lambda device: True)
     found = sanitize.families_of("cupy", "cuda")
-    assert {backward for _, backward, *_ in found.values()} == set(launch_sm90._BACKWARDS)
+    assert {backward for _, backward, *_ in found.values()} == set(bound_sm90._asked.words)
     assert {kernels for kernels, *_ in found.values()} == {"auto", "sm80"}
     portable = {"planner", "long-lists", "portable", "float32"}
     assert set(sanitize.families_of("numba-cuda", "cuda")) == portable
