@@ -280,8 +280,10 @@ def verify_deep(
     problem = draw(seed, most_rows=most_rows, dtypes=dtypes, changed=changed)
     case = problem.case
 
-    def judge(got: Results, plan: dict[str, np.ndarray]) -> list[testing.Verdict]:
-        return testing.judge(case, got) if problem.dense else sampled_verdicts(case, got, plan)
+    def judge(got: Results, plan: dict[str, np.ndarray], tf32: bool) -> list[testing.Verdict]:
+        if problem.dense:
+            return testing.judge(case, got, tf32=tf32)
+        return sampled_verdicts(case, got, plan, tf32=tf32)
 
     return hold(
         case,

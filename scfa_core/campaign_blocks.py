@@ -16,20 +16,23 @@ import numpy as np
 from scfa_core import patterns as pt
 from scfa_core.campaign_judge import entries, visible
 from scfa_core.reference.backend import narrow, widen
-from scfa_core.testing import Case, Results, Spec, reads_stored_out
+from scfa_core.testing import Case, Results, Spec, as_tf32, reads_stored_out
 
 ROWS = 1024  # queries whose keys are looked for together
 HOST_PAIRS, CUDA_PAIRS = 2**20, 2**23  # (query, key) pairs of one block: 1 GB on a GPU
 
 
 class Numbers:
-    """NumPy: arrays of float64 or of the accumulator's type, steps rounded to a dtype."""
+    """NumPy: arrays of float64 or of the accumulator's type, steps rounded to a dtype.
+
+    With `tf32` the plain formula multiplies TF32.
+    """
 
     xp: Any = np
     pairs = HOST_PAIRS
 
-    def __init__(self, dtype: str) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: str, tf32: bool = False) -> None:
+        self.dtype, self.tf32 = dtype, tf32
         self.acc = "float64" if dtype == "float64" else "float32"
 
     def wide(self, x: np.ndarray) -> Any:
@@ -47,6 +50,14 @@ class Numbers:
     def step(self, x: Any) -> Any:
         """Round to the problem's dtype, and back to the accumulator's."""
         return self.to(widen(narrow(x.astype(np.float64), self.dtype), self.dtype), self.acc)
+
+    def factor(self, x: Any) -> Any:
+        """What the plain formula multiplies of `x`."""
+        return self.rounded(x) if self.tf32 else x
+
+    def rounded(self, x: Any) -> Any:
+        """Float32 rounded to TF32."""
+        return as_tf32(x)
 
     def zeros(self, shape: tuple[int, ...], dtype: str = "float64") -> Any:
         """An array of zeros."""
@@ -74,8 +85,8 @@ class _TorchNumbers(Numbers):
 
     pairs = CUDA_PAIRS
 
-    def __init__(self, dtype: str, device: str) -> None:
-        super().__init__(dtype)
+    def __init__(self, dtype: str, tf32: bool, device: str) -> None:
+        super().__init__(dtype, tf32)
         import torch
 
         torch.set_float32_matmul_precision("highest")  # what it is unless somebody changed it
@@ -96,6 +107,10 @@ class _TorchNumbers(Numbers):
     def step(self, x: Any) -> Any:
         return self.to(self.to(x, self.dtype), self.acc)
 
+    def rounded(self, x: Any) -> Any:
+        bits = (x.view(self.xp.int32) + (1 << 12)) & -(1 << 13)
+        return self.xp.where(x.isfinite(), bits.view(self.xp.float32), x)
+
     def zeros(self, shape: tuple[int, ...], dtype: str = "float64") -> Any:
         return self.xp.zeros(shape, dtype=getattr(self.xp, dtype), device=self.device)
 
@@ -112,9 +127,9 @@ class _TorchNumbers(Numbers):
         return np.asarray(x.double().cpu().numpy())
 
 
-def numbers_on(device: str, dtype: str) -> Numbers:
+def numbers_on(device: str, dtype: str, *, tf32: bool = False) -> Numbers:
     """NumPy for "numpy"; else torch on that device."""
-    return Numbers(dtype) if device == "numpy" else _TorchNumbers(dtype, device)
+    return Numbers(dtype, tf32) if device == "numpy" else _TorchNumbers(dtype, tf32, device)
 
 
 class Block(NamedTuple):
@@ -290,7 +305,7 @@ def _evaluate_head(
     """Truth, plain formula and sizes of one head; of sizes, dk and dv are squares."""
     spec, scale, step = case.spec, case.softmax_scale, numbers.step
     single = Head(*(numbers.to(x, "float32") for x in wide))
-    short = wide if numbers.acc == "float64" else single
+    short = wide if numbers.acc == "float64" else Head(*map(numbers.factor, single))
 
     def start(like: Head, lse: float, dtype: str) -> Results:
         out, dq, dk, dv = (numbers.zeros(x.shape, dtype) for x in (like.dout, *like[:3]))
@@ -331,12 +346,16 @@ def _true_block(numbers: Numbers, x: Head, block: Block, scale: float, into: Res
 
 
 def _plain_block(numbers: Numbers, x: Head, block: Block, scale: float, into: Results) -> None:
-    """The same, every step rounded to the problem's dtype; dk still lacks its last two steps."""
-    step = numbers.step
+    """The same, every step rounded to the problem's dtype; dk still lacks its last two steps.
+
+    `x` is what is multiplied (`Numbers.factor`).
+    """
+    step, factor = numbers.step, numbers.factor
     p, lse = _softmax(numbers, step(step(x.q @ x.k.T) * scale), block.mask)
     p = step(p)
     dp = step(x.dout @ x.v.T)
     ds = step(p * (dp - (p * dp).sum(-1)[:, None]))
+    p, ds = factor(p), factor(ds)
     into.out[block.rows] = step(p @ x.v)
     into.lse[block.rows] = lse
     into.dq[block.rows] = step(step(ds @ x.k) * scale)

@@ -6,6 +6,7 @@ Masks come from the definitions of the patterns, never from a plan; the rule is 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,9 @@ def entries(x: Any, b: int, h: int, index: Any) -> Any:
     return line[index if line.shape[0] > 1 else index * 0]
 
 
-def sampled_verdicts(case: Case, got: Results, plan: dict[str, np.ndarray]) -> list[Verdict]:
+def sampled_verdicts(
+    case: Case, got: Results, plan: dict[str, np.ndarray], *, tf32: bool = False
+) -> list[Verdict]:
     """Hold one head's results against the truth at sampled queries and keys, ends included."""
     spec = case.spec
     rng = np.random.default_rng(spec.seed)
@@ -73,13 +76,15 @@ def sampled_verdicts(case: Case, got: Results, plan: dict[str, np.ndarray]) -> l
     rows = np.unique(np.r_[rng.integers(0, spec.seqlen_q, SAMPLES), 0, spec.seqlen_q - 1])
     keys = np.unique(np.r_[rng.integers(0, spec.seqlen_k, SAMPLES), 0, spec.seqlen_k - 1])
     return [
-        *_of_rows(case, got, b, h, rows),
+        *_of_rows(case, got, b, h, rows, tf32),
         _of_plan(case, plan, b, h, rows),
-        *_of_keys(case, got, b, h // (spec.heads // spec.heads_kv), keys),
+        *_of_keys(case, got, b, h // (spec.heads // spec.heads_kv), keys, tf32),
     ]
 
 
-def _of_rows(case: Case, got: Results, b: int, h: int, rows: np.ndarray) -> list[Verdict]:
+def _of_rows(
+    case: Case, got: Results, b: int, h: int, rows: np.ndarray, tf32: bool
+) -> list[Verdict]:
     """Judge out, lse and dq of some queries, as a problem of one head and few queries."""
     spec = case.spec
     g = h // (spec.heads // spec.heads_kv)
@@ -94,7 +99,7 @@ def _of_rows(case: Case, got: Results, b: int, h: int, rows: np.ndarray) -> list
         visible(case.pattern, spec, b, h, rows)[None, None],
     )
     out, lse, dq = (x[b : b + 1, h : h + 1, rows] for x in (got.out, got.lse, got.dq))
-    return testing.judge(part, Results(out, lse, dq, None, None))
+    return testing.judge(part, Results(out, lse, dq, None, None), tf32=tf32)
 
 
 def _of_plan(case: Case, plan: dict[str, np.ndarray], b: int, h: int, rows: np.ndarray) -> Verdict:
@@ -110,7 +115,9 @@ def _of_plan(case: Case, plan: dict[str, np.ndarray], b: int, h: int, rows: np.n
     return Verdict("plan", 0.0, 0.0, "the mask")
 
 
-def _of_keys(case: Case, got: Results, b: int, g: int, keys: np.ndarray) -> list[Verdict]:
+def _of_keys(
+    case: Case, got: Results, b: int, g: int, keys: np.ndarray, tf32: bool
+) -> list[Verdict]:
     """Judge dk and dv of some keys, from all queries of the group."""
     spec, scale = case.spec, case.softmax_scale
     group = spec.heads // spec.heads_kv
@@ -120,6 +127,7 @@ def _of_keys(case: Case, got: Results, b: int, g: int, keys: np.ndarray) -> list
     dv, plain_dv, size_dv = (np.zeros(shapes[1]) for _ in range(3))
 
     acc = np.float64 if spec.dtype == "float64" else np.float32
+    factor = testing.as_tf32 if tf32 else np.asarray
 
     def step(x: np.ndarray) -> np.ndarray:
         return widen(narrow(x.astype(np.float64), spec.dtype), spec.dtype).astype(acc)
@@ -129,17 +137,24 @@ def _of_keys(case: Case, got: Results, b: int, g: int, keys: np.ndarray) -> list
         for first in range(0, spec.seqlen_q, STRETCH):
             rows = np.arange(first, min(first + STRETCH, spec.seqlen_q))
             q, dout = (widen(x[b, h, rows], spec.dtype) for x in (case.q, case.dout))
-            every_p, lse = probabilities(q, k, visible(case.pattern, spec, b, h, rows), scale)
-            every_dp = dout @ v.T
-            delta = (every_p * every_dp).sum(axis=-1, keepdims=True)
+            mask = visible(case.pattern, spec, b, h, rows)
+            every_p, lse, every_dp, delta = _weights(q, k, v, dout, mask, scale)
             p, dp = every_p[:, keys], every_dp[:, keys]
 
             dk += (p * (dp - delta)).T @ q * scale
             dv += p.T @ dout
 
             # the formula as a framework evaluates it, every step rounded (testing.baseline)
-            head_dk += step(step(p) * (step(dp) - delta.astype(acc))).T @ q.astype(acc)
-            head_dv += step(p).T @ dout.astype(acc)
+            short_p, short_dp, short_delta = p, dp, delta
+            if tf32:
+                short_q, short_k, short_v, short_dout = map(factor, (q, k, v, dout))
+                short_p, _, short_dp, short_delta = _weights(
+                    short_q, short_k, short_v, short_dout, mask, scale
+                )
+                short_p, short_dp = short_p[:, keys], short_dp[:, keys]
+            short_ds = step(step(short_p) * (step(short_dp) - short_delta.astype(acc)))
+            head_dk += factor(short_ds).T @ factor(q.astype(acc))
+            head_dv += factor(step(short_p)).T @ factor(dout.astype(acc))
 
             # squares of the terms' sizes (testing.magnitudes)
             noise = np.sqrt(q**2 @ k[keys].T ** 2) + np.abs(q @ k[keys].T)
@@ -156,10 +171,18 @@ def _of_keys(case: Case, got: Results, b: int, g: int, keys: np.ndarray) -> list
                 out_dk += ((p * of_out) ** 2).T @ q**2 * scale**2
         plain_dk += step(step(head_dk) * acc(scale))
         plain_dv += step(head_dv)
-    judge = testing.judge_tensor
+    judge = partial(testing.judge_tensor, case=case, tf32=tf32)
+    mine_dk, mine_dv = got.dk[b, g, keys], got.dv[b, g, keys]
     return [
-        judge(
-            "dk", got.dk[b, g, keys], dk, step(plain_dk), size_dk**0.5, case, from_out=out_dk**0.5
-        ),
-        judge("dv", got.dv[b, g, keys], dv, step(plain_dv), np.sqrt(size_dv), case),
+        judge("dk", mine_dk, dk, step(plain_dk), size_dk**0.5, from_out=out_dk**0.5),
+        judge("dv", mine_dv, dv, step(plain_dv), np.sqrt(size_dv)),
     ]
+
+
+def _weights(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, dout: np.ndarray, mask: np.ndarray, scale: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """p, lse, dp and delta of some queries and all keys of one head."""
+    p, lse = probabilities(q, k, mask, scale)
+    dp = dout @ v.T
+    return p, lse, dp, (p * dp).sum(axis=-1, keepdims=True)

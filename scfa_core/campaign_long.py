@@ -27,7 +27,7 @@ from scfa_core.campaign_clauses import Shapes
 from scfa_core.campaign_judge import visible
 from scfa_core.reference.backend import narrow
 from scfa_core.testing import Case, Part, Results, Spec, Verdict
-from scfa_core.verify_against import on_host
+from scfa_core.verify_against import multiplies_tf32, on_host
 
 if TYPE_CHECKING:
     from scfa_core.verify_findings import Finding
@@ -177,7 +177,12 @@ def poisoned(case: Case, counts: np.ndarray, seen: np.ndarray) -> Case:
 
 
 def stretch_verdicts(
-    case: Case, got: Results, answers: Answers, of_out: dict[str, np.ndarray]
+    case: Case,
+    got: Results,
+    answers: Answers,
+    of_out: dict[str, np.ndarray],
+    *,
+    tf32: bool = False,
 ) -> Iterator[Verdict]:
     """The worst stretch of rows of each result; `of_out` as `stored_out_sizes` finds it."""
     for name in Results._fields:
@@ -191,7 +196,9 @@ def stretch_verdicts(
             for first in range(0, tensors[0].shape[2], length):
                 mine, true, plain, size = (x[b, h, first : first + length] for x in tensors)
                 from_out = of_out[name][b, h, first : first + length] if name in of_out else None
-                found = testing.judge_tensor(name, mine, true, plain, size, case, from_out=from_out)
+                found = testing.judge_tensor(
+                    name, mine, true, plain, size, case, from_out=from_out, tf32=tf32
+                )
                 where = f"; head {h}, rows from {first}"
                 verdicts.append(found._replace(detail=found.detail + where))
         yield max(verdicts, key=lambda v: max(v.max_ratio, v.norm_ratio))
@@ -217,19 +224,24 @@ def verify_long(
     """Run one problem forward and backward, hold everything against truth and reference plan."""
     from scfa_core.verify import carried_pattern, crash, hold
 
-    host = on_host(*(name for name in (backend, against) if name is not None))
+    names = [name for name in (backend, against) if name is not None]
+    host = on_host(*names)
     most_pairs = HOST_PAIRS if host else CUDA_PAIRS
     problem = draw(seed, most_rows=most_rows, most_pairs=most_pairs, dtypes=dtypes)
     case, spec = problem.case, problem.case.spec
     told = f" (views of q, k, v, dout: {problem.views})"
     try:
-        numbers = numbers_on("numpy" if host else "cuda", spec.dtype)
+        device = "numpy" if host else "cuda"
+        numbers = numbers_on(device, spec.dtype)
         pattern = carried_pattern(case.pattern, numbers.integers)
         counts, seen = count_visible(numbers, pattern, spec)
         if spec.poison:
             case = poisoned(case, counts, seen)
             problem = replace(problem, case=case)
-        answers = evaluate(numbers, case, pattern)
+        answers = {
+            tf32: evaluate(numbers_on(device, spec.dtype, tf32=tf32), case, pattern)
+            for tf32 in {multiplies_tf32(name, spec) for name in names}
+        }
         of_out = stored_out_sizes(numbers, case, pattern)
     except Exception as error:  # one bad problem must not hide its seed
         return crash(error, spec, told)
@@ -237,9 +249,9 @@ def verify_long(
         case,
         (backend, against),
         run=lambda name: campaign.run(problem, name),
-        judge=lambda got, plan: [
+        judge=lambda got, plan, tf32: [
             count_verdict(case, plan, counts),
-            *stretch_verdicts(case, got, answers, of_out),
+            *stretch_verdicts(case, got, answers[tf32], of_out, tf32=tf32),
         ],
         answers=answers,
         repeat=repeat,

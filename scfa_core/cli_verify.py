@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
+import shlex
 import time
 from importlib.util import find_spec
 from typing import Any
@@ -54,6 +56,7 @@ def run_verify(options: argparse.Namespace, terminal: Terminal) -> int:
         f"{name}: {seen.done} problems from seed {options.seed}, {len(seen.failed)} failed; "
         f"largest error of the others {seen.worst:.2f} of the allowed"
         + (f", largest difference {seen.apart:.2f}" if options.against else "")
+        + (f"; {seen.tf32} held to the rule for TF32" if seen.tf32 else "")
     )
     if options.json:
         content = {
@@ -108,7 +111,8 @@ def write_json(path: str, content: dict[str, Any]) -> None:
 def reproduction(options: argparse.Namespace, seed: int | None) -> str:
     """The one line that runs one problem of `scfa verify` again; all of them if `seed` is None."""
     first, count = (options.seed, options.count) if seed is None else (seed, 1)
-    line = f"scfa verify --backend {options.backend}"
+    line = _settings(options.backend, options.against)
+    line += f"scfa verify --backend {options.backend}"
     line += f" --against {options.against}" if options.against else ""
     line += f" --seed {first} --count {count}"
     line += " --deep" if options.deep else ""
@@ -117,6 +121,14 @@ def reproduction(options: argparse.Namespace, seed: int | None) -> str:
     line += f" --repeat {options.repeat}" if options.repeat else ""
     line += f" --rows {options.rows}" if options.rows else ""
     return line + (f" --dtype {options.dtype}" if options.dtype else "")
+
+
+def _settings(*backends: str | None) -> str:
+    """Variables that choose the kernels of `cupy`, as a shell takes them before a command."""
+    names = sorted(name for name in os.environ if name.startswith("SCFA_CUPY_"))
+    if "cupy" not in backends:
+        return ""
+    return "".join(f"{name}={shlex.quote(os.environ[name])} " for name in names)
 
 
 def run_soak(options: argparse.Namespace, terminal: Terminal) -> int:

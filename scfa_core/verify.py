@@ -21,7 +21,15 @@ from scfa_core import testing
 from scfa_core.api import attention, attention_backward, make_plan
 from scfa_core.dispatch import check_name, load_backend, unavailable_reason
 from scfa_core.errors import BackendUnavailable, ScfaError, UnknownBackend
-from scfa_core.verify_against import Fields, allowances_of, differing_entries, on_host, row_verdicts
+from scfa_core.verify_against import (
+    Fields,
+    Rule,
+    allowances_of,
+    differing_entries,
+    multiplies_tf32,
+    on_host,
+    row_verdicts,
+)
 from scfa_core.verify_bits import changed_bits
 from scfa_core.verify_findings import Finding
 
@@ -206,7 +214,7 @@ def verify_one(
         case,
         (backend, against),
         run=lambda name: run_case(case, name),
-        judge=lambda got, _: testing.judge(case, got),
+        judge=lambda got, _, tf32: testing.judge(case, got, tf32=tf32),
         repeat=repeat,
     )
 
@@ -216,8 +224,8 @@ def hold(
     backends: tuple[str, str | None],
     *,
     run: Callable[[str], tuple[testing.Results, Fields]],
-    judge: Callable[[testing.Results, Fields], list[testing.Verdict]],
-    answers: Answers | None = None,
+    judge: Callable[[testing.Results, Fields, bool], list[testing.Verdict]],
+    answers: dict[bool, Answers] | None = None,
     repeat: int = 0,
     told: str = "",
 ) -> Finding:
@@ -228,9 +236,9 @@ def hold(
     backends : (str, str or None)
         The second one, if there is one, is compared with the first.
     run, judge : callable
-        Results and plan of a backend; the verdicts on these.
-    answers : Answers, optional
-        For the comparison, if they are at hand.
+        Results and plan of a backend; the verdicts on these, and whether its products are TF32.
+    answers : dict of bool to Answers, optional
+        For the comparison, if they are at hand: by whether products are TF32.
     repeat : int
         Further calls of each backend, held against its first bit by bit.
     told : str
@@ -238,14 +246,16 @@ def hold(
     """
     names = [name for name in backends if name is not None]
     ran: list[tuple[testing.Results, Fields]] = []
+    tf32: list[bool] = []
     complaints: list[str] = []
     worst = apart = 0.0
     try:
         right = reference_fields(case)
         for name in names:
+            tf32.append(multiplies_tf32(name, case.spec))
             got, plan = run(name)
             ran.append((got, plan))
-            verdicts = judge(got, plan)
+            verdicts = judge(got, plan, tf32[-1])
             found = [
                 f"{v.name}: {_ratio(v):.2f} of the allowed error; {v.detail}"
                 for v in verdicts
@@ -258,8 +268,9 @@ def hold(
         if len(names) == 2:
             (one, one_plan), (two, two_plan) = ran
             if answers is None:
-                answers = allowances_of(case, "numpy" if on_host(*names) else "cuda")
-            verdicts = row_verdicts(case, one, two, answers)
+                device = "numpy" if on_host(*names) else "cuda"
+                answers = {x: allowances_of(case, device, tf32=x) for x in set(tf32)}
+            verdicts = row_verdicts(case, one, two, [Rule(answers[x], x) for x in tf32])
             found = [
                 f"{v.name}: {_ratio(v):.2f} of the allowed difference; {v.detail}"
                 for v in verdicts
@@ -271,9 +282,8 @@ def hold(
     except Exception as error:  # one bad problem must not hide its seed
         which = f" (on {names[len(ran)]})" if len(names) == 2 and len(ran) < 2 else ""
         return crash(error, case.spec, which + told)
-    return Finding(
-        case.spec.seed, case.spec, worst, tuple(x + told for x in complaints), apart=apart
-    )
+    told_each = tuple(x + told for x in complaints)
+    return Finding(case.spec.seed, case.spec, worst, told_each, apart=apart, tf32=any(tf32))
 
 
 def _ratio(verdict: testing.Verdict) -> float:

@@ -8,12 +8,15 @@ only sampled, every row that was not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 
 from scfa_core import testing
 from scfa_core.campaign_blocks import Answers, evaluate, numbers_on
 from scfa_core.dispatch import load_backend
-from scfa_core.testing import ROUNDOFF, Case, Results, Verdict
+from scfa_core.testing import ROUNDOFF, Case, Results, Spec, Verdict
 
 Fields = dict[str, np.ndarray]
 
@@ -23,19 +26,35 @@ def on_host(*backends: str) -> bool:
     return any(getattr(load_backend(name), "memory", "host") == "host" for name in backends)
 
 
-def allowances_of(case: Case, device: str) -> Answers:
+class Rule(NamedTuple):
+    """What one backend's answers to a problem are held against."""
+
+    answers: Answers
+    tf32: bool = False  # whether products are TF32, those of the plain formula in `answers` too
+
+
+def multiplies_tf32(backend: str, spec: Spec) -> bool:
+    """Whether the backend says that its products of such a problem are TF32, by its settings."""
+    says = getattr(load_backend(backend), "multiplies_tf32", None)
+    return says is not None and bool(says(spec.dtype, spec.head_dim, spec.head_dim_v))
+
+
+def allowances_of(case: Case, device: str, *, tf32: bool = False) -> Answers:
     """Truth, same-dtype formula and sizes of every row, by blocks where the mask is too large.
 
     Parameters
     ----------
     device : str
         Where blocks are computed: "numpy", or what torch calls it.
+    tf32 : bool
+        Whether the formula multiplies TF32.
     """
     if case.mask.size:
-        return Answers(testing.truth(case), testing.baseline(case), testing.magnitudes(case))
+        plain = testing.baseline(case, tf32=tf32)
+        return Answers(testing.truth(case), plain, testing.magnitudes(case))
     from scfa_core.verify import carried_pattern
 
-    numbers = numbers_on(device, case.spec.dtype)
+    numbers = numbers_on(device, case.spec.dtype, tf32=tf32)
     return evaluate(numbers, case, carried_pattern(case.pattern, numbers.integers))
 
 
@@ -51,52 +70,55 @@ def differing_entries(one: Fields, two: Fields) -> list[str]:
     return found
 
 
-def row_verdicts(case: Case, one: Results, two: Results, answers: Answers) -> list[Verdict]:
+def row_verdicts(case: Case, one: Results, two: Results, rules: Sequence[Rule]) -> list[Verdict]:
     """The row of each result at which two backends differ most, of what they may.
 
     Each may be off by what `testing.judge_tensor` allows a tensor of that row alone, from its own
     rounding in the same dtype and the size of its own terms; their difference, at its maximum and
-    in norm, by the sum of both, which is twice that. Less would ask more of the two than of each
-    (their errors may have opposite signs), and a share of the whole tensor's allowance would
-    tell nothing new. What is not finite must be the same in both.
+    in norm, by the sum of both. Less would ask more of the two than of each (their errors may have
+    opposite signs), and a share of the whole tensor's allowance would tell nothing new. What is not
+    finite must be the same in both.
 
     Parameters
     ----------
     one, two : Results
         In float64.
-    answers : Answers
-        Of the case; its truth counts only as the size of what is stored.
+    rules : (Rule, Rule)
+        What each of the two is held against; truth counts only as the size of what is stored.
     """
     verdicts = []
     for name in Results._fields:
-        tensors = [np.asarray(getattr(x, name), np.float64) for x in (one, two, *answers)]
-        if tensors[0].shape != tensors[1].shape:
-            told = f"shapes {tensors[0].shape} and {tensors[1].shape}"
+        mine, other = (np.asarray(getattr(x, name), np.float64) for x in (one, two))
+        if mine.shape != other.shape:
+            told = f"shapes {mine.shape} and {other.shape}"
             verdicts.append(Verdict(name, np.inf, np.inf, told))
         else:
-            verdicts.append(_worst_row(name, case, tensors))
+            verdicts.append(_worst_row(name, case, mine, other, rules))
     return verdicts
 
 
-def _worst_row(name: str, case: Case, tensors: list[np.ndarray]) -> Verdict:
-    """`row_verdicts` of one result; tensors are both answers, truth, plain formula and sizes."""
-    if name == "lse":
-        tensors = [x[..., None] for x in tensors]
-    mine, other, true, plain, size = tensors
+def _worst_row(
+    name: str, case: Case, mine: np.ndarray, other: np.ndarray, rules: Sequence[Rule]
+) -> Verdict:
+    """`row_verdicts` of one result."""
     if mine.size == 0:
         return Verdict(name, 0.0, 0.0, "empty")
     finite = np.isfinite(mine) & np.isfinite(other)
     unlike = int((~finite & (mine != other) & ~(np.isnan(mine) & np.isnan(other))).sum())
     if unlike:
         return Verdict(name, np.inf, np.inf, f"{unlike} entries are NaN or Inf in one of the two")
-    counted = finite & np.isfinite(true)
-    mine, other, true, plain = (np.where(counted, x, 0.0) for x in (mine, other, true, plain))
-    apart, rounding = np.abs(mine - other), np.abs(plain - true)
-    slack = np.where(counted, _slack(name, case, true, size), 0.0)
-    tiny = np.finfo(np.float64).tiny
-    allowed = 2 * (2 * rounding.max(axis=-1) + slack.max(axis=-1)) + tiny
-    norm = np.linalg.norm
-    allowed_norm = 2 * (2 * norm(rounding, axis=-1) + norm(slack, axis=-1)) + tiny
+    mine, other = (_by_row(np.where(finite, x, 0.0)) for x in (mine, other))
+    counted = _by_row(finite & np.isfinite(getattr(rules[0].answers.true, name)))
+    apart = np.where(counted, np.abs(mine - other), 0.0)
+    tiny, norm = np.finfo(np.float64).tiny, np.linalg.norm
+    allowed = allowed_norm = tiny
+    for rule in rules:
+        true, plain, size = (
+            np.where(counted, _by_row(getattr(x, name)), 0.0) for x in rule.answers
+        )
+        rounding, slack = np.abs(plain - true), _slack(name, case, true, size, rule.tf32)
+        allowed = allowed + 2 * rounding.max(axis=-1) + slack.max(axis=-1)
+        allowed_norm = allowed_norm + 2 * norm(rounding, axis=-1) + norm(slack, axis=-1)
     of_max, of_norm = apart.max(axis=-1) / allowed, norm(apart, axis=-1) / allowed_norm
     place = np.unravel_index(np.argmax(np.maximum(of_max, of_norm)), of_max.shape)
     b, h, row = (int(x) for x in place)
@@ -104,7 +126,12 @@ def _worst_row(name: str, case: Case, tensors: list[np.ndarray]) -> Verdict:
     return Verdict(name, float(of_max[place]), float(of_norm[place]), told)
 
 
-def _slack(name: str, case: Case, true: np.ndarray, size: np.ndarray) -> np.ndarray:
+def _by_row(x: np.ndarray) -> np.ndarray:
+    """With the last axis that lse lacks."""
+    return x[..., None] if x.ndim == 3 else x
+
+
+def _slack(name: str, case: Case, true: np.ndarray, size: np.ndarray, tf32: bool) -> np.ndarray:
     """What `testing.judge_tensor` allows beside the plain formula's error: a row is small.
 
     That allowance, several roundings of all terms, covers the rounded out in delta as well.
@@ -114,4 +141,5 @@ def _slack(name: str, case: Case, true: np.ndarray, size: np.ndarray) -> np.ndar
     stored = ROUNDOFF["float32" if name == "lse" else spec.dtype]
     longest = max(spec.seqlen_q * spec.heads // spec.heads_kv, spec.seqlen_k)
     terms = max(16.0, 2 * longest**0.5) if spec.dtype == "float64" else 2.0
-    return (terms * accumulator + 4 * ROUNDOFF[spec.dtype]) * size + 2 * stored * np.abs(true)
+    luck = 4 * ROUNDOFF["tf32" if tf32 else spec.dtype]
+    return (terms * accumulator + luck) * size + 2 * stored * np.abs(true)

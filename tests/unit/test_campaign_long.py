@@ -16,7 +16,8 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 def numbers_of(library, dtype):
     if library == "torch":
         pytest.importorskip("torch", reason="needs the extra torch")
-    numbers = campaign_blocks.numbers_on("numpy" if library == "numpy" else "cpu", dtype)
+    device, tf32 = "numpy" if library == "numpy" else "cpu", dtype == "tf32"
+    numbers = campaign_blocks.numbers_on(device, "float32" if tf32 else dtype, tf32=tf32)
     numbers.pairs = 2000  # several blocks, and blocks of a few rows
     return numbers
 
@@ -28,18 +29,20 @@ def answers_of(case, numbers):
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, "tf32"])
 def test_blocks_add_up_to_the_dense_truth(library, dtype, monkeypatch):
     """Counts, truth and sizes are the dense ones; the plain formula rounds as much as the dense."""
     monkeypatch.setattr(campaign_blocks, "ROWS", 40)
     for seed in range(7):
-        case = campaign.draw(seed, most_rows=90, dtypes=(dtype,)).case
+        stored = "float32" if dtype == "tf32" else dtype
+        case = campaign.draw(seed, most_rows=90, dtypes=(stored,)).case
         counts, seen, answers = answers_of(case, numbers_of(library, dtype))
         np.testing.assert_array_equal(counts, case.mask.sum(axis=-1))
         heads_kv = case.spec.heads_kv
         by_key = case.mask.reshape(case.spec.batch, heads_kv, -1, case.spec.seqlen_k)
         np.testing.assert_array_equal(seen, by_key.any(axis=2))
-        true, plain, sizes = testing.truth(case), testing.baseline(case), testing.magnitudes(case)
+        true, sizes = testing.truth(case), testing.magnitudes(case)
+        plain = testing.baseline(case, tf32=dtype == "tf32")
         for name in Results._fields:
             mine, right = getattr(answers.true, name), getattr(true, name)
             np.testing.assert_allclose(mine, right, rtol=1e-10, atol=1e-12)
@@ -49,7 +52,7 @@ def test_blocks_add_up_to_the_dense_truth(library, dtype, monkeypatch):
             rounding, dense = (
                 np.linalg.norm(getattr(x, name)[some] - right[some]) for x in (answers.plain, plain)
             )
-            if dtype in ("float16", "bfloat16"):
+            if dtype in ("float16", "bfloat16", "tf32"):
                 assert 0.9 * dense - 1e-12 <= rounding <= 1.1 * dense + 1e-12
             else:  # sums in another order
                 terms = 16 if dtype == "float64" else 1  # as in the rule

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from scfa_core import campaign, cli, cli_verify, testing, verify, verify_against
+from scfa_core.campaign_blocks import Answers
 from scfa_core.errors import BackendUnavailable, UnknownBackend
+from scfa_core.verify_against import Rule
 
 CAUSAL = testing.Spec(
     heads=2,
@@ -32,21 +34,29 @@ def planted(monkeypatch, module, run, change):
     monkeypatch.setattr(module, run, wrong)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "tf32", "float64"])
 def test_a_row_is_judged_as_a_tensor_of_its_own(dtype):
     """Against the truth, so that one of the two allowances is not needed: half of the ratio."""
+    tf32 = dtype == "tf32"
+    dtype = "float32" if tf32 else dtype
     spec = replace(CAUSAL, heads_kv=1, seqlen_q=70, seqlen_k=70, dtype=dtype, poison=True)
     case = testing.build(spec)
-    answers = verify_against.allowances_of(case, "numpy")
+    answers = verify_against.allowances_of(case, "numpy", tf32=tf32)
     rng = np.random.default_rng(0)
     for name, true, plain, size in zip(testing.Results._fields, *answers, strict=True):
         mine = true + 3e-3 * rng.standard_normal(true.shape)
         for row in (0, true.shape[2] // 2, true.shape[2] - 1):
             part = [x[:1, :1, row : row + 1] for x in (mine, true, plain, size)]
-            right = testing.judge_tensor(name, *part, case)
-            found = verify_against._worst_row(name, case, [part[0], part[1], *part[1:]])
+            right = testing.judge_tensor(name, *part, case, tf32=tf32)
+            of_row = Answers(*(only(name, x) for x in part[1:]))
+            found = verify_against._worst_row(name, case, *part[:2], [Rule(of_row, tf32)] * 2)
             assert found.max_ratio == pytest.approx(right.max_ratio / 2)
             assert found.norm_ratio == pytest.approx(right.norm_ratio / 2)
+
+
+def only(name, tensor):
+    """Results of which one is there."""
+    return testing.Results(**dict.fromkeys(testing.Results._fields) | {name: tensor})
 
 
 @pytest.mark.parametrize(("name", "kept"), [("out", 0.97), ("dq", 0.97), ("dk", 0.9), ("dv", 0.9)])
@@ -101,16 +111,16 @@ def test_rows_that_are_not_sampled_are_compared(monkeypatch, name):
 
 def test_entries_that_only_one_of_the_two_knows():
     case = testing.build(CAUSAL)
-    answers = verify_against.allowances_of(case, "numpy")
+    rules = [Rule(verify_against.allowances_of(case, "numpy"))] * 2
     got = testing.run_numpy(case, "reference")[0]
     bad = got.dk.copy()
     bad[0, 0, 5, 3] = np.nan
-    found = verify_against.row_verdicts(case, got, got._replace(dk=bad), answers)
+    found = verify_against.row_verdicts(case, got, got._replace(dk=bad), rules)
     assert [v.name for v in found if not v.ok] == ["dk"]
     both = got._replace(dk=bad)
-    assert all(v.ok for v in verify_against.row_verdicts(case, both, both, answers))
+    assert all(v.ok for v in verify_against.row_verdicts(case, both, both, rules))
     short = got._replace(dv=got.dv[:, :, 1:])
-    found = verify_against.row_verdicts(case, got, short, answers)
+    found = verify_against.row_verdicts(case, got, short, rules)
     assert [v.name for v in found if not v.ok] == ["dv"]
     assert found[-1].detail == "shapes (1, 2, 700, 64) and (1, 2, 699, 64)"
 
