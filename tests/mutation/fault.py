@@ -32,7 +32,7 @@ SUITES = {
     "torch-hash": (("tests/unit/test_hashing_torch.py",),),
     "cuda-plan": (
         ("tests/unit/test_cuda_host_heads.py",),
-        ("tests/unit/test_cuda_host_logic.py",),
+        tuple(f"tests/unit/test_cuda_host_{name}.py" for name in ("logic", "one_pass", "parts")),
     ),
     "cuda": (("tests/unit/test_kernels_on_host.py",),),
     "cuda-tf32": (("tests/unit/test_tf32_on_host.py",),),

@@ -1,22 +1,16 @@
 """The planner's CUDA sources on the host: key heads in plenty, each with a list of its own."""
 
-import importlib.util
-from pathlib import Path
-
+import host_build
 import numpy as np
+import planner_host
 import pytest
+from planner_host import assert_equals_reference, plan_on_host
 
 from scfa_core.lowering import Clauses
 from scfa_core.problem import Problem
 
-_SPEC = importlib.util.spec_from_file_location(
-    "cuda_host_logic", Path(__file__).with_name("test_cuda_host_logic.py")
-)
-HOST = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(HOST)
-
-library = HOST.library
-pytestmark = HOST.pytestmark
+pytestmark = host_build.NEEDS_COMPILER
+library = planner_host.library
 
 
 @pytest.mark.parametrize("seqlen_k", [75, 60], ids=["one pass", "sort and search"])
@@ -30,8 +24,8 @@ def test_every_query_head_meets_its_own_key_head(library, monkeypatch, seqlen_k,
     keeps = [(rng.random(shape) < 0.8).astype(np.uint8) for shape in shapes]
     for kept in ([(), ()], [(x,) for x in keeps]):
         clauses = Clauses((q_groups,), (k_groups,), *kept, None, 1)
-        arrays = HOST.plan_on_host(library, monkeypatch, problem, clauses)
-        HOST.assert_equals_reference(arrays, problem, clauses)
+        arrays = plan_on_host(library, monkeypatch, problem, clauses)
+        assert_equals_reference(arrays, problem, clauses)
         without_groups = Clauses((), (), *kept, None, 1)
-        arrays = HOST.plan_on_host(library, monkeypatch, problem, without_groups)
-        HOST.assert_equals_reference(arrays, problem, without_groups)
+        arrays = plan_on_host(library, monkeypatch, problem, without_groups)
+        assert_equals_reference(arrays, problem, without_groups)
