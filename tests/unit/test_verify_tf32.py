@@ -5,15 +5,17 @@ The backend is the reference's, its factors rounded first, under the name and th
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scfa_core.backends.cupy_raw import BACKEND as CUPY
 from scfa_core.reference.backend import BACKEND
 
-from scfa_core import campaign, cli, cli_verify, testing, verify, verify_against
+from scfa_core import campaign, campaign_blocks, cli, cli_verify, testing, verify, verify_against
 from scfa_core.campaign_blocks import Answers
 from scfa_core.campaign_judge import sampled_verdicts
+from scfa_core.campaign_long import stretch_verdicts
 from scfa_core.errors import BackendUnavailable
 from scfa_core.testing import Part, Results, Spec
 from scfa_core.verify_against import Rule
@@ -96,9 +98,17 @@ def test_tf32_is_held_to_its_rule(run, plant, monkeypatch):
 def test_the_other_backend_is_not(run, plant, monkeypatch):
     """Of two, each has its own rule, and the difference may be what both allow together."""
     monkeypatch.setenv("SCFA_CUPY_FP32", "tf32")
+    asked, compare = [], verify.row_verdicts
+
+    def noted(case, one, two, rules):
+        asked.append([rule.tf32 for rule in rules])
+        return compare(case, one, two, rules)
+
+    monkeypatch.setattr(verify, "row_verdicts", noted)
     found = run(against="reference")
     assert not found.complaints
     assert 0.01 < found.apart <= 1
+    assert asked == [[True, False]]
     silent = Rounding()
     silent.multiplies_tf32 = None
     plant("reference", silent)
@@ -126,6 +136,23 @@ def test_the_sampled_formula_errs_as_the_dense_one(monkeypatch):
         assert 0.4 < verdict.norm_ratio <= 0.5 + 0.05, verdict
 
 
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("judge", ["sampled", "stretches"])
+def test_luck_is_that_of_tf32(judge, tf32):
+    """Of few entries: beyond twice the error of the formula, within four roundings of the terms."""
+    case = testing.build(replace(SPEC, head_dim=16, head_dim_v=16))
+    numbers = campaign_blocks.numbers_on("numpy", "float32", tf32=tf32)
+    answers = campaign_blocks.evaluate(numbers, case, case.pattern)
+    off = 0.8 * testing.ROUNDOFF["tf32"]
+    pairs = zip(answers.true, answers.size, strict=True)
+    got = Results(*(np.where(np.isfinite(x), x + off * size, x) for x, size in pairs))
+    if judge == "sampled":
+        found = sampled_verdicts(case, got, verify.reference_fields(case), tf32=tf32)
+    else:
+        found = stretch_verdicts(case, got, answers, {}, tf32=tf32)
+    assert {v.name for v in found if not v.ok} == (set() if tf32 else set(Results._fields))
+
+
 @pytest.mark.parametrize("name", ["out", "dq", "dk", "dv"])
 def test_two_rules_allow_their_sum(name):
     """Of one row; twice the one rule's allowance, or the other's, where both have the same."""
@@ -133,6 +160,8 @@ def test_two_rules_allow_their_sum(name):
     rules = []
     for tf32 in (False, True):
         answers = verify_against.allowances_of(case, "numpy", tf32=tf32)
+        plain = testing.baseline(case, tf32=tf32)
+        np.testing.assert_array_equal(getattr(answers.plain, name), getattr(plain, name))
         row = [Results(*(x[:1, :1, 70:71] for x in results)) for results in answers]
         rules.append(Rule(Answers(*row), tf32))
     true = getattr(rules[0].answers.true, name)
