@@ -59,7 +59,7 @@ class Shape(NamedTuple):
     block_n: int  # keys (forward, dq) or queries (dk/dv) a step
     stages: int  # buffers of the streamed operands
     query_buffers: int  # buffers of the operands a tile keeps
-    parts: int = 1  # warpgroups that share 64 rows, each a part of the columns (dk/dv)
+    parts: int = 1  # warpgroups that share 64 keys, one for each gradient (dk/dv)
     gatherers: int = 1  # gathering warpgroups (dq, dk/dv)
 
 
@@ -92,15 +92,15 @@ _DQ = _Shapes(
     {
         64: Shape(2, 64, 6, 2, gatherers=2),
         128: Shape(2, 64, 3, 1),
-        192: Shape(1, 64, 3, 1),
-        256: Shape(1, 48, 2, 1),
+        192: Shape(2, 64, 2, 1),
+        256: Shape(2, 48, 2, 1),
     }
 )
 _DKDV = _Shapes(
     {
         64: Shape(2, 64, 11, 1, gatherers=2),
         128: Shape(2, 64, 3, 1),
-        256: Shape(1, 64, 2, 1, parts=2),
+        256: Shape(1, 48, 3, 1, parts=2),
     }
 )
 _FUSED = {  # stages: of q and dout together, or at 128 of either; query_buffers: of dS
@@ -131,18 +131,20 @@ def _dq_shared(head_dim: int, shape: Shape) -> int:
     """Bytes of dynamic shared memory of bwd_dq_sm90.cu."""
     rows = 64 * shape.warpgroups
     streamed = 2 * shape.stages * shape.block_n
-    tiles = 2 * _DQ.width(head_dim) * (3 * shape.query_buffers * rows + streamed)
+    kept = 3 if _DQ.width(head_dim) <= 128 else 2  # of q, dout and out
+    tiles = 2 * _DQ.width(head_dim) * (kept * shape.query_buffers * rows + streamed)
     data = shape.query_buffers * (20 * rows + 16)
     barriers = 8 * (2 * shape.query_buffers + 2 * shape.stages)
-    return tiles + data + 64 + barriers + _SHARED_SLACK
+    return tiles + data + 64 + barriers
 
 
 def _dkdv_shared(head_dim: int, shape: Shape) -> int:
     """Bytes of dynamic shared memory of bwd_dkdv_sm90.cu."""
     tiles = 4 * _DKDV.width(head_dim) * (64 * shape.warpgroups + shape.stages * shape.block_n)
     data = 16 * shape.stages * shape.block_n + 16 * _MAX_GROUP * shape.warpgroups
-    barriers = 8 * (2 + 2 * shape.stages)
-    return tiles + data + 16 + barriers + _SHARED_SLACK
+    handed_over = 4 * 64 * shape.block_n if shape.parts > 1 else 0
+    barriers = 8 * (2 + 2 * shape.stages + (2 if shape.parts > 1 else 0))
+    return tiles + data + handed_over + 16 + barriers + _SHARED_SLACK
 
 
 def _fused_shared(head_dim: int, shape: Shape) -> int:

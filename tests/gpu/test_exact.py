@@ -169,7 +169,7 @@ def test_not_deterministic_is_as_exact(call, hold):
 # torch's autograd thread starts without a CUDA context and says so
 @pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
 def test_thousands_of_rows_against_torch_on_the_card(
     kernels, torch, backend, request, head_dim, dtype
 ):

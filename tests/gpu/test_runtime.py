@@ -39,7 +39,7 @@ def test_same_bits_hundreds_of_times(kernels, torch, backend, head_dim, dtype):
     assert not any(differ), dict(zip(names, differ.tolist(), strict=True))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("pattern", ["hash", "causal"])
 def test_same_bits_of_a_full_card(kernels, torch, backend, head_dim, pattern):
     """Sums in memory are passed from block to block: on every multiprocessor, in long queues."""

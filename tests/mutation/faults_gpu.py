@@ -121,10 +121,10 @@ FAULTS = (
 )  # fmt: skip
 
 # Faults that no test noticed on the cards tried, and why they may stay unseen: each takes out an
-# order that PTX does not promise and that the card keeps by itself, as far as thousands of calls show.
+# order that PTX does not promise, and that the card kept by itself in thousands of calls.
 _PROXY = (
-    "rows or tiles written by one proxy are read by the other behind a barrier that is waited for in "
-    "between; PTX asks for the fence, and no result differed without it"
+    "rows or tiles written by one proxy are read by the other behind a barrier that is waited for "
+    "in between; PTX asks for the fence, and no result differed without it"
 )
 _ADDED = (
     "the next key tile's addition starts on another multiprocessor after an acquire, a bulk copy "

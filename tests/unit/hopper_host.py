@@ -69,7 +69,8 @@ def without_function(text, name):
 
 def for_the_host(name, text):
     """A shipped source with the instructions of the card taken out."""
-    text = text.replace("extern __shared__ char dynamic[]", "char* dynamic = dynamic_shared")
+    dynamic = r"extern __shared__ (__align__\(\d+\) )?char dynamic\[\]"
+    text = re.sub(dynamic, "char* dynamic = dynamic_shared", text)
     for function in PLAYED:
         text = without_function(text, function)
     text = re.sub(r'asm volatile\("(prefetch|" : "\+[lr]")[^;]*(;"[^;]*)?;', "", text)

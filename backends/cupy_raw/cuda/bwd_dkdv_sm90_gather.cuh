@@ -19,7 +19,7 @@
 #include "softmax_sm90.cuh"
 
 constexpr int kKeyGroups = SCFA_WARPGROUPS;  // of 64 keys
-constexpr int kParts = SCFA_PARTS;           // of the columns: warpgroups that share 64 keys
+constexpr int kParts = SCFA_PARTS;           // warpgroups that share 64 keys: bwd_dkdv_sm90_roles.cuh
 constexpr int kWarpgroups = kKeyGroups * kParts;
 constexpr int kStages = SCFA_STAGES;       // buffers of one q and one dout block each
 constexpr int kBlockN = 64 * kKeyGroups;   // keys of a tile
@@ -31,11 +31,8 @@ constexpr int kTwoGatherRegisters = 32;  // those of products: 256 less that
 // these.
 constexpr bool kOverlap = kHeadDim == 64 && kBlockM == 64 && kWarpgroups == 2;
 constexpr bool kKeysInRegisters = kOverlap;
-// Columns of dk and dv that a warpgroup makes.
-constexpr int kPartWidth = kParts == 1 ? kWidth : kHeadDim / kParts;
-static_assert(kPartWidth <= 128, "dk and dv fit into registers");
-static_assert(kParts == 1 || (kParts == 2 && kPartWidth == 128 && kColumns > 128),
-              "both parts hold columns");
+static_assert(kParts == 1 ? kWidth <= 128 : kParts == 2 && kKeyGroups == 1,
+              "dk and dv, or one of them, fit into registers");
 static_assert(kStages >= 2, "scores of the next block start before this one is done");
 
 constexpr int kKeyBytes = kBlockN * kHeadDim * 2;
@@ -44,11 +41,13 @@ constexpr int kQueryBase = 2 * kKeyBytes;
 constexpr int kDataBase = kQueryBase + 2 * kStages * kQueryBytes;
 constexpr int kDataBytes = query_data_bytes(kBlockM);
 constexpr int kBounds = 2 * kKeyGroups;  // first and end query of each warpgroup's keys
-constexpr int kBoundsBase = kDataBase + kStages * kDataBytes;
+constexpr int kWeightsBase = kDataBase + kStages * kDataBytes;
+constexpr int kWeightBytes = kParts == 1 ? 0 : 4 * kBlockN * kBlockM;  // handed over in a step
+constexpr int kBoundsBase = kWeightsBase + kWeightBytes;
 constexpr int kTileBase = kBoundsBase + bounds_bytes(kBounds);
 constexpr int kBarrierBase = kTileBase + 16;
-constexpr int kSharedBytes =
-    kBarrierBase + 8 * (2 + 2 * kStages) + 1024;  // 1024: room to align the base
+constexpr int kBarriers = 2 + 2 * kStages + (kParts == 1 ? 0 : 2);
+constexpr int kSharedBytes = kBarrierBase + 8 * kBarriers + 1024;  // 1024: room to align the base
 static_assert(kSharedBytes <= 232448, "more shared memory than a block can have");
 static_assert(kSharedBytes == SCFA_SHARED_BYTES, "launch_sm90.py asks for as much as is laid out");
 
@@ -62,6 +61,7 @@ struct Shared : QueryData<kBlockM, kDataBase, kBounds, kBoundsBase> {
     return base + kQueryBase + 2 * i * kQueryBytes;
   }
   __device__ __forceinline__ unsigned dout(unsigned i) const { return query(i) + kQueryBytes; }
+  __device__ __forceinline__ unsigned weights() const { return base + kWeightsBase; }
   __device__ __forceinline__ unsigned tile() const { return base + kTileBase; }
   __device__ __forceinline__ unsigned share() const { return base + kTileBase + 4; }
   __device__ __forceinline__ unsigned key_full() const { return base + kBarrierBase; }
@@ -72,6 +72,8 @@ struct Shared : QueryData<kBlockM, kDataBase, kBounds, kBoundsBase> {
   __device__ __forceinline__ unsigned query_empty(unsigned i) const {
     return query_full(kStages + i);
   }
+  __device__ __forceinline__ unsigned weights_full() const { return query_full(2 * kStages); }
+  __device__ __forceinline__ unsigned weights_empty() const { return query_full(2 * kStages + 1); }
 };
 
 // Bring the row numbers of a tile's keys nearer; one warp calls it with the tile number in its lane

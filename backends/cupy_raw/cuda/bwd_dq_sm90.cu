@@ -7,7 +7,7 @@
 // grid/block: one persistent block per SM; a tile is kBlockM sorted query rows of one head.
 //   One or two warpgroups gather rows (cp.async), each of the others owns 64 query rows; scores,
 //   weights and dq stay in its registers.
-// shared memory: 2 * kHeadDim * (3 * kQueryBuffers * kBlockM + 2 * kStages * kBlockN) bytes, row
+// shared memory: 2 * kHeadDim * (kKept * kQueryBuffers * kBlockM + 2 * kStages * kBlockN) bytes, row
 //   data, barriers (kSharedBytes).
 // inputs/outputs: Params (params_sm90.cuh): q, k, v, out, dout, dq in 16 bits; lse, row_lse,
 //   row_delta float32, the last two in sorted order.
@@ -72,6 +72,12 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
     const unsigned query_tile = shared.query(query.slot) + group * 64 * kRowBytes;
     const unsigned dout_tile = shared.dout(query.slot) + group * 64 * kRowBytes;
 
+    if constexpr (kOutAmongKeys) {
+      Ring<kStages> room = key;
+      for (int i = 0; i < kStages; ++i, room.advance()) {
+        barrier_wait(shared.key_full(room.slot), room.parity);
+      }
+    }
     {  // Row statistics: each warp for its own 16 rows, two lanes a row.
       const int own = 64 * group + 16 * warp + lane / 2;
       // A row that sees nothing gets +inf, so that its weights exp2(s - lse) are 0, and delta 0:
@@ -94,6 +100,11 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       if ((lane & 1) == 0) shared_store_float(shared.lse(query.slot) + 4 * own, lse);
       __syncwarp();  // and so is lse in base 2
     }
+    if constexpr (kOutAmongKeys) {
+      for (int i = 0; i < kStages; ++i, key.advance()) {
+        barrier_release(shared.key_empty(key.slot), lane);
+      }
+    }
     const float lse[2] = {shared_load_float(shared.lse(query.slot) + 4 * row),
                           shared_load_float(shared.lse(query.slot) + 4 * row + 32)};
     const float delta[2] = {shared_load_float(shared.delta(query.slot) + 4 * row),
@@ -106,9 +117,17 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
 
     // Issue S = Q K^T and dP = dO V^T of the block in this slot, as two groups.
     const auto issue_scores = [&](unsigned slot) {
-      product_of_rows<kBlockM, kBlockN, kDepth>(scores, query_tile, shared.key(slot));
+      unsigned q_tile = query_tile, d_tile = dout_tile;
+      if constexpr (kHeadDim > 128) {
+        // Two addresses, not the descriptors of every step: those do not fit into registers.
+        asm volatile("" : "+r"(q_tile));
+        asm volatile("" : "+r"(d_tile));
+        q_tile = uniform(q_tile);
+        d_tile = uniform(d_tile);
+      }
+      product_of_rows<kBlockM, kBlockN, kDepth>(scores, q_tile, shared.key(slot));
       wgmma_commit();
-      product_of_rows<kBlockM, kBlockN, kDepth>(slopes, dout_tile, shared.value(slot));
+      product_of_rows<kBlockM, kBlockN, kDepth>(slopes, d_tile, shared.value(slot));
       wgmma_commit();
     };
 
@@ -182,8 +201,8 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     scfa_bwd_dq_sm90(const __grid_constant__ Params p) {
   if (share_of(p, kSplit) == kNone) return;
-  extern __shared__ char dynamic[];
-  const Shared shared{(shared_address(dynamic) + 1023) & ~1023u};
+  extern __shared__ __align__(1024) char dynamic[];
+  const Shared shared{shared_address(dynamic)};
   if (threadIdx.x == 0) {
     if (blockIdx.x == 0) p.row_lse[-1] = SCFA_INFINITY;  // the lse of queries that are not there
     for (int i = 0; i < kQueryBuffers; ++i) {
@@ -199,10 +218,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();  // barriers are initialised
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup < kGatherers) {
-    if constexpr (kWarpgroups > 1) give_registers<kProducerRegisters>();
+    give_registers<kProducerRegisters>();
     gather_tiles(p, shared, warpgroup);
   } else {
-    if constexpr (kWarpgroups > 1) take_registers<kConsumerRegisters>();
+    take_registers<kConsumerRegisters>();
     multiply_tiles(p, shared, warpgroup - kGatherers);
   }
 }

@@ -22,7 +22,6 @@ constexpr int kQueryBuffers = SCFA_QUERY_BUFFERS;
 constexpr int kBlockM = 64 * kWarpgroups;
 constexpr int kTwoGatherRegisters = 56;  // those of products: 256 less that
 #include "gatherers_sm90.cuh"
-static_assert(kHeadDim <= 128 || kWarpgroups == 1, "dq, scores and slopes fit into registers");
 static_assert(kBlockN % 16 == 0, "scores of one wgmma, reduced over 16 keys at a time");
 static_assert(kStages >= 2, "scores of the next block start before this one is done");
 
@@ -30,21 +29,28 @@ static_assert(kGatherers == 1 || kHeadDim == 64, "two take turns in one panel");
 
 constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
 constexpr int kKeyBytes = kBlockN * kHeadDim * 2;
-constexpr int kKeyBase = 3 * kQueryBuffers * kQueryBytes;  // q, dout and out come first
+// Wide rows leave no room for out, which only delta needs: it takes that of all key and value blocks
+// before the first of them comes.
+constexpr bool kOutAmongKeys = kHeadDim > 128;
+static_assert(!kOutAmongKeys || (kQueryBuffers == 1 && kQueryBytes <= 2 * kStages * kKeyBytes),
+              "out of a tile fits there");
+constexpr int kKept = kOutAmongKeys ? 2 : 3;  // of q, dout and out
+constexpr int kKeyBase = kKept * kQueryBuffers * kQueryBytes;
 constexpr int kDataBase = kKeyBase + 2 * kStages * kKeyBytes;
 constexpr int kStatsBase =
     kDataBase +
     kQueryBuffers * TileData<kBlockM>::kBytes;  // lse in base 2, then delta, of each row
 constexpr int kScratchBase = kStatsBase + kQueryBuffers * 8 * kBlockM;
 constexpr int kBarrierBase = kScratchBase + 64;
-constexpr int kSharedBytes =
-    kBarrierBase + 8 * (2 * kQueryBuffers + 2 * kStages) + 1024;  // 1024: room to align the base
+constexpr int kSharedBytes = kBarrierBase + 8 * (2 * kQueryBuffers + 2 * kStages);
 static_assert(kSharedBytes <= 232448, "more shared memory than a block can have");
 static_assert(kSharedBytes == SCFA_SHARED_BYTES, "launch_sm90.py asks for as much as is laid out");
 
 struct Shared {
   unsigned base;
-  __device__ __forceinline__ unsigned query(unsigned i) const { return base + 3 * i * kQueryBytes; }
+  __device__ __forceinline__ unsigned query(unsigned i) const {
+    return base + kKept * i * kQueryBytes;
+  }
   __device__ __forceinline__ unsigned dout(unsigned i) const { return query(i) + kQueryBytes; }
   __device__ __forceinline__ unsigned out(unsigned i) const { return query(i) + 2 * kQueryBytes; }
   __device__ __forceinline__ unsigned key(unsigned i) const {
@@ -135,7 +141,16 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared, int
       gather_tile<kBlockM>(shared.dout(query.slot), p.dout.of_head(at.b, at.h) + lane_bytes,
                            p.dout.row, rows, thread);
     }
-    if constexpr (kGatherers == 1) {
+    if constexpr (kOutAmongKeys) {
+      Ring<kStages> room = key;
+      for (int i = 0; i < kStages; ++i, room.advance()) {
+        barrier_wait(shared.key_empty(room.slot), room.parity ^ 1);
+      }
+      gather_tile<kBlockM>(shared.out(query.slot), out, p.out.row, rows, thread);
+      for (int i = 0; i < kStages; ++i, key.advance()) {
+        barrier_arrive_after_copies(shared.key_full(key.slot));
+      }
+    } else if constexpr (kGatherers == 1) {
       gather_tile<kBlockM>(shared.out(query.slot), out, p.out.row, rows, thread);
     } else {
       constexpr int kShare = kBlockM / kGatherers;

@@ -43,20 +43,6 @@ __device__ __forceinline__ void wait_for_room(const Params& p, int tile, int z) 
   }
 }
 
-// Four numbers to shared memory at once.
-__device__ __forceinline__ void shared_store_four(unsigned address, int a, int b, int c, int d) {
-  asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
-               "r"(d)
-               : "memory");
-}
-
-__device__ __forceinline__ void shared_store_four(unsigned address, float a, float b, float c,
-                                                  float d) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c),
-               "f"(d)
-               : "memory");
-}
-
 // Four floats of a sum that others have added to.
 __device__ __forceinline__ void load_sum_four(const float* address, float (&values)[4]) {
   asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"

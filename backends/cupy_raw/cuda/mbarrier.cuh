@@ -183,3 +183,17 @@ __device__ __forceinline__ int2 shared_load_pair(unsigned address) {
                : "memory");
   return value;
 }
+
+// Four numbers to shared memory at once.
+__device__ __forceinline__ void shared_store_four(unsigned address, int a, int b, int c, int d) {
+  asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
+
+__device__ __forceinline__ void shared_store_four(unsigned address, float a, float b, float c,
+                                                  float d) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c),
+               "f"(d)
+               : "memory");
+}

@@ -13,11 +13,12 @@ struct QueryColumns {
   // Where ranges lie in any order, before anything else: does some query of the block see one of the
   // warpgroup's keys, key0 to key0 + 63? All lanes of a warp call it, and all get the answer.
   __device__ __forceinline__ bool look(const Shared& shared, unsigned slot, int key0) {
-    static_assert(kBlockM == 64, "two queries a lane");
+    static_assert(32 < kBlockM && kBlockM <= 64, "two queries a lane, or the last one again");
     const int lane = threadIdx.x % 32;
+    const int other = 4 * (kBlockM == 64 ? 32 : min(32, kBlockM - 1 - lane));
     const unsigned starts = shared.starts(slot) + 4 * lane, ends = shared.ends(slot) + 4 * lane;
-    const int start[2] = {shared_load(starts), shared_load(starts + 128)};
-    const int end[2] = {shared_load(ends), shared_load(ends + 128)};
+    const int start[2] = {shared_load(starts), shared_load(starts + other)};
+    const int end[2] = {shared_load(ends), shared_load(ends + other)};
     first_end = min(end[0], end[1]);
     last_start = max(start[0], start[1]);
     bool seen = false;
@@ -36,6 +37,44 @@ struct QueryColumns {
     for (int block = 0; block < kBlockM / 8; ++block) {
       column[block] = shared_load_pair(shared.lse(slot) + 32 * block + 8 * q);
     }
+  }
+
+  // Deltas alone, likewise.
+  __device__ __forceinline__ void load_delta(const Shared& shared, unsigned slot, int q) {
+#pragma unroll
+    for (int block = 0; block < kBlockM / 8; ++block) {
+      column[block] = shared_load_pair(shared.delta(slot) + 32 * block + 8 * q);
+    }
+  }
+
+  // P^T alone of the block whose scores have come; what is not seen becomes `unseen`. Is all seen?
+  __device__ __forceinline__ bool weights(float (&scores)[kBlockM / 2], const Shared& shared,
+                                          unsigned slot, int q, int key0, int own,
+                                          float scale_log2, float unseen) {
+    const bool ends_inside = __any_sync(0xFFFFFFFFu, first_end < key0 + 64);
+    const bool starts_inside = __any_sync(0xFFFFFFFFu, last_start > key0);
+#pragma unroll
+    for (int i = 0; i < kBlockM / 2; ++i) {
+      const int lse = i & 1 ? column[i / 4].y : column[i / 4].x;
+      scores[i] = exp2_fast(scores[i] * scale_log2 - __int_as_float(lse));
+    }
+    if (ends_inside) {
+#pragma unroll
+      for (int i = 0; i < kBlockM / 2; ++i) {
+        if (i % 4 == 0) column[i / 4] = shared_load_pair(shared.ends(slot) + 8 * i + 8 * q);
+        const int end = i & 1 ? column[i / 4].y : column[i / 4].x;
+        scores[i] = own + 8 * half_of(i) < end ? scores[i] : unseen;
+      }
+    }
+    if (starts_inside) {
+#pragma unroll
+      for (int i = 0; i < kBlockM / 2; ++i) {
+        if (i % 4 == 0) column[i / 4] = shared_load_pair(shared.starts(slot) + 8 * i + 8 * q);
+        const int start = i & 1 ? column[i / 4].y : column[i / 4].x;
+        scores[i] = own + 8 * half_of(i) >= start ? scores[i] : unseen;
+      }
+    }
+    return !(ends_inside || starts_inside);
   }
 
   // Slopes that start from the negative deltas which the fused kernels are given: their product with
