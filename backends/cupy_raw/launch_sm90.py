@@ -131,10 +131,10 @@ def _dq_shared(head_dim: int, shape: Shape) -> int:
     """Bytes of dynamic shared memory of bwd_dq_sm90.cu."""
     rows = 64 * shape.warpgroups
     streamed = 2 * shape.stages * shape.block_n
-    kept = 3 if _DQ.width(head_dim) <= 128 else 2  # of q, dout and out
+    kept, emptied = (3, 1) if _DQ.width(head_dim) <= 128 else (2, 2)  # of q, dout, out; of k, v
     tiles = 2 * _DQ.width(head_dim) * (kept * shape.query_buffers * rows + streamed)
     data = shape.query_buffers * (20 * rows + 16)
-    barriers = 8 * (2 * shape.query_buffers + 2 * shape.stages)
+    barriers = 8 * (2 * shape.query_buffers + (1 + emptied) * shape.stages)
     return tiles + data + 64 + barriers
 
 

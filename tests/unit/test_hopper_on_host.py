@@ -26,6 +26,17 @@ def test_wide_rows(kernels, head_dim):
     check(kernels, spec)
 
 
+@pytest.mark.parametrize("seqlen", [1, 49, 331])
+@pytest.mark.parametrize("name", ["causal", "all together", "keep none"])
+@pytest.mark.parametrize("head_dim", [184, 256])
+def test_wide_rows_in_many_blocks(kernels, head_dim, name, seqlen):
+    """Buffers come round, weights are handed over, out lies where keys were and will be."""
+    parts = {"causal": (Part("causal", number=0),), **IN_ONE_PASS}[name]
+    sizes = (1, 4, 2, seqlen, seqlen, head_dim, head_dim, "bfloat16")
+    spec = Spec(*sizes, parts=parts, poison=True, seed=seqlen)
+    check(kernels, spec, order=seqlen % 3, blocks=1 + seqlen % 2)
+
+
 @pytest.mark.parametrize("head_dim", [32])
 def test_a_window_in_float16(kernels, head_dim):
     spec = Spec(1, 1, 1, 200, 200, head_dim, head_dim, "float16", parts=WINDOW, seed=3)

@@ -52,6 +52,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
   Ring<kStages> key;
   const auto skip_block = [&]() {
     barrier_wait(shared.key_full(key.slot), key.parity);
+    if constexpr (kWide) barrier_release(shared.value_empty(key.slot), lane);
     barrier_release(shared.key_empty(key.slot), lane);
     key.advance();
   };
@@ -72,7 +73,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
     const unsigned query_tile = shared.query(query.slot) + group * 64 * kRowBytes;
     const unsigned dout_tile = shared.dout(query.slot) + group * 64 * kRowBytes;
 
-    if constexpr (kOutAmongKeys) {
+    if constexpr (kWide) {
       Ring<kStages> room = key;
       for (int i = 0; i < kStages; ++i, room.advance()) {
         barrier_wait(shared.key_full(room.slot), room.parity);
@@ -100,8 +101,9 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       if ((lane & 1) == 0) shared_store_float(shared.lse(query.slot) + 4 * own, lse);
       __syncwarp();  // and so is lse in base 2
     }
-    if constexpr (kOutAmongKeys) {
+    if constexpr (kWide) {
       for (int i = 0; i < kStages; ++i, key.advance()) {
+        barrier_release(shared.value_empty(key.slot), lane);
         barrier_release(shared.key_empty(key.slot), lane);
       }
     }
@@ -118,7 +120,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
     // Issue S = Q K^T and dP = dO V^T of the block in this slot, as two groups.
     const auto issue_scores = [&](unsigned slot) {
       unsigned q_tile = query_tile, d_tile = dout_tile;
-      if constexpr (kHeadDim > 128) {
+      if constexpr (kWide) {
         // Two addresses, not the descriptors of every step: those do not fit into registers.
         asm volatile("" : "+r"(q_tile));
         asm volatile("" : "+r"(d_tile));
@@ -149,6 +151,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
         }
         wgmma_wait<0>();
         pin(slopes);
+        if constexpr (kWide) barrier_release(shared.value_empty(key.slot), lane);
 #pragma unroll
         for (int i = 0; i < kBlockN / 2; ++i) scores[i] *= slopes[i] - delta[half_of(i)];
         pack_fragment(weights, scores);
@@ -212,6 +215,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < kStages; ++i) {
       barrier_init(shared.key_full(i), kGatherThreads);
       barrier_init(shared.key_empty(i), 4 * kWarpgroups * kReleases);
+      if constexpr (kWide) barrier_init(shared.value_empty(i), 4 * kWarpgroups * kReleases);
     }
     barrier_init_done();
   }

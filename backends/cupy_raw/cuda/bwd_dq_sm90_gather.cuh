@@ -30,11 +30,12 @@ static_assert(kGatherers == 1 || kHeadDim == 64, "two take turns in one panel");
 constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
 constexpr int kKeyBytes = kBlockN * kHeadDim * 2;
 // Wide rows leave no room for out, which only delta needs: it takes that of all key and value blocks
-// before the first of them comes.
-constexpr bool kOutAmongKeys = kHeadDim > 128;
-static_assert(!kOutAmongKeys || (kQueryBuffers == 1 && kQueryBytes <= 2 * kStages * kKeyBytes),
+// before the first of them comes. And few blocks have room: values, of which a step has done with
+// first, are fetched before the keys, once their own room is free.
+constexpr bool kWide = kHeadDim > 128;
+static_assert(!kWide || (kQueryBuffers == 1 && kQueryBytes <= 2 * kStages * kKeyBytes),
               "out of a tile fits there");
-constexpr int kKept = kOutAmongKeys ? 2 : 3;  // of q, dout and out
+constexpr int kKept = kWide ? 2 : 3;  // of q, dout and out
 constexpr int kKeyBase = kKept * kQueryBuffers * kQueryBytes;
 constexpr int kDataBase = kKeyBase + 2 * kStages * kKeyBytes;
 constexpr int kStatsBase =
@@ -42,7 +43,8 @@ constexpr int kStatsBase =
     kQueryBuffers * TileData<kBlockM>::kBytes;  // lse in base 2, then delta, of each row
 constexpr int kScratchBase = kStatsBase + kQueryBuffers * 8 * kBlockM;
 constexpr int kBarrierBase = kScratchBase + 64;
-constexpr int kSharedBytes = kBarrierBase + 8 * (2 * kQueryBuffers + 2 * kStages);
+constexpr int kBarriers = 2 * kQueryBuffers + (kWide ? 3 : 2) * kStages;
+constexpr int kSharedBytes = kBarrierBase + 8 * kBarriers;
 static_assert(kSharedBytes <= 232448, "more shared memory than a block can have");
 static_assert(kSharedBytes == SCFA_SHARED_BYTES, "launch_sm90.py asks for as much as is laid out");
 
@@ -76,6 +78,9 @@ struct Shared {
     return query_full(2 * kQueryBuffers + i);
   }
   __device__ __forceinline__ unsigned key_empty(unsigned i) const { return key_full(kStages + i); }
+  __device__ __forceinline__ unsigned value_empty(unsigned i) const {  // of wide rows
+    return key_full(2 * kStages + i);
+  }
 };
 
 // The first warpgroups: for each tile gather q, dout, out and lse, then key and value blocks from
@@ -141,9 +146,10 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared, int
       gather_tile<kBlockM>(shared.dout(query.slot), p.dout.of_head(at.b, at.h) + lane_bytes,
                            p.dout.row, rows, thread);
     }
-    if constexpr (kOutAmongKeys) {
+    if constexpr (kWide) {
       Ring<kStages> room = key;
       for (int i = 0; i < kStages; ++i, room.advance()) {
+        barrier_wait(shared.value_empty(room.slot), room.parity ^ 1);
         barrier_wait(shared.key_empty(room.slot), room.parity ^ 1);
       }
       gather_tile<kBlockM>(shared.out(query.slot), out, p.out.row, rows, thread);
@@ -170,9 +176,15 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared, int
       if (kGatherers == 1 || turn == gatherer) {
         const int current[1] = {upcoming};
         if (block >= kGatherers) upcoming = key_row(block - kGatherers);
+        if constexpr (kWide) {
+          barrier_wait(shared.value_empty(key.slot), key.parity ^ 1);
+          gather_tile<kBlockN>(shared.value(key.slot), v, p.v.row, current, thread);
+        }
         barrier_wait(shared.key_empty(key.slot), key.parity ^ 1);
         gather_tile<kBlockN>(shared.key(key.slot), k, p.k.row, current, thread);
-        gather_tile<kBlockN>(shared.value(key.slot), v, p.v.row, current, thread);
+        if constexpr (!kWide) {
+          gather_tile<kBlockN>(shared.value(key.slot), v, p.v.row, current, thread);
+        }
         barrier_arrive_after_copies(shared.key_full(key.slot));
       }
       key.advance();
