@@ -22,6 +22,7 @@ def _both(way: str, head_dim: str) -> tuple[tuple[str, ...], ...]:
 SUITES["gpu-split"] = _both("auto", "(64 or 128)")
 SUITES["gpu-fused64"] = _both("fused", "64")
 SUITES["gpu-fused128"] = _both("fused", "128")
+SUITES["gpu-wide"] = _both("auto", "256")
 SUITES["gpu-all"] = _both("(auto or fused)", "(64 or 128)")
 
 CUDA = "backends/cupy_raw/cuda/"
@@ -54,6 +55,19 @@ FAULTS = (
     Fault("gpu-dkdv-query-room", CUDA + "bwd_dkdv_sm90_gather.cuh",
         "        barrier_wait(shared.query_empty(query.slot), query.parity ^ 1);\n", "",
         "queries are overwritten that products still read", "gpu-split",
+    ),
+    # the same beyond 128 columns
+    Fault("gpu-wide-room", CUDA + "bwd_dkdv_sm90_roles.cuh",
+        "        barrier_wait(shared.weights_empty(), weights.parity ^ 1);\n", "",
+        "weights are handed over where others have not been read yet", "gpu-wide",
+    ),
+    Fault("gpu-wide-out", CUDA + "bwd_dq_sm90_gather.cuh",
+        "        barrier_wait(shared.key_empty(room.slot), room.parity ^ 1);\n", "",
+        "out of a tile is fetched over keys of the tile before", "gpu-wide",
+    ),
+    Fault("gpu-wide-values", CUDA + "bwd_dq_sm90_gather.cuh",
+        "          barrier_wait(shared.value_empty(key.slot), key.parity ^ 1);\n", "",
+        "values are fetched over others in use", "gpu-wide",
     ),
     # backward in one kernel, head_dim 64
     Fault("gpu-fused-query-room", CUDA + "bwd_fused_sm90_gather.cuh",
