@@ -151,4 +151,6 @@ NOT_SEEN: dict[str, str] = {
     "gpu-fused-sum-added": _ADDED,
     "gpu-fused128-changes-fence": _PROXY,
     "gpu-fused128-sum-added": _ADDED,
+    "gpu-wide-room": "the next weights come a product and a softmax after these are read",
+    "gpu-wide-out": "the rows of the next tile are looked up while the last product still runs",
 }
