@@ -35,6 +35,7 @@ def _card(stem: str) -> Page:
         {
             stem: "",
             f"{stem}-now": "After a second gathering warpgroup: what changed since",
+            f"{stem}-wide": "Wide heads, with a backward of two roles",
             f"{stem}-original": "Beside the original, and numba-cuda",
             f"{stem}-flex": "Beside FlexAttention",
             f"{stem}-jit": "First use on a machine",
