@@ -6,6 +6,7 @@ of a kernel must bring its faults along.
 """
 
 import faults_cuda
+import faults_hopper
 import faults_python
 
-FAULTS = (*faults_python.FAULTS, *faults_cuda.FAULTS)
+FAULTS = (*faults_python.FAULTS, *faults_cuda.FAULTS, *faults_hopper.FAULTS)
