@@ -316,8 +316,7 @@ def _evaluate_head(
     size = start(wide, 0.0, "float32")
     for block in blocks(numbers, pattern, spec, b, h):
         lse = _true_block(numbers, wide.of(block), block, scale, true)
-        dout = single.of(block).dout if numbers.tf32 else None
-        _plain_block(numbers, short.of(block), block, scale, plain, dout)
+        _plain_block(numbers, short.of(block), block, scale, plain)
         _size_block(numbers, single.of(block), block, scale, numbers.to(lse, "float32"), size)
     plain = plain._replace(dk=step(step(plain.dk) * scale), dv=step(plain.dv))
     return true, plain, size
@@ -346,20 +345,16 @@ def _true_block(numbers: Numbers, x: Head, block: Block, scale: float, into: Res
     return lse
 
 
-def _plain_block(
-    numbers: Numbers, x: Head, block: Block, scale: float, into: Results, whole_dout: Any
-) -> None:
+def _plain_block(numbers: Numbers, x: Head, block: Block, scale: float, into: Results) -> None:
     """The same, every step rounded to the problem's dtype; dk still lacks its last two steps.
 
-    `x` is what is multiplied (`Numbers.factor`). Of TF32, delta is that of `testing.baseline`, from
-    dout as it is.
+    `x` is what is multiplied (`Numbers.factor`).
     """
     step, factor = numbers.step, numbers.factor
     p, lse = _softmax(numbers, step(step(x.q @ x.k.T) * scale), block.mask)
     p = step(p)
     dp = step(x.dout @ x.v.T)
-    delta = (whole_dout * (factor(p) @ x.v) if numbers.tf32 else p * dp).sum(-1)
-    ds = step(p * (dp - delta[:, None]))
+    ds = step(p * (dp - (p * dp).sum(-1)[:, None]))
     p, ds = factor(p), factor(ds)
     into.out[block.rows] = step(p @ x.v)
     into.lse[block.rows] = lse

@@ -148,11 +148,9 @@ def _of_keys(
             short_p, short_dp, short_delta = p, dp, delta
             if tf32:
                 short_q, short_k, short_v, short_dout = map(factor, (q, k, v, dout))
-                short_p, _, short_dp, _ = _weights(
+                short_p, _, short_dp, short_delta = _weights(
                     short_q, short_k, short_v, short_dout, mask, scale
                 )
-                short_out = factor(short_p) @ short_v
-                short_delta = (dout.astype(acc) * short_out).sum(axis=-1, keepdims=True)
                 short_p, short_dp = short_p[:, keys], short_dp[:, keys]
             short_ds = step(step(short_p) * (step(short_dp) - short_delta.astype(acc)))
             head_dk += factor(short_ds).T @ factor(q.astype(acc))

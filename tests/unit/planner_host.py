@@ -80,7 +80,7 @@ extern "C" int binary_search(int length, int answer) {
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """All of the planner's kernels, compiled once for every file of tests that takes them."""
     return _compile(tmp_path_factory.getbasetemp() / "planner_on_host")
 

@@ -10,7 +10,7 @@ from scfa_core.lowering import Clauses
 from scfa_core.problem import Problem
 
 pytestmark = host_build.NEEDS_COMPILER
-library = planner_host.library
+library = planner_host.compiled
 
 
 @pytest.mark.parametrize("seqlen_k", [75, 60], ids=["one pass", "sort and search"])

@@ -9,7 +9,7 @@ from scfa_core.backends.cupy_raw import planner_shapes
 from scfa_core.backends.cupy_raw.planner_shapes import choose_one_pass, one_pass_bytes
 
 pytestmark = host_build.NEEDS_COMPILER
-library = planner_host.library
+library = planner_host.compiled
 
 
 @pytest.mark.parametrize("kind", ["hash", "keep", "hash and keep"])

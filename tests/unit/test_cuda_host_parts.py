@@ -11,7 +11,7 @@ from scfa_core.lowering import Clauses
 from scfa_core.problem import Problem
 
 pytestmark = host_build.NEEDS_COMPILER
-library = planner_host.library
+library = planner_host.compiled
 
 
 PART = 128  # rows of a part here
