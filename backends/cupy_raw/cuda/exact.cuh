@@ -64,7 +64,7 @@ struct RowSlice {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       float& sum = kMindsLoss ? chain[c] : value[c];
-      if (column(c) < kDim) sum = fmaf(as_multiplied(factor), as_multiplied(to_float(row[column(c)])), sum);
+      if (column(c) < kDim) sum = fmaf(factor, as_multiplied(to_float(row[column(c)])), sum);
     }
   }
   SCFA_DEVICE void join_chain() {
@@ -146,7 +146,7 @@ SCFA_DEVICE void block_exact_dq(const Element* q_row, const Element* dout_row, f
     }
     __syncthreads();  // gradients of the scores are complete
     for (int j = 0; j < count; ++j) {
-      acc.add(scratch[j], k + k_index[first + j] * p.k_strides.row);
+      acc.add(as_multiplied(scratch[j]), k + k_index[first + j] * p.k_strides.row);
       if (ends_chain(j, count)) acc.join_chain();
     }
     if (__syncthreads_and(acc.all_nan())) break;
@@ -189,8 +189,8 @@ struct ExactKeyRow {
       __syncthreads();  // probabilities and gradients are complete
       for (int j = 0; j < count; ++j) {
         if (probabilities[j] != -1.0f) {
-          acc_dk.add(gradients[j], q + q_index[first + j] * p.q_strides.row);
-          acc_dv.add(probabilities[j], dout + q_index[first + j] * p.dout_strides.row);
+          acc_dk.add(as_multiplied(gradients[j]), q + q_index[first + j] * p.q_strides.row);
+          acc_dv.add(as_multiplied(probabilities[j]), dout + q_index[first + j] * p.dout_strides.row);
         }
         if (ends_chain(j, count)) acc_dk.join_chain(), acc_dv.join_chain();
       }

@@ -77,10 +77,9 @@ SCFA_DEVICE void visit_keys(const Shared& shared, int t, int sub, const u32 (&q)
     }
   }
 
-  // acc_o += p @ v
-  u32 p[kMi][kKeys / kStepColumns][4];
-  warp_pack(p, acc_s);
-  warp_product_nn(acc_o, p, rows_operand<kBlockN>(shared.keys.v[stage], sub));
+  // acc_o += p @ v. Were p rounded to TF32, so would be delta, which backward makes of out and where rows of few keys have
+  // nothing else to be wrong by.
+  warp_product_nn_unrounded(acc_o, acc_s, rows_operand<kBlockN>(shared.keys.v[stage], sub));
 }
 
 // Stores out and lse; everything it needs to know of its place is found again.

@@ -139,6 +139,39 @@ SCFA_DEVICE void warp_product_nn(float (&acc)[kMi][kNb][4], const u32 (&a)[kMi][
     }
 }
 
+// The same with left as float32: of TF32 what rounding takes from it is multiplied as well, which leaves 22 bits of mantissa.
+template <int kMi, int kNb, int kColumns, class Right>
+SCFA_DEVICE void warp_product_nn_unrounded(float (&acc)[kMi][kNb][4], float (&left)[kMi][kColumns][4], Right right) {
+  u32 a[kMi][kColumns * 8 / kStepColumns][4];
+  if constexpr (!kIsTf32) {
+    warp_pack(a, left);
+    warp_product_nn(acc, a, right);
+  } else {
+    u32 rest[kMi][kColumns][4];
+    warp_pack(a, left);
+#pragma unroll
+    for (int i = 0; i < kMi * kColumns * 4; ++i) {
+      float& x = left[i / (kColumns * 4)][i / 4 % kColumns][i % 4];
+      x -= as_multiplied(x);
+    }
+    warp_pack(rest, left);
+#pragma unroll
+    for (int step = 0; step < kColumns; ++step)
+#pragma unroll
+      for (int nb = 0; nb < kNb; nb += 2) {
+        u32 b[4];
+        load_rows(b, right, nb, step);
+#pragma unroll
+        for (int mi = 0; mi < kMi; ++mi) {
+          multiply_add(acc[mi][nb], rest[mi][step], b[0], b[1]);
+          multiply_add(acc[mi][nb + 1], rest[mi][step], b[2], b[3]);
+          multiply_add(acc[mi][nb], a[mi][step], b[0], b[1]);
+          multiply_add(acc[mi][nb + 1], a[mi][step], b[2], b[3]);
+        }
+      }
+  }
+}
+
 // Accumulator rows, each times its factor, as rows of a swizzled tile (`tile` points at the warp's first row).
 template <int kMi, int kNb>
 SCFA_DEVICE void warp_store_rows(char* tile, int tile_rows, const float (&acc)[kMi][kNb][4], const float (&factor)[kMi][2]) {
