@@ -14,6 +14,7 @@ from functools import cache
 import torch
 
 from scfa_core.hashing import random_directions
+from scfa_core.torch_fakes import register_fake
 
 __all__ = ["DIRECTIONS"]
 
@@ -47,4 +48,4 @@ def _fake(heads: int, head_dim: int, buckets: int, seed: int, device: torch.devi
 
 
 LIBRARY.impl("directions", _copied, "CompositeExplicitAutograd")
-torch.library.register_fake("scfa::directions", _fake, lib=LIBRARY)
+register_fake("directions", _fake, LIBRARY)

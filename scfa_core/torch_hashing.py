@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from scfa_core.dispatch import load_backend
+from scfa_core.torch_fakes import register_fake
 from scfa_core.torch_framework import TORCH_FRAMEWORK, dtype_name, raw_stream
 
 __all__ = ["ANGULAR_HASH", "hash_rows", "kernel_reason"]
@@ -129,5 +130,5 @@ def _batched(
 
 LIBRARY.impl("angular_hash", _on_cpu, "CPU")
 LIBRARY.impl("angular_hash", _on_cuda, "CUDA")
-torch.library.register_fake("scfa::angular_hash", _fake, lib=LIBRARY)
+register_fake("angular_hash", _fake, LIBRARY)
 torch.library.register_vmap(ANGULAR_HASH, _batched, lib=LIBRARY)

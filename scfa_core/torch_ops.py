@@ -25,6 +25,7 @@ from scfa_core.torch_calls import (
     run_backward,
     run_forward,
 )
+from scfa_core.torch_fakes import register_fake
 from scfa_core.torch_patterns import decode
 from scfa_core.torch_plans import new_plan
 
@@ -197,7 +198,7 @@ def register(name: str, real: Any, fake: Any) -> None:
     """Give the operator ``scfa::name`` its body on every device, its fake and its vmap rule."""
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, real, key)
-    torch.library.register_fake(f"scfa::{name}", fake, lib=LIBRARY)
+    register_fake(name, fake, LIBRARY)
     operator = getattr(torch.ops.scfa, name).default
     torch.library.register_vmap(operator, batched(operator), lib=LIBRARY)
 
