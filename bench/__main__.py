@@ -25,7 +25,10 @@ def main(argv: list[str]) -> int:
         return precompile.main(rest)
     from bench import run
 
+    if name and not name.startswith("-"):
+        raise SystemExit(f"want one of {', '.join(run.OTHERS)}, or options, got {name!r}; --help")
     return run.main(argv)
 
 
-sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

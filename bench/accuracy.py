@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from bench import records
 from bench.limits import Budget
 from bench.machine import machine, resumed
 from scfa_core import testing
@@ -140,8 +139,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", nargs="+", default=None, choices=DTYPES)
     parser.add_argument("--seqlen", type=int, default=1024)
     parser.add_argument("--seeds", type=int, default=3, help="problems per row; the worst counts")
-    parser.add_argument("--json", type=Path, help="rows are added; rows already there are kept")
-    parser.add_argument("--budget", type=float, help="seconds, after which no row begins")
+    parser.add_argument(
+        "--json", type=records.writable, help="rows are added; rows already there are kept"
+    )
+    parser.add_argument("--budget", type=records.seconds, help="seconds, after which no row begins")
     parser.add_argument("--commit", help="name of the sources, where git cannot tell")
     args = parser.parse_args(argv)
     host = {on_host(backend) for backend in args.backend}
@@ -177,5 +178,5 @@ def main(argv: list[str]) -> int:
         show(row)
         record["rows"].append(row)
         if args.json:
-            args.json.write_text(json.dumps(record, indent=1) + "\n")
+            records.write(args.json, record)
     return int(any(row.get("of_allowed", 0) > 1 for row in record["rows"]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 import scfa_core
+from bench.records import read, times
 
 # Distributions whose version is noted where they are installed.
 LIBRARIES = (
@@ -95,7 +95,10 @@ def resumed(path: Path | None, begun: dict[str, Any]) -> dict[str, Any]:
     """
     if path is None or not path.exists():
         return begun
-    record: dict[str, Any] = json.loads(path.read_text())
+    record = read(path) if begun.get("kind") else times(path)
+    if record.get("kind") != begun.get("kind"):
+        kinds = [x.get("kind", "times") for x in (record, begun)]
+        raise SystemExit(f"{path} holds {kinds[0]}, this run makes {kinds[1]}: name another file")
     now = begun["machine"]
     if record["machine"]["card"] != now["card"]:
         raise SystemExit(f"{path} is of {record['machine']['card']}, this is {now['card']}")

@@ -54,6 +54,8 @@ def sdpa(kernel: str) -> Callable[[Inputs], Timed]:
     def prepare(inputs: Inputs) -> Timed:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
+        if kernel == "CUDNN_ATTENTION" and inputs.case.device != "cuda":
+            raise CannotRun("cuDNN computes on a GPU only")
         choice = getattr(SDPBackend, kernel)
         gqa = inputs.case.heads != inputs.case.heads_kv
 
@@ -181,9 +183,9 @@ def flash_varlen(inputs: Inputs) -> Timed:
 
 def xformers(inputs: Inputs) -> Timed:
     """Memory-efficient attention of xformers, whichever kernel it picks; dense causal only."""
+    ops = _import("xformers.ops")
     if inputs.case.heads != inputs.case.heads_kv:
         raise CannotRun("grouped heads are not written for xformers here")
-    ops = _import("xformers.ops")
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         rows = (x.transpose(1, 2) for x in (q, k, v))

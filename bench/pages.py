@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import plots, report
-from bench.cases import every_case
+from bench.cases import DENSE_ONLY, every_case
 from bench.floor import Ceilings, floor_facts
 
 HOME = Path(__file__).parent
@@ -65,7 +65,15 @@ def stored(page: Page) -> dict[str, dict[str, Any]]:
     records = {stem: report.load(path) for stem, path in paths.items() if path.exists()}
     known = (record["machine"].get("ceilings") for record in records.values())
     ceilings = next(filter(None, known), None)
-    return {stem: with_floors(record, ceilings) for stem, record in records.items()}
+    records = {stem: with_floors(record, ceilings) for stem, record in records.items()}
+    return {stem: with_dense(record, records.get(page.name)) for stem, record in records.items()}
+
+
+def with_dense(record: dict[str, Any], first: dict[str, Any] | None) -> dict[str, Any]:
+    """The record with the dense peers of the page's first, where it timed none of its own."""
+    if first is None or any(row.get("method") in DENSE_ONLY for row in record["rows"]):
+        return record
+    return record | {"beside": [row for row in first["rows"] if row.get("method") in DENSE_ONLY]}
 
 
 def with_floors(record: dict[str, Any], ceilings: dict[str, float] | None) -> dict[str, Any]:

@@ -7,17 +7,17 @@ import math
 from pathlib import Path
 from typing import Any
 
+from bench import looks
 from bench.cases import DENSE_ONLY, Case, every_case
 from bench.details import beyond_results, executed
+from bench.looks import COLORS, THEMES
 
 MODES = {"forward": "forward, whole call", "backward": "backward, plan given"}
-THEMES = {
-    "light": {"ink": "#1f2328", "grid": "#d0d7de", "page": "#ffffff"},
-    "dark": {"ink": "#e6edf3", "grid": "#30363d", "page": "#0d1117"},
-}
-COLORS = ("#2f81f7", "#f0883e", "#3fb950", "#db61a2", "#a371f7", "#d4a72c", "#39c5cf", "#8b949e")
+PAPER = {"hash: forward and backward": "hash", "drops: forward and backward": "qk"}
+PANELS = (*MODES, *PAPER)
 
 Series = dict[str, list[tuple[float, dict[str, Any]]]]
+Styles = dict[str, dict[str, Any]]
 
 
 def timed_rows(record: dict[str, Any], mode: str) -> list[tuple[Case, dict[str, Any]]]:
@@ -94,22 +94,31 @@ def by_length_of(record: dict[str, Any], mode: str, field: str) -> Series:
     return {label: points for label, points in found.items() if len(points) > 1}
 
 
-def paper(record: dict[str, Any], mode: str) -> Series:
+def paper(record: dict[str, Any], panel: str) -> Series:
     """The paper's runtime figure: forward and backward together against T, at its shape.
 
-    Batch 4, 48 heads, head_dim 64; patterns of this package and of the original beside dense
-    kernels. One panel, under the name of the forward.
+    Batch 4, 48 heads, head_dim 64; a panel of hashes and one of drops, of this package and of the
+    original, beside dense kernels. A record may bring dense rows of another run, as "beside".
     """
-    if mode != "forward":
+    lines = _of_the_paper(record, PAPER.get(panel, ""))
+    if all(label.endswith(", dense") for label in lines):
         return {}
+    for label, points in _of_the_paper({"rows": record.get("beside", ())}, "dense").items():
+        lines.setdefault(f"{label} (another run)", points)
+    return lines
+
+
+def _of_the_paper(record: dict[str, Any], kind: str) -> Series:
+    """Lines of dense attention and of one kind of pattern, at the paper's shape."""
     backward = {(case.name, row["method"]): row for case, row in timed_rows(record, "backward")}
     series: Series = {}
-    for case, row in timed_rows(record, "forward"):
+    for case, row in timed_rows(record, "forward") if kind else ():
         other = backward.get((case.name, row["method"]))
         if other is None or (case.batch, case.heads, case.head_dim) != (4, 48, 64):
             continue
-        dense = row["method"] in DENSE_ONLY
-        if case.dtype != "bfloat16" or (dense and case.kind != "dense"):
+        if case.dtype != "bfloat16" or case.kind not in (kind, "dense"):
+            continue
+        if row["method"] in DENSE_ONLY and case.kind != "dense":
             continue
         both = {name: row[name] + other[name] for name in ("ms", "low", "high")}
         label = f"{row['method']}, {case.pattern}"
@@ -138,7 +147,7 @@ def names(record: dict[str, Any], stem: str) -> list[tuple[str, str]]:
     return [
         (f"{stem}-{name}", caption)
         for name, (caption, find, _) in PLOTS.items()
-        if any(find(record, mode) for mode in MODES)
+        if any(find(record, panel) for panel in PANELS)
     ]
 
 
@@ -149,8 +158,8 @@ def draw(record: dict[str, Any], folder: Path, stem: str) -> None:
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     for name, (_, find, paint) in PLOTS.items():
-        panels = {mode: find(record, mode) for mode in MODES}
-        panels = {mode: series for mode, series in panels.items() if series}
+        panels = {panel: find(record, panel) for panel in PANELS}
+        panels = {panel: series for panel, series in panels.items() if series}
         for theme in THEMES if panels else ():
             _figure(panels, paint, theme, folder / f"{stem}-{name}-{theme}.png")
 
@@ -159,31 +168,16 @@ def _figure(panels: dict[str, Series], paint: Any, theme: str, path: Path) -> No
     from matplotlib import pyplot as plt
 
     look = THEMES[theme]
-    style = {
-        "font.size": 9,
-        "text.color": look["ink"],
-        "axes.labelcolor": look["ink"],
-        "axes.edgecolor": look["grid"],
-        "xtick.color": look["ink"],
-        "ytick.color": look["ink"],
-        "grid.color": look["grid"],
-        "axes.facecolor": look["page"],
-        "figure.facecolor": look["page"],
-        "savefig.facecolor": look["page"],
-        "legend.frameon": False,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with plt.rc_context(style):
+    styles = looks.lines(dict.fromkeys(itertools.chain.from_iterable(panels.values())))
+    with plt.rc_context(looks.style(theme)):
         width = 4.8 * len(panels)
         figure, axes = plt.subplots(1, len(panels), figsize=(width, 4.0), squeeze=False)
-        for axis, (mode, series) in zip(axes[0], panels.items(), strict=True):
-            axis.set_title(MODES[mode])
+        for axis, (title, series) in zip(axes[0], panels.items(), strict=True):
+            axis.set_title(MODES.get(title, title))
             axis.grid(True, which="major", linewidth=0.6)
             axis.minorticks_off()
-            paint(axis, series, look["ink"])
-            axis.legend(fontsize=7.5)
-        figure.tight_layout()
+            paint(axis, series, look["ink"], styles)
+        looks.legend(figure, list(axes[0]))
         figure.savefig(path, dpi=110, metadata={"Software": None})
         plt.close(figure)
 
@@ -195,10 +189,17 @@ def _log_axes(axis: Any, ticks: list[float], words: list[str]) -> None:
     axis.minorticks_off()
 
 
-def _times(axis: Any, series: Series, ink: str, label: Any = lambda name, points: name) -> None:
+def _times(
+    axis: Any,
+    series: Series,
+    ink: str,
+    styles: Styles | None = None,
+    label: Any = lambda name, points: name,
+) -> None:
     lengths = sorted({x for points in series.values() for x, _ in points})
     _log_axes(axis, lengths, [f"{x // 1024:g}k" for x in lengths])
-    for (name, points), color in zip(series.items(), COLORS * 4, strict=False):
+    styles = styles or looks.lines(series)
+    for name, points in series.items():
         ms = [row["ms"] for _, row in points]
         spread = [
             [row["ms"] - row["low"] for _, row in points],
@@ -208,32 +209,32 @@ def _times(axis: Any, series: Series, ink: str, label: Any = lambda name, points
             [x for x, _ in points],
             ms,
             yerr=spread,
-            marker="o",
-            markersize=3.5,
-            linewidth=1.4,
             capsize=2,
-            color=color,
             label=label(name, points),
+            **styles[name],
         )
     axis.set_xlabel("sequence length T")
     axis.set_ylabel("ms, median; bars: 20 % to 80 %")
 
 
-def _field(words: str, *lines: tuple[str, str, Any], title: str = "") -> Any:
-    """A painter against T from 0: of each series a line per (name, style, value of a row)."""
+def _field(words: str, *lines: tuple[str, bool, Any], title: str = "") -> Any:
+    """A painter against T from 0: of each series a line per (name, main or faint, value)."""
 
-    def paint(axis: Any, series: Series, ink: str) -> None:
+    def paint(axis: Any, series: Series, ink: str, styles: Styles | None = None) -> None:
         lengths = sorted({x for points in series.values() for x, _ in points})
         axis.set_xscale("log")
         axis.set_xticks(lengths, [f"{x // 1024:g}k" for x in lengths])
-        for (name, points), color in zip(series.items(), COLORS * 4, strict=False):
-            for which, style, value in lines:
+        styles = styles or looks.lines(series)
+        many = len(styles) > looks.IN_AXES
+        for name, points in series.items():
+            for which, main, value in lines:
                 found = [(x, value(row)) for x, row in points if value(row) is not None]
-                look = {"color": color, "linestyle": style, "linewidth": 1.4}
-                label = f"{name}: {which}" if which else name
+                look = styles[name] | ({} if main else looks.FAINT)
+                # A legend of many lines names each once; the label of the axis says what is faint.
+                label = f"{name}: {which}" if which and not (main and many) else name
                 if found:
                     xs, ys = zip(*found, strict=True)
-                    axis.plot(xs, ys, marker="o", markersize=3.5, label=label, **look)
+                    axis.plot(xs, ys, label=f"_{label}" if many and not main else label, **look)
         axis.set_ylim(bottom=0)
         axis.minorticks_off()
         axis.set_xlabel("sequence length T")
@@ -258,7 +259,7 @@ def compiling(record: dict[str, Any], mode: str) -> Series:
     return series
 
 
-def _compiling(axis: Any, series: Series, ink: str) -> None:
+def _compiling(axis: Any, series: Series, ink: str, styles: Styles | None = None) -> None:
     for number, (mode, words) in enumerate(
         (("jit-cold", "empty cache"), ("jit-cached", "filled cache"))
     ):
@@ -277,16 +278,11 @@ def _compiling(axis: Any, series: Series, ink: str) -> None:
     axis.margins(x=0.15)
 
 
-def _paper(axis: Any, series: Series, ink: str) -> None:
-    axis.set_title("forward and backward")
-    _times(axis, series, ink)
+def _growth(axis: Any, series: Series, ink: str, styles: Styles | None = None) -> None:
+    _times(axis, series, ink, styles, lambda name, points: f"{name}: T^{exponent(points):.2f}")
 
 
-def _growth(axis: Any, series: Series, ink: str) -> None:
-    _times(axis, series, ink, lambda name, points: f"{name}: T^{exponent(points):.2f}")
-
-
-def _speedup(axis: Any, series: Series, ink: str) -> None:
+def _speedup(axis: Any, series: Series, ink: str, styles: Styles | None = None) -> None:
     ticks = [1.0, 0.5, 0.25, 0.1, 0.05, 0.02, 0.01]
     smallest = min(x for points in series.values() for x, _ in points)
     ticks = [x for x in ticks if x >= smallest * 0.8]
@@ -326,34 +322,34 @@ PLOTS = {
         lambda record, mode: by_length(record, mode, growth=True),
         _growth,
     ),
-    "paper": ("The paper's runtime figure on this card", paper, _paper),
+    "paper": ("The paper's runtime figure on this card", paper, _times),
     "rate": (
         "Useful and executed TFLOP/s",
         lambda record, mode: by_length_of(record, mode, "tflops"),
         _field(
-            "TFLOP/s of visible pairs; dashed: of their tiles",
-            ("", "-", lambda row: row["tflops"]),
-            ("executed", "--", executed),
+            "TFLOP/s of visible pairs; faint: of their tiles",
+            ("", True, lambda row: row["tflops"]),
+            ("executed", False, executed),
         ),
     ),
     "floor": (
         "Share of the floor, in flops and in bytes",
         lambda record, mode: by_length_of(record, mode, "floor_share"),
         _field(
-            "floor over time, %",
-            ("flops", "-", lambda row: 100 * row["floor_flops_share"]),
-            ("bytes", "--", lambda row: 100 * row["floor_bytes_share"]),
+            "floor over time, %: of flops; faint: of bytes",
+            ("flops", True, lambda row: 100 * row["floor_flops_share"]),
+            ("bytes", False, lambda row: 100 * row["floor_bytes_share"]),
         ),
     ),
     "memory": (
         "Memory at the peak beyond inputs and outputs",
         lambda record, mode: by_length_of(record, mode, "extra_bytes"),
-        _field("MiB", ("", "-", lambda row: beyond_results(row) / 2**20)),
+        _field("MiB", ("", True, lambda row: beyond_results(row) / 2**20)),
     ),
     "host": (
         "Host time of one call",
         host_times,
-        _field("microseconds", ("", "-", lambda row: row["host_us"]), title="forward, plan given"),
+        _field("microseconds", ("", True, lambda row: row["host_us"]), title="forward, plan given"),
     ),
     "jit": ("Compiling, cold and from the cache", compiling, _compiling),
 }

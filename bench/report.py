@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-from bench import accuracy_page, details, plots
+from bench import accuracy_page, details, plots, records
 from bench.cases import DENSE_ONLY, every_case, select
 
 ROOT = Path(__file__).parent.parent
@@ -24,8 +23,7 @@ timed (a dense peer's result on dense rows only)."""
 
 def load(path: Path) -> dict[str, Any]:
     """Read one result file."""
-    record: dict[str, Any] = json.loads(path.read_text())
-    return record
+    return records.read(path)
 
 
 def page_or_table(record: dict[str, Any]) -> str:
@@ -144,15 +142,16 @@ def write_readme(text: str, readme: Path = ROOT / "README.md") -> None:
 
 
 def compare(argv: list[str]) -> int:
-    """Flag rows of NEW that differ from OLD beyond both spreads; 1 if any is slower or missing.
+    """Flag rows of NEW that differ from OLD beyond both spreads.
 
-    Missing is what OLD timed and NEW tried without a result. Cases that NEW did not try are not.
+    1 if any is slower or missing, or if no row is in both. Missing is what OLD timed and NEW tried
+    without a result. Cases that NEW did not try are not.
     """
     parser = argparse.ArgumentParser(prog="python -m bench compare", description=compare.__doc__)
-    parser.add_argument("old", type=Path)
-    parser.add_argument("new", type=Path)
+    parser.add_argument("old", type=Path, help="JSON of `python -m bench --json`")
+    parser.add_argument("new", type=Path, help="the same, of later sources")
     args = parser.parse_args(argv)
-    before, after = load(args.old), load(args.new)
+    before, after = records.times(args.old), records.times(args.new)
     cards = [record.get("machine", {}).get("card") for record in (before, after)]
     if cards[0] != cards[1]:
         print(f"these are of two cards: {cards[0]}, {cards[1]}")
@@ -173,8 +172,9 @@ def compare(argv: list[str]) -> int:
             print(f"SLOWER {ratio:5.2f}x  {words}")
         elif new[key]["high"] < then["low"]:
             print(f"faster {ratio:5.2f}x  {words}")
-    print(f"{slower} slower, {missing} missing")
-    return int(slower + missing > 0)
+    common = len(old.keys() & new.keys())
+    print(f"{common} rows in both: {slower} slower, {missing} missing")
+    return int(slower + missing > 0 or not common)
 
 
 def _key(row: dict[str, Any]) -> tuple[str, str, str]:
@@ -190,6 +190,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--page", type=Path, help="write a page, with the plots of --plots in it")
     args = parser.parse_args(argv)
     whole = [load(path) for path in args.files]
+    for path, record in zip(args.files, whole, strict=True):
+        if not is_accuracy(record):
+            records.times(path)
     if len({is_accuracy(record) for record in whole}) > 1:
         raise SystemExit("times and accuracy go to pages of their own")
     print("\n\n".join(page_or_table(only(record, args.case)) for record in whole))

@@ -1,9 +1,8 @@
-"""One entry: named cases, chosen methods, JSON out. `python -m bench --help`."""
+"""Time named cases by chosen methods, each held to float64 before; JSON out, resumable."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import textwrap
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 import scfa_core
-from bench import jit
+from bench import jit, records
 from bench.cases import DENSE_ONLY, SETS, Case, select
 from bench.floor import Ceilings, floor_facts, useful_flops
 from bench.inputs import (
@@ -33,7 +32,23 @@ from bench.methods import METHODS, CannotRun, Timed, installed_peers, original
 from bench.precompile import cache_at
 from bench.timing import extra_memory, host_microseconds, measured_ceilings, time_call
 
-MODES = ("forward", "backward", "both", "plan", "planned", "jit")
+MODES = {
+    "forward": "the whole call, from raw hashes, flags or ids to out in the user's order",
+    "backward": "from dout to dq, dk and dv; plan, out and lse given",
+    "both": "a training step's attention: the whole forward, then backward",
+    "plan": "the plan alone (FlexAttention: its block mask)",
+    "planned": "forward with the plan given",
+    "jit": "first use in a new process, with an empty cache and with the one it left",
+}
+OTHERS = {
+    "bench accuracy": "errors against float64, beside torch's own",
+    "bench precompile": "compile what a sweep will time, beforehand",
+    "bench compare OLD NEW": "what became slower beyond the spread, or no longer runs",
+    "bench report FILES": "tables and plots of stored results",
+    "bench pages": "the README's table and every page of docs/perf (make report)",
+    "bench.lm speed": "a training step of the paper's language model",
+    "bench.distributed check": "many processes equal one; `scale`: how they scale",
+}
 SMOKE_ROWS = 256
 RESULTS = Path(__file__).parent / "results"
 
@@ -238,13 +253,36 @@ def main(argv: list[str] | None = None) -> int:
         epilog=_epilog(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--case", nargs="+", default=["cpu"], help="sets or names, see below")
-    parser.add_argument("--method", nargs="+", choices=[*METHODS, "original"], help="who is timed")
-    parser.add_argument("--mode", nargs="+", default=["forward", "backward"], choices=MODES)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of repeats, per row")
-    parser.add_argument("--json", type=Path, help="rows are added; rows already there are kept")
-    parser.add_argument("--limit", type=float, help="seconds for a case, all its methods together")
-    parser.add_argument("--budget", type=float, help="seconds for the whole sweep, then it ends")
+    parser.add_argument("--case", nargs="+", default=["cpu"], help="sets or names, see below (cpu)")
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        choices=[*METHODS, "original"],
+        metavar="METHOD",
+        help="who is timed, of those named below; by default this package and what is installed",
+    )
+    parser.add_argument(
+        "--mode",
+        nargs="+",
+        default=["forward", "backward"],
+        choices=MODES,
+        metavar="MODE",
+        help="see below (forward backward)",
+    )
+    parser.add_argument(
+        "--seconds", type=records.seconds, default=1.0, help="of repeats, per row (1)"
+    )
+    parser.add_argument(
+        "--json",
+        type=records.writable,
+        help="written row by row; rows already there are kept, not run again",
+    )
+    parser.add_argument(
+        "--limit", type=records.seconds, help="seconds for a case, all its methods together"
+    )
+    parser.add_argument(
+        "--budget", type=records.seconds, help="seconds for the whole sweep, then it ends"
+    )
     parser.add_argument("--smoke", action="store_true", help="every case once, at 256 rows")
     parser.add_argument("--cache", type=Path, help="what `precompile` filled")
     parser.add_argument("--gbps", type=float, help="ceiling of memory, 1e9 bytes/s, else measured")
@@ -271,23 +309,34 @@ def main(argv: list[str] | None = None) -> int:
     if args.gbps:
         record["machine"].setdefault("ceilings", {"gbps": args.gbps, "tflops": args.tflops})
     done = {(row["case"], row["method"], row["mode"]) for row in record["rows"]}
-    with progress(len(cases)) as started:
-        for row in sweep(args, done, started):
-            show(row)
-            record["rows"].append(row)
-            if args.json:
-                args.json.write_text(json.dumps(record, indent=1) + "\n")
+    try:
+        with progress(len(cases)) as started:
+            for row in sweep(args, done, started):
+                show(row)
+                record["rows"].append(row)
+                if args.json:
+                    records.write(args.json, record)
+    except KeyboardInterrupt:
+        kept = f"; the same command goes on from {args.json}" if args.json else ""
+        print(f"stopped{kept}")
+        return 130
     failed = [row for row in record["rows"] if row.get("failed")]
     return int(any(row["method"].startswith("scfa-") for row in failed))
 
 
 def _epilog() -> str:
-    """List every case, by set."""
-    lines = ["sets and their cases:"]
-    for name, make in SETS.items():
-        words = f"{name}: {' '.join(case.name for case in make())}"
-        lines.append(textwrap.fill(words, 98, initial_indent="  ", subsequent_indent="    "))
-    lines += ["", "a training step of the paper's language model: python -m bench.lm speed --help"]
+    """List what else there is, every mode, method and case."""
+
+    def listed(name: str, words: str) -> str:
+        return textwrap.fill(f"{name}: {words}", 98, initial_indent="  ", subsequent_indent="    ")
+
+    lines = ["besides timing (each has --help):"]
+    lines += [listed(f"python -m {name}", words) for name, words in OTHERS.items()]
+    lines += ["", "modes:", *(listed(name, words) for name, words in MODES.items())]
+    lines += ["", "methods (a peer that is not installed says so and costs its own rows only):"]
+    lines.append(listed("any of", " ".join([*METHODS, "original"])))
+    lines += ["", "sets and their cases:"]
+    lines += [listed(name, " ".join(case.name for case in make())) for name, make in SETS.items()]
     return "\n".join(lines)
 
 

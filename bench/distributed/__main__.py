@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from bench.distributed import check, group
+from bench.records import writable
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -66,7 +67,7 @@ def main() -> None:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--device", choices=["cuda", "cpu"], help="by default what there is")
     shared.add_argument("--backend", help="of scfa_core; auto by default")
-    shared.add_argument("--json", type=Path)
+    shared.add_argument("--json", type=writable, help="where rows are stored")
     shared.add_argument("--commit", help="to name in the record where git cannot tell")
 
     one = commands.add_parser("check", parents=[shared], help=_check.__doc__)

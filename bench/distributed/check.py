@@ -8,7 +8,6 @@ process, beyond what the precision itself resolves.
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import scfa_core as scfa
+from bench import records
 from bench.distributed import group
 from bench.distributed.models import VOCABULARY, Paper, Small, rows_of
 from bench.lm.config import PRESETS
@@ -348,7 +348,7 @@ def run(
 
     def keep() -> None:
         if where.leads and json_path is not None:
-            json_path.write_text(json.dumps(record, indent=1) + "\n")
+            records.write(json_path, record)
 
     for family in (attention_checks, training_checks, paper_checks):
         for check in family(size, where, backend):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import scfa_core as scfa
+from bench import records
 from bench.distributed import group
 from bench.distributed.models import Paper, rows_of, ways_for
 from bench.lm.config import Config
@@ -157,7 +157,7 @@ class Bench:
             return
         print(describe(row), flush=True)
         if self.json_path is not None:
-            self.json_path.write_text(json.dumps(self.record, indent=1) + "\n")
+            records.write(self.json_path, self.record)
 
     def clear(self) -> None:
         """Free what a case held."""
@@ -396,5 +396,5 @@ def run(
         if record.get("not_begun"):
             print(f"{record['not_begun']} cases not begun: the budget is spent")
         if json_path is not None:
-            json_path.write_text(json.dumps(record, indent=1) + "\n")
+            records.write(json_path, record)
     return 0 if rows or "longest" in parts else 1

@@ -184,7 +184,7 @@ def test_every_case_that_is_promised_exists():
 def test_help_names_every_set_case_method_and_mode(capsys):
     from bench.cases import SETS, every_case
     from bench.methods import METHODS
-    from bench.run import MODES, main
+    from bench.run import MODES, OTHERS, main
 
     with pytest.raises(SystemExit):
         main(["--help"])
@@ -192,6 +192,7 @@ def test_help_names_every_set_case_method_and_mode(capsys):
     flat = "".join(words.split())
     assert all(f"{name}:" in words for name in SETS)
     assert all(name in flat for name in (*every_case(), *METHODS, *MODES))
+    assert all(f"python-m{name.replace(' ', '')}" in flat for name in OTHERS)
 
 
 def test_a_record_says_what_it_depends_on_and_is_of_one_machine(tmp_path):
@@ -206,14 +207,71 @@ def test_a_record_says_what_it_depends_on_and_is_of_one_machine(tmp_path):
     path = tmp_path / "record.json"
     begun = {"machine": given, "rows": []}
     assert resumed(path, begun) is begun
-    old = {"machine": {"card": given["card"]}, "rows": [{"ms": 1.0}, {"reason": "over the limit"}]}
+    of = {"case": "smoke-dense", "method": "naive", "mode": "forward"}
+    rows = [of | {"ms": 1.0}, of | {"reason": "over the limit"}]
+    old = {"machine": {"card": given["card"]}, "rows": rows}
     path.write_text(json.dumps(old))
     again = resumed(path, begun)
-    assert again["rows"] == [{"ms": 1.0}], "what did not run is tried again"
+    assert again["rows"] == rows[:1], "what did not run is tried again"
     assert again["machine"]["resumed"][0]["commit"] == "abc123"
     path.write_text(json.dumps(old | {"machine": {"card": "another"}}))
     with pytest.raises(SystemExit, match="is of another"):
         resumed(path, begun)
+    path.write_text(json.dumps({"kind": "accuracy", "machine": given, "rows": []}))
+    with pytest.raises(SystemExit, match="holds accuracy, this run makes times"):
+        resumed(path, begun)
+
+
+def test_a_stop_amid_writing_leaves_the_record_that_was_there(tmp_path, monkeypatch):
+    from bench import records
+
+    path = tmp_path / "record.json"
+    records.write(path, {"rows": [1]})
+    monkeypatch.setattr(records.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        records.write(path, {"rows": [1, 2]})
+    assert records.read(path) == {"rows": [1]}
+
+
+def test_ctrl_c_keeps_what_is_there_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    from bench import run
+
+    path = tmp_path / "some.json"
+    rows = run.sweep
+
+    def stopped(*args):
+        yield next(rows(*args))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "sweep", stopped)
+    line = ["--case", "smoke", "--method", "naive", "--seconds", "0", "--json", str(path)]
+    assert run.main(line) == 130
+    assert f"goes on from {path}" in capsys.readouterr().out
+    assert len(json.loads(path.read_text())["rows"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "why"),
+    [
+        ("--json", "no/such/folder/x.json", "a folder that exists"),
+        ("--json", ".", "a folder that exists"),
+        ("--seconds", "-1", "want seconds, 0 or more, got -1"),
+        ("--limit", "soon", "want seconds, 0 or more, got soon"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_anything_is_timed(capsys, option, value, why):
+    from bench import run
+
+    with pytest.raises(SystemExit):
+        run.main(["--case", "smoke", f"{option}={value}"])
+    assert why in capsys.readouterr().err
+
+
+def test_an_unknown_subcommand_names_the_known_ones():
+    from bench import __main__ as entry
+
+    with pytest.raises(SystemExit, match=r"want one of bench accuracy.*got 'compere'"):
+        entry.main(["compere"])
 
 
 def test_both_is_a_forward_and_a_backward():

@@ -89,19 +89,69 @@ def synthetic_h100():
 
 
 def test_paper_figure_adds_forward_and_backward_at_its_shape_only():
-    from bench.plots import paper
+    from bench.plots import PAPER, paper
+
+    hashes, drops = PAPER
 
     record = synthetic_h100()
     for case in ("B-dense-16k", "A-hash2-16k"):  # another shape, and one length alone
         record["rows"] += [timed(case, "scfa-cupy", 1.0, mode=m) for m in ("forward", "backward")]
-    series = paper(record, "forward")
+    series = paper(record, hashes)
     assert set(series) == {"scfa-cupy, hash16", "sdpa-cudnn, dense"}
     assert [(x, row["ms"]) for x, row in series["scfa-cupy, hash16"]] == [
         (8192, 28.0),
         (16384, 56.0),
         (32768, 112.0),
     ]
-    assert paper(record, "backward") == {}
+    assert paper(record, "forward") == {}
+    assert paper(record, drops) == {}, "dense lines alone are no figure"
+
+
+def test_paper_figure_borrows_the_dense_peer_of_another_run_and_says_so():
+    from bench.pages import with_dense
+    from bench.plots import PAPER, paper
+
+    whole = synthetic_h100()
+    alone = {"rows": [row for row in whole["rows"] if row["method"] == "scfa-cupy"]}
+    hashes, _ = PAPER
+    assert set(paper(alone, hashes)) == {"scfa-cupy, hash16"}
+    beside = with_dense(alone, whole)
+    assert set(paper(beside, hashes)) == {"scfa-cupy, hash16", "sdpa-cudnn, dense (another run)"}
+    assert with_dense(whole, whole) is whole
+
+
+def test_many_lines_look_different_and_their_names_hide_none_of_them(tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    from bench import looks, plots
+
+    rows = [
+        timed(f"A-{pattern}-{n}k", method, 1.0 + n, mode=mode)
+        for pattern in ("hash2", "hash16", "hash128", "qk10", "qk50", "qk90")
+        for n in (1, 4, 16)
+        for method in ("original", "scfa-cupy", "scfa-numba-cuda")
+        for mode in plots.MODES
+    ]
+    series = plots.by_length({"rows": rows}, "forward", growth=False)
+    styles = looks.lines(series)
+    assert len(styles) == 18
+    assert len({str(sorted(look.items())) for look in styles.values()}) == 18
+    ours = {look["linestyle"] for name, look in styles.items() if name.startswith("scfa-cupy")}
+    assert ours == {"-"}
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9.6, 4))
+    for axis in axes:
+        plots._times(axis, series, "black", styles)
+    looks.legend(figure, list(axes))
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert {text.get_text() for text in legend.get_texts()} == set(series)
+    named, whole = legend.get_window_extent(), figure.bbox
+    assert whole.x0 <= named.x0
+    assert named.x1 <= whole.x1
+    assert whole.y0 <= named.y0
+    assert all(axis.get_legend() is None for axis in axes)
+    assert all(named.y1 < axis.get_tightbbox().y0 for axis in axes)
+    pyplot.close(figure)
 
 
 def test_page_of_a_card_has_every_plot_and_table(tmp_path):
@@ -164,7 +214,7 @@ def test_compare_flags_faster_slower_and_what_no_longer_runs(tmp_path):
     out = bench("compare", old, new, code=1)
     assert "faster  0.50x  A-hash16-16k" in out
     assert "MISSING        A-dense-8k scfa-cupy forward: wrong" in out
-    assert "0 slower, 1 missing" in out
+    assert "2 rows in both: 0 slower, 1 missing" in out
     assert "two cards: X, Y" in out
     for name in (names[0], names[2], names[4]):
         assert name not in out
@@ -173,6 +223,28 @@ def test_compare_flags_faster_slower_and_what_no_longer_runs(tmp_path):
     assert "SLOWER  1.06x  A-dense-8k" in bench("compare", old, new, code=1)
     new.write_text(json.dumps({"machine": {"card": "X"}, "rows": after[:2]}))
     assert "0 slower, 0 missing" in bench("compare", old, new)
+    new.write_text(json.dumps({"machine": {"card": "X"}, "rows": []}))
+    assert "0 rows in both" in bench("compare", old, new, code=1), "nothing compared is no pass"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (None, "No such file"),
+        ("{", "is not JSON"),
+        ("[]", "has no rows"),
+        ('{"rows": [{"what": "attention", "ms": 1}]}', "not times of cases"),
+        ('{"kind": "accuracy", "rows": [{"backend": "cupy"}]}', "holds accuracy"),
+    ],
+)
+def test_a_file_that_is_no_record_of_times_is_named_with_what_was_wanted(tmp_path, text, why):
+    from bench import report
+
+    path = tmp_path / "wrong.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit, match=f"wrong.json.*{why}.*want a file that"):
+        report.compare([str(path), str(path)])
 
 
 def test_stored_pages_and_the_readme_are_what_stored_results_make():
