@@ -159,7 +159,9 @@ class _ArrayModule:
         """Describe `x`."""
         size = x.dtype.itemsize
         strides = tuple(s // size for s in x.strides)
-        return ArrayInfo(x.shape, strides, x.dtype.name, self._device(x))
+        name: str = x.dtype.name  # the same in either byte order, of which kernels read one
+        dtype = name if x.dtype.isnative else f"byte-swapped {name}"
+        return ArrayInfo(x.shape, strides, dtype, self._device(x))
 
     def swap_heads(self, x: Any) -> Any:
         """View with axes 1 and 2 exchanged."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from scfa_core.arrays import INT_DTYPES, Framework
+from scfa_core.arrays import INT_DTYPES, ITEMSIZE, Framework
 from scfa_core.errors import DeviceError, DTypeError, PatternError, ShapeError
 from scfa_core.patterns import (
     Causal,
@@ -72,7 +72,7 @@ class _Lowering:
         self.q_shape = (problem.batch, problem.heads, problem.seqlen_q)
         self.k_shape = (problem.batch, problem.heads_kv, problem.seqlen_k)
         self.arrays: dict[str, list[Any]] = {name: [] for name in ARRAY_FIELDS}
-        self.seen_groups: set[tuple[int, int]] = set()
+        self.seen_groups: set[tuple[int, int, int]] = set()
         self.lo: int | None = None
         self.hi: int | None = None
 
@@ -157,10 +157,11 @@ class _Lowering:
         return self.framework.cast(view, "int64" if dtype == "uint32" else "int32")
 
     def _group(self, pattern: str, q_name: str, q: Any, k_name: str, k: Any) -> None:
-        if (id(q), id(k)) in self.seen_groups:
-            return  # the same clause twice, e.g. (a & b) & (a & c)
-        self.seen_groups.add((id(q), id(k)))
         rank = 2 if pattern == "Documents" else 3
+        clause = (id(q), id(k), rank)
+        if clause in self.seen_groups:
+            return  # the same clause twice, e.g. (a & b) & (a & c)
+        self.seen_groups.add(clause)
         pair = (
             self._integer(f"{pattern}.{q_name}", q, self.q_shape, rank),
             self._integer(f"{pattern}.{k_name}", k, self.k_shape, rank),
@@ -180,7 +181,12 @@ class _Lowering:
         self.arrays["k_groups"].append(pair[1])
 
     def _keep(self, name: str, x: Any, into: str, shape: tuple[int, ...]) -> None:
-        self.arrays[into].append(self.framework.nonzero(self._view(f"QKSparse.{name}", x, shape)))
+        name = f"QKSparse.{name}"
+        view = self._view(name, x, shape)
+        dtype = self.framework.info(view).dtype
+        if dtype not in ITEMSIZE:
+            raise DTypeError(f"{name} must be an array of bools or real numbers, got {dtype}")
+        self.arrays[into].append(self.framework.nonzero(view))
 
     def _bound(self, name: str, x: Any, into: str) -> None:
         name = f"KeyRanges.{name}"

@@ -11,6 +11,7 @@ Q = np.zeros((2, 4, 8, 16), np.float32)
 K = np.zeros((2, 2, 8, 16), np.float32)
 INTS = np.zeros((2, 4, 8), np.int64)
 K_INTS = np.zeros((2, 2, 8), np.int64)
+IDS = np.zeros((2, 8), np.int64)
 
 
 def attend(q=Q, k=K, v=K, pattern=None, **options):
@@ -65,6 +66,26 @@ MISTAKES = {
         scfa.DTypeError,
         "integer array",
         lambda: attend(pattern=scfa.HashSparse(INTS.astype(float), K_INTS)),
+    ),
+    "flags in words": (
+        scfa.DTypeError,
+        "QKSparse.k_keep must be an array of bools",
+        lambda: attend(pattern=scfa.QKSparse(INTS, K_INTS.astype(str))),
+    ),
+    "byte-swapped values": (
+        scfa.DTypeError,
+        "got byte-swapped float32; cast it",
+        lambda: attend(v=K.astype(K.dtype.newbyteorder())),
+    ),
+    "byte-swapped hashes": (
+        scfa.DTypeError,
+        "got byte-swapped int64; cast it",
+        lambda: attend(pattern=scfa.HashSparse(INTS, K_INTS.astype(K_INTS.dtype.newbyteorder()))),
+    ),
+    "document ids as hashes": (
+        scfa.ShapeError,
+        "HashSparse.q_hash must broadcast to (batch, heads, seqlen)",
+        lambda: attend(pattern=scfa.Documents(IDS) & scfa.HashSparse(IDS, IDS)),
     ),
     "uint64 against int64": (
         scfa.DTypeError,
