@@ -89,11 +89,11 @@ def dynamic_sparse_attention(
     Exact: every visible pair is computed, whatever the sizes of buckets. seqlen_q and seqlen_k may
     differ; positions count from 0 on both sides.
     """
-    if sparsity_mode == "hash":
-        return hash_sparse_attention(q, k, v, q_idx, k_idx, sm_scale)
-    if sparsity_mode == "qk":
-        return qk_sparse_attention(q, k, v, q_idx, k_idx, sm_scale)
-    raise PatternError(f"sparsity_mode must be one of {_MODES}, got {sparsity_mode!r}")
+    if sparsity_mode not in _MODES:
+        raise PatternError(f"sparsity_mode must be one of {_MODES}, got {sparsity_mode!r}")
+    indices = _heads_before_rows(q, k, q_idx=q_idx, k_idx=k_idx)
+    pattern = HashSparse(*indices) if sparsity_mode == "hash" else QKSparse(*indices)
+    return _attend(q, k, v, pattern, sm_scale)
 
 
 def hash_sparse_attention(
@@ -103,7 +103,8 @@ def hash_sparse_attention(
 
     Arguments, result and errors are those of `dynamic_sparse_attention`.
     """
-    return _attend(q, k, v, HashSparse(*_heads_before_rows(q_hash=q_hash, k_hash=k_hash)), sm_scale)
+    pattern = HashSparse(*_heads_before_rows(q, k, q_hash=q_hash, k_hash=k_hash))
+    return _attend(q, k, v, pattern, sm_scale)
 
 
 def qk_sparse_attention(
@@ -114,14 +115,21 @@ def qk_sparse_attention(
     Arguments, result and errors are those of `dynamic_sparse_attention`. Dropped queries give 0;
     neither they nor dropped keys and values take gradients.
     """
-    return _attend(q, k, v, QKSparse(*_heads_before_rows(q_keep=q_keep, k_keep=k_keep)), sm_scale)
+    pattern = QKSparse(*_heads_before_rows(q, k, q_keep=q_keep, k_keep=k_keep))
+    return _attend(q, k, v, pattern, sm_scale)
 
 
 def _attend(
     q: Any, k: Any, v: Any, pattern: Pattern, sm_scale: float | None, layout: str = "bthd"
 ) -> Any:
     """Attention with any head_dim: columns of zeros change no score, and are cut off again."""
-    if not all(hasattr(x, "shape") and 0 < x.shape[-1] <= MAX_HEAD_DIM for x in (q, k, v)):
+    shapes = [getattr(x, "shape", ()) for x in (q, k, v)]
+    if any(shape and shape[-1] > MAX_HEAD_DIM for shape in shapes):
+        raise ShapeError(
+            f"head_dim must be {MAX_HEAD_DIM} at most, got {max(shape[-1] for shape in shapes)}; "
+            "no backend takes wider heads"
+        )
+    if not all(shape and shape[-1] > 0 for shape in shapes):
         return attention(q, k, v, pattern, softmax_scale=sm_scale, layout=layout)  # it says why
     _check_head_dims(q, k)  # the same once padded, perhaps
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
@@ -149,13 +157,22 @@ def _widened(x: Any) -> Any:
     return namespace(x).pad(x, [(0, 0)] * (len(x.shape) - 1) + [(0, missing)])
 
 
-def _heads_before_rows(**indices: Any) -> tuple[Any, ...]:
-    """Views (batch, heads, seqlen) of indices (batch, seqlen, heads)."""
-    for name, x in indices.items():
+def _heads_before_rows(q: Any, k: Any, **indices: Any) -> tuple[Any, ...]:
+    """Views (batch, heads, seqlen) of indices (batch, seqlen, heads) of q and of k."""
+    for (name, x), of, array in zip(indices.items(), "qk", (q, k), strict=True):
         if len(getattr(x, "shape", ())) != 3:
             raise ShapeError(
                 f"{name} must be an array (batch, seqlen, heads), got "
                 f"{tuple(x.shape) if hasattr(x, 'shape') else type(x).__name__}"
+            )
+        rows = tuple(getattr(array, "shape", ()))
+        # Said here, in the caller's order of axes; the pattern would name them turned.
+        pairs = zip(x.shape, rows[:3], strict=True) if len(rows) == 4 else ()
+        # Not `in (1, size)`: a traced size of its own is found in no tuple.
+        if any(held != 1 and held != size for held, size in pairs):
+            raise ShapeError(
+                f"{name} must be (batch, seqlen, heads) = {rows[:3]} as {of} is, or 1 where it "
+                f"does not differ, got {tuple(x.shape)}"
             )
     return tuple(x.swapaxes(1, 2) for x in indices.values())
 

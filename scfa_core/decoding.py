@@ -188,7 +188,11 @@ def attention_in_parts(
     results = []
     for part in as_list("parts", parts):
         if not isinstance(part, (tuple, list)) or len(part) != 3:
-            raise PatternError(f"a part must be (k, v, pattern), got {type(part).__name__}")
+            held = f" of {len(part)}" if isinstance(part, (tuple, list)) else ""
+            raise PatternError(
+                "a part must be (k, v, pattern), the pattern None where all keys are seen, got "
+                f"a {type(part).__name__}{held}"
+            )
         k, v, pattern = part
         if pattern is None:
             pattern = SlidingWindow(seqlen_q + _length("k", k, layout), causal=False)

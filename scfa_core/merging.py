@@ -12,7 +12,7 @@ from typing import Any
 
 from scfa_core.api import attention
 from scfa_core.array_kinds import is_torch_tensor
-from scfa_core.errors import PatternError, ShapeError
+from scfa_core.errors import DTypeError, PatternError, ShapeError
 from scfa_core.patterns import Pattern
 from scfa_core.plan import Plan
 from scfa_core.problem import check_flag, check_layout
@@ -67,6 +67,8 @@ def merge_attention(
         No parts, different numbers of them, or arrays of another library.
     ShapeError
         Parts whose shapes differ, or without 4 axes.
+    DTypeError
+        Integers.
 
     Notes
     -----
@@ -76,7 +78,10 @@ def merge_attention(
     """
     outs, lses = as_list("outs", outs), as_list("lses", lses)
     if not outs or len(outs) != len(lses):
-        raise PatternError(f"merge needs as many lses as outs, got {len(outs)} and {len(lses)}")
+        raise PatternError(
+            "merge_attention needs at least one part, and an lse for each out, got "
+            f"{len(outs)} outs and {len(lses)} lses"
+        )
     swap = check_layout(layout)
     xp = namespace(outs[0])
     for x in (*outs[1:], *lses):
@@ -85,9 +90,15 @@ def merge_attention(
                 f"outs and lses must come from one library, got {type(outs[0]).__name__} and "
                 f"{type(x).__name__}"
             )
+    for name, parts in (("outs", outs), ("lses", lses)):
+        for x in parts:
+            if not x.is_floating_point() if is_torch_tensor(x) else x.dtype.kind in "iubc":
+                raise DTypeError(
+                    f"{name} must be floating-point, as attention gives them, got {x.dtype}"
+                )
     want = tuple(outs[0].shape)
     if len(want) != 4:
-        raise ShapeError(f"each out must have 4 axes, got {want}")
+        raise ShapeError(f"each out of the list must have 4 axes, got {want}")
     rows = (want[0], want[2], want[1]) if swap else want[:3]
     for out, lse in zip(outs, lses, strict=True):
         if tuple(out.shape) != want or tuple(lse.shape) != rows:

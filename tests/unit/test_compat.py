@@ -131,9 +131,9 @@ def test_any_head_dim(head_dim, head_dim_v, sm_scale):
 
 def test_head_dims_that_no_padding_helps_raise():
     index = torch.zeros(1, 2, 1, dtype=torch.int32)
-    for head_dim in (0, 257):
+    for head_dim, words in ((0, "from 16 to 256, got 0"), (257, "256 at most, got 257")):
         x = torch.zeros(1, 2, 1, head_dim)
-        with pytest.raises(scfa.ShapeError, match=f"from 16 to 256, got {head_dim}"):
+        with pytest.raises(scfa.ShapeError, match=words):
             compat.dynamic_sparse_attention(x, x, x, index, index)
     with pytest.raises(scfa.DTypeError, match="must be an array"):
         compat.dynamic_sparse_attention([1.0], [1.0], [1.0], index, index)
@@ -152,6 +152,20 @@ def test_unknown_mode_and_flat_indices_raise():
         compat.dynamic_sparse_attention(q, k, v, q[..., 0], k[..., 0], sparsity_mode="bloom")
     with pytest.raises(scfa.ShapeError, match="q_hash must be an array"):
         compat.hash_sparse_attention(q, k, v, torch.zeros(37), torch.zeros(37))
+
+
+def test_indices_of_other_axes_are_refused_in_the_order_of_the_call():
+    x = torch.zeros(2, 20, 4, 16)
+    index = torch.zeros(2, 20, 4, dtype=torch.int32)
+    for mode, name in (("hash", "q_idx"), ("qk", "q_idx")):
+        words = rf"{name} must be \(batch, seqlen, heads\) = \(2, 20, 4\) as q is.*\(2, 4, 20\)"
+        with pytest.raises(scfa.ShapeError, match=words):
+            compat.dynamic_sparse_attention(x, x, x, index.mT, index, sparsity_mode=mode)
+    with pytest.raises(scfa.ShapeError, match=r"k_keep must be .* as k is.*\(2, 19, 4\)"):
+        compat.qk_sparse_attention(x, x, x, index, index[:, :19])
+    for shared in (index[:1], index[:, :, :1]):  # one for all sequences, one for all heads
+        out = compat.hash_sparse_attention(x, x, x, shared, shared)
+        assert torch.equal(out, compat.hash_sparse_attention(x, x, x, index, index))
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.5, 1.0])

@@ -48,9 +48,9 @@ def test_rows_that_no_part_sees_are_zero():
 
 def test_misfits_raise():
     out, lse = np.zeros((1, 2, 3, 16)), np.zeros((1, 2, 3), np.float32)
-    with pytest.raises(scfa.PatternError, match="as many lses"):
+    with pytest.raises(scfa.PatternError, match="an lse for each out"):
         merge_attention([out], [])
-    with pytest.raises(scfa.PatternError, match="as many lses"):
+    with pytest.raises(scfa.PatternError, match="an lse for each out"):
         merge_attention([], [])
     with pytest.raises(scfa.ShapeError, match="each lse"):
         merge_attention([out, out], [lse, lse[:, :1]])
@@ -63,6 +63,12 @@ def test_misfits_raise():
             merge_attention(outs, lses)
     with pytest.raises(scfa.PatternError, match="got NoneType"):
         merge_attention([out], [None])
+    with pytest.raises(scfa.ShapeError, match="each out of the list must have 4 axes"):
+        merge_attention(out, lse)
+    whole = out.astype(np.int64)
+    for outs, lses, name in (([whole], [lse], "outs"), ([out], [lse > 0], "lses")):
+        with pytest.raises(scfa.DTypeError, match=f"{name} must be floating-point"):
+            merge_attention(outs, lses)
     with pytest.raises(scfa.ShapeError, match="4 axes"):
         merge_attention([out[0]], [lse[0]])
     for patterns, got in ((None, "NoneType"), ([None], "NoneType"), ([scfa.Causal(), out], "nd")):
