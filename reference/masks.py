@@ -18,7 +18,8 @@ _KINDS = ("Causal", "HashSparse", "QKSparse", "Documents", "SlidingWindow", "Key
 def to_host(x: Any) -> NDArray[Any]:
     """Bring an array of any library to NumPy (a copy from a GPU)."""
     if hasattr(x, "detach"):
-        x = x.detach().cpu()
+        x = x.detach().cpu().resolve_neg()
+        x = x.double() if x.is_floating_point() else x  # NumPy has no bfloat16
     elif hasattr(x, "copy_to_host"):
         x = x.copy_to_host()
     elif hasattr(x, "get"):

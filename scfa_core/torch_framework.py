@@ -199,8 +199,9 @@ class TorchFramework:
         return DeviceArray(x.data_ptr(), shape, strides, dtype, cuda_ordinal(device))
 
     def to_numpy(self, x: torch.Tensor) -> np.ndarray:
-        """Copy to the host (synchronises)."""
-        return host_view(x.detach().cpu())
+        """Copy to the host (synchronises); bfloat16 as float32, for NumPy knows values alone so."""
+        x = x.detach().cpu().resolve_neg()
+        return host_view(x.float() if x.dtype is torch.bfloat16 else x)
 
     def context(self, device: str) -> CallContext:
         """Context of torch's current stream; to be used with `device` current."""

@@ -31,7 +31,7 @@ from scfa_core.torch_storage import plan_storage
 def new_plan(pattern: Pattern, problem: Problem, backend: Backend) -> Plan:
     """Lower and sort `pattern` with `backend`; its arrays are tensors of their own."""
     if backend.memory == "host":
-        clauses = lower(pattern, problem, TORCH_FRAMEWORK)
+        clauses = _lowered(pattern, problem)
         arrays = run_make_plan(backend, problem, clauses, TORCH_FRAMEWORK)
         return Plan.of(arrays, clauses.monotone, backend.name, problem.device)
     ordinal = cuda_ordinal(problem.device)
@@ -142,10 +142,15 @@ def _prepare(pattern: Pattern, problem: Problem, backend: Backend, ordinal: int)
     return work
 
 
+def _lowered(pattern: Pattern, problem: Problem) -> Clauses:
+    """Clauses whose values are in memory: a lazy minus sign is not."""
+    clauses = lower(pattern, problem, TORCH_FRAMEWORK)
+    return clauses.with_arrays([x.resolve_neg() for x in clauses.arrays])
+
+
 def _lower(pattern: Pattern, problem: Problem, backend: Backend, ordinal: int) -> _Planning:
     """Check and convert the pattern's tensors."""
-    clauses = lower(pattern, problem, TORCH_FRAMEWORK)
-    clauses = clauses.with_arrays([x.resolve_neg() for x in clauses.arrays])
+    clauses = _lowered(pattern, problem)
     bound = _bind(describe_clauses(clauses, ordinal), problem, backend, ordinal)
     return bound, clauses.arrays, clauses.monotone
 

@@ -93,6 +93,29 @@ def test_what_a_pattern_holds_takes_the_operator_if_it_is_not_plain(kind, backen
             assert {"scfa.make_plan.default", "scfa.forward.default"} <= set(Wrapper.seen)
 
 
+@pytest.mark.parametrize("backend", ["reference", "numba-cpu"])
+@pytest.mark.parametrize("negative", [False, True])
+def test_flags_and_ids_in_any_memory_are_read_as_what_they_say(negative, backend):
+    """bfloat16, which NumPy lacks, and a minus sign that torch has put off."""
+
+    def stored(x):
+        return torch._neg_view(-x) if negative else x
+
+    flags = torch.tensor([1, 0, 1, 1, 0, 1, 1, 0]).expand(2, 4, 8)
+    ids = torch.arange(8).expand(2, 4, 8) % 3
+    plain = scfa.QKSparse(flags > 0, flags[:, :2] > 0) & scfa.HashSparse(ids, ids[:, :2])
+    keep = scfa.QKSparse(stored(flags.bfloat16()), stored(flags[:, :2].double() * 1e-60))
+    odd = keep & scfa.HashSparse(stored(ids), stored(ids[:, :2]))
+    sizes = {"batch": 2, "heads": 4, "heads_kv": 2}
+    right = plain.mask(8, 8, **sizes)
+    assert (odd.mask(8, 8, **sizes) == right).all()
+    assert (scfa.make_plan(odd, Q, K, backend=backend).to_dense() == right).all()
+    scfa.validate(scfa.QKSparse(stored(flags.bfloat16()), flags[:, :2].half()), Q, K)
+    wrong = scfa.QKSparse(stored(flags.bfloat16() * 3), flags[:, :2])
+    with pytest.raises(scfa.PatternError, match=r"must be 0 or 1, got 3\.0"):
+        scfa.validate(wrong, Q, K)
+
+
 def held(x):
     return x.held if isinstance(x, Wrapper) else x.as_subclass(torch.Tensor)
 
