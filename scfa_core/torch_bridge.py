@@ -64,6 +64,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _profiler_is_on = torch._C._autograd._profiler_enabled
 _tracing_state = torch._C._get_tracing_state
 _any_requires_grad = torch._C._any_requires_grad
+_has_storage = torch._C._has_storage
 
 
 def attention(
@@ -273,7 +274,10 @@ class ScfaAttention(torch.autograd.Function):
         call, given = ctx.call, ctx.given
         if given is not None:
             refuse_changed(given, ctx.changes)
-        if torch.is_grad_enabled() or not (_is_plain(dout, q, out) and _is_plain(k, v, lse)):
+        plain = _is_plain(dout, q, out) and _is_plain(k, v, lse)
+        # Of batched gradients (is_grads_batched) only the dispatcher knows, and that in a loop.
+        plain = plain and _has_storage(dout) and (dlse is None or _has_storage(dlse))
+        if torch.is_grad_enabled() or not plain:
             plan = own_plan_tensors(own, call) if given is None else given.arrays
             scale, deterministic = call.problem.softmax_scale, call.problem.deterministic
             layout = "bthd" if call.swap else "bhtd"

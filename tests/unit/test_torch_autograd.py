@@ -209,6 +209,27 @@ def test_a_plan_of_inference_mode_serves_training():
 
 
 @pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("how", ["pattern", "plan", "union"])
+def test_batched_gradients_equal_a_loop(how):
+    """``is_grads_batched`` and vectorised Jacobians hand over gradients without memory."""
+    q, k, v = tensors(torch.float32)
+    pattern = PATTERNS["hash"]
+    if how == "union":
+        parts = [scfa.SlidingWindow(3), scfa.Causal(lag=3)]
+        results = [attention_over(q, k, v, parts, backend=BACKEND)]
+    else:
+        given = pattern if how == "pattern" else scfa.make_plan(pattern, q, k, backend=BACKEND)
+        out, lse = scfa.attention(q, k, v, given, return_lse=True, backend=BACKEND)
+        results = [out, torch.where(torch.isneginf(lse), 0.0, lse)]
+    grads = [torch.randn(3, *x.shape) for x in results]
+    batch = torch.autograd.grad(results, (q, k, v), grads, is_grads_batched=True, retain_graph=True)
+    for at in range(3):
+        one = [x[at] for x in grads]
+        alone = torch.autograd.grad(results, (q, k, v), one, retain_graph=True)
+        for mine, right in zip(batch, alone, strict=True):
+            torch.testing.assert_close(mine[at], right, rtol=0, atol=1e-6)
+
+
 def test_double_backward_says_that_there_is_none():
     q, k, v = tensors()
     (grad,) = torch.autograd.grad(attend(q, k, v).square().sum(), q, create_graph=True)
