@@ -10,9 +10,14 @@ from __future__ import annotations
 from numbers import Real
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn.functional import normalize, pad
+from scfa_core.extras import missing
+
+try:
+    import torch
+    from torch import Tensor
+    from torch.nn.functional import normalize, pad
+except ModuleNotFoundError as error:
+    raise missing("scfa_core.compat", "torch", error) from error
 
 from scfa_core.api import attention
 from scfa_core.array_kinds import is_torch_tensor
@@ -123,7 +128,7 @@ def _attend(
     q: Any, k: Any, v: Any, pattern: Pattern, sm_scale: float | None, layout: str = "bthd"
 ) -> Any:
     """Attention with any head_dim: columns of zeros change no score, and are cut off again."""
-    shapes = [getattr(x, "shape", ()) for x in (q, k, v)]
+    shapes: list[Any] = [getattr(x, "shape", ()) for x in (q, k, v)]
     if any(shape and shape[-1] > MAX_HEAD_DIM for shape in shapes):
         raise ShapeError(
             f"head_dim must be {MAX_HEAD_DIM} at most, got {max(shape[-1] for shape in shapes)}; "

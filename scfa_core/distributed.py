@@ -13,9 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from scfa_core.extras import missing
+
+try:
+    import torch
+    import torch.distributed as dist
+    from torch import Tensor
+except ModuleNotFoundError as error:
+    raise missing("scfa_core.distributed", "torch", error) from error
 
 import scfa_core.distributed_rules  # noqa: F401  (registers them)
 from scfa_core.api import attention

@@ -10,8 +10,13 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
-import torch
-from torch import Tensor
+from scfa_core.extras import missing
+
+try:
+    import torch
+    from torch import Tensor
+except ModuleNotFoundError as error:
+    raise missing("scfa_core.dropping", "torch", error) from error
 
 from scfa_core.api import attention
 from scfa_core.errors import OptionError, PatternError, ShapeError

@@ -14,11 +14,19 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.utils import output_capturing
+from scfa_core.extras import missing
+
+try:
+    import torch
+    from torch import Tensor
+    from torch.nn.functional import pad
+except ModuleNotFoundError as error:
+    raise missing("scfa_core.hf", "torch", error) from error
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.utils import output_capturing
+except ImportError as error:
+    raise missing("scfa_core.hf", "hf", error, "transformers 5.24 or newer") from error
 
 import scfa_core.torch_hashing
 import scfa_core.torch_union_ops  # noqa: F401  (both register operators: loaded programs need them)

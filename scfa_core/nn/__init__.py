@@ -5,6 +5,13 @@
 torch.Size([2, 30, 64])
 """
 
+from scfa_core.extras import missing
+
+try:
+    import torch  # noqa: F401
+except ModuleNotFoundError as error:
+    raise missing("scfa_core.nn", "torch", error) from error
+
 import scfa_core.torch_hashing
 import scfa_core.torch_union_ops  # noqa: F401  (both register operators: loaded programs need them)
 from scfa_core.nn.attention import (
