@@ -72,7 +72,7 @@ class _Lowering:
         self.q_shape = (problem.batch, problem.heads, problem.seqlen_q)
         self.k_shape = (problem.batch, problem.heads_kv, problem.seqlen_k)
         self.arrays: dict[str, list[Any]] = {name: [] for name in ARRAY_FIELDS}
-        self.seen_groups: set[tuple[int, int, int]] = set()
+        self.seen_groups: set[tuple[int, int]] = set()
         self.lo: int | None = None
         self.hi: int | None = None
 
@@ -158,14 +158,13 @@ class _Lowering:
 
     def _group(self, pattern: str, q_name: str, q: Any, k_name: str, k: Any) -> None:
         rank = 2 if pattern == "Documents" else 3
-        clause = (id(q), id(k), rank)
-        if clause in self.seen_groups:
-            return  # the same clause twice, e.g. (a & b) & (a & c)
-        self.seen_groups.add(clause)
         pair = (
             self._integer(f"{pattern}.{q_name}", q, self.q_shape, rank),
             self._integer(f"{pattern}.{k_name}", k, self.k_shape, rank),
         )
+        if (id(q), id(k)) in self.seen_groups:
+            return  # the same clause twice, e.g. (a & b) & (a & c)
+        self.seen_groups.add((id(q), id(k)))
         unsigned = [self.framework.info(x).dtype == "uint64" for x in (q, k)]
         if unsigned[0] != unsigned[1]:
             raise DTypeError(

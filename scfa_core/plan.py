@@ -141,11 +141,12 @@ class Plan:
 
     def check_fits(self, problem: Problem, framework: Framework) -> None:
         """Raise unless the plan was made for these sizes, on this device, by this library."""
-        if not framework.owns(self.q_index):
-            raise DeviceError(
-                f"the plan holds arrays of {type(self.q_index).__module__}, q is a "
-                f"{framework.name} array; make a plan with arrays of that library"
-            )
+        for x in (self.q_index, self.k_index):
+            if not framework.owns(x):
+                raise DeviceError(
+                    f"the plan holds arrays of {type(x).__module__}, q is a "
+                    f"{framework.name} array; make a plan with arrays of that library"
+                )
         want = (
             problem.batch,
             problem.heads,
@@ -170,6 +171,10 @@ class Plan:
         """Raise where a plan made by hand holds arrays that backends would misread."""
         shapes = plan_shapes(problem, "host")[:-1]
         for name, x, shape in zip(PlanArrays._fields, self.arrays, shapes, strict=False):
+            if not framework.owns(x):
+                raise DeviceError(
+                    f"plan.{name} must be a {framework.name} array like q, got {type(x).__name__}"
+                )
             info = framework.info(x)
             if info.shape != shape:
                 raise ShapeError(f"plan.{name} must have shape {shape}, got {info.shape}")

@@ -26,16 +26,20 @@ def problem():
         (lambda x: x.astype(np.int64), scfa.DTypeError, "must be int32, got int64"),
         (lambda x: x.astype(np.int16), scfa.DTypeError, "must be int32, got int16"),
         (lambda x: x.astype(np.float32), scfa.DTypeError, "must be int32, got float32"),
+        (lambda x: x.tolist(), scfa.DeviceError, "must be a numpy array like q, got list"),
+        (lambda x: x.astype(">i4"), scfa.DTypeError, "must be int32, got byte-swapped int32"),
         (lambda x: x[..., :1], scfa.ShapeError, "must have shape"),
         (lambda x: np.repeat(x, 2, axis=-1)[..., ::2], scfa.LayoutError, "must be contiguous"),
     ],
-    ids=["int64", "int16", "float32", "short", "strided"],
+    ids=["int64", "int16", "float32", "list", "swapped", "short", "strided"],
 )
 def test_every_array_of_a_plan_is_checked(problem, name, change, error, message):
     arrays, plan = problem
     changed = dataclasses.replace(plan, **{name: change(getattr(plan, name))})
     if message.endswith("shape") and name in ("q_index", "k_index"):
         message = "the plan was made for"
+    if message.endswith("list") and name in ("q_index", "k_index"):
+        message = "the plan holds arrays of builtins"
     with pytest.raises(error, match=message):
         scfa.attention(*arrays, changed, backend="numba-cpu")
 
