@@ -109,7 +109,8 @@ def stride_order(strides: tuple[int, ...]) -> tuple[int, ...]:
     Broadcast axes (stride 0) go first: innermost they would scatter every row of a result.
     """
     last = len(strides) - 1
-    key = {axis: (strides[axis] != 0, -strides[axis]) for axis in range(last)}
+    # As bools, which have an order: while shapes are traced a comparison is symbolic.
+    key = {axis: (bool(strides[axis] != 0), -strides[axis]) for axis in range(last)}
     return (*sorted(key, key=key.__getitem__), last)
 
 

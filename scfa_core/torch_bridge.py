@@ -51,6 +51,7 @@ from scfa_core.torch_framework import TORCH_FRAMEWORK, device_name, dtype_name
 from scfa_core.torch_ops import BACKWARD, FORWARD, MAKE_PLAN, refuse_forward_mode
 from scfa_core.torch_patterns import encode, is_monotone
 from scfa_core.torch_plans import native_own_plan, new_plan, own_plan, own_plan_tensors
+from scfa_core.torch_saved import call_of_saved
 from scfa_core.torch_transforms import forward_in_functorch, functorch_is_active
 
 __all__ = ["TORCH_FRAMEWORK", "attention", "attention_backward", "make_plan"]
@@ -64,7 +65,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _profiler_is_on = torch._C._autograd._profiler_enabled
 _tracing_state = torch._C._get_tracing_state
 _any_requires_grad = torch._C._any_requires_grad
-_has_storage = torch._C._has_storage
+_has_storage = torch._C._has_storage  # batched gradients (is_grads_batched) have none
 
 
 def attention(
@@ -114,6 +115,7 @@ def attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`scfa_core.attention_backward` on torch tensors."""
     plain = _is_plain(q, k, v) and _is_plain(dout, out, lse) and _holds_plain(pattern)
+    plain = plain and _has_storage(dout)
     if not plain:
         one_framework(q, k=k, v=v, dout=dout, out=out, lse=lse)
     if not plain or _wants_gradient(dout, q, k, v):
@@ -275,7 +277,6 @@ class ScfaAttention(torch.autograd.Function):
         if given is not None:
             refuse_changed(given, ctx.changes)
         plain = _is_plain(dout, q, out) and _is_plain(k, v, lse)
-        # Of batched gradients (is_grads_batched) only the dispatcher knows, and that in a loop.
         plain = plain and _has_storage(dout) and (dlse is None or _has_storage(dlse))
         if torch.is_grad_enabled() or not plain:
             plan = own_plan_tensors(own, call) if given is None else given.arrays
@@ -283,6 +284,7 @@ class ScfaAttention(torch.autograd.Function):
             layout = "bthd" if call.swap else "bhtd"
             options = (ctx.monotone, scale, deterministic, layout, call.backend.name)
             return (*BACKWARD(dout, dlse, q, k, v, out, lse, *plan, *options), *nothing)
+        call, q, k, v = call_of_saved(call, given, q, k, v, out, lse)
         if given is None:
             arrays = native_own_plan(own, ctx.monotone, call)
         else:

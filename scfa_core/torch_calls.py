@@ -68,6 +68,7 @@ class Call(NamedTuple):
     ordinal: int
     dtype: torch.dtype
     nothing: bool  # no query row, or no key
+    seen: tuple[Any, ...]  # of q, k, v, by `look_at`
     plan_use: tuple[Any, ...]  # what a plan has to fit: sizes, device, kind of memory
     inputs: tuple[Facts, ...]  # of q, k, v
     out: Empty  # in the stride order of q
@@ -96,6 +97,16 @@ class Call(NamedTuple):
         return bound
 
 
+def look_at(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[Any, ...]:
+    """Shapes, dtypes and devices, then strides."""
+    return (
+        *(q.shape, k.shape, v.shape),
+        *(q.dtype, k.dtype, v.dtype),
+        *(q.device, k.device, v.device),
+        *(q.stride(), k.stride(), v.stride()),
+    )
+
+
 _calls: dict[tuple[Any, ...], Call] = {}
 _plans: WeakKeyDictionary[Plan, tuple[Any, NativePlan]] = WeakKeyDictionary()
 
@@ -116,13 +127,7 @@ def find_call(
     if softmax_scale is not None and type(softmax_scale) is not float:
         softmax_scale = check_scale(softmax_scale, 1, dtype_name(q.dtype))
     maker = None if plan is None else plan.backend
-    key = (
-        *(q.shape, k.shape, v.shape),
-        *(q.stride(), k.stride(), v.stride()),
-        *(q.dtype, k.dtype, v.dtype),
-        *(q.device, k.device, v.device),
-        *(softmax_scale, layout, deterministic, requested, maker),
-    )
+    key = (*look_at(q, k, v), softmax_scale, layout, deterministic, requested, maker)
     call = _calls.get(key)
     if call is not None and dispatch.load_backend(call.backend.name) is call.backend:
         return call
@@ -180,6 +185,7 @@ def _new_call(
         ordinal=ordinal,
         dtype=q.dtype,
         nothing=problem.is_empty or problem.seqlen_k == 0,
+        seen=look_at(q, k, v),
         plan_use=(sizes, q.device, host),
         inputs=tuple(facts(x.shape, x.stride()) for x in (q, k, v)),
         out=(*out, q.dtype),

@@ -63,7 +63,7 @@ def is_monotone(pattern: Pattern) -> bool:
 def _parse(text: str) -> tuple[tuple[type[Pattern], tuple[tuple[str, str], ...]], ...]:
     """Split an encoded pattern into (class, ((field, value), ...)) per part."""
     parts = []
-    for part in text.split("&"):
+    for part in text.split("&") if text else ():  # of no parts: every query sees every key
         name, _, fields = part.partition("(")
         cls = getattr(patterns, name, None) if name in patterns.__all__ else None
         if cls is None or not fields.endswith(")"):

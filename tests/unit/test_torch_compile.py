@@ -78,6 +78,26 @@ def test_lengths_can_be_dynamic(dynamic, graphs):
     assert counter.frame_count == graphs
 
 
+def test_lengths_can_be_dynamic_where_heads_are_broadcast():
+    """Which strides are 0 is then a question to the guards."""
+
+    def broadcast(q, k, v, q_hash, k_hash):
+        q, k, v = q[:, :1].expand_as(q), k[:, :1].expand_as(k), v[:1].expand_as(v)
+        return everything(q, k, v, q_hash, k_hash)
+
+    compiled, counter = counted(broadcast, dynamic=True)
+    for seqlen in (9, 13):
+        same(compiled, broadcast, batch(0, seqlen))
+    assert counter.frame_count == 1
+
+
+def test_an_intersection_of_nothing_shows_everything():
+    def dense(q, k, v):
+        return scfa.attention(q, k, v, scfa.Intersection(), backend=BACKEND)
+
+    same(counted(dense)[0], dense, batch(0)[:3])
+
+
 def with_pattern(q, k, v, pattern):
     return scfa.attention(q, k, v, pattern, backend=BACKEND)
 

@@ -84,6 +84,44 @@ def test_saved_plans_may_travel(device):
         out.sum().backward()
 
 
+@pytest.mark.parametrize("layout", ["bhtd", "bthd"])
+@pytest.mark.parametrize("planned", [False, True])
+def test_saved_tensors_may_come_back_in_other_strides(device, layout, planned):
+    """`torch.autograd.graph.save_on_cpu` lays out anew what was not contiguous."""
+    leaves = [x.detach().transpose(1, 2).contiguous() for x in tensors(layout=layout)]
+    q, k, v = (x.transpose(1, 2).requires_grad_() for x in leaves)
+    pattern = scfa.HashSparse(*hashes())
+    given = scfa.make_plan(pattern, q, k, layout=layout) if planned else pattern
+    right = torch.autograd.grad(scfa.attention(q, k, v, given, layout=layout).sum(), (q, k, v))
+    for back in (lambda x: x, lambda x: x.mT.contiguous().mT if x.ndim == 4 else x):
+        with torch.autograd.graph.saved_tensors_hooks(packed, back):
+            out = scfa.attention(q, k, v, given, layout=layout)
+        for mine, true in zip(torch.autograd.grad(out.sum(), (q, k, v)), right, strict=True):
+            torch.testing.assert_close(mine, true, rtol=0, atol=1e-6)
+
+
+def packed(x):
+    """As `torch.autograd.graph.save_on_cpu` packs: without the strides."""
+    return torch.empty(x.size(), dtype=x.dtype).copy_(x)
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda x: x.half(), lambda x: x[:, :, 1:]], ids=["dtype", "shape"]
+)
+@pytest.mark.parametrize(("which", "words"), [("v", "must give q, k and v back"), ("out", "^out")])
+def test_hooks_that_spoil_what_was_saved_are_told(device, spoil, which, words):
+    q, k, v = tensors()
+    spoiled = v.shape[1:] if which == "v" else (HEADS, ROWS, v.shape[3])
+
+    def back(x):
+        return spoil(x) if x.shape[1:] == spoiled else x
+
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, back):
+        out = scfa.attention(q, k, v, scfa.HashSparse(*hashes()))
+    with pytest.raises(scfa.ScfaError, match=words):
+        out.sum().backward()
+
+
 def test_a_call_on_another_card_makes_it_current(device, monkeypatch):
     entered = []
 
