@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from bench.inputs import Inputs
-from bench.timed import CannotRun, Timed, autograd
+from bench.timed import CannotRun, Timed, autograd, found
 
 Visible = Callable[[Any, Any, Any, Any], Any]  # mask_mod: batch, head, query, key -> seen or not
 
@@ -24,8 +23,8 @@ def flex(kernels: str) -> Callable[[Inputs], Timed]:
     """
 
     def prepare(inputs: Inputs) -> Timed:
-        if kernels == "FLASH" and importlib.util.find_spec("flash_attn") is None:
-            raise CannotRun("flash_attn, whose kernels these are, is not installed")
+        if kernels == "FLASH" and not found("flash_attn.cute"):
+            raise CannotRun("flash_attn.cute, whose kernels these are, is not installed")
         if inputs.case.kind in ("hash", "samehash"):
             return _sorted_rows(inputs, kernels)
         return _rows_in_place(inputs, kernels)

@@ -13,7 +13,7 @@ from torch.nn import functional
 import scfa_core as scfa
 from bench.flex import flex
 from bench.inputs import Inputs
-from bench.timed import CannotRun, Timed, autograd
+from bench.timed import CannotRun, Timed, autograd, found
 
 
 def ours(backend: str) -> Callable[[Inputs], Timed]:
@@ -98,23 +98,14 @@ FLASH = {
 }
 
 
-def _found(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ModuleNotFoundError, ValueError):
-        return False
-    except Exception:  # its package is there and raises whatever it likes; `_import` says what
-        return True
-
-
 def installed_peers() -> list[str]:
     """Names of the dense peers beyond torch that can be imported here."""
     modules = FLASH | {"cudnn-frontend": "cudnn", "xformers": "xformers"}
-    return [name for name, module in modules.items() if _found(module)]
+    return [name for name, module in modules.items() if found(module)]
 
 
 def _import(module: str) -> Any:
-    if not _found(module):
+    if not found(module):
         raise CannotRun(f"{module} is not installed")
     try:
         return importlib.import_module(module)
@@ -130,7 +121,7 @@ def flash(name: str | None) -> Callable[[Inputs], Timed]:
     """Return flash-attn of one generation, or the newest installed; dense causal only."""
 
     def prepare(inputs: Inputs) -> Timed:
-        newest = next((x for x in reversed(FLASH) if _found(FLASH[x])), "flash-attn-2")
+        newest = next((x for x in reversed(FLASH) if found(FLASH[x])), "flash-attn-2")
         function = _import(FLASH[name or newest]).flash_attn_func
 
         def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -152,7 +143,7 @@ def flash_varlen(inputs: Inputs) -> Timed:
     case = inputs.case
     if case.kind != "samehash" or case.heads != case.heads_kv:
         raise CannotRun("varlen on sorted rows needs one hash for q and k, and as many key heads")
-    newest = next((x for x in reversed(FLASH) if _found(FLASH[x])), "flash-attn-2")
+    newest = next((x for x in reversed(FLASH) if found(FLASH[x])), "flash-attn-2")
     function = _import(FLASH[newest]).flash_attn_varlen_func
     lists = case.batch * case.heads
     ids = inputs.q_ids.reshape(lists, case.seqlen)

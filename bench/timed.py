@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,20 @@ from bench.inputs import Inputs
 
 class CannotRun(Exception):  # noqa: N818 - a reason, not an error
     """A method does not serve this case or this machine; the message is the reason."""
+
+
+def found(module: str) -> bool:
+    """Whether a module can be imported here; a mere folder of its name is none.
+
+    flash-attn's fourth generation alone leaves `flash_attn` such a folder, around its own `cute`.
+    """
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ModuleNotFoundError, ValueError):
+        return False
+    except Exception:  # its package is there and raises whatever it likes; importing says what
+        return True
+    return spec is not None and spec.origin is not None
 
 
 @dataclass

@@ -241,6 +241,18 @@ def test_peers_are_found_by_import_and_only_then(fake_peers):
     assert "flash-varlen" in default_methods(select(["A-samehash16-16k"])[0], False)
 
 
+def test_the_fourth_generation_of_flash_attn_alone_is_no_second(tmp_path, monkeypatch):
+    from bench.methods import METHODS, CannotRun, installed_peers
+
+    folder = tmp_path / "flash_attn" / "cute"  # and no flash_attn/__init__.py, as its wheel has it
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text(FLASH_SOURCE.replace("WRAP", ""))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert installed_peers() == ["flash-attn-4"]
+    with pytest.raises(CannotRun, match="flash_attn is not installed"):
+        METHODS["flash-attn-2"](None)
+
+
 @pytest.mark.parametrize("name", [*PEERS, "flash-attn", "sdpa-math", "sdpa-flash"])
 def test_a_dense_peer_computes_causal_attention(fake_peers, name):
     from bench.cases import Case
