@@ -38,6 +38,7 @@ def _card(stem: str) -> Page:
             f"{stem}-wide": "Wide heads, with a backward of two roles",
             f"{stem}-original": "Beside the original, and numba-cuda",
             f"{stem}-flex": "Beside FlexAttention",
+            f"{stem}-peers": "Beside flash-attn, xformers and cuDNN's frontend",
             f"{stem}-jit": "First use on a machine",
         },
     )

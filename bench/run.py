@@ -212,9 +212,21 @@ def _rows_of(
         except OverLimit:
             raise
         except Exception as reason:  # a peer may raise anything
+            over = _wrapped(reason, OverLimit)
+            if over is not None:
+                raise over from reason
             words = f"{type(reason).__name__}: {_first_line(reason)}"
             yield row | {"reason": words, "failed": True}
         waiting.remove(name)
+
+
+def _wrapped(error: BaseException | None, kind: type[Exception]) -> Exception | None:
+    """The error of a kind that another stands for, as compilers wrap whatever stops them."""
+    while error is not None:
+        if isinstance(error, kind):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _first_line(reason: Exception) -> str:

@@ -66,6 +66,22 @@ def test_limit_stops_a_case_and_says_so():
     assert "not run: over the limit" in out
 
 
+def test_a_limit_that_a_compiler_wraps_is_a_limit_still(monkeypatch):
+    from bench import run
+    from bench.limits import OverLimit
+
+    def wraps(inputs):
+        try:
+            raise OverLimit("over the limit of 1 s for a case")
+        except OverLimit:
+            raise RuntimeError("compiling failed") from None
+
+    monkeypatch.setitem(run.METHODS, "flex", wraps)
+    out = bench("--case", "smoke-dense", "--method", "flex", "naive", "--seconds", 0)
+    assert out.count("not run: over the limit of 1 s for a case") == 2
+    assert "compiling failed" not in out
+
+
 def test_floor_by_hand():
     from bench.cases import Case
     from bench.floor import Ceilings, floor_facts
