@@ -44,7 +44,7 @@ def _copied(
 
 
 def _fake(heads: int, head_dim: int, buckets: int, seed: int, device: torch.device) -> torch.Tensor:
-    return torch.empty((1, heads, head_dim, buckets // 2), device=device)
+    return torch.empty((1, heads, head_dim, buckets // 2), dtype=torch.float32, device=device)
 
 
 LIBRARY.impl("directions", _copied, "CompositeExplicitAutograd")

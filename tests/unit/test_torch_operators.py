@@ -7,6 +7,7 @@ torch = pytest.importorskip("torch", reason="the torch bridge needs torch (extra
 from torch._subclasses import FakeTensorMode  # noqa: E402
 
 import scfa_core as scfa  # noqa: E402
+from scfa_core.hf_directions import DIRECTIONS  # noqa: E402
 from scfa_core.torch_ops import BACKWARD, FORWARD, MAKE_PLAN  # noqa: E402
 from scfa_core.torch_patterns import decode, encode, is_monotone  # noqa: E402
 
@@ -42,7 +43,7 @@ def forward_arguments(memory, requires_grad=True):
     return (q, k, v, *plan.arrays, plan.monotone, None, True, layout, BACKEND)
 
 
-@pytest.mark.parametrize("memory", ["bhtd", "bhtd from bthd", "bthd"])
+@pytest.mark.parametrize("memory", ["bhtd", "bhtd from bthd", "bthd", "expanded"])
 def test_opcheck(memory):
     """Schema, autograd registration, fake tensors, AOT dispatch with dynamic shapes."""
     arguments = forward_arguments(memory)
@@ -53,6 +54,18 @@ def test_opcheck(memory):
     saved = [x.detach() for x in (*arguments[:3], out, lse)]
     for dlse in (None, torch.ones_like(lse)):
         torch.library.opcheck(BACKWARD, (torch.ones_like(out), dlse, *saved, *arguments[3:]))
+
+
+def test_fake_directions_have_the_real_dtype_whatever_the_default_is():
+    before = torch.get_default_dtype()
+    arguments = (2, 16, 8, 0, torch.device("cpu"))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with FakeTensorMode():
+            fake = DIRECTIONS(*arguments)
+        assert fake.dtype is DIRECTIONS(*arguments).dtype is torch.float32
+    finally:
+        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("memory", MEMORY)
