@@ -17,7 +17,7 @@ from bench import records
 from bench.limits import Budget
 from bench.machine import machine, resumed
 from scfa_core import testing
-from scfa_core.dispatch import load_backend
+from scfa_core.dispatch import BACKEND_NAMES, load_backend
 from scfa_core.errors import BackendUnavailable, DTypeError
 from scfa_core.verify import run_case
 
@@ -134,7 +134,9 @@ def show(row: dict[str, Any]) -> None:
 def main(argv: list[str]) -> int:
     """Print a row per backend, dtype and pattern and store them; 1 if any is beyond the rule."""
     parser = argparse.ArgumentParser(prog="python -m bench accuracy", description=main.__doc__)
-    parser.add_argument("--backend", nargs="+", default=["numba-cpu"])
+    parser.add_argument(
+        "--backend", nargs="+", default=["numba-cpu"], choices=BACKEND_NAMES, metavar="BACKEND"
+    )
     parser.add_argument("--pattern", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--dtype", nargs="+", default=None, choices=DTYPES)
     parser.add_argument("--seqlen", type=int, default=1024)
@@ -149,6 +151,8 @@ def main(argv: list[str]) -> int:
     if len(host) > 1:
         raise SystemExit("backends of the host and of a GPU go to files of their own")
     device = "cpu" if host == {True} else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("these backends need a CUDA device, and torch sees none")
     begun: dict[str, Any] = {
         "kind": "accuracy",
         "machine": machine(device, args.commit),

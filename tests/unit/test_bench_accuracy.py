@@ -60,6 +60,16 @@ def test_accuracy_is_stored_row_by_row_resumed_and_of_one_kind_of_memory(tmp_pat
         run("--backend", "numba-cpu", "cupy")
 
 
+@pytest.mark.parametrize(("backend", "words"), [("foo", "invalid choice"), ("cupy", "CUDA device")])
+def test_a_backend_that_cannot_be_measured_here_is_refused(monkeypatch, capsys, backend, words):
+    from bench import accuracy
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        accuracy.main(["--backend", backend])
+    assert words in capsys.readouterr().err + str(stop.value)
+
+
 def test_the_page_of_several_backends_has_a_table_for_each(tmp_path):
     from bench.accuracy_page import markdown
 
