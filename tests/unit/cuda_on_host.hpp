@@ -74,6 +74,17 @@ inline void wait(Barrier& barrier, int members) {
 
 inline void wait_warp() { wait(warps[current / kWarp], kWarp); }
 
+// Who follows what barriers order (memory_on_host.hpp): told of arrivals, the last of a phase among them, and of those
+// who go on. An exchange within a warp orders nothing.
+static void (*told)(const void* barrier, bool last);
+static void (*heard)(const void* barrier);
+
+inline void meet(Barrier& barrier, int members) {
+  if (told) told(&barrier, barrier.arrived + 1 == members);
+  wait(barrier, members);
+  if (heard) heard(&barrier);
+}
+
 // Value that another lane of this warp passed to the same call.
 template <class T>
 T exchange(T value, int lane) {
@@ -115,6 +126,48 @@ inline void resume() {
   setcontext(&fiber->start);
 }
 
+constexpr int kUpwards = 3, kDownwards = 4;  // orders in which one warp runs as far as it can before another does
+
+// Lets every thread of one warp run until it yields; how many came to their end.
+inline int resume_warp(int warp, int threads) {
+  int ended = 0;
+  for (int i = warp * kWarp; i < (warp + 1) * kWarp && i < threads; ++i) {
+    if (finished[i]) continue;
+    current = i;
+    threadIdx = {(unsigned)i, 0, 0};
+    resume();
+    ended += finished[i];
+  }
+  return ended;
+}
+
+// Blocks whose threads all waited for another. A driver that asks for their number goes on without them.
+static int stuck_blocks;
+static bool counts_stuck_blocks;
+
+inline void stuck() {
+  std::fprintf(stderr, "cuda_on_host: every thread of block %u waits for another\n", blockIdx.x);
+  if (!counts_stuck_blocks) std::abort();
+  ++stuck_blocks;
+  fibers.clear();  // they stay where they are, and their stacks with them
+}
+
+// Runs the first warp that can go on, as far as it can, before any warp after it.
+inline void run_greedily(int threads, bool downwards) {
+  const int count = (threads + kWarp - 1) / kWarp;
+  for (int left = threads; left > 0;) {
+    bool went_on = false;
+    for (int i = 0; i < count && !went_on; ++i) {
+      for (long before = -1; before != progress;) {
+        before = progress;
+        left -= resume_warp(downwards ? count - 1 - i : i, threads);
+        went_on |= before != progress;
+      }
+    }
+    if (!went_on) return stuck();
+  }
+}
+
 // Runs one block of `threads` fibers to its end.
 inline void run_block(int threads, int order) {
   while (fibers.size() < (size_t)threads) add_fiber();
@@ -122,6 +175,7 @@ inline void run_block(int threads, int order) {
   warps.assign(threads / kWarp, Barrier());
   slots.assign(threads, 0);
   block = Barrier();
+  if (order >= kUpwards) return run_greedily(threads, order == kDownwards);
   turn.resize(threads);
   for (int i = 0; i < threads; ++i) turn[i] = order == 0 ? i : order == 1 ? threads - 1 - i : (i * 37 + 11) % threads;
   for (int left = threads; left > 0;) {
@@ -133,10 +187,7 @@ inline void run_block(int threads, int order) {
       resume();
       left -= finished[i];
     }
-    if (progress == before) {
-      std::fprintf(stderr, "cuda_on_host: every thread of block %u waits for another\n", blockIdx.x);
-      std::abort();
-    }
+    if (progress == before) return stuck();
   }
 }
 
@@ -157,8 +208,8 @@ void launch(Kernel kernel, const Params& params, unsigned grid, int threads, int
 
 }  // namespace host
 
-inline void __syncthreads() { host::wait(host::block, blockDim.x); }
-inline void __syncwarp() { host::wait_warp(); }
+inline void __syncthreads() { host::meet(host::block, blockDim.x); }
+inline void __syncwarp() { host::meet(host::warps[host::current / host::kWarp], host::kWarp); }
 
 template <class T>
 T __shfl_sync(unsigned, T value, int lane) {

@@ -2,6 +2,8 @@
 
 wgmma_on_host.hpp plays what only the card has: barriers, copies, products from descriptors. All
 else is the shipped source: gathers, swizzle, zeros beyond the rows, masks, softmax, stores.
+memory_on_host.hpp follows which accesses to shared memory barriers and proxy fences order: a kernel
+that leaves two without order fails, however its threads took turns.
 """
 
 import re
@@ -24,23 +26,42 @@ PLAYED = (  # functions of the shipped headers that the host has its own of
     *("wgmma_fence", "wgmma_commit", "wgmma_wait", "pin", "wgmma_shared", "wgmma_issue"),
     *("wgmma_registers", "load_acquire", "store_release", "wait_until", "global_proxy_fence"),
     *("start_sum", "wait_until_read", "wait_until_added", "fetch_sum", "shared_store_four"),
-    *("load_sum_four", "row_address"),
+    *("load_sum_four", "row_address", "shared_address", "barrier_init", "barrier_init_done"),
+    *("barrier_arrive", "barrier_try_wait", "named_barrier_sync", "named_barrier_arrive"),
+    *("named_barrier_any", "give_registers", "take_registers", "uniform", "shared_load"),
+    *("shared_store", "shared_load_pair"),
 )
+INSTRUCTIONS = {  # of the functions that are left, as the host plays them
+    "fence.proxy.async.shared::cta;": "memory::proxy_fence();",
+    "cp.async.wait_all;": "wait_for_copies();",
+    "trap;": "std::abort();",
+    "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];": "arrive_when_copied(barrier);",
+}
 DRIVER = """
-extern "C" void run(const Params* p, int blocks, int threads, int shared_bytes, int order) {
+extern "C" int run(const Params* p, int blocks, int threads, int shared_bytes, int order) {
   std::vector<char> shared(shared_bytes + 1024);
   dynamic_shared = (char*)(((size_t)shared.data() + 1023) / 1024 * 1024);
+  memory::faults = host::stuck_blocks = 0;
+  host::counts_stuck_blocks = true;
+  READS_IN_VAIN
   gridDim = {(unsigned)blocks, 1, 1};
   blockDim = {(unsigned)threads, 1, 1};
-  for (int x = 0; x < blocks; ++x) {
+  for (int x = 0; x < blocks && !host::stuck_blocks; ++x) {
     for (size_t i = 0; i < shared.size(); ++i) shared[i] = i % 2 ? 0x7f : 0xff;  // NaN
-    host::start_block(threads);
+    host::start_block(threads, shared_bytes);
     blockIdx = {(unsigned)x, 0, 0};
     host::body = [&] { KERNEL(*p); };
     host::run_block(threads, order);
+    host::end_block();
   }
+  host::end_grid();
+  return host::stuck_blocks ? -1 : memory::faults;
 }
 """
+# The first step of a tile multiplies dS of the tile before, or of nothing, and forgets the product.
+READS_IN_VAIN = {
+    "bwd_fused128_sm90": "memory::in_vain = kChangeBase, memory::in_vain_end = kSumBase;"
+}
 TYPES = """
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -58,7 +79,7 @@ def without_function(text, name):
     """Cut every definition of a function, with its template line."""
     head = rf"(?:template <[^{{}};]*?>\n)?__device__ __forceinline__ [\w ]+ {name}\("
     while found := re.search(head, text):
-        end = text.index("{\n", found.end()) + 1
+        end = text.index("{", found.end()) + 1
         depth = 1
         while depth:
             depth += {"{": 1, "}": -1}.get(text[end], 0)
@@ -73,6 +94,8 @@ def for_the_host(name, text):
     text = re.sub(dynamic, "char* dynamic = dynamic_shared", text)
     for function in PLAYED:
         text = without_function(text, function)
+    for instruction, played in INSTRUCTIONS.items():
+        text = re.sub(rf'asm volatile\("{re.escape(instruction)}"[^;]*;', played, text)
     text = re.sub(r'asm volatile\("(prefetch|" : "\+[lr]")[^;]*(;"[^;]*)?;', "", text)
     fragment = r'asm volatile\("ldmatrix.*?: "=r"\((.*?)\)\s*: "r"\(address\)\s*: "memory"\);'
     registers = r"load_matrices_of(\1, address);"
@@ -96,19 +119,22 @@ class Kernels(host_build.HostCompiler):
     """What the shipped sources of Hopper are on the host."""
 
     def __init__(self, folder):
-        sources = {"types.cuh": TYPES, "mbarrier.cuh": "#pragma once\n"}
+        sources = {"types.cuh": TYPES}
         for name, text in nvrtc.read_sources().items():
-            if re.search("sm90|wgmma", name):
+            if re.search("sm90|wgmma|mbarrier", name):
                 sources[name] = for_the_host(name, text)
         super().__init__(folder, sources)
 
-    def kernel(self, name, dtype, head_dim, shape, monotone=True, sanitize=False):
+    def kernel(self, name, dtype, head_dim, shape, monotone=True, sanitize=False, fences=True):
         """Promise of the function that runs a kernel."""
         constants = (("BFLOAT16", int(dtype == "bfloat16")),)
         if shape is not None:
             constants = overheard_constants(name, dtype, head_dim, shape, monotone)
-        source = source_of((f"{name}.cu",), f"#define KERNEL scfa_{name}{DRIVER}")
-        return self.start(source, (*constants, ("SANITIZE", int(sanitize))))
+        build = ("SANITIZE", int(sanitize)), ("PROXY_FENCE", int(fences))
+        driver = DRIVER.replace("KERNEL", f"scfa_{name}")
+        driver = driver.replace("READS_IN_VAIN", READS_IN_VAIN.get(name, ""))
+        source = source_of((f"{name}.cu",), driver)
+        return self.start(source, (*constants, *build))
 
 
 @pytest.fixture(scope="module")
@@ -161,10 +187,21 @@ def passes(spec, fused, monotone=True):
             yield kernel, shape, tiles, heads, None, launch_sm90._threads(kernel, shape)
 
 
-def run(kernels, case, order=0, blocks=1, fused=False, slots=None, sanitize=False, any_order=False):
+def run(
+    kernels,
+    case,
+    order=0,
+    blocks=1,
+    fused=False,
+    slots=None,
+    sanitize=False,
+    any_order=False,
+    fences=True,
+):
     """Results of one case; `slots` query heads have room for sums of dq, all by default.
 
-    With `any_order` the kernels are not told of ranges that are in order.
+    With `any_order` the kernels are not told of ranges that are in order; without `fences` their
+    products look at copied rows through no proxy fence.
     """
     spec = case.spec
     problem = Problem(
@@ -192,7 +229,7 @@ def run(kernels, case, order=0, blocks=1, fused=False, slots=None, sanitize=Fals
     envelopes_at = (envelopes[0].ctypes.data, envelopes[1].ctypes.data)
     launches = list(passes(spec, fused, monotone))
     compiled = [  # all begin to compile before the first one runs
-        kernels.kernel(kernel, spec.dtype, spec.head_dim, shape, monotone, sanitize)
+        kernels.kernel(kernel, spec.dtype, spec.head_dim, shape, monotone, sanitize, fences)
         for kernel, shape, *_ in launches
     ]
     for (kernel, shape, tiles, heads, least, threads), function in zip(
@@ -204,7 +241,9 @@ def run(kernels, case, order=0, blocks=1, fused=False, slots=None, sanitize=Fals
             *((at, at + 4 * lse.size), counter.ctypes.data, tiles, heads, sums, 0, envelopes_at),
         )
         shared = 0 if shape is None else launch_sm90._SHARED[kernel](spec.head_dim, shape)
-        function.result()(params, least or blocks, threads, shared, order)
+        faults = function.result()(params, least or blocks, threads, shared, order)
+        assert faults >= 0, f"{kernel}: every thread waits for another"
+        assert not faults, f"{kernel}: {faults} unordered accesses to memory, see stderr"
     wide = (testing.widen(x, spec.dtype) for x in (out, dq, dk, dv))
     out, dq, dk, dv = wide
     return Results(out, lse, dq, dk, dv)

@@ -55,7 +55,7 @@ extern "C" void run(const int* starts, const int* ends, const int* indices, int 
   Params p{};
   p.key_start = starts, p.key_end = ends, p.q_index = indices;
   p.seqlen_q = rows, p.tiles = p.tiles_per_head = tiles;
-  host::start_block(kGatherThreads);
+  host::start_block(kGatherThreads, 64 + TileData<SCFA_ROWS>::kBytes);
   host::body = [&] { visit<SCFA_ROWS, SCFA_BLOCK_N>(p, keys_of_tile, unions, seen); };
   host::run_block(kGatherThreads, order);
 }

@@ -99,3 +99,24 @@ def test_the_build_for_the_sanitizer(kernels, head_dim, fused):
     parts = (Part("window", number=200),)
     spec = Spec(1, 2, 2, 270, 270, head_dim, head_dim, "bfloat16", parts=parts, seed=6)
     check(kernels, spec, fused=fused, order=1, slots=1, sanitize=True)
+
+
+UPWARDS, DOWNWARDS = 3, 4  # of cuda_on_host.hpp: those who fetch run far ahead, or far behind
+
+
+@pytest.mark.parametrize("order", [UPWARDS, DOWNWARDS])
+@pytest.mark.parametrize(
+    ("head_dim", "fused"), [(64, False), (128, False), (256, False), (64, True), (128, True)]
+)
+def test_warps_that_run_as_far_as_they_can(kernels, head_dim, fused, order):
+    """More blocks than buffers, in several tiles and heads, whose sums share their room."""
+    length = 200 if head_dim == 256 else 330
+    parts = (Part("window", number=length - 30),)
+    sizes = (1, 4, 2, length, length, head_dim, head_dim, "bfloat16")
+    check(kernels, Spec(*sizes, parts=parts, seed=7), fused=fused, order=order, slots=2)
+
+
+def test_without_a_proxy_fence_products_see_no_copied_rows(kernels):
+    """The played memory is as unkind as that: no output is a number."""
+    spec = Spec(1, 1, 1, 70, 70, 64, 64, "bfloat16", parts=(Part("causal", number=0),), seed=7)
+    assert np.isnan(run(kernels, testing.build(spec), fences=False).out).all()
