@@ -1,9 +1,10 @@
-"""Faults that only a card can show: memory order, asynchronous copies, products that still run.
+"""Faults of memory order on a card: fences, asynchronous copies, products that still run.
 
-The CPU plays these kernels with every copy in place and every product done at once. `run_gpu.py`
-plants them one at a time, each in a copy of its own, and runs the tests named here on the GPU. The
-kernels are those of Hopper, where producers and consumers meet at barriers in shared memory. A wait
-for products that is missing is no fault here: the compiler sees it and puts products in order.
+`run_gpu.py` plants them one at a time, each in a copy of its own, and runs the tests named here on
+the GPU. The kernels are those of Hopper, where producers and consumers meet at barriers in shared
+memory. A wait for products that is missing is no fault here: the compiler sees it and puts products
+in order. The same faults are planted on the CPU (faults_hopper.py), whose memory keeps no order but
+that of barriers and fences.
 """
 
 from fault import SUITES, Fault
@@ -134,8 +135,9 @@ FAULTS = (
     ),
 )  # fmt: skip
 
-# Faults that no test noticed on the cards tried, and why they may stay unseen: each takes out an
-# order that PTX does not promise, and that the card kept by itself in thousands of calls.
+# Faults that no test noticed on the cards tried, and why they may stay unseen there: each takes out
+# an order that PTX does not promise, and that the card kept by itself in thousands of calls. On the
+# CPU, under the same name with `hopper-` for `gpu-`, each of them is caught.
 _PROXY = (
     "rows or tiles written by one proxy are read by the other behind a barrier that is waited for "
     "in between; PTX asks for the fence, and no result differed without it"

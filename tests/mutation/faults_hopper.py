@@ -1,6 +1,7 @@
 """Faults in the Hopper kernels that the tests run on the CPU."""
 
 from fault import SUITES, Fault
+from faults_gpu import FAULTS as ON_A_CARD
 
 HOPPER = "tests/unit/test_hopper_any_order.py"
 SUITES["hopper"] = (
@@ -18,6 +19,17 @@ SUITES["hopper-dkdv"] = (
     (f"{HOPPER}::test_gradients_where_blocks_of_queries_see_nothing_of_a_tile",),
     (f"{HOPPER}::test_ranges_that_begin_and_end_beside_blocks",),
 )
+
+
+def _ordered(shapes: str) -> tuple[tuple[str, ...], ...]:
+    """Kernels whose accesses memory_on_host.hpp follows; `shapes`: head_dim, in one pass or not."""
+    return (("tests/unit/test_hopper_on_host.py", "-k", f"as_far_as_they_can and {shapes}"),)
+
+
+SUITES["hopper-memory"] = _ordered("64-False")
+SUITES["hopper-memory-wide"] = _ordered("256-False")
+SUITES["hopper-memory-fused64"] = _ordered("64-True")
+SUITES["hopper-memory-fused128"] = _ordered("128-True")
 
 CUDA = "backends/cupy_raw/cuda/"
 
@@ -225,3 +237,27 @@ FAULTS = (
         "blocks of 48 are passed over that only their last query sees", "hopper-wide",
     ),
 )  # fmt: skip
+
+# What is planted on a card is planted here too: what one thread or unit does to shared memory, and
+# another does to the same bytes, is ordered by barriers and fences or is found. Key tiles that add
+# to dq out of turn belong to blocks that run at the same time; here one runs after the other.
+_SUITES = {
+    "gpu-split": "hopper-memory",
+    "gpu-all": "hopper-memory",
+    "gpu-wide": "hopper-memory-wide",
+    "gpu-fused64": "hopper-memory-fused64",
+    "gpu-fused128": "hopper-memory-fused128",
+}
+ONLY_ON_A_CARD = ("gpu-fused-turn", "gpu-fused128-turn")
+
+
+def on_cpu(name: str) -> str:
+    """Name here of a fault of faults_gpu.py."""
+    return "hopper-" + name.removeprefix("gpu-")
+
+
+FAULTS += tuple(
+    fault._replace(name=on_cpu(fault.name), suite=_SUITES[fault.suite])
+    for fault in ON_A_CARD
+    if fault.name not in ONLY_ON_A_CARD
+)

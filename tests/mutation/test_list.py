@@ -11,6 +11,7 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE))
 
 import faults_gpu  # noqa: E402
+import faults_hopper  # noqa: E402
 from fault import SUITES  # noqa: E402
 from faults import FAULTS  # noqa: E402
 
@@ -49,3 +50,14 @@ def test_what_a_card_does_not_show_has_a_reason():
     assert list(results) == [fault.name for fault in faults_gpu.FAULTS]
     survived = {name for name, outcome in results.items() if outcome == "survived"}
     assert survived == set(faults_gpu.NOT_SEEN)
+
+
+def test_what_a_card_does_not_show_is_planted_on_the_cpu():
+    """And is caught there, as all of that list is."""
+    planted = {fault.name: fault for fault in FAULTS}
+    for fault in faults_gpu.FAULTS:
+        if fault.name in faults_hopper.ONLY_ON_A_CARD:
+            assert fault.name not in faults_gpu.NOT_SEEN
+            continue
+        here = planted[faults_hopper.on_cpu(fault.name)]
+        assert (here.file, here.old, here.new) == (fault.file, fault.old, fault.new)

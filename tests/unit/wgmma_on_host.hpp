@@ -44,7 +44,7 @@ struct BackgroundCopy {
 };
 static std::vector<std::vector<BackgroundCopy>> background_copies;  // of each thread, not landed yet
 
-// Sums of bwd_fused_sm90_sums.cuh.
+// Additions to sums of dq (bwd_fused_sm90_sums.cuh).
 struct BulkSum {
   float* target = nullptr;
   unsigned source = 0, issued = 0;
