@@ -27,6 +27,9 @@ def _ordered(shapes: str) -> tuple[tuple[str, ...], ...]:
 
 
 SUITES["hopper-memory"] = _ordered("64-False")
+SUITES["hopper-memory-long"] = (
+    ("tests/unit/test_hopper_on_host.py", "-k", "more_blocks_than_buffers and 64"),
+)
 SUITES["hopper-memory-wide"] = _ordered("256-False")
 SUITES["hopper-memory-fused64"] = _ordered("64-True")
 SUITES["hopper-memory-fused128"] = _ordered("128-True")
@@ -235,6 +238,51 @@ FAULTS = (
     Fault("hopper-wide-look", CUDA + "weigh_columns_sm90.cuh",
         "min(32, kBlockM - 1 - lane)", "min(32, kBlockM - 2 - lane)",
         "blocks of 48 are passed over that only their last query sees", "hopper-wide",
+    ),
+    # order in shared memory, beside what is planted on a card (below)
+    Fault("hopper-fwd-key-fence", CUDA + "fwd_sm90.cu",
+        "      barrier_wait(shared.key_full(key.slot), key.parity);\n      async_proxy_fence();\n"
+        "      take_turn();",
+        "      barrier_wait(shared.key_full(key.slot), key.parity);\n      take_turn();",
+        "the first scores of a tile may not see its keys", "hopper-memory",
+    ),
+    Fault("hopper-fwd-value-fence", CUDA + "fwd_sm90.cu",
+        "          barrier_wait(shared.value_full(value.slot), value.parity);\n"
+        "          async_proxy_fence();",
+        "          barrier_wait(shared.value_full(value.slot), value.parity);",
+        "products with the weights may not see the values", "hopper-memory",
+    ),
+    Fault("hopper-fwd-early", CUDA + "fwd_sm90.cu",
+        "        wgmma_wait<1>();\n        pin(scores);\n"
+        "        barrier_release(shared.key_empty(key.slot), lane);",
+        "        barrier_release(shared.key_empty(key.slot), lane);\n        wgmma_wait<1>();\n"
+        "        pin(scores);",
+        "the room of keys is given back before their product is done", "hopper-memory-long",
+    ),
+    Fault("hopper-dq-fence", CUDA + "bwd_dq_sm90.cu",
+        "        barrier_wait(shared.key_full(key.slot), key.parity);\n"
+        "        async_proxy_fence();\n        pin(scores);",
+        "        barrier_wait(shared.key_full(key.slot), key.parity);\n        pin(scores);",
+        "scores may not see the keys of the next block", "hopper-memory",
+    ),
+    Fault("hopper-dq-early", CUDA + "bwd_dq_sm90.cu",
+        "        wgmma_wait<2>();\n        pin(gradient);\n        pin(weights);\n"
+        "        barrier_release(shared.key_empty(slot), lane);",
+        "        barrier_release(shared.key_empty(slot), lane);\n        wgmma_wait<2>();\n"
+        "        pin(gradient);\n        pin(weights);",
+        "the room of keys is given back before dq has been added to", "hopper-memory",
+    ),
+    Fault("hopper-dkdv-early", CUDA + "bwd_dkdv_sm90_roles.cuh",
+        "        wgmma_wait<0>();\n        pin(gradient);\n        pin(packed);\n"
+        "        barrier_release(shared.query_empty(slot), lane);",
+        "        barrier_release(shared.query_empty(slot), lane);\n        wgmma_wait<0>();\n"
+        "        pin(gradient);\n        pin(packed);",
+        "the room of queries is given back before the last product is done", "hopper-memory-wide",
+    ),
+    Fault("hopper-fused128-rows-fence", CUDA + "bwd_fused128_sm90.cu",
+        "      wait_for_rows();\n      async_proxy_fence();\n",
+        "      wait_for_rows();\n",
+        "the first scores of a head may not see its queries", "hopper-memory-fused128",
     ),
 )  # fmt: skip
 

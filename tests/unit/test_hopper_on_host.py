@@ -116,6 +116,16 @@ def test_warps_that_run_as_far_as_they_can(kernels, head_dim, fused, order):
     check(kernels, Spec(*sizes, parts=parts, seed=7), fused=fused, order=order, slots=2)
 
 
+@pytest.mark.parametrize("lengths", [(66, 650), (650, 66)])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_more_blocks_than_buffers(kernels, head_dim, lengths):
+    """In one tile, so that no room is known to be free but by its own barrier."""
+    many_keys = lengths[0] < lengths[1]
+    parts = (Part("causal", number=int(many_keys)),)  # every query sees nearly all of them
+    spec = Spec(1, 1, 1, *lengths, head_dim, head_dim, "bfloat16", parts=parts, seed=7)
+    check(kernels, spec, order=DOWNWARDS if many_keys else UPWARDS)
+
+
 def test_without_a_proxy_fence_products_see_no_copied_rows(kernels):
     """The played memory is as unkind as that: no output is a number."""
     spec = Spec(1, 1, 1, 70, 70, 64, 64, "bfloat16", parts=(Part("causal", number=0),), seed=7)
