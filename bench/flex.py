@@ -11,6 +11,7 @@ import torch
 from bench.inputs import Inputs
 from bench.timed import CannotRun, Timed, autograd, found
 
+Orders = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # of queries, of keys, and back
 Visible = Callable[[Any, Any, Any, Any], Any]  # mask_mod: batch, head, query, key -> seen or not
 
 
@@ -95,17 +96,22 @@ def _sorted_rows(inputs: Inputs, kernels: str) -> Timed:
     case = inputs.case
     group = case.heads // case.heads_kv
     attend, build = _compiled(inputs, kernels)
-    # The mask reads these four in place, so that a new pattern does not compile anew.
-    q_order, back = (torch.empty_like(inputs.q_ids, dtype=torch.int64) for _ in range(2))
+    # The mask reads these four in place, so that a new pattern does not compile anew. Rows are
+    # taken by others: backward needs its forward's order, which no later plan may change.
+    q_order = torch.empty_like(inputs.q_ids, dtype=torch.int64)
     k_order = torch.empty_like(inputs.k_ids, dtype=torch.int64)
     q_sorted, k_sorted = torch.empty_like(inputs.q_ids), torch.empty_like(inputs.k_ids)
-    places = torch.arange(case.seqlen, device=case.device).expand_as(back)
+    places = torch.arange(case.seqlen, device=case.device).expand_as(q_order)
 
-    def sort() -> None:
+    def sort() -> Orders:
         """What a new pattern costs before its mask is built."""
-        torch.sort(inputs.q_ids, stable=True, out=(q_sorted, q_order))
-        torch.sort(inputs.k_ids, stable=True, out=(k_sorted, k_order))
-        back.scatter_(-1, q_order, places)
+        q_values, q_new = torch.sort(inputs.q_ids, stable=True)
+        k_values, k_new = torch.sort(inputs.k_ids, stable=True)
+        for mine, other in zip(
+            (q_sorted, q_order, k_sorted, k_order), (q_values, q_new, k_values, k_new), strict=True
+        ):
+            mine.copy_(other)
+        return q_new, k_new, torch.empty_like(q_new).scatter_(-1, q_new, places)
 
     def visible(b: Any, h: Any, i: Any, j: Any) -> Any:
         g = key_head(h, group)
@@ -115,20 +121,20 @@ def _sorted_rows(inputs: Inputs, kernels: str) -> Timed:
     def rows(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         return x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[-1]))
 
-    def plan() -> Any:
-        sort()
+    def plan() -> tuple[Orders, Any]:
+        orders = sort()
         sizes = (case.batch, case.heads, case.seqlen, case.seqlen)
-        return build(visible, *sizes, device=case.device)
+        return orders, build(visible, *sizes, device=case.device)
 
-    def permuted(make: Callable[[], Any]) -> Callable[..., torch.Tensor]:
+    def permuted(make: Callable[[], tuple[Orders, Any]]) -> Callable[..., torch.Tensor]:
         def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            mask = make()  # sorts, where it does, before the rows are taken
-            out = attend(rows(q, q_order), rows(k, k_order), rows(v, k_order), block_mask=mask)
+            (q_new, k_new, back), mask = make()
+            out = attend(rows(q, q_new), rows(k, k_new), rows(v, k_new), block_mask=mask)
             return rows(out, back)
 
         return run
 
-    block_mask = plan()
-    timed = autograd(inputs, permuted(lambda: block_mask), permuted(plan))
+    given = plan()
+    timed = autograd(inputs, permuted(lambda: given), permuted(plan))
     timed.plan = plan
     return timed
