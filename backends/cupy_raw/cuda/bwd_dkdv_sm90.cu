@@ -20,6 +20,13 @@
 #include "bwd_dkdv_sm90_gather.cuh"
 #include "weigh_columns_sm90.cuh"
 
+// Nothing is wanted of the block of queries in this slot: its buffer goes back as it came.
+__device__ __forceinline__ void pass_over_block(Shared shared, Ring<kStages>& query, int lane) {
+  barrier_wait(shared.query_full(query.slot), query.parity);
+  barrier_release(shared.query_empty(query.slot), lane);
+  query.advance();
+}
+
 #if SCFA_PARTS == 1
 #include "bwd_dkdv_sm90_both.cuh"
 #else

@@ -43,18 +43,9 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       async_proxy_fence();
     }
 
-    const auto skip_block = [&]() {
-      barrier_wait(shared.query_full(query.slot), query.parity);
-      barrier_release(shared.query_empty(query.slot), lane);
-      query.advance();
-    };
+    const auto skip_block = [&]() { pass_over_block(shared, query, lane); };
     QueryColumns columns;
-    // Wait for the next slot; does the block there see any of these keys? In any order it may not.
-    const auto sees_keys = [&]() {
-      if constexpr (kMonotone) return true;
-      barrier_wait(shared.query_full(query.slot), query.parity);
-      return columns.look(shared, query.slot, key0);
-    };
+    const auto sees_keys = [&]() { return columns.wait_and_look(shared, query, key0); };
     // Issue S^T = K Q^T and dP^T = V dO^T of a slot, as two groups.
     const auto issue_scores = [&](unsigned slot) {
       if constexpr (kKeysInRegisters) {

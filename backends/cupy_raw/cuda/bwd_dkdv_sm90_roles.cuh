@@ -61,17 +61,9 @@ __device__ __forceinline__ void multiply_tiles_as(const Params& p, Shared shared
 #pragma unroll
     for (int i = 0; i < kWidth / 2; ++i) gradient[i] = 0.0f;
 
-    const auto skip_block = [&]() {
-      barrier_wait(shared.query_full(query.slot), query.parity);
-      barrier_release(shared.query_empty(query.slot), lane);
-      query.advance();
-    };
+    const auto skip_block = [&]() { pass_over_block(shared, query, lane); };
     QueryColumns columns;
-    const auto sees_keys = [&]() {
-      if constexpr (kMonotone) return true;
-      barrier_wait(shared.query_full(query.slot), query.parity);
-      return columns.look(shared, query.slot, key0);
-    };
+    const auto sees_keys = [&]() { return columns.wait_and_look(shared, query, key0); };
     // What belongs to the queries of a block, loaded before its product is issued.
     const auto load_columns = [&](unsigned slot) {
       if constexpr (kRole == kOfValues) {

@@ -51,32 +51,6 @@ __device__ __forceinline__ void add_fetched(float (&grad)[32], Shared shared, co
   barrier_release(shared.sum_empty(turn.carrier), lane);
 }
 
-// Where rows of a dq tile go that is to be written: looked up while its product is made.
-struct QueryRows {
-  int index[2];
-  float scale[2];
-
-  // `own`: the first of this thread's two rows of the tile.
-  __device__ __forceinline__ void look_up(const Params& p, int z, int query_tile, int own) {
-    const long long list = static_cast<long long>(z) * p.seqlen_q;
-    const int sorted = (query_tile - z * p.query_tiles) * kBlockM + own;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const bool there = sorted + 8 * i < p.seqlen_q;
-      index[i] = there ? p.q_index[list + sorted + 8 * i] : -1;
-      // Rows that see nothing become exact zeros.
-      scale[i] = there && p.row_lse[list + sorted + 8 * i] != SCFA_INFINITY ? p.scale : 0.0f;
-    }
-  }
-
-  // This warpgroup's half of the columns of query head z.
-  __device__ __forceinline__ void write(const Params& p, const float (&grad)[32], int z, int group,
-                                        int lane) {
-    const int b = p.by_query_heads.quotient(z), h = z - b * p.heads;
-    scatter_rows(grad, scale, p.dq.of_head(b, h) + group * kRowBytes, p.dq.row, index, lane);
-  }
-};
-
 // Warpgroups 1 and 2: dk and dv of 64 keys of each tile, half the columns of dq.
 __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, int group) {
   const int thread = threadIdx.x % 128, warp = uniform(thread / 32), lane = thread % 32;
@@ -131,7 +105,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       };
       // dQ = dS K: half the columns, all keys of the tile.
       const auto issue_grad_q = [&](unsigned slot) {
-        new_product_of_columns<kBlockN>(grad_q, shared.changes(slot), key_panel);
+        product_of_columns<kBlockN, false>(grad_q, shared.changes(slot), key_panel);
         wgmma_commit();
       };
       QueryRows query_rows;
@@ -143,7 +117,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
           stage_sum(grad_q, shared, turn, group, thread);
         } else {
           if (turn.kind == kFetch) add_fetched(grad_q, shared, turn, group, thread, lane);
-          query_rows.write(p, grad_q, z, group, lane);
+          query_rows.write(p, grad_q, z, group * kRowBytes, lane);
         }
       };
 

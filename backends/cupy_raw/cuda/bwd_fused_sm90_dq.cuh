@@ -8,6 +8,7 @@ constexpr int kQueryThreads = 128;
 // In place of a query tile: this key tile is done; there are no more.
 constexpr int kTileDone = -1;
 constexpr int kAllDone = -2;
+constexpr int kSumRead = -1;  // in place of the tiles before: the sum is complete and has been read
 
 // Warps 2 and 3, in turn, so that one tile's way to memory hides the other's: add dq tiles to their
 // sums.
@@ -20,18 +21,23 @@ __device__ __forceinline__ void carry_sums(const Params& p, Shared shared, int c
       const int before = shared_load(shared.load(carrier) + 4);
       const int z = p.by_query_tiles.quotient(tile), part = tile - z * p.query_tiles;
       const int slot = z - p.by_slots.quotient(z) * p.slots;
-      if (before == 0) {
-        wait_for_room(p, tile, z);
+      if (before == kSumRead) {
+        barrier_arrive(shared.sum_empty(carrier));
+        if (lane == 0) store_release(p.added + tile, kComplete);
       } else {
-        wait_until(p.added + tile, before);
+        if (before == 0) {
+          wait_for_room(p, tile, z);
+        } else {
+          wait_until(p.added + tile, before);
+        }
+        global_proxy_fence();
+        start_sum(p.dq_sum + static_cast<long long>(slot * p.query_tiles + part) * kSumFloats,
+                  shared.sum(carrier), before == 0);
+        wait_until_read();
+        barrier_arrive(shared.sum_empty(carrier));
+        wait_until_added();  // from here on it is seen as if this thread had written it
+        if (lane == 0) store_release(p.added + tile, before + 1);
       }
-      global_proxy_fence();
-      start_sum(p.dq_sum + static_cast<long long>(slot * p.query_tiles + part) * kSumFloats,
-                shared.sum(carrier), before == 0);
-      wait_until_read();
-      barrier_arrive(shared.sum_empty(carrier));
-      wait_until_added();  // from here on it is seen as if this thread had written it
-      if (lane == 0) store_release(p.added + tile, before + 1);
     }
     __syncwarp();
   }
@@ -57,65 +63,59 @@ __device__ __forceinline__ void sum_queries(const Params& p, Shared shared) {
       change.advance();
       continue;
     }
-    float grad[kHeadDim / 2];
-    async_proxy_fence();
-    wgmma_fence();
-    new_product_of_columns<kBlockN>(grad, shared.changes(change.slot), shared.key(keys));
-    wgmma_commit();
     const int z = p.by_query_tiles.quotient(tile), part = tile - z * p.query_tiles;
     const int before = beyond - 1 - number;  // key tiles that add to this query tile earlier
+    const bool finishes = number == lowest, joins = finishes && before > 0;
+    float grad[kHeadDim / 2];
+    QueryRows rows;
+    if (finishes) rows.look_up(p, z, tile, 16 * warp + lane / 4);
+    async_proxy_fence();
+    if (joins) {
+      // The key tile that finishes a head's rows does so in every step of its own, and no room is free
+      // before: so all of a sum is on its way at once, straight to where the product is added to it.
+      if (lane == 0) wait_until(p.added + tile, before);
+      __syncwarp();
+      const int slot = z - p.by_slots.quotient(z) * p.slots;
+      const float* source =
+          p.dq_sum + static_cast<long long>(slot * p.query_tiles + part) * kSumFloats + 4 * thread;
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; i += 4) {
+        float sum[4];
+        load_sum_four(source + 128 * i, sum);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) grad[i + j] = sum[j];
+      }
+      pin(grad);
+      wgmma_fence();
+      product_of_columns<kBlockN, true>(grad, shared.changes(change.slot), shared.key(keys));
+    } else {
+      wgmma_fence();
+      product_of_columns<kBlockN, false>(grad, shared.changes(change.slot), shared.key(keys));
+    }
+    wgmma_commit();
     wgmma_wait<0>();
     pin(grad);
     barrier_release(shared.changes_empty(change.slot), lane);
     change.advance();
 
-    // Each thread has its 32 numbers of a tile in eight places of 16 bytes.
-    if (number != lowest) {
+    if (!finishes || joins) {
       barrier_wait(shared.sum_empty(sum.slot), sum.parity ^ 1);
-      const unsigned target = shared.sum(sum.slot) + 16 * thread;
+      if (!finishes) {  // each thread has its 32 numbers of a tile in eight places of 16 bytes
+        const unsigned target = shared.sum(sum.slot) + 16 * thread;
 #pragma unroll
-      for (int i = 0; i < kHeadDim / 2; i += 4) {
-        shared_store_four(target + 512 * i, grad[i], grad[i + 1], grad[i + 2], grad[i + 3]);
+        for (int i = 0; i < kHeadDim / 2; i += 4) {
+          shared_store_four(target + 512 * i, grad[i], grad[i + 1], grad[i + 2], grad[i + 3]);
+        }
       }
       if (thread == 0) {
         shared_store(shared.load(sum.slot), tile);
-        shared_store(shared.load(sum.slot) + 4, before);
+        shared_store(shared.load(sum.slot) + 4, finishes ? kSumRead : before);
       }
       shared_writes_fence();
       barrier_release(shared.sum_full(sum.slot), lane);
       sum.advance();
-    } else {
-      if (before > 0) {
-        if (thread == 0) wait_until(p.added + tile, before);
-        named_barrier_sync(kQueryBarrier, kQueryThreads);  // the sum of the others is there
-        const int slot = z - p.by_slots.quotient(z) * p.slots;
-        const float* source =
-            p.dq_sum + static_cast<long long>(slot * p.query_tiles + part) * kSumFloats +
-            4 * thread;
-#pragma unroll
-        for (int i = 0; i < kHeadDim / 2; i += 4) {
-          float other[4];
-          load_sum_four(source + 128 * i, other);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) grad[i + j] += other[j];
-        }
-        named_barrier_sync(kQueryBarrier, kQueryThreads);  // all have read the sum
-        if (thread == 0) store_release(p.added + tile, kComplete);
-      }
-      const int b = p.by_query_heads.quotient(z), h = z - b * p.heads;
-      const long long list = static_cast<long long>(z) * p.seqlen_q;
-      const int sorted = part * kBlockM + 16 * warp + lane / 4;
-      int index[2];
-      float scale[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const bool there = sorted + 8 * i < p.seqlen_q;
-        index[i] = there ? p.q_index[list + sorted + 8 * i] : -1;
-        // Rows that see nothing become exact zeros.
-        scale[i] = there && p.row_lse[list + sorted + 8 * i] != SCFA_INFINITY ? p.scale : 0.0f;
-      }
-      scatter_rows(grad, scale, p.dq.of_head(b, h), p.dq.row, index, lane);
     }
+    if (finishes) rows.write(p, grad, z, 0, lane);
   }
   for (int i = 0; i < kCarriers; ++i) {
     barrier_wait(shared.sum_empty(sum.slot), sum.parity ^ 1);

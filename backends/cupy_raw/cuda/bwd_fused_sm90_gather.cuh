@@ -29,8 +29,6 @@ constexpr int kSharedBytes = kBarrierBase + 8 * kBarriers + 1024;  // 1024: room
 static_assert(kSharedBytes <= 232448, "more shared memory than a block can have");
 static_assert(kSharedBytes == SCFA_SHARED_BYTES, "launch_sm90.py asks for as much as is laid out");
 
-constexpr int kQueryBarrier = 2;  // named barrier of the warpgroup that makes dq
-
 struct Shared : QueryData<kBlockM, kDataBase, kBounds, kBoundsBase> {
   __device__ __forceinline__ unsigned key(unsigned i) const { return base + 2 * i * kKeyBytes; }
   __device__ __forceinline__ unsigned value(unsigned i) const { return key(i) + kKeyBytes; }
@@ -135,29 +133,36 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
   Ring<kStages> query;
   if (thread == 0) shared_store(shared.share(), share_of(p, kFused));
   unsigned buffer = 0;  // of tile number and bounds, by the parity of the tile
+  int claimed = kUnclaimed;
   for (;; buffer ^= 1) {
     barrier_wait(shared.key_empty(key.slot), key.parity ^ 1);
-    const int tile = take_tile(p, shared, buffer, thread);
+    const int tile = take_tile(p, shared, buffer, thread, claimed);
+    claimed = kUnclaimed;
     if (tile >= p.tiles) break;
     const KeyTile at = locate_key_tile(p, tile);
     const int key0 = at.number * kBlockN, key1 = min(key0 + kBlockN, p.seqlen_k);
     const int first_z = at.b * p.heads + at.h_kv * p.group_size;
 
+    // All that is loaded before anything is known of the tile is on its way at once.
     const int kept = p.k_count[at.z];
+    int count = p.q_count[first_z];
     int sorted_keys[2], rows[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       sorted_keys[i] = key0 + gather_owned_row<kRowThreads>(thread, i);
-      rows[i] = sorted_keys[i] < min(key1, kept)
-                    ? p.k_index[static_cast<long long>(at.z) * p.seqlen_k + sorted_keys[i]]
-                    : -1;
+      rows[i] = p.k_index[static_cast<long long>(at.z) * p.seqlen_k +
+                          min(sorted_keys[i], p.seqlen_k - 1)];
     }
-    gather_rows<kBlockN, 1, kRowThreads>(shared.value(key.slot), p.v.of_head(at.b, at.h_kv) + lane_bytes,
-                                  p.v.row, rows, thread);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) rows[i] = sorted_keys[i] < min(key1, kept) ? rows[i] : -1;
+    gather_rows<kBlockN, 1, kRowThreads>(shared.value(key.slot),
+                                         p.v.of_head(at.b, at.h_kv) + lane_bytes, p.v.row, rows,
+                                         thread);
     for (int member = 0; member < p.group_size; ++member) {
       const int z = first_z + member;
+      if (member > 0) count = p.q_count[z];
       find_bounds(p, shared, buffer, member, static_cast<long long>(z) * p.seqlen_q,
-                  key0 < kept ? p.q_count[z] : 0, key0, warp, lane);
+                  key0 < kept ? count : 0, key0, warp, lane);
     }
     named_barrier_sync(kProducerBarrier, kRowThreads);  // the bounds are written
 
@@ -167,8 +172,9 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
       if (!seen_by_group(p, shared, buffer, first_z, sorted_keys[i], all)) rows[i] = -1;
     }
     __syncwarp();
-    gather_rows<kBlockN, 1, kRowThreads>(shared.key(key.slot), p.k.of_head(at.b, at.h_kv) + lane_bytes,
-                                  p.k.row, rows, thread);
+    gather_rows<kBlockN, 1, kRowThreads>(shared.key(key.slot),
+                                         p.k.of_head(at.b, at.h_kv) + lane_bytes, p.k.row, rows,
+                                         thread);
     barrier_arrive_after_copies(shared.key_full(key.slot));
     barrier_publish(shared.key_full(key.slot), thread);  // tile number and bounds
 
@@ -204,6 +210,9 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
         const bool sees = there && own.start < own.end && own.end > key0 && own.start < key1;
         // A query that sees no key of the tile becomes zeros.
         const int row = sees ? own.row : -1;
+        if (thread == 0 && first + kBlockM >= end_query && member + 1 == p.group_size) {
+          claimed = atomicAdd(p.counter, 1);  // the number comes while this waits for a buffer
+        }
         barrier_wait(shared.query_empty(query.slot), query.parity ^ 1);
         gather_queries(shared.query(query.slot), q, p.q.row, dout, p.dout.row, row, thread);
         // Lse of rows past the last kept one is +inf (before row_lse's first element) and delta 0:

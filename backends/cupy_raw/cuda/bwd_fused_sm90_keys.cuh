@@ -4,12 +4,13 @@
 
 #include "bwd_fused_sm90_tiles.cuh"
 
-// Take a tile, and tell the others its number. Not one tile ahead: others would wait for its sums
-// as long as this block is at the last one.
+// Take a tile, the one that `claimed` names if it is not kUnclaimed, and tell the others its number.
+// Not one tile ahead: others would wait for its sums as long as this block is at the last one.
+constexpr int kUnclaimed = -1;
 __device__ __forceinline__ int take_tile(const Params& p, Shared shared, unsigned buffer,
-                                         int thread) {
+                                         int thread, int claimed = kUnclaimed) {
   if (thread == 0) {
-    const int next = atomicAdd(p.counter, 1);
+    const int next = claimed == kUnclaimed ? atomicAdd(p.counter, 1) : claimed;
     shared_store(shared.tile(buffer), own_tile<false>(p, kFused, shared.share(), next, 0));
   }
   named_barrier_sync(kProducerBarrier, kRowThreads);  // the tile number is written

@@ -1,5 +1,5 @@
-// Sums of dq in memory, added to by one key tile after another: whose turn it is, and the bulk copies.
-// Include after params_sm90.cuh and kSumBytes.
+// Sums of dq in memory, added to by one key tile after another: whose turn it is, the bulk copies, and
+// where a complete one is written. Include after params_sm90.cuh, products_sm90.cuh and kSumBytes.
 #pragma once
 
 // Values of Params::added: the sum has been read and its room is free; at most one key tile visits,
@@ -96,3 +96,31 @@ __device__ __forceinline__ void wait_until_added() {
   if constexpr (kSanitize) __syncwarp();  // or as if it had written what all lanes did
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
+
+// Where rows of a dq tile go that is to be written: looked up while its product is made.
+struct QueryRows {
+  int index[2];
+  float lse[2];
+
+  // `own`: the first of this thread's two rows of the tile.
+  __device__ __forceinline__ void look_up(const Params& p, int z, int query_tile, int own) {
+    const long long list = static_cast<long long>(z) * p.seqlen_q;
+    const int sorted = (query_tile - z * p.query_tiles) * kBlockM + own;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const bool there = sorted + 8 * i < p.seqlen_q;
+      index[i] = there ? p.q_index[list + sorted + 8 * i] : -1;
+      lse[i] = there ? p.row_lse[list + sorted + 8 * i] : SCFA_INFINITY;
+    }
+  }
+
+  // 64 columns of query head z, from `column_bytes` into a row.
+  __device__ __forceinline__ void write(const Params& p, const float (&grad)[32], int z,
+                                        int column_bytes, int lane) {
+    const int b = p.by_query_heads.quotient(z), h = z - b * p.heads;
+    // Rows that see nothing become exact zeros.
+    const float scale[2] = {lse[0] != SCFA_INFINITY ? p.scale : 0.0f,
+                            lse[1] != SCFA_INFINITY ? p.scale : 0.0f};
+    scatter_rows(grad, scale, p.dq.of_head(b, h) + column_bytes, p.dq.row, index, lane);
+  }
+};

@@ -24,14 +24,16 @@ __device__ __forceinline__ KeyTile locate_key_tile(const Params& p, int tile) {
 __device__ __forceinline__ void find_bounds(const Params& p, Shared shared, unsigned buffer,
                                             int member, long long list, int count, int key0,
                                             int warp, int lane) {
+  static_assert(kBounds == 4 && kRowThreads == 64, "two bounds by each of two warps");
   const int last = min(key0 + kBlockN, p.seqlen_k) - 1;
-#pragma unroll 1
-  for (int i = warp; i < kBounds; i += kRowThreads / 32) {
-    const int* values = i == 1 || i == 2 ? p.key_start + list : p.key_end + list;
-    const int beyond = i == 1 ? key0 + kBlockN - 1 : i == 3 ? last : key0;
-    const int found = first_greater(values, count, beyond, lane);
-    const bool none = i == 0 && found == count;
-    if (lane == 0) shared_store(shared.bound(buffer, member, i), none ? kSeesNothing : found);
+  Search first{(warp == 1 ? p.key_start : p.key_end) + list, warp == 1 ? key0 + kBlockN - 1 : key0,
+               0, count};
+  Search second{(warp == 0 ? p.key_start : p.key_end) + list, warp == 0 ? key0 : last, 0, count};
+  search_both(first, second, lane);
+  if (lane == 0) {
+    const bool none = warp == 0 && first.high == count;
+    shared_store(shared.bound(buffer, member, warp), none ? kSeesNothing : first.high);
+    shared_store(shared.bound(buffer, member, warp + 2), second.high);
   }
 }
 

@@ -27,6 +27,16 @@ struct QueryColumns {
     return __any_sync(0xFFFFFFFFu, seen);
   }
 
+  // Wait for the block in the next slot; does it see any of the warpgroup's keys? Where ranges are
+  // nondecreasing it is known to.
+  template <int kSlots>
+  __device__ __forceinline__ bool wait_and_look(const Shared& shared, const Ring<kSlots>& query,
+                                                int key0) {
+    if constexpr (kMonotone) return true;
+    barrier_wait(shared.query_full(query.slot), query.parity);
+    return look(shared, query.slot, key0);
+  }
+
   // Before the products of the block are issued: this chain of loads would otherwise be waited for.
   __device__ __forceinline__ void load(const Shared& shared, unsigned slot, int q) {
     if constexpr (kMonotone) {
@@ -104,12 +114,7 @@ struct QueryColumns {
       const int lse = i & 1 ? column[i / 4].y : column[i / 4].x;
       scores[i] = exp2_fast(scores[i] * scale_log2 - __int_as_float(lse));
     }
-    if constexpr (!kStarted) {
-#pragma unroll
-      for (int block = 0; block < kBlockM / 8; ++block) {
-        column[block] = shared_load_pair(shared.delta(slot) + 32 * block + 8 * q);
-      }
-    }
+    if constexpr (!kStarted) load_delta(shared, slot, q);
     wgmma_wait<0>();
     pin(slopes);
 #pragma unroll
