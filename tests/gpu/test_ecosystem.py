@@ -255,3 +255,24 @@ def compare_one_graph(torch, transformers, device, kind, implementation, inputs,
 def test_a_whole_model_is_one_graph(torch, transformers, backend, mask):
     with scfa.use_backend(backend):
         compare_one_graph(torch, transformers, "cuda", *ONE_GRAPH[mask])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+@pytest.mark.parametrize("implementation", ["scfa", "scfa_hash"])
+def test_replayed_as_a_cuda_graph(torch, transformers, backend, implementation, recwarn):
+    """`reduce-overhead` records the model once; new tokens go through the replay."""
+    torch._dynamo.reset()
+    model = make_model(torch, transformers, "llama", "float32")
+    model.set_attn_implementation(implementation)
+    replayed = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    generator = torch.Generator("cuda").manual_seed(2)
+    with scfa.use_backend(backend), torch.no_grad():
+        for _ in range(4):  # two of them plain, as torch warms up and records
+            text = torch.randint(2, 101, (2, 100), device="cuda", generator=generator)
+            torch.compiler.cudagraph_mark_step_begin()
+            got = replayed(input_ids=text, use_cache=False).logits.clone()
+            wanted = model(input_ids=text, use_cache=False).logits
+            assert (got - wanted).norm() <= 1e-4 * wanted.norm()
+    skipped = [str(w.message) for w in recwarn if "skipping cudagraphs" in str(w.message)]
+    assert not skipped

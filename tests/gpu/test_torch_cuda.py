@@ -112,3 +112,18 @@ def test_checkpoints(torch, backend, use_reentrant):
         return out.detach(), *(x.grad for x in leaves)
 
     assert_same(torch, grads(again), grads(attend))
+
+
+def test_saved_on_the_host(torch, backend):
+    """Hooks that give q, k and v back contiguous: (batch, seqlen, heads, head_dim) transposed."""
+    q, k, v, q_hash, k_hash = inputs(torch)
+    turned = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    assert not any(x.is_contiguous() for x in turned)
+    arguments = [*(x.requires_grad_() for x in turned), q_hash, k_hash]
+    attend = by_hash(backend)
+    plain = with_gradients(torch, attend, arguments)
+    with torch.autograd.graph.save_on_cpu():
+        out = attend(*arguments)
+    saved = (out, *torch.autograd.grad(out.float().square().sum(), arguments[:3]))
+    for mine, other in zip(saved, plain, strict=True):
+        assert torch.equal(mine, other)

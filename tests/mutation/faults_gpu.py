@@ -95,8 +95,8 @@ FAULTS = (
         "a sum of dq is announced before it has been added to", "gpu-fused64",
     ),
     Fault("gpu-fused-turn", FUSED64_DQ,
-        "        wait_until(p.added + tile, before);\n      }\n      global_proxy_fence();",
-        "      }\n      global_proxy_fence();",
+        "          wait_until(p.added + tile, before);\n        }\n        global_proxy_fence();",
+        "        }\n        global_proxy_fence();",
         "key tiles add to dq out of turn", "gpu-fused64",
     ),
     # backward in one kernel, head_dim 128
