@@ -34,7 +34,7 @@ _SUM_BYTES = 32 << 20  # for sums of dq; they should stay in L2
 _SUM_BYTES_PER_ROW = 8  # and so much more for each query row
 # head_dim -> keys of a query tile from which "auto" takes the fused kernel, which is faster then
 # (hopper.md); a head_dim that is not here goes the split way unless told otherwise
-_LONG_KEYS = {64: 384, 128: 6144}
+_LONG_KEYS = {64: 440, 128: 6144}
 _PREPARE_BLOCKS = 8  # of the preparing kernel, for each multiprocessor
 _CHOICE_WORDS = 8  # before those of the heads: choice_sm90.cuh
 _CHOICE_COUNTERS = 2  # the first of three tile counters among them

@@ -50,7 +50,7 @@ def same(torch, got, want):
 
 
 @pytest.mark.parametrize(
-    ("buckets", "way"), [([[1, 1], [1, 1]], "fused"), ([[16, 16], [16, 16]], "split")]
+    ("buckets", "way"), [([[1, 1], [1, 1]], "fused"), ([[32, 32], [32, 32]], "split")]
 )
 def test_long_ranges_are_fused_and_short_ones_split(torch, gradients, buckets, way):
     chosen = gradients("auto", buckets)
@@ -60,7 +60,7 @@ def test_long_ranges_are_fused_and_short_ones_split(torch, gradients, buckets, w
 
 
 def test_heads_of_one_call_go_different_ways(torch, gradients):
-    buckets = [[1, 16], [16, 1]]
+    buckets = [[1, 32], [32, 1]]
     together = gradients("auto", buckets)
     ways = {name: gradients(name, buckets) for name in ("split", "fused")}
     for b in range(2):
@@ -73,7 +73,7 @@ def test_heads_of_one_call_go_different_ways(torch, gradients):
 
 
 def test_a_head_does_not_depend_on_the_others_of_its_batch(torch, gradients):
-    buckets = [[1, 16], [16, 1]]
+    buckets = [[1, 32], [32, 1]]
     together = gradients("auto", buckets)
     for b in range(2):
         for g in range(2):

@@ -241,7 +241,7 @@ def test_where_ranges_can_be_long_the_gpu_chooses(launched, monkeypatch):
     sums = launch_sm90.Sums(room, added, launch_sm90._sum_slots(sizes), 2)
     stats = (WORKSPACE + 4, WORKSPACE + 4 + 4 * 2 * 4 * 90)
     first = choice + 4 * launch_sm90._CHOICE_COUNTERS
-    key_tiles = (4, 16)  # of 385 keys, two batch entries of two key heads
+    key_tiles = (4, 16)  # of 441 keys, two batch entries of two key heads
     given = (q, k, v, out, dout, dq, dk, dv)
 
     def want(counter, tiles, heads):
