@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
     raise missing("scfa_core.dropping", "torch", error) from error
 
 from scfa_core.api import attention
-from scfa_core.errors import OptionError, PatternError, ShapeError
+from scfa_core.errors import DTypeError, OptionError, PatternError, ShapeError
 from scfa_core.patterns import Causal, Pattern, QKSparse
 from scfa_core.problem import as_size, check_flag, check_layout, check_share
 from scfa_core.torch_checks import check_tensor
@@ -63,7 +63,8 @@ def random_keep(
         if not isinstance(shape, Sequence):
             raise ShapeError(f"shape must be a sequence of sizes, got {shape!r}")
         shape = [as_size("each size of shape", n) for n in shape]
-    return torch.rand(tuple(shape), device=device, **drawn_by(generator)) < keep
+    options = drawn_by(generator)  # float32 whatever torch's default: bfloat16 has few numbers
+    return torch.rand(tuple(shape), dtype=torch.float32, device=device, **options) < keep
 
 
 def drawn_by(generator: torch.Generator | None) -> dict[str, Any]:
@@ -153,10 +154,14 @@ def straight_through(keep: Tensor, scores: Tensor) -> Tensor:
     ShapeError
         Shapes that differ.
     DTypeError
-        What is no torch tensor.
+        What is no torch tensor, or scores that are no floating-point numbers.
     """
     check_tensor("keep", keep)
     check_tensor("scores", scores)
+    if not scores.is_floating_point():
+        raise DTypeError(
+            f"scores must be floating-point numbers, which have gradients; got {scores.dtype}"
+        )
     if keep.shape != scores.shape:
         raise ShapeError(
             f"keep and scores must have one shape, got {tuple(keep.shape)} and "

@@ -155,7 +155,8 @@ class AngularHash(nn.Module):
             for size in (() if self.adapt == "none" else (heads_q, heads))
         )
         self.turn: Tensor | None
-        self.register_buffer("turn", torch.eye(head_dim).repeat(heads, 1, 1) if whiten else None)
+        none_turned = torch.eye(head_dim, dtype=torch.float32).repeat(heads, 1, 1)
+        self.register_buffer("turn", none_turned if whiten else None)
 
     def forward(self, *rows: Tensor) -> tuple[Tensor, ...]:
         """Hash tensors (batch, heads, seqlen, head_dim), all by the same directions.
@@ -172,7 +173,8 @@ class AngularHash(nn.Module):
             check_tensor("each tensor to hash", x, "batch", "heads", "seqlen", "head_dim")
         directions = self.directions
         if directions is None:
-            directions = normalize(torch.randn(self._shape, device=rows[0].device), dim=2)
+            drawn = torch.randn(self._shape, dtype=torch.float32, device=rows[0].device)
+            directions = normalize(drawn, dim=2)
             if hasattr(rows[0], "device_mesh"):
                 directions = _same_on_all_ranks(directions, rows[0].device_mesh)
         if not self.centers:
@@ -276,14 +278,18 @@ class _Center(nn.Module):
     def __init__(self, heads: int, head_dim: int, whiten: bool, past: bool) -> None:
         super().__init__()
         self.past = past
-        self.register_buffer("place", torch.zeros(heads, head_dim))
-        self.register_buffer("mean", torch.zeros(heads, head_dim))
-        self.register_buffer("moves", torch.zeros(()))
+
+        def zeros(*shape: int) -> Tensor:  # float32 whatever torch's default: means move slowly
+            return torch.zeros(shape, dtype=torch.float32)
+
+        self.register_buffer("place", zeros(heads, head_dim))
+        self.register_buffer("mean", zeros(heads, head_dim))
+        self.register_buffer("moves", zeros())
         self.spread: Tensor | None
         self.scatter: Tensor | None
         square = (heads, head_dim, head_dim)
-        self.register_buffer("spread", torch.zeros(square) if whiten else None)
-        self.register_buffer("scatter", torch.zeros(square) if whiten else None)
+        self.register_buffer("spread", zeros(*square) if whiten else None)
+        self.register_buffer("scatter", zeros(*square) if whiten else None)
 
     @torch.no_grad()
     def note(self, x: Tensor, hashed: Tensor) -> None:

@@ -134,6 +134,11 @@ ROWS = torch.zeros(1, 2, 4, 16)
         (lambda: dropping.straight_through(SCORES.numpy() > 0, SCORES), scfa.DTypeError, "keep"),
         (lambda: dropping.straight_through(SCORES > 0, None), scfa.DTypeError, "scores"),
         (
+            lambda: dropping.straight_through(SCORES > 0, SCORES.long()),
+            scfa.DTypeError,
+            "floating-point numbers, which have gradients; got torch.int64",
+        ),
+        (
             lambda: dropping.drop_attention(
                 ROWS, ROWS, ROWS, SCORES > 0, SCORES > 0, pattern=scfa.SlidingWindow(3)
             ),
