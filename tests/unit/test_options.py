@@ -247,7 +247,7 @@ def layers():
         "sm_scale": (
             scfa.ScaleError,
             "must be a finite number",
-            lambda: compat.hash_sparse_attention(x, x, x, keep.mT, keep.mT, sm_scale="1"),
+            lambda: compat.hash_sparse_attention(x, x, x, keep, keep, sm_scale="1"),
         ),
     }
 

@@ -173,4 +173,4 @@ def test_delta_is_no_worse_than_the_formula_s(kernels, seed):
     case = campaign.draw(seed, dtypes=("float32",)).case
     got = Machine(kernels, case, tf32=True).results()
     ratios = {v.name: max(v.max_ratio, v.norm_ratio) for v in testing.judge(case, got, tf32=True)}
-    assert ratios["dk"] < 0.55 and ratios["dq"] < 0.55, ratios  # half is the formula's own error
+    assert max(ratios["dq"], ratios["dk"]) < 0.55, ratios  # half is the formula's own error
