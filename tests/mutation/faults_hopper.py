@@ -34,9 +34,44 @@ SUITES["hopper-memory-wide"] = _ordered("256-False")
 SUITES["hopper-memory-fused64"] = _ordered("64-True")
 SUITES["hopper-memory-fused128"] = _ordered("128-True")
 
+SUITES["hopper-one-pass"] = (
+    ("tests/unit/test_hopper_on_host.py", "-k", "one_pass and 64"),
+    ("tests/unit/test_hopper_on_host.py", "-k", "one_pass and 128"),
+)
+
 CUDA = "backends/cupy_raw/cuda/"
+FUSED_DQ, FUSED_TILES = CUDA + "bwd_fused_sm90_dq.cuh", CUDA + "bwd_fused_sm90_tiles.cuh"
 
 FAULTS = (
+    # the key tile that finishes a head, and the start of a tile
+    Fault("hopper-join-lost", FUSED_DQ,
+        "product_of_columns<kBlockN, true>(", "product_of_columns<kBlockN, false>(",
+        "what other key tiles gave to dq is lost", "hopper-one-pass",
+    ),
+    Fault("hopper-join-part", FUSED_DQ,
+        "load_sum_four(source + 128 * i, sum);", "load_sum_four(source + 64 * i, sum);",
+        "a finished dq is joined with other rows of the sum", "hopper-one-pass",
+    ),
+    Fault("hopper-join-room", FUSED_DQ,
+        "        if (lane == 0) store_release(p.added + tile, kComplete);\n", "",
+        "the room of a sum that was read is never free again", "hopper-one-pass",
+    ),
+    Fault("hopper-join-alone", FUSED_DQ,
+        "joins = finishes && before > 0;", "joins = finishes;",
+        "a key tile that is alone joins a sum that nobody made", "hopper-one-pass",
+    ),
+    Fault("hopper-claim-lost", CUDA + "bwd_fused_sm90_keys.cuh",
+        "claimed == kUnclaimed ? atomicAdd(p.counter, 1) : claimed;", "atomicAdd(p.counter, 1);",
+        "a tile that was claimed early is forgotten", "hopper-one-pass",
+    ),
+    Fault("hopper-search-second", FUSED_TILES,
+        "warp == 0 ? key0 : last, 0, count};", "key0, 0, count};",
+        "keys that nobody sees are taken for seen by all", "hopper-one-pass",
+    ),
+    Fault("hopper-search-narrowed", CUDA + "gather_sm90.cuh",
+        "a.narrow(value_a, lane);", "a.narrow(value_b, lane);",
+        "of two searches the first follows what the second one found", "hopper-one-pass",
+    ),
     # ranges in any order
     Fault("hopper-gap-upwards", CUDA + "tiles_sm90.cuh",
         "next[i] > end[i];",
