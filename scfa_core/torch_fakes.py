@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from torch import library
 
 __all__ = ["register_fake"]
 
@@ -18,7 +18,7 @@ __all__ = ["register_fake"]
 _MODULES_BY_FILE: dict[str, str] = getattr(inspect, "modulesbyfile", {})
 
 
-def register_fake(name: str, fake: Callable[..., Any], library: torch.library.Library) -> None:
-    """Give the operator ``scfa::name`` of `library` its fake implementation."""
+def register_fake(name: str, fake: Callable[..., Any], of: library.Library) -> None:
+    """Give the operator ``scfa::name`` of a library its fake implementation."""
     _MODULES_BY_FILE.setdefault(inspect.getabsfile(register_fake), __name__)
-    torch.library.register_fake(f"scfa::{name}", fake, lib=library)
+    library.register_fake(f"scfa::{name}", fake, lib=of)

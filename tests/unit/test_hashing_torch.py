@@ -241,3 +241,14 @@ def test_covariances_beyond_half_precision_leave_no_infinity():
     own(1000 * rows(0, 1, 2, 100, DIM).half())
     own.move_centers()
     assert all(torch.isfinite(buffer).all() for buffer in own.buffers())
+
+
+def test_running_means_are_float32_whatever_torch_s_default():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer = nn.AngularHash(2, 16, 4, adapt="whiten")
+    finally:
+        torch.set_default_dtype(before)
+    floats = [x.dtype for x in layer.buffers() if x.is_floating_point()]
+    assert set(floats) == {torch.float32}

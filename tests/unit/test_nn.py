@@ -392,14 +392,3 @@ def test_centers_approach_the_mean_and_complain():
             layer.hash.move_centers(share)
     with pytest.raises(scfa.PatternError, match="center=True"):
         nn.HashSelfAttention(WIDTH, HEADS, 8).hash.move_centers()
-
-
-def test_running_means_are_float32_whatever_torch_s_default():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        hashing = nn.AngularHash(2, 16, 4, adapt="whiten")
-    finally:
-        torch.set_default_dtype(before)
-    floats = [x.dtype for x in hashing.buffers() if x.is_floating_point()]
-    assert set(floats) == {torch.float32}
