@@ -26,6 +26,8 @@ def flex(kernels: str) -> Callable[[Inputs], Timed]:
     def prepare(inputs: Inputs) -> Timed:
         if kernels == "FLASH" and not found("flash_attn.cute"):
             raise CannotRun("flash_attn.cute, whose kernels these are, is not installed")
+        if kernels == "FLASH" and inputs.case.dtype not in ("bfloat16", "float16"):
+            raise CannotRun("flash_attn.cute's kernels are for bfloat16 and float16")
         if inputs.case.kind in ("hash", "samehash"):
             return _sorted_rows(inputs, kernels)
         return _rows_in_place(inputs, kernels)
@@ -45,6 +47,15 @@ def _compiled(inputs: Inputs, kernels: str) -> tuple[Callable[..., torch.Tensor]
         kernel_options=None if kernels == "TRITON" else {"BACKEND": kernels},
     )
     return attend, torch.compile(create_block_mask, dynamic=False)
+
+
+def blocks_of(inputs: Inputs, kernels: str) -> dict[str, Any]:
+    """Sizes of the mask's blocks, where the kernels do not take the usual 128 by 128.
+
+    flash_attn.cute's forward tile for wide heads has 80 keys, and shrinks to a block of fewer.
+    """
+    wide = kernels == "FLASH" and inputs.case.head_dim > 128
+    return {"BLOCK_SIZE": (128, 64)} if wide else {}
 
 
 def key_head(head: Any, group: int) -> Any:
@@ -78,9 +89,11 @@ def _rows_in_place(inputs: Inputs, kernels: str) -> Timed:
     if not by_batch:  # small enough to be built without compiling, which takes a minute
         from torch.nn.attention.flex_attention import create_block_mask as build
     batch, heads = case.batch if by_batch else None, case.heads if by_head else None
+    blocks = blocks_of(inputs, kernels)
 
     def plan() -> Any:
-        return build(visible, batch, heads, case.seqlen, case.seqlen, device=case.device)
+        sizes = (batch, heads, case.seqlen, case.seqlen)
+        return build(visible, *sizes, device=case.device, **blocks)
 
     def attend_by(make: Callable[[], Any]) -> Callable[..., torch.Tensor]:
         return lambda q, k, v: attend(q, k, v, block_mask=make())
@@ -102,6 +115,7 @@ def _sorted_rows(inputs: Inputs, kernels: str) -> Timed:
     k_order = torch.empty_like(inputs.k_ids, dtype=torch.int64)
     q_sorted, k_sorted = torch.empty_like(inputs.q_ids), torch.empty_like(inputs.k_ids)
     places = torch.arange(case.seqlen, device=case.device).expand_as(q_order)
+    blocks = blocks_of(inputs, kernels)
 
     def sort() -> Orders:
         """What a new pattern costs before its mask is built."""
@@ -124,7 +138,7 @@ def _sorted_rows(inputs: Inputs, kernels: str) -> Timed:
     def plan() -> tuple[Orders, Any]:
         orders = sort()
         sizes = (case.batch, case.heads, case.seqlen, case.seqlen)
-        return orders, build(visible, *sizes, device=case.device)
+        return orders, build(visible, *sizes, device=case.device, **blocks)
 
     def permuted(make: Callable[[], tuple[Orders, Any]]) -> Callable[..., torch.Tensor]:
         def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,9 +176,31 @@ def flash_varlen(inputs: Inputs) -> Timed:
     return autograd(inputs, run)
 
 
+@contextlib.contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """Let a mere folder of a module's name, which `find_spec` takes for the module, not be seen."""
+    if found(module):
+        yield
+        return
+    loaded: dict[str, Any] = sys.modules  # None there: not to be imported
+    before = loaded.get(module)
+    loaded[module] = None
+    try:
+        yield
+    finally:
+        del loaded[module]
+        if before is not None:
+            loaded[module] = before
+
+
 def xformers(inputs: Inputs) -> Timed:
     """Memory-efficient attention of xformers, whichever kernel it picks; dense causal only."""
-    ops = _import("xformers.ops")
+    with _hidden("flash_attn"):  # beside the fourth generation alone it wants the second's parts
+        ops = _import("xformers.ops")
+    compiled = getattr(sys.modules.get("xformers"), "_cpp_lib", None)
+    refused = getattr(compiled, "_cpp_library_load_exception", None)
+    if refused is not None:  # then it has no kernel for a GPU, torch's own included
+        raise CannotRun(" ".join(str(refused).partition("Please reinstall")[0].split()))
     if inputs.case.heads != inputs.case.heads_kv:
         raise CannotRun("grouped heads are not written for xformers here")
 
@@ -188,46 +213,86 @@ def xformers(inputs: Inputs) -> Timed:
     return autograd(inputs, run)
 
 
+@functools.cache
+def _cudnn_handle(cudnn: Any) -> Any:
+    """One for all cases: each holds memory of the card."""
+    try:
+        return cudnn.create_handle()
+    except RuntimeError as error:
+        raise CannotRun(f"cuDNN does not start: {error}") from error
+
+
 def cudnn_frontend(inputs: Inputs) -> Timed:
-    """Forward of cuDNN through its own frontend, keeping what a backward needs; dense only."""
+    """Forward and backward of cuDNN through its own frontend; dense causal only.
+
+    Results and workspaces are allocated once, outside the timed calls.
+    """
     cudnn = _import("cudnn")
     case = inputs.case
     kinds = {"bfloat16": "BFLOAT16", "float16": "HALF"}
     if case.dtype not in kinds:
         raise CannotRun("cuDNN's attention is for bfloat16 and float16")
-    graph = cudnn.pygraph(
-        io_data_type=getattr(cudnn.data_type, kinds[case.dtype]),
-        intermediate_data_type=cudnn.data_type.FLOAT,
-        compute_data_type=cudnn.data_type.FLOAT,
-    )
-    arrays = [x.detach() for x in (inputs.q, inputs.k, inputs.v)]
-    q, k, v = (graph.tensor_like(x) for x in arrays)
-    out, stats = graph.sdpa(
-        name="sdpa",
-        q=q,
-        k=k,
-        v=v,
-        is_inference=False,
-        attn_scale=case.head_dim**-0.5,
-        use_causal_mask=True,
-    )
-    result = torch.empty_like(inputs.q)
-    sums = torch.empty(*inputs.q.shape[:3], 1, dtype=torch.float32, device=case.device)
-    out.set_output(True).set_dim(result.shape).set_stride(result.stride())
-    stats.set_output(True).set_data_type(cudnn.data_type.FLOAT)
-    graph.validate()
-    graph.build_operation_graph()
-    graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-    graph.check_support()
-    graph.build_plans()
-    work = torch.empty(graph.get_workspace_size(), dtype=torch.uint8, device=case.device)
-    filled = {q: arrays[0], k: arrays[1], v: arrays[2], out: result, stats: sums}
+    single = cudnn.data_type.FLOAT
+    types = {torch.float32: single, inputs.q.dtype: getattr(cudnn.data_type, kinds[case.dtype])}
+    handle = _cudnn_handle(cudnn)
+
+    def built(
+        node: str, given: dict[str, torch.Tensor], results: list[torch.Tensor], **options: Any
+    ) -> Callable[[], None]:
+        """Plan a graph of one node; return what runs it on the stream that torch is on."""
+        graph = cudnn.pygraph(
+            io_data_type=types[inputs.q.dtype],
+            intermediate_data_type=single,
+            compute_data_type=single,
+            handle=handle,
+        )
+        named = {name: graph.tensor_like(x) for name, x in given.items()}
+        options |= {"attn_scale": case.head_dim**-0.5, "use_causal_mask": True}
+        made = getattr(graph, node)(name=node, **named, **options)
+        filled = {named[name]: x for name, x in given.items()}
+        for tensor, x in zip(made, results, strict=True):
+            tensor.set_output(True).set_data_type(types[x.dtype])
+            tensor.set_dim(list(x.shape)).set_stride(list(x.stride()))
+            filled[tensor] = x
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        graph.check_support()
+        graph.build_plans()
+        size = max(graph.get_workspace_size(), 1)
+        work = torch.empty(size, dtype=torch.uint8, device=case.device)
+
+        def run() -> None:
+            cudnn.set_stream(handle, torch.cuda.current_stream().cuda_stream)
+            graph.execute(filled, work, handle=handle)
+
+        return run
+
+    rows = {"q": inputs.q.detach(), "k": inputs.k.detach(), "v": inputs.v.detach()}
+    out = torch.empty_like(inputs.q)
+    lse = torch.empty(*inputs.q.shape[:3], 1, dtype=torch.float32, device=case.device)
+    grads = [torch.empty_like(x) for x in rows.values()]
+    try:
+        attend = built("sdpa", rows, [out, lse], generate_stats=True)
+        after = rows | {"o": out, "dO": inputs.dout, "stats": lse}
+        differentiate = built("sdpa_backward", after, grads)
+    except cudnn.cudnnGraphNotSupportedError as error:
+        raise CannotRun(f"cuDNN declines: {str(error).splitlines()[0]}") from error
 
     def forward() -> torch.Tensor:
-        graph.execute(filled, work)
-        return result
+        attend()
+        return out
 
-    return Timed(forward)
+    def backward() -> tuple[torch.Tensor, ...]:
+        differentiate()
+        return tuple(grads)
+
+    def both() -> tuple[torch.Tensor, ...]:
+        attend()
+        return backward()
+
+    attend()  # backward alone reads what a forward left
+    return Timed(forward, backward, both=both)
 
 
 def original(path: str) -> Callable[[Inputs], Timed]:

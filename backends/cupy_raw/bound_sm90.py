@@ -135,8 +135,12 @@ class _Backward:
             problem.seqlen_q, sm90._SUM_ROWS, problem.batch * problem.heads
         )
         self.slots = sm90._sum_slots(problem) if fused else 0
+        self.records = 0  # words of the records of key tiles
+        if fused:
+            key_tiles = self._key_tiles(sm90._FUSED[problem.head_dim])[1]
+            self.records = key_tiles * sm90._record_words(problem)
         self.both = split and fused
-        self.marked = _Marked(described, monotone, 10)
+        self.marked = _Marked(described, monotone, 11)
         launches = [self._choose()] if self.both else []
         launches += [] if monotone else [self._envelopes()]
         launches += self._split() if split else []
@@ -145,7 +149,7 @@ class _Backward:
 
     def __call__(self, plan: PlanAddresses, arrays: tuple[int, ...], ctx: CallContext) -> None:
         stats = ctx.empty((2 * self.rows + 1,), "float32").pointer  # the first: of absent rows
-        choice = added = sums = envelopes = 0
+        choice = key_tiles = added = sums = envelopes = 0
         if self.both:
             heads = self.problem.batch * self.problem.heads_kv
             choice = ctx.empty((sm90._CHOICE_WORDS + heads,), "int32").pointer
@@ -156,13 +160,14 @@ class _Backward:
             counters = (first, first + 4, first)
         if self.slots:
             rows = self.slots * self.query_tiles * sm90._SUM_ROWS
-            added = ctx.empty((self.jobs,), "int32").pointer
+            key_tiles = ctx.empty((self.records + self.jobs,), "int32").pointer
+            added = key_tiles + 4 * self.records
             sums = ctx.empty((rows * self.problem.head_dim,), "float32").pointer
         if not self.monotone:
             envelopes = ctx.empty((2 * self.rows,), "int32").pointer
         workspace = (
             *(stats + 4, stats + 4 * (1 + self.rows), *counters, added, sums, choice),
-            *(envelopes, envelopes + 4 * self.rows),
+            *(envelopes, envelopes + 4 * self.rows, key_tiles),
         )
         addresses = (*arrays, *plan[:_PLAN_SLOTS], *workspace)
         for launch in self.launches:
@@ -171,7 +176,7 @@ class _Backward:
     def _params(self, counter: int, tiles: tuple[int, int], heads: int) -> bytes:
         """Pack the arguments of one kernel; workspace 2, 3, 4 are the counters."""
         dout, q, k, v, out, lse, dq, dk, dv = self.marked.arrays
-        lse_log2, delta, *_, added, dq_sum, choice, starts, ends = self.marked.workspace
+        lse_log2, delta, *_, added, dq_sum, choice, starts, ends, records = self.marked.workspace
         sums = sm90.Sums(dq_sum, added, max(self.slots, 1), self.query_tiles)
         return sm90._params(
             self.problem,
@@ -185,6 +190,7 @@ class _Backward:
             sums if self.slots else sm90._NO_SUMS,
             choice if self.both else 0,
             (0, 0) if self.monotone else (starts, ends),
+            records if self.slots else 0,
         )
 
     def _key_tiles(self, shape: sm90.Shape) -> tuple[int, int]:
@@ -232,15 +238,20 @@ class _Backward:
         ]
 
     def _fused(self) -> list[Launch]:
-        """The preparing kernel, then the one that makes dq, dk and dv together."""
+        """The kernels that prepare tiles and rows, then that which makes dq, dk and dv together."""
         head_dim = self.problem.head_dim
         shape = sm90._FUSED[head_dim]
         tiles = self._key_tiles(shape)
         params = self._params(4, tiles, self.problem.heads_kv)
-        kernel = self._kernel("bwd_prepare_sm90", sm90._PREPARE[head_dim])
-        blocks = min(self.jobs, sm90._PREPARE_BLOCKS * sm90._multiprocessors(self.device))
-        prepare = self.marked.bind(params, kernel.bind((blocks, 1, 1), 256, 0))
+        most = sm90._PREPARE_BLOCKS * sm90._multiprocessors(self.device)
+        prepare = (
+            (sm90._key_tiles_kernel(self.device), -(-tiles[1] // 8)),  # a warp for each
+            (self._kernel("bwd_prepare_sm90", sm90._PREPARE[head_dim]), self.jobs),
+        )
         return [
-            prepare,
+            *(
+                self.marked.bind(params, kernel.bind((min(blocks, most), 1, 1), 256, 0))
+                for kernel, blocks in prepare
+            ),
             self._tiled(sm90._FUSED_KERNELS[head_dim], shape, 4, tiles, self.problem.heads_kv),
         ]

@@ -27,15 +27,15 @@ _ALIGNMENT = 16  # bytes one cp.async moves
 _SHARED_SLACK = 1024  # room to align the base to the swizzle period
 _MULTIPROCESSORS = 16  # cudaDevAttrMultiProcessorCount
 _INT_MAX = 2**31 - 1
-_PARAMS = struct.Struct("<" + 9 * "Qqqii" + "9Q2f8i6I" + "2Q2i6I3Q")  # struct Params
+_PARAMS = struct.Struct("<" + 9 * "Qqqii" + "9Q2f8i6I" + "2Q2i6I4Q")  # struct Params
 _MAX_GROUP = 16  # query heads of one kv head in the dk/dv kernel
 _SUM_ROWS = 64  # query rows of one dq tile in the fused kernel
 _SUM_BYTES = 32 << 20  # for sums of dq; they should stay in L2
 _SUM_BYTES_PER_ROW = 8  # and so much more for each query row
 # head_dim -> keys of a query tile from which "auto" takes the fused kernel, which is faster then
 # (hopper.md); a head_dim that is not here goes the split way unless told otherwise
-_LONG_KEYS = {64: 440, 128: 6144}
-_PREPARE_BLOCKS = 8  # of the preparing kernel, for each multiprocessor
+_LONG_KEYS = {64: 340, 128: 6144}
+_PREPARE_BLOCKS = 8  # of the preparing kernels, for each multiprocessor
 _CHOICE_WORDS = 8  # before those of the heads: choice_sm90.cuh
 _CHOICE_COUNTERS = 2  # the first of three tile counters among them
 
@@ -50,6 +50,11 @@ class Sums(NamedTuple):
 
 
 _NO_SUMS = Sums(0, 0, 1, 1)
+
+
+def _record_words(problem: Problem) -> int:
+    """Words of a key tile's record (bwd_fused_sm90_tiles.cuh): seen keys, bounds of its heads."""
+    return 4 + 2 * problem.group_size
 
 
 class Shape(NamedTuple):
@@ -153,7 +158,7 @@ def _fused_shared(head_dim: int, shape: Shape) -> int:
     tiles = 2 * head_dim * (2 * 2 * rows + 2 * shape.stages * shape.block_n)
     changes = change_buffers * (2 * rows * shape.block_n + 32)
     sums = 2 * (4 * shape.block_n * head_dim + 8)
-    data = 16 * shape.stages * shape.block_n + 32 * _MAX_GROUP + 16
+    data = 16 * shape.stages * shape.block_n + 16 * _MAX_GROUP + 16
     barriers = 2 * (2 + change_buffers + 2 + shape.stages)
     return tiles + changes + sums + data + 8 * barriers + _SHARED_SLACK
 
@@ -164,7 +169,7 @@ def _fused128_shared(head_dim: int, shape: Shape) -> int:
     tiles = 2 * head_dim * (2 * rows + shape.stages * shape.block_n)
     changes = change_buffers * 2 * rows * shape.block_n
     sums = 4 * shape.block_n * head_dim
-    data = 3 * 16 * shape.block_n + 32 * _MAX_GROUP + 2 * 16 + 16
+    data = 3 * 16 * shape.block_n + 16 * _MAX_GROUP + 2 * 16 + 16
     barriers = 2 + 2 * change_buffers + 4 * 2 + 1 + 2 * shape.stages
     return tiles + changes + sums + data + 8 * barriers + _SHARED_SLACK
 
@@ -262,12 +267,14 @@ def _params(
     sums: Sums = _NO_SUMS,
     choice: int = 0,
     envelopes: tuple[int, int] = (0, 0),
+    key_tiles: int = 0,
 ) -> bytes:
     """Pack struct Params of params_sm90.cuh.
 
     `arrays` are q, k, v, out, dout, dq, dk, dv; `heads` are those the tiles belong to; `choice`
     is the address of the words of choice_sm90.cuh, 0 where there is no choice; `envelopes` are
-    those of starts and of ends, where ranges lie in any order.
+    those of starts and of ends, where ranges lie in any order; `key_tiles` is that of the fused
+    kernels' records of key tiles.
     """
     lists = (plan.q_index, plan.q_count, plan.k_index, plan.k_count, plan.key_start, plan.key_end)
     scale, per_head = problem.softmax_scale, tiles[0]
@@ -285,6 +292,7 @@ def _params(
         *(*_divisor(sums.query_tiles), *_divisor(problem.heads), *_divisor(sums.slots)),
         choice,
         *envelopes,
+        key_tiles,
     )
 
 
@@ -340,6 +348,14 @@ def _kernel(
 def _envelope_kernel(device: int) -> Kernel:
     """The kernel that makes envelopes of ranges in any order."""
     return get_kernel("scfa_bwd_envelope_sm90", "bwd_envelope_sm90.cu", (), device, arch_suffix="a")
+
+
+@cache
+def _key_tiles_kernel(device: int) -> Kernel:
+    """The kernel that finds out what the fused ones need to know of key tiles."""
+    return get_kernel(
+        "scfa_bwd_key_tiles_sm90", "bwd_key_tiles_sm90.cu", (), device, arch_suffix="a"
+    )
 
 
 @cache

@@ -167,6 +167,7 @@ def passes(spec, fused, monotone=True):
     per_query, per_key = (spec.seqlen_q, spec.heads), (spec.seqlen_k, spec.heads_kv)
     head_dim = spec.head_dim
     backward = (
+        ("bwd_key_tiles_sm90", launch_sm90._FUSED, *per_key),
         ("bwd_prepare_sm90", launch_sm90._FUSED, *per_key),
         (launch_sm90._FUSED_KERNELS.get(head_dim), launch_sm90._FUSED, *per_key),
     )
@@ -181,7 +182,9 @@ def passes(spec, fused, monotone=True):
     for kernel, shapes, rows, heads in (("fwd_sm90", launch_sm90._FORWARD, *per_query), *backward):
         shape = launch_sm90._shape_of(shapes, head_dim, monotone)
         tiles = launch_sm90._tiles(rows, 64 * shape.warpgroups, spec.batch * heads)
-        if kernel == "bwd_prepare_sm90":
+        if kernel == "bwd_key_tiles_sm90":
+            yield kernel, None, tiles, heads, None, 256
+        elif kernel == "bwd_prepare_sm90":
             yield kernel, launch_sm90._PREPARE[head_dim], tiles, heads, None, 256
         else:
             yield kernel, shape, tiles, heads, None, launch_sm90._threads(kernel, shape)
@@ -227,6 +230,8 @@ def run(
     sums = launch_sm90.Sums(sum_of_dq.ctypes.data, added.ctypes.data, slots, query_tiles)
     envelopes = np.full((2, lse.size), -7, np.int32)
     envelopes_at = (envelopes[0].ctypes.data, envelopes[1].ctypes.data)
+    key_tiles = spec.batch * spec.heads_kv * -(-spec.seqlen_k // 128)
+    records = np.full(key_tiles * launch_sm90._record_words(problem), -7, np.int32)
     launches = list(passes(spec, fused, monotone))
     compiled = [  # all begin to compile before the first one runs
         kernels.kernel(kernel, spec.dtype, spec.head_dim, shape, monotone, sanitize, fences)
@@ -239,6 +244,7 @@ def run(
         params = launch_sm90._params(
             *(problem, plan, arrays, described(lse, "float32")),
             *((at, at + 4 * lse.size), counter.ctypes.data, tiles, heads, sums, 0, envelopes_at),
+            records.ctypes.data,
         )
         shared = 0 if shape is None else launch_sm90._SHARED[kernel](spec.head_dim, shape)
         faults = function.result()(params, least or blocks, threads, shared, order)

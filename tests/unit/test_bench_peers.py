@@ -2,9 +2,11 @@
 
 import itertools
 import sys
+import types
 
 import bench_call
 import pytest
+import torch
 
 from_the_checkout = bench_call.from_the_checkout
 
@@ -50,8 +52,6 @@ def test_a_file_that_is_not_the_original_says_why(tmp_path):
 @pytest.fixture
 def flex_on_host(monkeypatch):
     """FlexAttention without its compiler and, as it has none on a CPU, without a backward."""
-    import torch
-
     from bench import flex, timed
 
     def forward_only(inputs, run, whole=None):
@@ -91,9 +91,6 @@ def test_flex_serves_every_recipe(flex_on_host, pattern, heads):
 
 
 def test_varlen_on_sorted_rows_against_float64(monkeypatch):
-    import types
-
-    import torch
     from torch.nn import functional
 
     from bench import methods
@@ -119,8 +116,6 @@ def test_varlen_on_sorted_rows_against_float64(monkeypatch):
 
 
 def test_flex_forgets_compiled_shapes_so_that_a_long_sweep_stays_compiled(monkeypatch):
-    import torch
-
     from bench import flex
 
     forgotten, options = [], []
@@ -140,6 +135,44 @@ def test_flex_flash_without_its_kernels_says_so(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(CannotRun, match="flash_attn"):
         METHODS["flex-flash"](None)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("pattern", ["dense", "hash4"])
+def test_flex_flash_has_blocks_that_its_kernels_take(flex_on_host, monkeypatch, pattern):
+    from torch.nn.attention import flex_attention
+
+    from bench import flex
+    from bench.cases import Case
+    from bench.inputs import make_inputs, sampled_error
+
+    seen = []
+
+    def eager(inputs, kernels):
+        def attend(q, k, v, block_mask):
+            seen.append(block_mask.BLOCK_SIZE)
+            return flex_attention.flex_attention(q, k, v, block_mask=block_mask)
+
+        return attend, flex_attention.create_block_mask
+
+    monkeypatch.setattr(flex, "found", lambda module: True)
+    monkeypatch.setattr(flex, "_compiled", eager)
+    for kernels in ("TRITON", "FLASH"):
+        for head_dim in (64, 128, 256):
+            inputs = make_inputs(Case("x", 1, 1, 1, 256, head_dim, pattern, "bfloat16", "cpu"))
+            assert sampled_error(inputs, flex.flex(kernels)(inputs).forward()) < 2e-2
+    assert seen == [(128, 128)] * 5 + [(128, 64)]
+
+
+def test_flex_flash_is_for_half_precision(monkeypatch):
+    from bench import flex
+    from bench.cases import Case
+    from bench.inputs import make_inputs
+
+    monkeypatch.setattr(flex, "found", lambda module: True)
+    inputs = make_inputs(Case("x", 1, 1, 1, 128, 32, "dense", "float32", "cpu"))
+    with pytest.raises(flex.CannotRun, match="bfloat16 and float16"):
+        flex.flex("FLASH")(inputs)
 
 
 FLASH_SOURCE = """
@@ -165,39 +198,84 @@ CUDNN_SOURCE = """
 import torch
 from torch.nn import functional
 
+streams = {}
+
+class cudnnGraphNotSupportedError(RuntimeError):
+    pass
+
 class data_type:
-    BFLOAT16 = HALF = FLOAT = object()
+    BFLOAT16, HALF, FLOAT = "bfloat16", "float16", "float32"
 
 class heur_mode:
     A = FALLBACK = object()
 
+def create_handle():
+    streams.clear()
+    return "a handle"
+
+def set_stream(handle, stream):
+    streams[handle] = stream
+
 class Tensor:
-    def __getattr__(self, name):
-        assert name in ("set_output", "set_dim", "set_stride", "set_data_type")
-        return lambda value: self
+    def __init__(self, x=None):
+        self.like = x
+    def set_output(self, value):
+        return self
+    def set_data_type(self, kind):
+        self.kind = kind
+        return self
+    def set_dim(self, sizes):
+        self.sizes = sizes
+        return self
+    def set_stride(self, strides):
+        self.strides = strides
+        return self
+
+def attended(q, k, v, scale):
+    group = {"is_causal": True, "scale": scale, "enable_gqa": True}
+    return functional.scaled_dot_product_attention(q, k, v, **group)
 
 class pygraph:
-    def __init__(self, **types):
+    def __init__(self, io_data_type, intermediate_data_type, compute_data_type, handle):
+        assert handle == "a handle"
+        assert intermediate_data_type == compute_data_type == data_type.FLOAT
         self.built = False
     def tensor_like(self, x):
-        return Tensor()
-    def sdpa(self, name, q, k, v, is_inference, attn_scale, use_causal_mask):
-        assert use_causal_mask and not is_inference
-        self.names, self.scale = (q, k, v), attn_scale
-        self.out = Tensor(), Tensor()
-        return self.out
+        return Tensor(x)
+    def sdpa(self, name, q, k, v, generate_stats, attn_scale, use_causal_mask):
+        assert use_causal_mask and generate_stats
+        self.given, self.scale = (q, k, v), attn_scale
+        self.made = Tensor(), Tensor()
+        return self.made
+    def sdpa_backward(self, name, q, k, v, o, dO, stats, attn_scale, use_causal_mask):
+        assert use_causal_mask
+        assert stats.like.dtype == torch.float32 and stats.like.shape == (*q.like.shape[:3], 1)
+        self.given, self.scale = (q, k, v, o, dO, stats), attn_scale
+        self.made = Tensor(), Tensor(), Tensor()
+        return self.made
     def validate(self): pass
     def build_operation_graph(self): pass
     def create_execution_plans(self, modes): pass
-    def check_support(self): pass
+    def check_support(self): REFUSAL
     def build_plans(self): self.built = True
-    def get_workspace_size(self): return 8
-    def execute(self, filled, work):
-        assert self.built
-        q, k, v = (filled[name] for name in self.names)
-        filled[self.out[0]].copy_(
-            functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
-        )
+    def get_workspace_size(self): return 0
+    def execute(self, filled, work, handle):
+        assert self.built and work.numel() and streams[handle] == "torch's"
+        for tensor in self.made:
+            x = filled[tensor]
+            assert str(x.dtype) == f"torch.{tensor.kind}"
+            assert (list(x.shape), list(x.stride())) == (tensor.sizes, tensor.strides)
+        q, k, v, *rest = (filled[name] for name in self.given)
+        if not rest:
+            filled[self.made[0]].copy_(attended(q, k, v, self.scale))
+            filled[self.made[1]].fill_(1)
+            return
+        o, dout, stats = rest
+        assert o.any() and (stats == 1).all(), "of a forward"
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        grads = torch.autograd.grad(attended(*leaves, self.scale), leaves, dout)
+        for name, x in zip(self.made, grads):
+            filled[name].copy_(x)
 """
 
 
@@ -210,13 +288,19 @@ def fake_peers(tmp_path, monkeypatch):
         "flash_attn_interface.py": FLASH_SOURCE.replace("WRAP", ""),
         "xformers/__init__.py": "",
         "xformers/ops/__init__.py": XFORMERS_SOURCE,
-        "cudnn/__init__.py": CUDNN_SOURCE,
+        "cudnn/__init__.py": CUDNN_SOURCE.replace("REFUSAL", "pass"),
     }
+    written(tmp_path, files)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    stream = types.SimpleNamespace(cuda_stream="torch's")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+
+
+def written(folder, files):
     for name, text in files.items():
-        path = tmp_path / name
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    monkeypatch.syspath_prepend(str(tmp_path))
 
 
 @pytest.fixture(autouse=True)
@@ -256,14 +340,91 @@ def test_the_fourth_generation_of_flash_attn_alone_is_no_second(tmp_path, monkey
 @pytest.mark.parametrize("name", [*PEERS, "flash-attn", "sdpa-math", "sdpa-flash"])
 def test_a_dense_peer_computes_causal_attention(fake_peers, name):
     from bench.cases import Case
-    from bench.inputs import as_dense, make_inputs, sampled_error
+    from bench.inputs import as_dense, make_inputs, sampled_error, sampled_key_error
     from bench.methods import METHODS
 
     inputs = make_inputs(Case("x", 2, 2, 2, 256, 32, "hash4", "bfloat16", "cpu"))
     timed = METHODS[name](inputs)
-    dq = timed.backward()[0] if timed.backward else None
-    assert sampled_error(as_dense(inputs), timed.forward(), dq) < 2e-2
+    dense = as_dense(inputs)
+    for run in (timed.backward, timed.both):
+        dq, dk, dv = run()
+        assert sampled_error(dense, timed.forward(), dq) < 2e-2
+        assert sampled_key_error(dense, None, timed.forward(), dk, dv) < 2e-2
     assert sampled_error(inputs, timed.forward()) > 0.1, "the sparse truth is another"
+
+
+def test_cudnn_serves_grouped_heads_and_says_what_it_declines(fake_peers, tmp_path):
+    from bench.cases import Case
+    from bench.inputs import make_inputs, sampled_error, sampled_key_error
+    from bench.methods import METHODS, CannotRun
+
+    inputs = make_inputs(Case("x", 1, 4, 2, 128, 32, "dense", "float16", "cpu"))
+    timed = METHODS["cudnn-frontend"](inputs)
+    dq, dk, dv = timed.backward()  # with no forward called since
+    assert sampled_error(inputs, timed.forward(), dq) < 3e-3
+    assert sampled_key_error(inputs, None, timed.forward(), dk, dv) < 3e-3
+    refusal = "raise cudnnGraphNotSupportedError('no engine\\nand more')"
+    written(tmp_path, {"cudnn/__init__.py": CUDNN_SOURCE.replace("REFUSAL", refusal)})
+    del sys.modules["cudnn"]
+    with pytest.raises(CannotRun, match=r"^cuDNN declines: no engine$"):
+        METHODS["cudnn-frontend"](inputs)
+    missing = "def create_handle(): raise RuntimeError('no cudnnCreate')"
+    written(tmp_path, {"cudnn/__init__.py": missing + CUDNN_SOURCE.split("def create_handle")[0]})
+    del sys.modules["cudnn"]
+    with pytest.raises(CannotRun, match="cuDNN does not start: no cudnnCreate"):
+        METHODS["cudnn-frontend"](inputs)
+
+
+XFORMERS_FINDS_THE_SECOND = """
+import importlib.util
+
+if importlib.util.find_spec("flash_attn"):
+    import flash_attn.flash_attn_interface
+"""
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_xformers_imports_beside_the_fourth_generation_alone(tmp_path, monkeypatch, imported):
+    from bench.cases import Case
+    from bench.inputs import make_inputs, sampled_error
+    from bench.methods import METHODS
+
+    written(
+        tmp_path,
+        {
+            "flash_attn/cute/__init__.py": FLASH_SOURCE.replace("WRAP", ""),
+            "xformers/__init__.py": "",
+            "xformers/ops/__init__.py": XFORMERS_FINDS_THE_SECOND + XFORMERS_SOURCE,
+        },
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    inputs = make_inputs(Case("x", 1, 2, 2, 128, 32, "dense", "bfloat16", "cpu"))
+    if imported:
+        METHODS["flash-attn-4"](inputs)
+    before = sys.modules.get("flash_attn")
+    assert sampled_error(inputs, METHODS["xformers"](inputs).forward()) < 2e-2
+    assert sys.modules.get("flash_attn") is before
+    assert sampled_error(inputs, METHODS["flash-attn-4"](inputs).forward()) < 2e-2
+
+
+def test_xformers_without_its_compiled_part_says_what_it_was_built_for(tmp_path, monkeypatch):
+    from bench.cases import Case
+    from bench.inputs import make_inputs
+    from bench.methods import METHODS, CannotRun
+
+    words = "can't load CUDA extensions. It was built for:\n    PyTorch 2\n  Please reinstall it"
+    files = {
+        "xformers/__init__.py": "from . import _cpp_lib",
+        "xformers/_cpp_lib.py": f"_cpp_library_load_exception = ImportError({words!r})",
+        "xformers/ops/__init__.py": XFORMERS_SOURCE,
+    }
+    written(tmp_path, files)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    inputs = make_inputs(Case("x", 1, 2, 2, 64, 32, "dense", "bfloat16", "cpu"))
+    with pytest.raises(
+        CannotRun, match=r"^can't load CUDA extensions\. It was built for: PyTorch 2$"
+    ):
+        METHODS["xformers"](inputs)
 
 
 @pytest.mark.parametrize("name", PEERS)

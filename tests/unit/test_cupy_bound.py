@@ -164,9 +164,12 @@ def test_hopper_arguments_are_those_packed_anew(launched, monkeypatch, monotone,
     second, third, fourth = (WORKSPACE + (i << 20) for i in (1, 2, 3))
     if backward == "fused" and monotone:
         assert launched.pop(0) == ("zero", second, 8, STREAM, 0)
-        sums = launch_sm90.Sums(fourth, third, launch_sm90._sum_slots(sizes), 2)
-        want = launch_sm90._params(sizes, native, given, lse, stats, second, (3, 12), 2, sums)
-        assert [x[0] for x in launched] == ["scfa_bwd_prepare_sm90", "scfa_bwd_fused_sm90"]
+        records = third, third + 4 * 12 * (4 + 2 * 2)  # of key tiles, and what comes after them
+        sums = launch_sm90.Sums(fourth, records[1], launch_sm90._sum_slots(sizes), 2)
+        fields = (sizes, native, given, lse, stats, second, (3, 12), 2, sums)
+        want = launch_sm90._params(*fields, key_tiles=records[0])
+        names = ["key_tiles", "prepare", "fused"]
+        assert [x[0] for x in launched] == [f"scfa_bwd_{name}_sm90" for name in names]
         assert {x[-1] for x in launched} == {want}
         return
     assert launched.pop(0) == ("zero", second, 8, STREAM, 0)
@@ -237,7 +240,8 @@ def test_where_ranges_can_be_long_the_gpu_chooses(launched, monkeypatch):
     at = tuple(x.pointer for x in arrays)
     without = [x._replace(pointer=0) for x in arrays]
     bound_sm90.bind_backward(sizes, True, *without)(PLAN, at, Context())
-    choice, added, room = (WORKSPACE + (i << 20) for i in (1, 2, 3))
+    choice, records, room = (WORKSPACE + (i << 20) for i in (1, 2, 3))
+    added = records + 4 * 16 * (4 + 2 * 2)
     sums = launch_sm90.Sums(room, added, launch_sm90._sum_slots(sizes), 2)
     stats = (WORKSPACE + 4, WORKSPACE + 4 + 4 * 2 * 4 * 90)
     first = choice + 4 * launch_sm90._CHOICE_COUNTERS
@@ -246,13 +250,15 @@ def test_where_ranges_can_be_long_the_gpu_chooses(launched, monkeypatch):
 
     def want(counter, tiles, heads):
         return launch_sm90._params(
-            sizes, native, given, lse, stats, counter, tiles, heads, sums, choice
+            *(sizes, native, given, lse, stats, counter, tiles, heads, sums, choice),
+            key_tiles=records,
         )
 
     assert [(x[0], x[-1]) for x in launched] == [
         ("scfa_bwd_choose_sm90", want(first, key_tiles, 2)),
         ("scfa_bwd_dq_sm90", want(first, (1, 8), 4)),
         ("scfa_bwd_dkdv_sm90", want(first + 4, key_tiles, 2)),
+        ("scfa_bwd_key_tiles_sm90", want(first + 8, key_tiles, 2)),
         ("scfa_bwd_prepare_sm90", want(first + 8, key_tiles, 2)),
         ("scfa_bwd_fused_sm90", want(first + 8, key_tiles, 2)),
     ]

@@ -14,6 +14,7 @@
 #include "choice_sm90.cuh"
 #include "order_sm90.cuh"
 #include "gather_sm90.cuh"
+#include "search_sm90.cuh"
 #include "query_data_sm90.cuh"
 #include "width_sm90.cuh"
 #include "softmax_sm90.cuh"
@@ -104,6 +105,7 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared, int
       shared_store(shared.tile(), next);
     }
     named_barrier_sync(kProducerBarrier, kAllGatherThreads);  // the tile number is written
+    __syncwarp();  // thread 0 is back: or ptxas writes all that follows twice
     const int tile = uniform(shared_load(shared.tile()));
     if (tile >= p.tiles) break;
     if (threadIdx.x == 0) next = atomicAdd(p.counter, 1) + gridDim.x;

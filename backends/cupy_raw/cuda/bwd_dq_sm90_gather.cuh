@@ -101,6 +101,7 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared, int
       shared_store(data.tile(), next);
     }
     named_barrier_sync(kProducerBarrier, kAllGatherThreads);  // the tile number is written
+    __syncwarp();  // thread 0 is back: or ptxas writes all that follows twice
     const int tile = uniform(shared_load(data.tile()));
     if (tile >= p.tiles) break;
     if (threadIdx.x == 0) next = atomicAdd(p.counter, 1) + gridDim.x;

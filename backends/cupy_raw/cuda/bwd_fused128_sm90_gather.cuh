@@ -82,7 +82,7 @@ struct Shared : QueryData<kBlockM, kDataBase, kBounds, kBoundsBase> {
 // Warps 0 and 1: for each tile gather keys and values, then every block of queries that may see one
 // of them.
 __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
-  const int thread = threadIdx.x, warp = uniform(thread / 32), lane = thread % 32;
+  const int thread = threadIdx.x;
   const int lane_bytes = (thread % kLanesPerRow) * 16;
   unsigned buffer = 0;  // of tile number and bounds: the parity of the tile
   Ring<kRing> ring;
@@ -94,25 +94,8 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
     if (tile >= p.tiles) break;
     const KeyTile at = locate_key_tile(p, tile);
     const int key0 = at.number * kBlockN, key1 = min(key0 + kBlockN, p.seqlen_k);
-    const int first_z = at.b * p.heads + at.h_kv * p.group_size;
-
-    for (int member = 0; member < p.group_size; ++member) {
-      const int z = first_z + member;
-      find_bounds(p, shared, buffer, member, static_cast<long long>(z) * p.seqlen_q, p.q_count[z],
-                  key0, warp, lane);
-    }
-    named_barrier_sync(kProducerBarrier, kRowThreads);  // the bounds are written
-
-    const bool all = sees_all(p, shared, buffer);
-    int rows[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int key = key0 + gather_owned_row<kRowThreads>(thread, i);
-      bool seen = seen_by_group(p, shared, buffer, first_z, key, all);
-      seen &= key < key1;
-      rows[i] = seen ? p.k_index[static_cast<long long>(at.z) * p.seqlen_k + key] : -1;
-    }
-    __syncwarp();
+    int rows[kBlockN / kRowThreads];
+    load_key_tile(p, shared, buffer, tile, at, thread, rows);
     barrier_wait(shared.key_empty(), buffer ^ 1);
     gather_rows<kBlockN, kPanels, kRowThreads>(
         shared.key(), p.k.of_head(at.b, at.h_kv) + lane_bytes, p.k.row, rows, thread);
@@ -122,7 +105,7 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
     barrier_publish(shared.key_full(), thread);  // tile number and bounds
 
     for (int member = 0; member < p.group_size; ++member) {
-      const int h = at.h_kv * p.group_size + member, z = first_z + member;
+      const int h = at.h_kv * p.group_size + member, z = at.b * p.heads + h;
       const int count = uniform(p.q_count[z]);
       const long long list = static_cast<long long>(z) * p.seqlen_q;
       const int *starts = p.key_start + list, *ends = p.key_end + list, *indices = p.q_index + list;

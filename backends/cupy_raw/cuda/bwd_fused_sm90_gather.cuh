@@ -127,60 +127,35 @@ __device__ __forceinline__ void gather_queries(unsigned tile, const char* q, int
 // Warps 0 and 1: for each tile gather keys and values, then every block of queries that may see one
 // of them.
 __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
-  const int thread = threadIdx.x, warp = uniform(thread / 32), lane = thread % 32;
+  const int thread = threadIdx.x;
   const int lane_bytes = (thread % kLanesPerRow) * 16;
   Ring<kKeyBuffers> key;
   Ring<kStages> query;
   if (thread == 0) shared_store(shared.share(), share_of(p, kFused));
   unsigned buffer = 0;  // of tile number and bounds, by the parity of the tile
-  int claimed = kUnclaimed;
   for (;; buffer ^= 1) {
     barrier_wait(shared.key_empty(key.slot), key.parity ^ 1);
-    const int tile = take_tile(p, shared, buffer, thread, claimed);
-    claimed = kUnclaimed;
+    barrier_wait(shared.query_empty(query.slot), query.parity ^ 1);
+    const int tile = take_tile(p, shared, buffer, thread);
     if (tile >= p.tiles) break;
     const KeyTile at = locate_key_tile(p, tile);
     const int key0 = at.number * kBlockN, key1 = min(key0 + kBlockN, p.seqlen_k);
-    const int first_z = at.b * p.heads + at.h_kv * p.group_size;
 
-    // All that is loaded before anything is known of the tile is on its way at once.
-    const int kept = p.k_count[at.z];
-    int count = p.q_count[first_z];
-    int sorted_keys[2], rows[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      sorted_keys[i] = key0 + gather_owned_row<kRowThreads>(thread, i);
-      rows[i] = p.k_index[static_cast<long long>(at.z) * p.seqlen_k +
-                          min(sorted_keys[i], p.seqlen_k - 1)];
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) rows[i] = sorted_keys[i] < min(key1, kept) ? rows[i] : -1;
-    gather_rows<kBlockN, 1, kRowThreads>(shared.value(key.slot),
-                                         p.v.of_head(at.b, at.h_kv) + lane_bytes, p.v.row, rows,
-                                         thread);
-    for (int member = 0; member < p.group_size; ++member) {
-      const int z = first_z + member;
-      if (member > 0) count = p.q_count[z];
-      find_bounds(p, shared, buffer, member, static_cast<long long>(z) * p.seqlen_q,
-                  key0 < kept ? count : 0, key0, warp, lane);
-    }
-    named_barrier_sync(kProducerBarrier, kRowThreads);  // the bounds are written
-
-    const bool all = sees_all(p, shared, buffer);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (!seen_by_group(p, shared, buffer, first_z, sorted_keys[i], all)) rows[i] = -1;
-    }
-    __syncwarp();
+    int count = p.q_count[at.b * p.heads + at.h_kv * p.group_size];  // on its way with the record
+    int rows[kBlockN / kRowThreads];
+    load_key_tile(p, shared, buffer, tile, at, thread, rows);
     gather_rows<kBlockN, 1, kRowThreads>(shared.key(key.slot),
                                          p.k.of_head(at.b, at.h_kv) + lane_bytes, p.k.row, rows,
+                                         thread);
+    gather_rows<kBlockN, 1, kRowThreads>(shared.value(key.slot),
+                                         p.v.of_head(at.b, at.h_kv) + lane_bytes, p.v.row, rows,
                                          thread);
     barrier_arrive_after_copies(shared.key_full(key.slot));
     barrier_publish(shared.key_full(key.slot), thread);  // tile number and bounds
 
     for (int member = 0; member < p.group_size; ++member) {
-      const int h = at.h_kv * p.group_size + member, z = first_z + member;
-      const int count = uniform(p.q_count[z]);
+      const int h = at.h_kv * p.group_size + member, z = at.b * p.heads + h;
+      if (member > 0) count = p.q_count[z];
       const long long list = static_cast<long long>(z) * p.seqlen_q;
       const int *starts = p.key_start + list, *ends = p.key_end + list, *indices = p.q_index + list;
       const int low = uniform(shared_load(shared.bound(buffer, member, 0)));
@@ -210,9 +185,6 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
         const bool sees = there && own.start < own.end && own.end > key0 && own.start < key1;
         // A query that sees no key of the tile becomes zeros.
         const int row = sees ? own.row : -1;
-        if (thread == 0 && first + kBlockM >= end_query && member + 1 == p.group_size) {
-          claimed = atomicAdd(p.counter, 1);  // the number comes while this waits for a buffer
-        }
         barrier_wait(shared.query_empty(query.slot), query.parity ^ 1);
         gather_queries(shared.query(query.slot), q, p.q.row, dout, p.dout.row, row, thread);
         // Lse of rows past the last kept one is +inf (before row_lse's first element) and delta 0:

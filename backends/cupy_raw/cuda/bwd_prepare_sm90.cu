@@ -18,10 +18,11 @@
 #include "params_sm90.cuh"
 #include "choice_sm90.cuh"
 #include "softmax_sm90.cuh"
+#include "query_data_sm90.cuh"
+#include "bwd_fused_sm90_tiles.cuh"
 
 constexpr int kRows = 64;                  // of a query tile
-constexpr int kKeys = 128;                 // of a key tile
-constexpr int kNoSum = 0x7FFFFFFE;         // as in bwd_fused_sm90_dq.cuh
+constexpr int kNoSum = 0x7FFFFFFE;         // as in bwd_fused_sm90_sums.cuh
 constexpr int kLanes = SCFA_HEAD_DIM / 8;  // of one row
 constexpr int kThreads = 256;
 
@@ -41,11 +42,11 @@ __device__ __forceinline__ void prepare_tile(const Params& p, int share, int til
   }
   const int b = p.by_query_heads.quotient(z), h = z - b * p.heads;
   const long long list = static_cast<long long>(z) * p.seqlen_q;
-  // Key tiles [low, high) visit: see find_bounds in bwd_fused_sm90_gather.cuh.
+  // Key tiles [low, high) visit: see bwd_fused_sm90_tiles.cuh.
   int low = 0, high = 0;
   if (first < count) {
-    low = p.key_start[list + first] / kKeys;
-    high = (p.key_end[list + min(first + kRows, count) - 1] + kKeys - 1) / kKeys;
+    low = p.key_start[list + first] / kTileKeys;
+    high = (p.key_end[list + min(first + kRows, count) - 1] + kTileKeys - 1) / kTileKeys;
   }
   if (threadIdx.x == 0) p.added[tile] = high - low >= 2 ? 0 : kNoSum;
   const int chunk = 16 * (threadIdx.x % kLanes);

@@ -46,4 +46,6 @@ struct Params {
   // dk/dv over ranges in any order only: what it searches for queries, a word a query row each
   // (bwd_envelope_sm90.cu).
   int *envelope_start, *envelope_end;
+  int* key_tiles;  // fused backward only: what bwd_prepare_sm90.cu found out about each key tile
+                   // (bwd_fused_sm90_tiles.cuh)
 };

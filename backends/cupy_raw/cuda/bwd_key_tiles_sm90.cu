@@ -1,0 +1,100 @@
+// What the fused kernels are told of each key tile, so that they need not search at the start of one,
+// with nothing else to do.
+//
+// computes: key_tiles, a record for each tile (bwd_fused_sm90_tiles.cuh): which of its keys some query
+//   sees, and which queries of each query head may see one. Ranges must be nondecreasing along the
+//   sorted queries (plan.monotone).
+// grid/block: blocks of 256 threads; a warp takes key tiles in turn. Heads that go the other way
+//   (choice_sm90.cuh) are left alone.
+// shared memory: none.
+// inputs/outputs: Params (params_sm90.cuh) with the tiles of key heads: q_count, k_count, key_start,
+//   key_end; key_tiles is written.
+// version and source: new here.
+#include "mbarrier.cuh"
+#include "params_sm90.cuh"
+#include "choice_sm90.cuh"
+#include "search_sm90.cuh"
+#include "query_data_sm90.cuh"
+#include "bwd_fused_sm90_tiles.cuh"
+
+constexpr int kThreads = 256;
+
+// Add keys [from, to) of the tile that each lane names to those that nobody sees; all lanes get them.
+__device__ __forceinline__ void add_gaps(unsigned (&unseen)[kSeenWords], int from, int to) {
+  to = min(to, kTileKeys);
+  if (!__any_sync(0xFFFFFFFFu, from < to)) return;
+#pragma unroll
+  for (int i = 0; i < kSeenWords; ++i) {
+    const int low = min(max(from - 32 * i, 0), 32), high = min(max(to - 32 * i, 0), 32);
+    const unsigned bits = static_cast<unsigned>((1ull << high) - (1ull << low));
+    unseen[i] |= __reduce_or_sync(0xFFFFFFFFu, from < to ? bits : 0);
+  }
+}
+
+// Which keys of a tile do the rows of one list not see? Starts and ends are nondecreasing, so those
+// are the gaps between the end of one row and the start of the next, from `first` on, the first row
+// to end beyond key0.
+__device__ __forceinline__ void find_gaps(unsigned (&unseen)[kSeenWords], const int* starts,
+                                          const int* ends, int first, int count, int key0,
+                                          int lane) {
+  constexpr int kAtOnce = 4;  // rows of a lane whose loads are waited for together
+  int before = key0;          // end of the row before
+#pragma unroll 1
+  for (int row0 = first; before < key0 + kTileKeys; row0 += 32 * kAtOnce) {
+    int start[kAtOnce], end[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int row = row0 + 32 * i + lane;
+      start[i] = row < count ? starts[row] : kSeesNothing;
+      end[i] = row < count ? ends[row] : kSeesNothing;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      int previous = __shfl_up_sync(0xFFFFFFFFu, end[i], 1);
+      if (lane == 0) previous = before;
+      add_gaps(unseen, max(previous - key0, 0), start[i] - key0);
+      before = __shfl_sync(0xFFFFFFFFu, end[i], 31);
+    }
+  }
+}
+
+__device__ __forceinline__ void record_key_tile(const Params& p, int share, int tile, int lane) {
+  const KeyTile at = locate_key_tile(p, tile);
+  if (share == kSome && !goes(p, kFused, at.z)) return;
+  const int key0 = at.number * kTileKeys;
+  int* record = key_tile_record(p, tile);
+  unsigned seen[kSeenWords] = {};
+  for (int member = 0; member < p.group_size; ++member) {
+    const int z = at.b * p.heads + at.h_kv * p.group_size + member;
+    const long long list = static_cast<long long>(z) * p.seqlen_q;
+    const int *starts = p.key_start + list, *ends = p.key_end + list;
+    // Nobody sees keys beyond those that are kept, so nothing is searched for them.
+    const int count = key0 < p.k_count[at.z] ? p.q_count[z] : 0;
+    Search first{ends, key0, 0, count}, beyond{starts, key0 + kTileKeys - 1, 0, count};
+    search_both(first, beyond, lane);
+    if (lane == 0) {
+      int* bounds = record + kSeenWords + kTileBounds * member;
+      bounds[0] = first.high == count ? kSeesNothing : first.high;
+      bounds[1] = beyond.high;
+    }
+    unsigned unseen[kSeenWords] = {};
+    find_gaps(unseen, starts, ends, first.high, count, key0, lane);
+#pragma unroll
+    for (int i = 0; i < kSeenWords; ++i) seen[i] |= ~unseen[i];
+  }
+  if (lane == 0) {
+#pragma unroll
+    for (int i = 0; i < kSeenWords; ++i) record[i] = static_cast<int>(seen[i]);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads)
+    scfa_bwd_key_tiles_sm90(const __grid_constant__ Params p) {
+  const int share = share_of(p, kFused);
+  if (share == kNone) return;
+  constexpr int kWarps = kThreads / 32;
+  int tile = blockIdx.x * kWarps + threadIdx.x / 32;
+  for (; tile < p.tiles; tile += gridDim.x * kWarps) {
+    record_key_tile(p, share, tile, threadIdx.x % 32);
+  }
+}
