@@ -96,6 +96,8 @@ def _goal() -> Iterator[Case]:
 def _buckets() -> Iterator[Case]:
     for buckets in (2, 4, 8, 16, 32, 64, 128):
         yield workload_a(f"hash{buckets}", 16384)
+    for seqlen in (1024, 4096):  # where sparsity has least to save
+        yield workload_a("hash2", seqlen)
 
 
 def _drops() -> Iterator[Case]:
