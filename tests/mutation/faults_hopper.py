@@ -73,7 +73,7 @@ FAULTS = (
         "keys that only an earlier query head sees are not fetched", "hopper-one-pass",
     ),
     Fault("hopper-gap-carried", KEY_TILES,
-        "before = __shfl_sync(0xFFFFFFFFu, end[i], 31);", "before = __shfl_sync(0xFFFFFFFFu, end[i], 30);",
+        "__shfl_sync(0xFFFFFFFFu, end[i], 31);", "__shfl_sync(0xFFFFFFFFu, end[i], 30);",
         "a key between the ranges of two rows, 32 apart, is taken for unseen", "hopper-one-pass",
     ),
     Fault("hopper-bound-lost", KEY_TILES,

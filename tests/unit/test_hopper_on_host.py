@@ -93,6 +93,14 @@ def test_patterns_in_one_pass(kernels, head_dim, name):
     check(kernels, spec, fused=True, order=2, blocks=2, slots=2)
 
 
+@pytest.mark.parametrize("head_dim", sorted(launch_sm90._FUSED))
+def test_keys_between_rows_in_one_pass(kernels, head_dim):
+    """Rows of one key and few more: what one row alone sees is fetched, in every 32 of them."""
+    parts = (Part("hash", "uniform", 150),)
+    spec = Spec(1, 3, 3, 400, 400, head_dim, head_dim, "bfloat16", parts=parts, poison=True, seed=8)
+    check(kernels, spec, fused=True)
+
+
 @pytest.mark.parametrize(("head_dim", "fused"), [(64, False), (64, True), (128, True)])
 def test_the_build_for_the_sanitizer(kernels, head_dim, fused):
     """It has arrivals, copies and sums of its own."""
