@@ -109,23 +109,21 @@ def _sorted_rows(inputs: Inputs, kernels: str) -> Timed:
     case = inputs.case
     group = case.heads // case.heads_kv
     attend, build = _compiled(inputs, kernels)
-    # The mask reads these four in place, so that a new pattern does not compile anew. Rows are
-    # taken by others: backward needs its forward's order, which no later plan may change.
-    q_order = torch.empty_like(inputs.q_ids, dtype=torch.int64)
-    k_order = torch.empty_like(inputs.k_ids, dtype=torch.int64)
-    q_sorted, k_sorted = torch.empty_like(inputs.q_ids), torch.empty_like(inputs.k_ids)
-    places = torch.arange(case.seqlen, device=case.device).expand_as(q_order)
+    # What the mask reads: new tensors for each pattern, which does not compile anew for them. A
+    # backward needs those of its forward, which no later pattern may change.
+    q_order: Any = None
+    k_order: Any = None
+    q_sorted: Any = None
+    k_sorted: Any = None
+    places = torch.arange(case.seqlen, device=case.device).expand_as(inputs.q_ids)
     blocks = blocks_of(inputs, kernels)
 
     def sort() -> Orders:
         """What a new pattern costs before its mask is built."""
-        q_values, q_new = torch.sort(inputs.q_ids, stable=True)
-        k_values, k_new = torch.sort(inputs.k_ids, stable=True)
-        for mine, other in zip(
-            (q_sorted, q_order, k_sorted, k_order), (q_values, q_new, k_values, k_new), strict=True
-        ):
-            mine.copy_(other)
-        return q_new, k_new, torch.empty_like(q_new).scatter_(-1, q_new, places)
+        nonlocal q_order, k_order, q_sorted, k_sorted
+        q_sorted, q_order = torch.sort(inputs.q_ids, stable=True)
+        k_sorted, k_order = torch.sort(inputs.k_ids, stable=True)
+        return q_order, k_order, torch.empty_like(q_order).scatter_(-1, q_order, places)
 
     def visible(b: Any, h: Any, i: Any, j: Any) -> Any:
         g = key_head(h, group)

@@ -36,7 +36,7 @@ def _card(stem: str) -> Page:
             stem: "",
             f"{stem}-now": "After a second gathering warpgroup: what changed since",
             f"{stem}-wide": "Wide heads, with a backward of two roles",
-            f"{stem}-goal": "One backward kernel from 440 keys a tile on",
+            f"{stem}-goal": "What a key tile needs is known before",
             f"{stem}-original": "Beside the original, and numba-cuda",
             f"{stem}-flex": "Beside FlexAttention",
             f"{stem}-peers": "Beside flash-attn, xformers and cuDNN's frontend",

@@ -45,7 +45,7 @@ def launched(monkeypatch):
     for module in (launch, launch_sm90, planner):
         monkeypatch.setattr(module, "get_kernel", get_kernel)
     monkeypatch.setattr(planner, "_kernel", lambda name, device: get_kernel(name, "", (), device))
-    for cached in ("_kernel", "_choose_kernel", "_envelope_kernel"):
+    for cached in ("_kernel", "_choose_kernel", "_envelope_kernel", "_key_tiles_kernel"):
         monkeypatch.setattr(launch_sm90, cached, getattr(launch_sm90, cached).__wrapped__)
     monkeypatch.setattr(launch_sm90, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(launch_sm90, "_zero", lambda *arguments: found.append(("zero", *arguments)))

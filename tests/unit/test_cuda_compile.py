@@ -99,9 +99,9 @@ def hopper_builds() -> list[Build]:
                     launch_sm90._kernel.__wrapped__(name, 0, dtype, head_dim, shape, False)
         for head_dim in (64, 64):  # side by side, though they have no types
             launch_sm90._choose_kernel.__wrapped__(0, head_dim)
-        for device in (0, 0):
-            launch_sm90._envelope_kernel.__wrapped__(device)
-            launch_sm90._key_tiles_kernel.__wrapped__(device)
+        for kernel in (launch_sm90._envelope_kernel, launch_sm90._key_tiles_kernel):
+            for device in (0, 0):
+                kernel.__wrapped__(device)
     finally:
         launch_sm90.get_kernel = loaded
     return asked

@@ -241,11 +241,11 @@ def test_where_ranges_can_be_long_the_gpu_chooses(launched, monkeypatch):
     without = [x._replace(pointer=0) for x in arrays]
     bound_sm90.bind_backward(sizes, True, *without)(PLAN, at, Context())
     choice, records, room = (WORKSPACE + (i << 20) for i in (1, 2, 3))
-    added = records + 4 * 16 * (4 + 2 * 2)
+    added = records + 4 * 12 * (4 + 2 * 2)
     sums = launch_sm90.Sums(room, added, launch_sm90._sum_slots(sizes), 2)
     stats = (WORKSPACE + 4, WORKSPACE + 4 + 4 * 2 * 4 * 90)
     first = choice + 4 * launch_sm90._CHOICE_COUNTERS
-    key_tiles = (4, 16)  # of 441 keys, two batch entries of two key heads
+    key_tiles = (3, 12)  # of 341 keys, two batch entries of two key heads
     given = (q, k, v, out, dout, dq, dk, dv)
 
     def want(counter, tiles, heads):
