@@ -8,6 +8,19 @@ from typing import TYPE_CHECKING
 from scfa_core.backends.cupy_raw import launch_sm90 as sm90
 from scfa_core.backends.cupy_raw.loader import Kernel
 from scfa_core.backends.cupy_raw.prepared import Launch, Template, marks
+from scfa_core.backends.cupy_raw.shapes_sm90 import (
+    DKDV,
+    DQ,
+    FORWARD,
+    FUSED,
+    FUSED_KERNELS,
+    PREPARE,
+    SHARED,
+    Shape,
+    shape_of,
+    tiles_of,
+)
+from scfa_core.backends.cupy_raw.tensor_maps import NO_MAPS, tensor_maps
 
 from scfa_core.arrays import DeviceArray
 from scfa_core.environment import Choice
@@ -65,13 +78,19 @@ def bind_forward(problem: Problem, monotone: bool, *described: DeviceArray) -> B
     marked = _Marked(described, monotone, 1)
     q, k, v, out, lse = marked.arrays
     head_dim, device = problem.head_dim, q.device
-    shape = sm90._FORWARD[head_dim]
-    tiles = sm90._tiles(problem.seqlen_q, 64 * shape.warpgroups, problem.batch * problem.heads)
+    shape = FORWARD[head_dim]
+    tiles = tiles_of(problem.seqlen_q, 64 * shape.warpgroups, problem.batch * problem.heads)
     arrays = (q, k, v, out, None, None, None, None)
     (counter,) = marked.workspace
-    params = sm90._params(problem, marked.plan, arrays, lse, (0, 0), counter, tiles, problem.heads)
-    kernel = sm90._kernel("fwd_sm90", device, problem.dtype, head_dim, shape, monotone)
-    shared = sm90._forward_shared(head_dim, shape)
+    maps = tensor_maps(k, v)
+    params = sm90._params(
+        *(problem, marked.plan, arrays, lse, (0, 0), counter, tiles, problem.heads),
+        maps=maps or NO_MAPS,
+    )
+    kernel = sm90._kernel(
+        "fwd_sm90", device, problem.dtype, head_dim, shape, monotone, mapped=maps is not None
+    )
+    shared = SHARED["fwd_sm90"](head_dim, shape)
     launch = marked.bind(params, sm90._persistent(kernel, device, shape, shared, tiles[1]))
 
     def run(plan: PlanAddresses, arrays: tuple[int, ...], ctx: CallContext) -> None:
@@ -109,13 +128,13 @@ def bind_backward(problem: Problem, monotone: bool, *described: DeviceArray) -> 
 def _ways(problem: Problem, asked: str | None, monotone: bool = True) -> tuple[bool, bool]:
     """Whether the split and the fused kernels are launched, with $SCFA_CUPY_BACKWARD `asked`."""
     way = _asked.word(asked)
-    serves = monotone and problem.head_dim in sm90._FUSED and sm90._sums_fit(problem)
+    serves = monotone and problem.head_dim in FUSED and sm90._sums_fit(problem)
     if not serves or way == "split":
         return True, False
     if way == "fused":
         return False, True
-    # No range is longer than all keys: where those are few there is nothing to ask.
-    return True, problem.seqlen_k > sm90._LONG_KEYS.get(problem.head_dim, problem.seqlen_k)
+    # Where keys are few there is nothing to ask: of causal rows each sees half on average.
+    return True, problem.seqlen_k > 2 * sm90._LONG_KEYS.get(problem.head_dim, problem.seqlen_k)
 
 
 class _Backward:
@@ -131,16 +150,18 @@ class _Backward:
     ) -> None:
         self.problem, self.device, self.monotone = problem, described[0].device, monotone
         self.rows = problem.batch * problem.heads * problem.seqlen_q
-        self.query_tiles, self.jobs = sm90._tiles(
+        self.query_tiles, self.jobs = tiles_of(
             problem.seqlen_q, sm90._SUM_ROWS, problem.batch * problem.heads
         )
         self.slots = sm90._sum_slots(problem) if fused else 0
         self.records = 0  # words of the records of key tiles
         if fused:
-            key_tiles = self._key_tiles(sm90._FUSED[problem.head_dim])[1]
+            key_tiles = self._key_tiles(FUSED[problem.head_dim])[1]
             self.records = key_tiles * sm90._record_words(problem)
         self.both = split and fused
         self.marked = _Marked(described, monotone, 11)
+        dout, q, *_ = self.marked.arrays
+        self.maps = tensor_maps(q, dout)
         launches = [self._choose()] if self.both else []
         launches += [] if monotone else [self._envelopes()]
         launches += self._split() if split else []
@@ -191,23 +212,25 @@ class _Backward:
             choice if self.both else 0,
             (0, 0) if self.monotone else (starts, ends),
             records if self.slots else 0,
+            self.maps or NO_MAPS,
         )
 
-    def _key_tiles(self, shape: sm90.Shape) -> tuple[int, int]:
+    def _key_tiles(self, shape: Shape) -> tuple[int, int]:
         heads = self.problem.batch * self.problem.heads_kv
-        return sm90._tiles(self.problem.seqlen_k, 64 * shape.warpgroups, heads)
+        return tiles_of(self.problem.seqlen_k, 64 * shape.warpgroups, heads)
 
-    def _kernel(self, name: str, shape: sm90.Shape) -> Kernel:
+    def _kernel(self, name: str, shape: Shape) -> Kernel:
         problem = self.problem
         return sm90._kernel(
-            name, self.device, problem.dtype, problem.head_dim, shape, self.monotone
+            *(name, self.device, problem.dtype, problem.head_dim, shape, self.monotone),
+            mapped=self.maps is not None,
         )
 
     def _tiled(
-        self, name: str, shape: sm90.Shape, counter: int, tiles: tuple[int, int], heads: int
+        self, name: str, shape: Shape, counter: int, tiles: tuple[int, int], heads: int
     ) -> Launch:
         """A kernel of persistent blocks."""
-        shared = sm90._SHARED[name](self.problem.head_dim, shape)
+        shared = SHARED[name](self.problem.head_dim, shape)
         enqueue = sm90._persistent(self._kernel(name, shape), self.device, shape, shared, tiles[1])
         return self.marked.bind(self._params(counter, tiles, heads), enqueue)
 
@@ -219,7 +242,7 @@ class _Backward:
         return self.marked.bind(params, kernel.bind((2 * heads, 1, 1), 1024, 0))
 
     def _choose(self) -> Launch:
-        params = self._params(2, self._key_tiles(sm90._FUSED[self.problem.head_dim]),
+        params = self._params(2, self._key_tiles(FUSED[self.problem.head_dim]),
                               self.problem.heads_kv)  # fmt: skip
         kernel = sm90._choose_kernel(self.device, self.problem.head_dim)
         return self.marked.bind(params, kernel.bind((1, 1, 1), 1024, 0))
@@ -227,11 +250,9 @@ class _Backward:
     def _split(self) -> list[Launch]:
         """The dq kernel, then the dk/dv kernel."""
         problem, head_dim = self.problem, self.problem.head_dim
-        dq, dkdv = (
-            sm90._shape_of(shapes, head_dim, self.monotone) for shapes in (sm90._DQ, sm90._DKDV)
-        )
+        dq, dkdv = (shape_of(shapes, head_dim, self.monotone) for shapes in (DQ, DKDV))
         heads = problem.batch * problem.heads
-        tiles = sm90._tiles(problem.seqlen_q, 64 * dq.warpgroups, heads)
+        tiles = tiles_of(problem.seqlen_q, 64 * dq.warpgroups, heads)
         return [
             self._tiled("bwd_dq_sm90", dq, 2, tiles, problem.heads),
             self._tiled("bwd_dkdv_sm90", dkdv, 3, self._key_tiles(dkdv), problem.heads_kv),
@@ -240,18 +261,18 @@ class _Backward:
     def _fused(self) -> list[Launch]:
         """The kernels that prepare tiles and rows, then that which makes dq, dk and dv together."""
         head_dim = self.problem.head_dim
-        shape = sm90._FUSED[head_dim]
+        shape = FUSED[head_dim]
         tiles = self._key_tiles(shape)
         params = self._params(4, tiles, self.problem.heads_kv)
         most = sm90._PREPARE_BLOCKS * sm90._multiprocessors(self.device)
         prepare = (
             (sm90._key_tiles_kernel(self.device), -(-tiles[1] // 8)),  # a warp for each
-            (self._kernel("bwd_prepare_sm90", sm90._PREPARE[head_dim]), self.jobs),
+            (self._kernel("bwd_prepare_sm90", PREPARE[head_dim]), self.jobs),
         )
         return [
             *(
                 self.marked.bind(params, kernel.bind((min(blocks, most), 1, 1), 256, 0))
                 for kernel, blocks in prepare
             ),
-            self._tiled(sm90._FUSED_KERNELS[head_dim], shape, 4, tiles, self.problem.heads_kv),
+            self._tiled(FUSED_KERNELS[head_dim], shape, 4, tiles, self.problem.heads_kv),
         ]

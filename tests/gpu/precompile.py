@@ -69,9 +69,9 @@ def compile_portable(problems):
 
 def compile_hopper():
     """Compile every kernel of Hopper's own, in both 16-bit types."""
-    from scfa_core.backends.cupy_raw import launch_sm90
+    from scfa_core.backends.cupy_raw import launch_sm90, shapes_sm90
 
-    tables = launch_sm90._TABLES
+    tables = shapes_sm90.TABLES
     jobs = [
         (name, 0, dtype, head_dim, shape)
         for name, table in tables.items()
@@ -79,7 +79,7 @@ def compile_hopper():
         for dtype in ("bfloat16", "float16")
     ]
     widths = {
-        name: table for name, table in tables.items() if isinstance(table, launch_sm90._Shapes)
+        name: table for name, table in tables.items() if isinstance(table, shapes_sm90.Shapes)
     }
     jobs += [
         (name, 0, "bfloat16", head_dim, table[head_dim])

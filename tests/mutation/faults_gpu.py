@@ -117,8 +117,8 @@ FAULTS = (
     ),
     Fault("gpu-fused128-rows", GATHER128,
         "        barrier_wait(shared.rows_empty(ring.slot), ring.parity ^ 1);\n"
-        "        gather_rows<kBlockM, kPanels, kRowThreads>(shared.rows(ring.slot), dout,",
-        "        gather_rows<kBlockM, kPanels, kRowThreads>(shared.rows(ring.slot), dout,",
+        "        fetch(dout, p.dout.row, p.maps[1], current);\n",
+        "        fetch(dout, p.dout.row, p.maps[1], current);\n",
         "queries are overwritten that products still read", "gpu-fused128",
     ),
     Fault("gpu-fused128-sum-room", CARRY,

@@ -39,7 +39,10 @@ SUITES["hopper-one-pass"] = (
     ("tests/unit/test_hopper_on_host.py", "-k", "one_pass and 128"),
 )
 
+SUITES["hopper-runs"] = (("tests/unit/test_hopper_runs.py",),)
+
 CUDA = "backends/cupy_raw/cuda/"
+RUNS = CUDA + "runs_sm90.cuh"
 FUSED_DQ, KEY_TILES = CUDA + "bwd_fused_sm90_dq.cuh", CUDA + "bwd_key_tiles_sm90.cu"
 
 FAULTS = (
@@ -330,6 +333,36 @@ FAULTS = (
         "      wait_for_rows();\n      async_proxy_fence();\n",
         "      wait_for_rows();\n",
         "the first scores of a head may not see its queries", "hopper-memory-fused128",
+    ),
+    # runs of rows, and tiles that begin before the first row
+    Fault("hopper-run-unproven", RUNS,
+        "row == first + lane);", "row >= first);",
+        "rows that only begin like a run are taken for one", "hopper-runs",
+    ),
+    Fault("hopper-run-unseen", CUDA + "bwd_fused_sm90_gather.cuh",
+        "fetch_own_rows<kBlockM, 1, kHeadDim>(tile, p.maps[0], h, at.b, q, p.q.row, row, full,",
+        "fetch_own_rows<kBlockM, 1, kHeadDim>(tile, p.maps[0], h, at.b, q, p.q.row, own.row, full,",
+        "queries that see nothing of a tile are fetched", "hopper-runs",
+    ),
+    Fault("hopper-run-head", CUDA + "fwd_sm90_gather.cuh",
+        "(tile, map, at.h_kv, at.b, source,", "(tile, map, at.h, at.b, source,",
+        "runs of keys are those of the query head's number", "hopper-runs",
+    ),
+    Fault("hopper-run-fence", CUDA + "fwd_sm90.cu",
+        "if constexpr (kRuns) async_proxy_fence();", "",
+        "rows by index, and a run over them, reach shared memory in any order", "hopper-runs",
+    ),
+    Fault("hopper-own-swizzle", RUNS,
+        "(i & 1 ? even ^ 64 : even)", "even",
+        "rows between runs lie in the wrong half of their swizzle", "hopper-runs",
+    ),
+    Fault("hopper-own-part", RUNS,
+        "block + thread / 32 * kRunRows * kRowBytes", "block",
+        "all warps fetch to the first 32 rows", "hopper-runs",
+    ),
+    Fault("hopper-rows-before", CUDA + "bwd_dq_sm90.cu",
+        "if (sorted >= 0) {", "if (sorted >= -1) {",
+        "rows before the first overwrite what belongs to the head before", "hopper-turns",
     ),
 )  # fmt: skip
 

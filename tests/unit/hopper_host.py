@@ -7,11 +7,13 @@ that leaves two without order fails, however its threads took turns.
 """
 
 import re
+import struct
 
 import host_build
 import numpy as np
 import pytest
-from scfa_core.backends.cupy_raw import launch_sm90, nvrtc
+from scfa_core.backends.cupy_raw import launch_sm90, nvrtc, shapes_sm90
+from scfa_core.backends.cupy_raw.tensor_maps import NO_MAPS
 
 import scfa_core as scfa
 from scfa_core import testing
@@ -29,7 +31,7 @@ PLAYED = (  # functions of the shipped headers that the host has its own of
     *("load_sum_four", "row_address", "shared_address", "barrier_init", "barrier_init_done"),
     *("barrier_arrive", "barrier_try_wait", "named_barrier_sync", "named_barrier_arrive"),
     *("named_barrier_any", "give_registers", "take_registers", "uniform", "shared_load"),
-    *("shared_store", "shared_load_pair"),
+    *("shared_store", "shared_load_pair", "copy_run"),
 )
 INSTRUCTIONS = {  # of the functions that are left, as the host plays them
     "fence.proxy.async.shared::cta;": "memory::proxy_fence();",
@@ -125,15 +127,16 @@ class Kernels(host_build.HostCompiler):
                 sources[name] = for_the_host(name, text)
         super().__init__(folder, sources)
 
-    def kernel(self, name, dtype, head_dim, shape, monotone=True, sanitize=False, fences=True):
+    def kernel(self, name, dtype, head_dim, shape, monotone=True, mapped=True,
+               sanitize=False, fences=True):  # fmt: skip
         """Promise of the function that runs a kernel."""
         constants = (("BFLOAT16", int(dtype == "bfloat16")),)
         if shape is not None:
-            constants = overheard_constants(name, dtype, head_dim, shape, monotone)
-        build = ("SANITIZE", int(sanitize)), ("PROXY_FENCE", int(fences))
+            constants = overheard_constants(name, dtype, head_dim, shape, monotone, mapped)
         driver = DRIVER.replace("KERNEL", f"scfa_{name}")
         driver = driver.replace("READS_IN_VAIN", READS_IN_VAIN.get(name, ""))
         source = source_of((f"{name}.cu",), driver)
+        build = ("SANITIZE", int(sanitize)), ("PROXY_FENCE", int(fences))
         return self.start(source, (*constants, *build))
 
 
@@ -144,19 +147,28 @@ def kernels(tmp_path_factory):
     kernels.close()
 
 
-def overheard_constants(kernel, dtype, head_dim, shape, monotone):
+def overheard_constants(kernel, dtype, head_dim, shape, monotone, mapped):
     asked = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             launch_sm90, "get_kernel", lambda *request, arch_suffix: asked.append(request)
         )
-        launch_sm90._kernel.__wrapped__(kernel, 0, dtype, head_dim, shape, monotone)
+        launch_sm90._kernel.__wrapped__(kernel, 0, dtype, head_dim, shape, monotone, mapped)
     return asked[0][2]
 
 
 def described(x, dtype):
     strides = tuple(stride // x.itemsize for stride in x.strides)
     return DeviceArray(x.ctypes.data, x.shape, strides, dtype, 0)
+
+
+def maps_of(*arrays):
+    """Tensor maps as wgmma_on_host.hpp reads them."""
+    maps = [
+        struct.pack("<8Q", x.ctypes.data, *reversed(x.shape), *reversed(x.strides[:3]))
+        for x in arrays
+    ]
+    return b"".join(one.ljust(len(NO_MAPS) // 2, b"\0") for one in maps)
 
 
 def passes(spec, fused, monotone=True):
@@ -167,27 +179,27 @@ def passes(spec, fused, monotone=True):
     per_query, per_key = (spec.seqlen_q, spec.heads), (spec.seqlen_k, spec.heads_kv)
     head_dim = spec.head_dim
     backward = (
-        ("bwd_key_tiles_sm90", launch_sm90._FUSED, *per_key),
-        ("bwd_prepare_sm90", launch_sm90._FUSED, *per_key),
-        (launch_sm90._FUSED_KERNELS.get(head_dim), launch_sm90._FUSED, *per_key),
+        ("bwd_key_tiles_sm90", shapes_sm90.FUSED, *per_key),
+        ("bwd_prepare_sm90", shapes_sm90.FUSED, *per_key),
+        (shapes_sm90.FUSED_KERNELS.get(head_dim), shapes_sm90.FUSED, *per_key),
     )
     if not fused:
         backward = (
-            ("bwd_dq_sm90", launch_sm90._DQ, *per_query),
-            ("bwd_dkdv_sm90", launch_sm90._DKDV, *per_key),
+            ("bwd_dq_sm90", shapes_sm90.DQ, *per_query),
+            ("bwd_dkdv_sm90", shapes_sm90.DKDV, *per_key),
         )
     if not monotone:
         lists = spec.batch * spec.heads
         yield "bwd_envelope_sm90", None, (1, lists), spec.heads, 2 * lists, 1024
-    for kernel, shapes, rows, heads in (("fwd_sm90", launch_sm90._FORWARD, *per_query), *backward):
-        shape = launch_sm90._shape_of(shapes, head_dim, monotone)
-        tiles = launch_sm90._tiles(rows, 64 * shape.warpgroups, spec.batch * heads)
+    for kernel, shapes, rows, heads in (("fwd_sm90", shapes_sm90.FORWARD, *per_query), *backward):
+        shape = shapes_sm90.shape_of(shapes, head_dim, monotone)
+        tiles = shapes_sm90.tiles_of(rows, 64 * shape.warpgroups, spec.batch * heads)
         if kernel == "bwd_key_tiles_sm90":
             yield kernel, None, tiles, heads, None, 256
         elif kernel == "bwd_prepare_sm90":
-            yield kernel, launch_sm90._PREPARE[head_dim], tiles, heads, None, 256
+            yield kernel, shapes_sm90.PREPARE[head_dim], tiles, heads, None, 256
         else:
-            yield kernel, shape, tiles, heads, None, launch_sm90._threads(kernel, shape)
+            yield kernel, shape, tiles, heads, None, shapes_sm90.threads_of(kernel, shape)
 
 
 def run(
@@ -200,11 +212,12 @@ def run(
     sanitize=False,
     any_order=False,
     fences=True,
+    mapped=True,
 ):
     """Results of one case; `slots` query heads have room for sums of dq, all by default.
 
     With `any_order` the kernels are not told of ranges that are in order; without `fences` their
-    products look at copied rows through no proxy fence.
+    products look at copied rows through no proxy fence; unless `mapped` they have no tensor maps.
     """
     spec = case.spec
     problem = Problem(
@@ -224,7 +237,7 @@ def run(
     statistics = np.full(2 * lse.size + 1, np.nan, np.float32)
     at = statistics.ctypes.data + 4
     slots = slots or spec.batch * spec.heads
-    query_tiles = launch_sm90._tiles(spec.seqlen_q, 64, 1)[0]
+    query_tiles = shapes_sm90.tiles_of(spec.seqlen_q, 64, 1)[0]
     added = np.full(spec.batch * spec.heads * query_tiles, -1, np.int32)
     sum_of_dq = np.full((slots, query_tiles, 64, spec.head_dim), np.nan, np.float32)
     sums = launch_sm90.Sums(sum_of_dq.ctypes.data, added.ctypes.data, slots, query_tiles)
@@ -233,8 +246,9 @@ def run(
     key_tiles = spec.batch * spec.heads_kv * -(-spec.seqlen_k // 128)
     records = np.full(key_tiles * launch_sm90._record_words(problem), -7, np.int32)
     launches = list(passes(spec, fused, monotone))
+    how = {"mapped": mapped, "sanitize": sanitize, "fences": fences}
     compiled = [  # all begin to compile before the first one runs
-        kernels.kernel(kernel, spec.dtype, spec.head_dim, shape, monotone, sanitize, fences)
+        kernels.kernel(kernel, spec.dtype, spec.head_dim, shape, monotone, **how)
         for kernel, shape, *_ in launches
     ]
     for (kernel, shape, tiles, heads, least, threads), function in zip(
@@ -245,8 +259,9 @@ def run(
             *(problem, plan, arrays, described(lse, "float32")),
             *((at, at + 4 * lse.size), counter.ctypes.data, tiles, heads, sums, 0, envelopes_at),
             records.ctypes.data,
+            maps_of(*((k, v) if kernel == "fwd_sm90" else (q, dout))),
         )
-        shared = 0 if shape is None else launch_sm90._SHARED[kernel](spec.head_dim, shape)
+        shared = 0 if shape is None else shapes_sm90.SHARED[kernel](spec.head_dim, shape)
         faults = function.result()(params, least or blocks, threads, shared, order)
         assert faults >= 0, f"{kernel}: every thread waits for another"
         assert not faults, f"{kernel}: {faults} unordered accesses to memory, see stderr"

@@ -258,7 +258,8 @@ def check_visits(kernels, shape, start, end, keys, monotone, what, order=0):
     """Compare with the definition; returns what is said of gaps, tile by tile."""
     unions, seen = visited(kernels, shape, start, end, keys, monotone, order)
     for tile, (first, last, *_) in enumerate(unions):
-        of_tile = slice(tile * shape[0], (tile + 1) * shape[0])
+        end_row = start.size - (len(unions) - 1 - tile) * shape[0]  # the first tile may lack rows
+        of_tile = slice(max(end_row - shape[0], 0), end_row)
         key = np.arange(keys)
         sees = ((start[of_tile, None] <= key) & (key < end[of_tile, None])).any(0)
         some = np.flatnonzero(sees)

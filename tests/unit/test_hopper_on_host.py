@@ -5,7 +5,7 @@ import host_build
 import numpy as np
 import pytest
 from hopper_host import HASH, IN_ONE_PASS, WINDOW, check, run
-from scfa_core.backends.cupy_raw import launch_sm90
+from scfa_core.backends.cupy_raw import shapes_sm90
 
 from scfa_core import testing
 from scfa_core.testing import Part, Spec
@@ -72,11 +72,11 @@ def test_two_gathering_warpgroups(kernels, name, seqlen):
     """They take blocks in turn, on from tile to tile, and fetch no tile that nobody sees."""
     parts = {"causal": (Part("causal", number=0),), **IN_ONE_PASS}[name]
     spec = Spec(1, 4, 2, seqlen, seqlen, 64, 64, "bfloat16", parts=parts, poison=True, seed=seqlen)
-    assert launch_sm90._DQ[64].gatherers == launch_sm90._DKDV[64].gatherers == 2
+    assert shapes_sm90.DQ[64].gatherers == shapes_sm90.DKDV[64].gatherers == 2
     check(kernels, spec, order=seqlen % 3, blocks=1 + seqlen % 2)
 
 
-@pytest.mark.parametrize("head_dim", sorted(launch_sm90._FUSED))
+@pytest.mark.parametrize("head_dim", sorted(shapes_sm90.FUSED))
 @pytest.mark.parametrize("seqlen", [1, 63, 64, 65, 127, 129, 331])
 def test_causal_in_one_pass(kernels, head_dim, seqlen):
     causal = (Part("causal", number=0),)
@@ -84,7 +84,7 @@ def test_causal_in_one_pass(kernels, head_dim, seqlen):
     check(kernels, spec, fused=True, order=seqlen % 3)
 
 
-@pytest.mark.parametrize("head_dim", sorted(launch_sm90._FUSED))
+@pytest.mark.parametrize("head_dim", sorted(shapes_sm90.FUSED))
 @pytest.mark.parametrize("name", IN_ONE_PASS)
 def test_patterns_in_one_pass(kernels, head_dim, name):
     """Grouped heads, and sums of dq whose room is used again."""
@@ -93,12 +93,21 @@ def test_patterns_in_one_pass(kernels, head_dim, name):
     check(kernels, spec, fused=True, order=2, blocks=2, slots=2)
 
 
-@pytest.mark.parametrize("head_dim", sorted(launch_sm90._FUSED))
+@pytest.mark.parametrize("head_dim", sorted(shapes_sm90.FUSED))
 def test_keys_between_rows_in_one_pass(kernels, head_dim):
     """Rows of one key and few more: what one row alone sees is fetched, in every 32 of them."""
     parts = (Part("hash", "uniform", 150),)
     spec = Spec(1, 3, 3, 400, 400, head_dim, head_dim, "bfloat16", parts=parts, poison=True, seed=8)
     check(kernels, spec, fused=True)
+
+
+@pytest.mark.parametrize("head_dim", sorted(shapes_sm90.FUSED))
+@pytest.mark.parametrize("kept", [0, 1, 30])
+def test_tiles_that_nobody_sees_in_one_pass(kernels, head_dim, kept):
+    """By blocks that take tiles in turn; the rows of these are 0."""
+    parts = (Part("keep", "uniform", kept),)
+    spec = Spec(2, 2, 1, 300, 700, head_dim, head_dim, "bfloat16", parts=parts, poison=True, seed=9)
+    check(kernels, spec, fused=True, blocks=2)
 
 
 @pytest.mark.parametrize(("head_dim", "fused"), [(64, False), (64, True), (128, True)])

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from scfa_core.backends.cupy_raw import bound_sm90, launch_sm90, nvrtc
+from scfa_core.backends.cupy_raw import bound_sm90, launch_sm90, nvrtc, shapes_sm90
 
 from scfa_core.arrays import DeviceArray
 from scfa_core.errors import BackendUnavailable
@@ -15,9 +15,7 @@ LARGEST = 2**31 - 1
 BLOCK_LIMIT = 232_448  # bytes of shared memory a block may have on sm_90
 PARTIAL = [dim for dim in range(16, 257, 8) if dim % 64]
 SHAPES = [
-    (name, dim, shape)
-    for name, table in launch_sm90._TABLES.items()
-    for dim, shape in table.items()
+    (name, dim, shape) for name, table in shapes_sm90.TABLES.items() for dim, shape in table.items()
 ]
 
 
@@ -40,7 +38,7 @@ def test_divisor_at_multiples(number, times):
             assert n * multiplier >> shift == n // number
 
 
-@pytest.mark.parametrize("table", [launch_sm90._FORWARD, launch_sm90._DQ, launch_sm90._DKDV])
+@pytest.mark.parametrize("table", [shapes_sm90.FORWARD, shapes_sm90.DQ, shapes_sm90.DKDV])
 def test_every_head_dim_has_the_shape_of_the_tiles_that_hold_it(table):
     for head_dim in PARTIAL:
         assert table[head_dim] == table[min(width for width in table if width > head_dim)]
@@ -50,7 +48,7 @@ def test_every_head_dim_has_the_shape_of_the_tiles_that_hold_it(table):
 
 def test_dq_and_dkdv_serve_the_same():
     for head_dim in range(16, 300, 8):
-        assert bool(launch_sm90._DQ.width(head_dim)) == bool(launch_sm90._DKDV.width(head_dim))
+        assert bool(shapes_sm90.DQ.width(head_dim)) == bool(shapes_sm90.DKDV.width(head_dim))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +94,7 @@ def test_head_groups_served(monkeypatch, caplog, group, monotone):
 
 @pytest.mark.parametrize(("name", "head_dim", "shape"), SHAPES)
 def test_shapes_fit_a_block(name, head_dim, shape):
-    assert launch_sm90._SHARED[name](head_dim, shape) <= BLOCK_LIMIT
+    assert shapes_sm90.SHARED[name](head_dim, shape) <= BLOCK_LIMIT
 
 
 def test_kernel_refuses_another_layout():
@@ -105,7 +103,7 @@ def test_kernel_refuses_another_layout():
         compiler = nvrtc.wheel_compiler()
     except BackendUnavailable as error:
         pytest.skip(str(error))
-    shape = launch_sm90._FORWARD[64]
+    shape = shapes_sm90.FORWARD[64]
     constants = (
         ("BFLOAT16", 1),
         ("HEAD_DIM", 64),
@@ -113,7 +111,7 @@ def test_kernel_refuses_another_layout():
         ("WARPGROUPS", shape.warpgroups),
         ("STAGES", shape.stages),
         ("QUERY_BUFFERS", shape.query_buffers),
-        ("SHARED_BYTES", launch_sm90._SHARED["fwd_sm90"](64, shape) + 8),
+        ("SHARED_BYTES", shapes_sm90.SHARED["fwd_sm90"](64, shape) + 8),
     )
     with pytest.raises(nvrtc.CompileError, match="asks for as much as is laid out"):
         nvrtc.compile_to_cubin("fwd_sm90.cu", constants, "90a", compiler)
@@ -139,14 +137,14 @@ def test_scales_that_float32_makes_zero_go_to_the_portable_kernels(monkeypatch, 
 )
 @example(4, 48, 1, 16_384, 64)
 def test_sums_of_dq_keep_to_their_room(batch, heads_kv, group, seqlen, head_dim):
-    """32 MB and 8 bytes a query row, counted in whole heads; fewer than a group's are not used."""
+    """That of 2^17 query rows and 8 bytes for each, counted in whole heads."""
     heads = heads_kv * group
     problem = Problem(
         batch, heads, heads_kv, seqlen, seqlen, head_dim, head_dim, "bfloat16", "cuda:0", 0.1
     )
     slots = launch_sm90._sum_slots(problem)
     head_bytes = 4 * head_dim * 64 * -(-seqlen // 64)
-    room = (32 << 20) + 8 * batch * heads * seqlen
+    room = (head_dim << 19) + 8 * batch * heads * seqlen
     assert slots * head_bytes <= room
     assert slots == batch * heads or (slots + 1) * head_bytes > room
 
@@ -179,7 +177,7 @@ def test_batch_and_heads_do_not_decide_which_kernels_run(batch, heads_kv, group,
         assert launch_sm90._sum_slots(among) >= group
 
 
-@pytest.mark.parametrize("head_dim", [*sorted(launch_sm90._FUSED), 256])
+@pytest.mark.parametrize("head_dim", [*sorted(shapes_sm90.FUSED), 256])
 def test_ranges_in_any_order_never_go_the_fused_way(head_dim):
     sizes = (1, 1, 50_000, 50_000, head_dim, head_dim)
     problem = Problem(1, *sizes, "bfloat16", "cuda:0", 0.1)
@@ -187,7 +185,7 @@ def test_ranges_in_any_order_never_go_the_fused_way(head_dim):
         assert bound_sm90._ways(problem, asked, monotone=False) == (True, False)
 
 
-@pytest.mark.parametrize("head_dim", sorted(launch_sm90._FUSED))
+@pytest.mark.parametrize("head_dim", sorted(shapes_sm90.FUSED))
 def test_where_no_length_is_given_only_asking_takes_the_fused_way(head_dim):
     sizes = (1, 1, 50_000, 50_000, head_dim, head_dim)
     long_ranges = Problem(1, *sizes, "bfloat16", "cuda:0", 0.1)

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("torch", reason="needs the extra torch")
 
 import torch
-from scfa_core.backends.cupy_raw import bound_sm90, launch_sm90, planner, variants
+from scfa_core.backends.cupy_raw import bound_sm90, planner, shapes_sm90, variants
 
 import scfa_core as scfa
 from scfa_core.array_kinds import framework_of
@@ -84,7 +84,7 @@ def test_every_shape_of_tf32(sanitize):
 
 def test_every_hopper_kernel(sanitize):
     calls = sanitize.HOPPER
-    tables = [getattr(launch_sm90, f"_{name}") for name in ("FORWARD", "DQ", "DKDV", "FUSED")]
+    tables = [getattr(shapes_sm90, name) for name in ("FORWARD", "DQ", "DKDV", "FUSED")]
     for table in tables:
         for head_dim, shape in table.items():
             mine = [call for call in calls if call.head_dim == head_dim]
@@ -95,7 +95,7 @@ def test_every_hopper_kernel(sanitize):
             assert rows > shape.stages * shape.block_n, "no buffer is filled a second time"
     assert {call.head_dim for call in calls if call.pattern == "ranges"} == {64, 128, 256}
     assert all(call.aligned for call in calls)
-    assert max(call.heads // call.heads_kv for call in calls) == launch_sm90._MAX_GROUP
+    assert max(call.heads // call.heads_kv for call in calls) == shapes_sm90.MAX_GROUP
 
 
 def test_every_planner_kernel_and_block(sanitize, monkeypatch):

@@ -20,13 +20,17 @@ namespace host {
 struct PhaseBarrier {
   int expected = 0, arrived = 0;
   unsigned phases = 0;
+  std::vector<std::function<void()>> awaited;  // what lands before this phase completes
 };
 static std::map<unsigned, PhaseBarrier> phase_barriers;
 static std::map<int, Barrier> named_barriers;
 
 inline void count_arrival(PhaseBarrier& barrier) {
   ++progress;
-  if (++barrier.arrived == barrier.expected) barrier.arrived = 0, ++barrier.phases;
+  if (++barrier.arrived < barrier.expected) return;
+  for (const auto& land : barrier.awaited) land();
+  barrier.awaited.clear();
+  barrier.arrived = 0, ++barrier.phases;
 }
 inline bool is_last(const PhaseBarrier& barrier) { return barrier.arrived + 1 == barrier.expected; }
 
@@ -215,6 +219,42 @@ inline void copy_word(unsigned target, const void* source, bool valid) {
 }
 inline void row_address(const char*& address, const char* source, int row, int row_bytes) {
   address = source + (unsigned long long)(unsigned)row * (unsigned)row_bytes;
+}
+
+// A map as hopper_host.py writes it, for a (batch, heads, rows, columns) array: sizes and strides from the last axis on.
+struct MapOnHost {
+  const char* address;
+  unsigned long long sizes[4], strides[3];
+};
+// The bulk tensor engine: 32 rows of 64 columns, as late as the barrier lets it; until then nothing is there.
+inline void copy_box(unsigned target, const void* map_at, int column, int row, int h, int b, unsigned barrier_address) {
+  MapOnHost map;
+  std::memcpy(&map, map_at, sizeof(map));
+  if (target % 1024) std::fprintf(stderr, "a box that begins inside a swizzle period\n"), std::abort();
+  host::PhaseBarrier& barrier = host::phase_barriers.at(barrier_address);
+  const int actor = memory::bulk_of(host::current);
+  const unsigned clock = ++host::bulk_begun[host::current];
+  for (unsigned i = 0; i < 32 * 128; i += 4) {
+    memory::may_overwrite(target + i, true, false);
+    memory::note_writer(target + i, actor, clock, true);
+    std::memset(dynamic_shared + target + i, 0xff, 4);
+  }
+  memory::release_by(actor, clock, true, &barrier, false);
+  barrier.awaited.push_back([=] {
+    for (unsigned i = 0; i < 32 * 64; ++i) {
+      const unsigned r = row + i / 64, c = column + i % 64, plain = target + 2 * i;
+      const bool there = r < map.sizes[1] && c < map.sizes[0] && (unsigned)h < map.sizes[2] && (unsigned)b < map.sizes[3];
+      const char* source = map.address + r * map.strides[0] + h * map.strides[1] + b * map.strides[2] + 2 * c;
+      u16* place = (u16*)(dynamic_shared + (plain ^ (plain >> 7 & 7) << 4));
+      *place = there ? *(const u16*)source : 0;
+      memory::word(plain).time = ++memory::now;
+    }
+  });
+}
+template <int kRows, int kPanels, class Map>
+void copy_run(unsigned target, const Map& map, int first, int h, int b, unsigned barrier, int lane) {
+  if (lane != 0) return;
+  for (int panel = 0; panel < kPanels; ++panel) copy_box(target + panel * kRows * 128, &map, 64 * panel, first, h, b, barrier);
 }
 
 // An operand of a product: a tile in shared memory by its descriptor. A line is a row or a column of it, along which 16

@@ -91,7 +91,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       if ((lane & 1) == 0) {
         shared_store_float(shared.delta(query.slot) + 4 * own, delta);
         const int sorted = at.first_row + own;
-        if (sorted < p.seqlen_q) {
+        if (sorted >= 0) {
           p.row_lse[static_cast<long long>(at.z) * p.seqlen_q + sorted] = lse;
           p.row_delta[static_cast<long long>(at.z) * p.seqlen_q + sorted] = delta;
         }

@@ -78,6 +78,7 @@ struct Shared : QueryData<kBlockM, kDataBase, kBounds, kBoundsBase> {
 };
 
 #include "bwd_fused_sm90_keys.cuh"
+#include "runs_sm90.cuh"
 
 // Warps 0 and 1: for each tile gather keys and values, then every block of queries that may see one
 // of them.
@@ -110,6 +111,7 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
       const long long list = static_cast<long long>(z) * p.seqlen_q;
       const int *starts = p.key_start + list, *ends = p.key_end + list, *indices = p.q_index + list;
       const int low = uniform(shared_load(shared.bound(buffer, member, 0)));
+      const bool runs = kRuns && low & 1;
       const int end_query = uniform(shared_load(shared.bound(buffer, member, 1)));
       const char* q = p.q.of_head(at.b, h) + lane_bytes;
       const char* dout = p.dout.of_head(at.b, h) + lane_bytes;
@@ -118,8 +120,20 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
       struct Query {
         int start, end, row;
       };
+      const auto fetch = [&](const char* source, int row_bytes, const TensorMap& map, int own) {
+        const unsigned full = shared.rows_full(ring.slot);
+        if (kRuns && runs) {
+          fetch_own_rows<kBlockM, kPanels, kHeadDim>(shared.rows(ring.slot), map, h, at.b, source,
+                                                     row_bytes, own, full, thread);
+        } else {
+          const int rows[1] = {own};
+          gather_rows<kBlockM, kPanels, kRowThreads>(shared.rows(ring.slot), source, row_bytes, rows,
+                                                     thread);
+        }
+        barrier_arrive_after_copies(full);
+      };
       const auto load_query = [&](int first) {
-        const int sorted = first + gather_owned_row<kRowThreads>(thread, 0);
+        const int sorted = first + (runs ? thread : gather_owned_row<kRowThreads>(thread, 0));
         const int row = min(sorted, count - 1);
         return Query{sorted < count ? starts[row] : kSeesNothing, ends[row], indices[row]};
       };
@@ -131,7 +145,7 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
         upcoming = load_query(first + kBlockM);
         const bool sees = own.start < own.end && own.end > key0 && own.start < key1;
         // A query that sees no key of the tile becomes zeros.
-        const int current[1] = {sees ? own.row : -1};
+        const int current = sees ? own.row : -1;
         barrier_wait(shared.rows_empty(ring.slot), ring.parity ^ 1);
         // Rows past the last kept one repeat its range, with lse +inf (before row_lse's first
         // element) and delta 0: their weights are 0. Whoever let go of a buffer three blocks on
@@ -144,14 +158,10 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
         copy_word(shared.starts(data.slot) + 4 * thread, starts + sorted, true);
         copy_word(shared.ends(data.slot) + 4 * thread, ends + sorted, true);
         data.advance();
-        gather_rows<kBlockM, kPanels, kRowThreads>(shared.rows(ring.slot), q, p.q.row, current,
-                                                   thread);
-        barrier_arrive_after_copies(shared.rows_full(ring.slot));
+        fetch(q, p.q.row, p.maps[0], current);
         ring.advance();
         barrier_wait(shared.rows_empty(ring.slot), ring.parity ^ 1);
-        gather_rows<kBlockM, kPanels, kRowThreads>(shared.rows(ring.slot), dout, p.dout.row,
-                                                   current, thread);
-        barrier_arrive_after_copies(shared.rows_full(ring.slot));
+        fetch(dout, p.dout.row, p.maps[1], current);
         ring.advance();
       }
     }

@@ -78,6 +78,7 @@ struct Shared : QueryData<kBlockM, kDataBase, kBounds, kBoundsBase> {
 };
 
 #include "bwd_fused_sm90_keys.cuh"
+#include "runs_sm90.cuh"
 
 // Element of a list by its offset in bytes: one offset serves several lists.
 template <class T>
@@ -159,6 +160,7 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
       const long long list = static_cast<long long>(z) * p.seqlen_q;
       const int *starts = p.key_start + list, *ends = p.key_end + list, *indices = p.q_index + list;
       const int low = uniform(shared_load(shared.bound(buffer, member, 0)));
+      const bool runs = kRuns && low & 1;
       const int end_query = uniform(shared_load(shared.bound(buffer, member, 1)));
       const char* q = p.q.of_head(at.b, h) + lane_bytes;
       const char* dout = p.dout.of_head(at.b, h) + lane_bytes;
@@ -169,7 +171,7 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
         int start, end, row;
         unsigned offset;
       };
-      const int column = gather_owned_row<kRowThreads>(thread, 0);
+      const int column = runs ? thread : gather_owned_row<kRowThreads>(thread, 0);
       const auto load_query = [&](int first) {
         const unsigned offset = 4u * static_cast<unsigned>(min(first + column, count - 1));
         return Query{*at_byte(starts, offset), *at_byte(ends, offset), *at_byte(indices, offset),
@@ -186,7 +188,14 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
         // A query that sees no key of the tile becomes zeros.
         const int row = sees ? own.row : -1;
         barrier_wait(shared.query_empty(query.slot), query.parity ^ 1);
-        gather_queries(shared.query(query.slot), q, p.q.row, dout, p.dout.row, row, thread);
+        if (kRuns && runs) {
+          const unsigned tile = shared.query(query.slot), full = shared.query_full(query.slot);
+          fetch_own_rows<kBlockM, 1, kHeadDim>(tile, p.maps[0], h, at.b, q, p.q.row, row, full, thread);
+          fetch_own_rows<kBlockM, 1, kHeadDim>(tile + kQueryBytes, p.maps[1], h, at.b, dout,
+                                               p.dout.row, row, full, thread);
+        } else {
+          gather_queries(shared.query(query.slot), q, p.q.row, dout, p.dout.row, row, thread);
+        }
         // Lse of rows past the last kept one is +inf (before row_lse's first element) and delta 0:
         // their weights are 0.
         const unsigned target = shared.lse(query.slot) + 4 * column;

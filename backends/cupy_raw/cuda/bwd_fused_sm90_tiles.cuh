@@ -20,7 +20,8 @@ __device__ __forceinline__ KeyTile locate_key_tile(const Params& p, int tile) {
 // tiles they lie in are visited (first is kSeesNothing if there are none). So key tile j visits query
 // tile i exactly if i's last kept row ends beyond key kTileKeys * j and its first starts before key
 // kTileKeys * (j + 1): the visitors of i are a range of key tiles, which bwd_fused_sm90.cu and
-// bwd_prepare_sm90.cu know from these two numbers.
+// bwd_prepare_sm90.cu know from these two numbers. First, which is looked at by query tiles only, is
+// odd where rows first and beyond - 1 are as far apart as those of a run (runs_sm90.cuh).
 constexpr int kSeenWords = kTileKeys / 32;
 constexpr int kTileBounds = 2;
 

@@ -8,7 +8,7 @@
 //   (choice_sm90.cuh) are left alone.
 // shared memory: none.
 // inputs/outputs: Params (params_sm90.cuh) with the tiles of key heads: q_count, k_count, key_start,
-//   key_end; key_tiles is written.
+//   key_end, q_index; key_tiles is written.
 // version and source: new here.
 #include "mbarrier.cuh"
 #include "params_sm90.cuh"
@@ -74,7 +74,10 @@ __device__ __forceinline__ void record_key_tile(const Params& p, int share, int 
     search_both(first, beyond, lane);
     if (lane == 0) {
       int* bounds = record + kSeenWords + kTileBounds * member;
-      bounds[0] = first.high == count ? kSeesNothing : first.high;
+      const int *rows = p.q_index + list, last = beyond.high - 1;
+      const bool may_run =
+          first.high <= last && rows[last] - rows[first.high] == last - first.high;
+      bounds[0] = first.high == count ? kSeesNothing : (first.high & ~1) | may_run;
       bounds[1] = beyond.high;
     }
     unsigned unseen[kSeenWords] = {};

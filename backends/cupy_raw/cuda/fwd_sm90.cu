@@ -23,10 +23,16 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       64 * group + 16 * warp + lane / 4;  // this thread's rows of the tile: row and row + 8
   Ring<kQueryBuffers> query;
   Ring<kStages> key, value;
+  // What was copied by index may be overwritten by the tensor engine, though no product has read it.
+  const auto before_release = [&]() {
+    if constexpr (kRuns) async_proxy_fence();
+  };
   const auto skip_block = [&]() {
     barrier_wait(shared.key_full(key.slot), key.parity);
+    before_release();
     barrier_release(shared.key_empty(key.slot), lane);
     barrier_wait(shared.value_full(value.slot), value.parity);
+    before_release();
     barrier_release(shared.value_empty(value.slot), lane);
     key.advance();
     value.advance();
@@ -200,7 +206,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
     give_registers<kProducerRegisters>();
-    gather_tiles(p, shared);
+    if (keys_may_run(p)) {
+      gather_tiles<kRuns>(p, shared);
+    } else {
+      gather_tiles<false>(p, shared);
+    }
   } else {
     take_registers<kConsumerRegisters>();
     multiply_tiles(p, shared, warpgroup - 1);

@@ -10,6 +10,7 @@
 #include "params_sm90.cuh"
 #include "gather_sm90.cuh"
 #include "width_sm90.cuh"
+#include "runs_sm90.cuh"
 #include "softmax_sm90.cuh"
 #include "tiles_sm90.cuh"
 
@@ -76,6 +77,7 @@ struct Shared {
 
 // Warpgroup 0: for each tile gather the queries, then key and value blocks from the last to the
 // first, values one block behind.
+template <bool kMayRun>
 __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
   const int thread = threadIdx.x, warp = uniform(thread / 32);
   const int lane_bytes = (thread % kLanesPerRow) * 16;
@@ -103,7 +105,7 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
         p.k_index + static_cast<long long>(at.b * p.heads_kv + at.h_kv) * p.seqlen_k;
     const auto key_row = [&](int block) {
       const int first = keys.first + block * kBlockN;
-      const int sorted = first + min(gather_owned_row(thread, 0), kBlockN - 1);
+      const int sorted = first + min(fetch_owned_row<kMayRun, kGatherThreads>(thread), kBlockN - 1);
       return seen_by_tile<kBlockN>(data, keys, first, sorted, thread) ? k_index[sorted] : -1;
     };
     int upcoming = blocks > 0 ? key_row(blocks - 1) : -1;
@@ -127,28 +129,35 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
     if (blocks == 0) prefetch_next();
     const char* k = p.k.of_head(at.b, at.h_kv) + lane_bytes;
     const char* v = p.v.of_head(at.b, at.h_kv) + lane_bytes;
+    const auto fetch = [&](unsigned tile, const char* source, int row_bytes, const TensorMap& map,
+                           const int (&rows)[1], unsigned full) {
+      if constexpr (kMayRun) {
+        fetch_own_rows<kBlockN, kPanels, kColumns>(tile, map, at.h_kv, at.b, source, row_bytes,
+                                                   rows[0], full, thread);
+      } else {
+        gather_tile<kBlockN>(tile, source, row_bytes, rows, thread);
+      }
+      barrier_arrive_after_copies(full);
+    };
     int previous[1];
     for (int block = blocks - 1; block >= 0; --block) {
       const int current[1] = {upcoming};
       if (block > 0) upcoming = key_row(block - 1);
       barrier_wait(shared.key_empty(key.slot), key.parity ^ 1);
-      gather_tile<kBlockN>(shared.key(key.slot), k, p.k.row, current, thread);
-      barrier_arrive_after_copies(shared.key_full(key.slot));
+      fetch(shared.key(key.slot), k, p.k.row, p.maps[0], current, shared.key_full(key.slot));
       key.advance();
       if (block == blocks - 1) {
         prefetch_next();
       } else {
         barrier_wait(shared.value_empty(value.slot), value.parity ^ 1);
-        gather_tile<kBlockN>(shared.value(value.slot), v, p.v.row, previous, thread);
-        barrier_arrive_after_copies(shared.value_full(value.slot));
+        fetch(shared.value(value.slot), v, p.v.row, p.maps[1], previous, shared.value_full(value.slot));
         value.advance();
       }
       previous[0] = current[0];
     }
     if (blocks > 0) {
       barrier_wait(shared.value_empty(value.slot), value.parity ^ 1);
-      gather_tile<kBlockN>(shared.value(value.slot), v, p.v.row, previous, thread);
-      barrier_arrive_after_copies(shared.value_full(value.slot));
+      fetch(shared.value(value.slot), v, p.v.row, p.maps[1], previous, shared.value_full(value.slot));
       value.advance();
     }
     query.advance();
@@ -156,4 +165,14 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
   barrier_arrive_after_copies(shared.query_full(
       query.slot));  // no more tiles: let the others read the tile number and leave
   if (thread == 0) barrier_arrive(shared.query_full(query.slot));
+}
+
+// Are keys of this block's first tile likely to be runs? A guess, from the middle of their list.
+__device__ __forceinline__ bool keys_may_run(const Params& p) {
+  if (!kRuns || p.seqlen_k < kRunRows) return false;
+  const QueryTile at = locate_query_tile<kBlockM>(p, blockIdx.x);
+  const long long list = static_cast<long long>(at.b * p.heads_kv + at.h_kv) * p.seqlen_k;
+  const int lane = threadIdx.x % 32;
+  const int row = p.k_index[list + (p.seqlen_k - kRunRows) / 2 + lane];
+  return is_run(row, __shfl_sync(0xFFFFFFFFu, row, 0), lane);
 }

@@ -22,6 +22,12 @@ struct Divisor {
   }
 };
 
+// A tensor map, as the driver encodes it: what the bulk tensor engine knows of a (batch, heads, rows,
+// columns) array.
+struct alignas(64) TensorMap {
+  char opaque[128];
+};
+
 struct Params {
   Array q, k, v, out, dout, dq, dk, dv, lse;
   const int *q_index, *q_count, *k_index, *k_count, *key_start, *key_end;
@@ -48,4 +54,5 @@ struct Params {
   int *envelope_start, *envelope_end;
   int* key_tiles;  // fused backward only: what bwd_prepare_sm90.cu found out about each key tile
                    // (bwd_fused_sm90_tiles.cuh)
+  TensorMap maps[2];  // forward: of k, v; fused backward: of q, dout; read where SCFA_RUNS is set
 };

@@ -23,7 +23,8 @@ struct TileData {
 };
 
 // A tile by name: head z = b * heads + h, its key/value head, and the sorted row it starts at. The
-// last rows of a head go first: they see most.
+// last rows of a head go first: they see most. Where rows fill no whole number of tiles, the last tile of
+// a head begins before its first row: there is least to do for rows that do not exist.
 struct QueryTile {
   int z, b, h, h_kv, first_row;
 };
@@ -31,7 +32,8 @@ struct QueryTile {
 template <int kRows>
 __device__ __forceinline__ QueryTile locate_query_tile(const Params& p, int tile) {
   const int z = p.by_tiles.quotient(tile), b = p.by_heads.quotient(z), h = z - b * p.heads;
-  return {z, b, h, p.by_group.quotient(h), ((z + 1) * p.tiles_per_head - 1 - tile) * kRows};
+  return {z, b, h, p.by_group.quotient(h),
+          p.seqlen_q - (tile - z * p.tiles_per_head + 1) * kRows};
 }
 
 // The keys a query tile visits, [first, end) of the sorted list, and the part of them, [gap_first,
@@ -56,12 +58,14 @@ __device__ __forceinline__ void load_tile_rows(const Params& p, TileData<kRows> 
   int start[kCount], end[kCount], index[kCount], next[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {  // all loads in flight together
-    // Rows past the end repeat the last row's range, and are neither gathered nor stored.
-    const int wanted = tile.first_row + thread + i * kGatherThreads, row = min(wanted, last);
+    // Rows before the first repeat its range, and are neither gathered nor stored.
+    const int wanted = tile.first_row + thread + i * kGatherThreads;
+    const bool beyond = (i + 1) * kGatherThreads > kRows;  // might a thread own no row?
+    const int row = beyond ? min(max(wanted, 0), last) : max(wanted, 0);
     start[i] = starts[row];
     end[i] = ends[row];
-    index[i] = wanted <= last ? indices[row] : -1;
-    next[i] = starts[min(wanted + 1, last)];
+    index[i] = wanted >= 0 ? indices[row] : -1;
+    next[i] = starts[min(row + 1, last)];
   }
   KeyUnion keys{kNone, 0, kNone, 0};
 #pragma unroll
@@ -82,7 +86,7 @@ __device__ __forceinline__ void load_tile_rows(const Params& p, TileData<kRows> 
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int r = thread + i * kGatherThreads;
-      const int next_end = ends[min(tile.first_row + r + 1, last)];
+      const int next_end = ends[min(max(tile.first_row + r + 1, 0), last)];
       const bool gap = r + 1 < kRows && start[i] > next_end;
       keys.gap_first = gap ? min(keys.gap_first, next_end) : keys.gap_first;
       keys.gap_end = gap ? max(keys.gap_end, start[i]) : keys.gap_end;
@@ -133,7 +137,7 @@ __device__ __forceinline__ void prefetch_tile_rows(const Params& p, int number, 
   constexpr int kLines = kRows / 32 + 1;  // of 128 bytes, wherever the first row lies in its line
   if (lane < 3 * kLines) {
     const int* array = lane < kLines ? p.key_start : lane < 2 * kLines ? p.key_end : p.q_index;
-    const int row = min(tile.first_row + 32 * (lane % kLines), p.seqlen_q - 1);
+    const int row = min(max(tile.first_row + 32 * (lane % kLines), 0), p.seqlen_q - 1);
     const int* line = array + static_cast<long long>(tile.z) * p.seqlen_q + row;
     asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
   }
