@@ -69,7 +69,7 @@ SPEED = """\
 What 92 % of the bound, the aim, would take: of the paper's model, attention over 16 even buckets is
 1.1, 2.2 and 4.3 times 10^12 flop a step at T=8192, 16384 and 32768 (visible pairs, forward and
 backward), and 92 % leave 4.5 ms for it, for hashing and for planning. That is 240, 490 and
-960 TFLOP/s. An H200 multiplies matrices at 744 to 792 here: at T=32768 no kernel can reach it."""
+960 TFLOP/s. An H200 multiplies matrices at 720 to 790 here: at T=32768 no kernel can reach it."""
 SMALL_MODEL = (
     "**The model is small and was trained on a CPU for a short time.** Counts do not depend on the "
     "device, but on how far training has crowded the buckets."

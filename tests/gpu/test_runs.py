@@ -48,6 +48,7 @@ def described(x):
     return DeviceArray(x.data_ptr(), tuple(x.shape), x.stride(), "bfloat16", 0)
 
 
+@pytest.mark.parametrize("broadcast", [(2, 1), (1, 3)], ids=["heads", "batch"])
 @pytest.mark.parametrize("holder", HOLDERS)
 @pytest.mark.parametrize("rows", [33, 191, 500, 1501])
 @pytest.mark.parametrize("name", PATTERNS)
@@ -55,12 +56,13 @@ def described(x):
     ("head_dim", "dtype"),
     [(64, "bfloat16"), (64, "float16"), (128, "bfloat16"), (16, "bfloat16"), (96, "bfloat16")],
 )
-def test_the_same_bits(torch, hopper, head_dim, dtype, name, rows, holder):
+def test_the_same_bits(torch, hopper, head_dim, dtype, name, rows, holder, broadcast):
     from scfa_core.backends.cupy_raw.tensor_maps import tensor_maps
 
     generator = torch.Generator("cuda").manual_seed(rows)
     options = {"device": "cuda", "dtype": getattr(torch, dtype), "generator": generator}
-    one = [torch.randn(1, 1, rows, head_dim, **options) for _ in range(4)]
+    batch, heads = broadcast  # of what is there: 2, 3 by rows of one axis, which differ
+    one = [torch.randn(batch, heads, rows, head_dim, **options) for _ in range(4)]
     pattern = PATTERNS[name](torch, rows)
 
     def results(hold):
@@ -102,17 +104,25 @@ def test_lists_that_stop_being_runs(torch, hopper):
 def test_maps_go_with_the_tensors_of_a_call(torch, hopper):
     """One bound launch, other tensors each time, in a graph too: no map of an earlier call."""
     shape = (1, 2, 700, 64)
-    results = []
+    causal, call = scfa.Causal(), {"backend": "cupy"}
+
+    def everything(dout, q, k, v):
+        out, lse = scfa.attention(q, k, v, causal, return_lse=True, **call)
+        return out, *scfa.attention_backward(dout, q, k, v, out, lse, causal, **call)
+
+    given = []
     for seed in range(3):
         torch.manual_seed(seed)
-        q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-        results.append((q, k, v, scfa.attention(q, k, v, scfa.Causal(), backend="cupy")))
-    for q, k, v, out in results:
+        tensors = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+        given.append((tensors, everything(*tensors)))
+    for tensors, eager in given:
         graph = torch.cuda.CUDAGraph()
-        scfa.attention(q, k, v, scfa.Causal(), backend="cupy")
         with torch.cuda.graph(graph):
-            again = scfa.attention(q, k, v, scfa.Causal(), backend="cupy")
+            again = everything(*tensors)
         graph.replay()
-        assert torch.equal(again, out)
-        want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        assert (again - want).abs().max() < 0.05
+        assert all(torch.equal(a, b) for a, b in zip(again, eager, strict=True))
+        dout, *leaves = (x.clone().requires_grad_() for x in tensors)
+        want = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True)
+        grads = torch.autograd.grad(want, leaves, dout.detach())
+        for got, right in zip(again, (want, *grads), strict=True):
+            assert (got - right).abs().max() < 0.05 * right.abs().max()

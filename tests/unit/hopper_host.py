@@ -6,6 +6,7 @@ memory_on_host.hpp follows which accesses to shared memory barriers and proxy fe
 that leaves two without order fails, however its threads took turns.
 """
 
+import ctypes
 import re
 import struct
 
@@ -262,7 +263,10 @@ def run(
             maps_of(*((k, v) if kernel == "fwd_sm90" else (q, dout))),
         )
         shared = 0 if shape is None else shapes_sm90.SHARED[kernel](spec.head_dim, shape)
-        faults = function.result()(params, least or blocks, threads, shared, order)
+        # As in a kernel's arguments: struct Params holds what is aligned to 64 bytes.
+        held = host_build.aligned_copy(np.frombuffer(params, np.uint8), 64)
+        at_params = ctypes.c_void_p(held.ctypes.data)
+        faults = function.result()(at_params, least or blocks, threads, shared, order)
         assert faults >= 0, f"{kernel}: every thread waits for another"
         assert not faults, f"{kernel}: {faults} unordered accesses to memory, see stderr"
     wide = (testing.widen(x, spec.dtype) for x in (out, dq, dk, dv))

@@ -68,10 +68,10 @@ class HostCompiler:
         self._pool.shutdown(cancel_futures=True)
 
 
-def aligned_copy(x):
-    """Copy whose data begin on a 16-byte boundary."""
-    room = np.empty(x.nbytes + 16, np.uint8)
-    start = -room.ctypes.data % 16
+def aligned_copy(x, alignment=16):
+    """Copy whose data begin on a boundary of so many bytes."""
+    room = np.empty(x.nbytes + alignment, np.uint8)
+    start = -room.ctypes.data % alignment
     y = room[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
     y[...] = x
     return y

@@ -2,8 +2,9 @@
 
 from types import SimpleNamespace
 
+import played_driver
 import pytest
-from scfa_core.backends.cupy_raw import launch, launch_sm90, planner
+from scfa_core.backends.cupy_raw import launch, launch_sm90, planner, tensor_maps
 
 from scfa_core.arrays import DeviceArray
 from scfa_core.plan import PlanAddresses
@@ -54,6 +55,7 @@ def launched(monkeypatch):
         monkeypatch.setattr(module, "shared_limit", lambda device: 232_448)
     for module in (launch, launch_sm90):
         monkeypatch.setattr(module, "compute_capability", lambda device: (8, 0))
+    monkeypatch.setattr(tensor_maps, "_encode", lambda: played_driver.encode)
     launch._remembered.clear()
     yield found
     launch._remembered.clear()

@@ -92,6 +92,13 @@ def hopper_builds() -> list[Build]:
             for head_dim in [*table, *partial]:
                 for dtype in ("bfloat16", "float16"):
                     launch_sm90._kernel.__wrapped__(name, 0, dtype, head_dim, table[head_dim])
+            for head_dim in table:  # of arrays that have no maps
+                for dtype in ("bfloat16", "float16"):
+                    shape = table[head_dim]
+                    if shapes_sm90.may_run(name, shape):
+                        launch_sm90._kernel.__wrapped__(
+                            name, 0, dtype, head_dim, shape, True, False
+                        )
             in_any_order = [*table, *(partial if EVERYTHING else partial[1:3])] if several else ()
             for head_dim in in_any_order:
                 for dtype in ("bfloat16", "float16"):

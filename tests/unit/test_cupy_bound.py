@@ -16,6 +16,7 @@ from recorded_launches import (
 from scfa_core.backends.cupy_raw import bound_sm90, launch, launch_sm90, planner
 from scfa_core.backends.cupy_raw.params import POINTERS
 from scfa_core.backends.cupy_raw.prepared import Template, marks
+from scfa_core.backends.cupy_raw.tensor_maps import tensor_maps
 
 from scfa_core.arrays import DeviceArray
 from scfa_core.lowering import Clauses
@@ -154,7 +155,10 @@ def test_hopper_arguments_are_those_packed_anew(launched, monkeypatch, monotone,
 
     bound_sm90.bind_forward(sizes, monotone, *without[1:6])(plan, at[1:6], Context())
     forward = (q, k, v, out, *blank)
-    want = launch_sm90._params(sizes, native, forward, lse, (0, 0), WORKSPACE, (1, 8), 4)
+    want = launch_sm90._params(
+        *(sizes, native, forward, lse, (0, 0), WORKSPACE, (1, 8), 4), maps=tensor_maps(k, v)
+    )
+    assert launched[-1][1]["RUNS"] == int(monotone)
     assert launched.pop()[-1] == want
     assert launched.pop() == ("zero", WORKSPACE, 8, STREAM, 0)
 
@@ -167,7 +171,8 @@ def test_hopper_arguments_are_those_packed_anew(launched, monkeypatch, monotone,
         records = third, third + 4 * 12 * (4 + 2 * 2)  # of key tiles, and what comes after them
         sums = launch_sm90.Sums(fourth, records[1], launch_sm90._sum_slots(sizes), 2)
         fields = (sizes, native, given, lse, stats, second, (3, 12), 2, sums)
-        want = launch_sm90._params(*fields, key_tiles=records[0])
+        want = launch_sm90._params(*fields, key_tiles=records[0], maps=tensor_maps(q, dout))
+        assert [x[1].get("RUNS") for x in launched] == [None, 0, 1]
         names = ["key_tiles", "prepare", "fused"]
         assert [x[0] for x in launched] == [f"scfa_bwd_{name}_sm90" for name in names]
         assert {x[-1] for x in launched} == {want}
@@ -177,7 +182,7 @@ def test_hopper_arguments_are_those_packed_anew(launched, monkeypatch, monotone,
 
     def params(counter, *tiles_and_heads):
         fields = (sizes, native, given, lse, stats, counter, *tiles_and_heads)
-        return launch_sm90._params(*fields, envelopes=envelopes)
+        return launch_sm90._params(*fields, envelopes=envelopes, maps=tensor_maps(q, dout))
 
     if not monotone:  # one block for each list and direction
         name, _, grid, threads, *_, envelope_params = launched.pop(0)
@@ -252,6 +257,7 @@ def test_where_ranges_can_be_long_the_gpu_chooses(launched, monkeypatch):
         return launch_sm90._params(
             *(sizes, native, given, lse, stats, counter, tiles, heads, sums, choice),
             key_tiles=records,
+            maps=tensor_maps(q, dout),
         )
 
     assert [(x[0], x[-1]) for x in launched] == [

@@ -77,3 +77,15 @@ def test_rows_that_only_seem_to_be_runs(kernels, head_dim, fused):
     ids[160:] = 99
     ids = ids.astype(np.int32)[None, None]
     check_case(kernels, with_pattern(case, scfa.HashSparse(ids, ids)), fused=fused)
+
+
+@pytest.mark.parametrize(("head_dim", "fused"), WAYS)
+def test_a_row_that_nobody_sees_before_row_0(kernels, head_dim, fused):
+    """As if it were row -1 of a run: the tensor engine has zeros there."""
+    sizes = (1, 1, 1, 384, 384, head_dim, head_dim, "bfloat16")
+    case = testing.build(Spec(*sizes, parts=CAUSAL, seed=15))
+    q_hash, k_hash = (np.ones((1, 1, 384), np.int32) for _ in range(2))
+    q_hash[..., 5], k_hash[..., 9] = 2, 0  # first of the keys is one that nobody sees
+    case.k[:, :, 9] = case.v[:, :, 9] = 0x7FC0
+    case.q[:, :, 5] = case.dout[:, :, 5] = 0x7FC0
+    check_case(kernels, with_pattern(case, scfa.HashSparse(q_hash, k_hash)), fused=fused)

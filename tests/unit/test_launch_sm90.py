@@ -149,6 +149,31 @@ def test_sums_of_dq_keep_to_their_room(batch, heads_kv, group, seqlen, head_dim)
     assert slots == batch * heads or (slots + 1) * head_bytes > room
 
 
+@pytest.mark.parametrize("monotone", [True, False])
+@pytest.mark.parametrize("mapped", [True, False])
+def test_which_kernels_fetch_runs(monkeypatch, monotone, mapped):
+    """Forward up to head_dim 128 and the fused ones, where they have maps and ranges in order."""
+    asked = []
+    monkeypatch.setattr(launch_sm90, "get_kernel", lambda *x, arch_suffix: asked.append(x))
+    fetch = set()
+    for name, head_dim, shape in SHAPES:
+        launch_sm90._kernel.__wrapped__(name, 0, "bfloat16", head_dim, shape, monotone, mapped)
+        if dict(asked[-1][2])["RUNS"]:
+            fetch.add((name, head_dim))
+    whole = {("fwd_sm90", 64), ("fwd_sm90", 128)}
+    whole |= {("bwd_fused_sm90", 64), ("bwd_fused128_sm90", 128)}
+    assert fetch == (whole if monotone and mapped else set())
+
+
+@pytest.mark.parametrize("head_dim", sorted(launch_sm90._LONG_KEYS))
+def test_few_keys_are_not_asked_about(head_dim):
+    for keys, asks in ((2 * launch_sm90._LONG_KEYS[head_dim], False),
+                       (2 * launch_sm90._LONG_KEYS[head_dim] + 1, True)):  # fmt: skip
+        sizes = (1, 1, 300, keys, head_dim, head_dim)
+        problem = Problem(1, *sizes, "bfloat16", "cuda:0", 0.1)
+        assert bound_sm90._ways(problem, "auto") == (True, asks)
+
+
 def test_an_unknown_backward_is_refused(monkeypatch):
     monkeypatch.setenv("SCFA_CUPY_BACKWARD", "both")
     problem = Problem(1, 1, 1, 8, 8, 64, 64, "bfloat16", "cuda:0", 0.1)
