@@ -86,6 +86,7 @@ def bind_forward(problem: Problem, monotone: bool, *described: DeviceArray) -> B
     params = sm90._params(
         *(problem, marked.plan, arrays, lse, (0, 0), counter, tiles, problem.heads),
         maps=maps or NO_MAPS,
+        in_turn=sm90._in_turn(problem.batch * problem.heads),
     )
     kernel = sm90._kernel(
         "fwd_sm90", device, problem.dtype, head_dim, shape, monotone, mapped=maps is not None

@@ -50,6 +50,7 @@ _SUM_BYTES_PER_ROW = 8  # and so many more for each query row
 # head_dim -> keys of a query tile from which "auto" takes the fused kernel, which is faster then
 # (hopper.md); a head_dim that is not here goes the split way unless told otherwise
 _LONG_KEYS = {64: 340, 128: 640}
+_HEADS_IN_TURN = 4  # at most, at the end of a forward (tiles_sm90.cuh)
 _PREPARE_BLOCKS = 8  # of the preparing kernels, for each multiprocessor
 _CHOICE_WORDS = 8  # before those of the heads: choice_sm90.cuh
 _CHOICE_COUNTERS = 2  # the first of three tile counters among them
@@ -151,13 +152,15 @@ def _params(
     envelopes: tuple[int, int] = (0, 0),
     key_tiles: int = 0,
     maps: bytes = NO_MAPS,
+    in_turn: int = 0,
 ) -> bytes:
     """Pack struct Params of params_sm90.cuh.
 
     `arrays` are q, k, v, out, dout, dq, dk, dv; `heads` are those the tiles belong to; `choice`
     is the address of the words of choice_sm90.cuh, 0 where there is no choice; `envelopes` are
     those of starts and of ends, where ranges lie in any order; `key_tiles` is that of the fused
-    kernels' records of key tiles; `maps` are those of `tensor_maps`.
+    kernels' records of key tiles; `maps` are those of `tensor_maps`; `in_turn` is what `_in_turn`
+    says (forward).
     """
     lists = (plan.q_index, plan.q_count, plan.k_index, plan.k_count, plan.key_start, plan.key_end)
     scale, per_head = problem.softmax_scale, tiles[0]
@@ -169,7 +172,7 @@ def _params(
         *(scale, scale * LOG2_E),
         *(problem.heads, problem.heads_kv, problem.group_size),
         *(problem.seqlen_q, problem.seqlen_k),
-        *(*tiles, 0),
+        *(*tiles, in_turn),
         *(*_divisor(per_head), *_divisor(heads), *_divisor(problem.group_size)),
         *sums,
         *(*_divisor(sums.query_tiles), *_divisor(problem.heads), *_divisor(sums.slots)),
@@ -268,6 +271,11 @@ def _persistent(
     blocks = min(tiles, _multiprocessors(device))
     threads = threads_of(kernel.name.removeprefix("scfa_"), shape)
     return kernel.bind((blocks, 1, 1), threads, shared)
+
+
+def _in_turn(heads: int) -> int:
+    """Binary logarithm of how many heads at the end have their tiles handed out in turn."""
+    return min(heads, _HEADS_IN_TURN).bit_length() - 1
 
 
 def _sum_heads(head_dim: int, seqlen_q: int, heads: int) -> int:

@@ -92,5 +92,5 @@ def tensor_maps(*arrays: DeviceArray) -> bytes | None:
         In boxes of 32 rows and 64 columns, 128-byte swizzle; the address in a map is its array's
         `pointer`, whatever that is.
     """
-    maps = [_tensor_map(array) for array in arrays]
-    return b"".join(maps) if all(maps) else None
+    maps = [made for made in map(_tensor_map, arrays) if made is not None]
+    return b"".join(maps) if len(maps) == len(arrays) else None

@@ -261,6 +261,7 @@ def run(
             *((at, at + 4 * lse.size), counter.ctypes.data, tiles, heads, sums, 0, envelopes_at),
             records.ctypes.data,
             maps_of(*((k, v) if kernel == "fwd_sm90" else (q, dout))),
+            launch_sm90._in_turn(spec.batch * spec.heads) if kernel == "fwd_sm90" else 0,
         )
         shared = 0 if shape is None else shapes_sm90.SHARED[kernel](spec.head_dim, shape)
         # As in a kernel's arguments: struct Params holds what is aligned to 64 bytes.

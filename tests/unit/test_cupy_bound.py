@@ -156,7 +156,9 @@ def test_hopper_arguments_are_those_packed_anew(launched, monkeypatch, monotone,
     bound_sm90.bind_forward(sizes, monotone, *without[1:6])(plan, at[1:6], Context())
     forward = (q, k, v, out, *blank)
     want = launch_sm90._params(
-        *(sizes, native, forward, lse, (0, 0), WORKSPACE, (1, 8), 4), maps=tensor_maps(k, v)
+        *(sizes, native, forward, lse, (0, 0), WORKSPACE, (1, 8), 4),
+        maps=tensor_maps(k, v),
+        in_turn=2,
     )
     assert launched[-1][1]["RUNS"] == int(monotone)
     assert launched.pop()[-1] == want

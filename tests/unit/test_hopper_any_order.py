@@ -48,13 +48,15 @@ void visit(const Params& p, int keys_of_tile, KeyUnion* unions, char* seen) {
 }
 
 extern "C" void run(const int* starts, const int* ends, const int* indices, int rows, int tiles,
-                    int keys_of_tile, KeyUnion* unions, char* seen, int order) {
+                    unsigned multiplier, unsigned shift, int keys_of_tile, KeyUnion* unions,
+                    char* seen, int order) {
   std::vector<char> shared(64 + TileData<SCFA_ROWS>::kBytes);
   dynamic_shared = shared.data();
   blockDim = {kGatherThreads, 1, 1};
   Params p{};
   p.key_start = starts, p.key_end = ends, p.q_index = indices;
   p.seqlen_q = rows, p.tiles = p.tiles_per_head = tiles;
+  p.by_tiles = {multiplier, shift};
   host::start_block(kGatherThreads, 64 + TileData<SCFA_ROWS>::kBytes);
   host::body = [&] { visit<SCFA_ROWS, SCFA_BLOCK_N>(p, keys_of_tile, unions, seen); };
   host::run_block(kGatherThreads, order);
@@ -250,7 +252,8 @@ def visited(kernels, shape, start, end, keys, monotone, order=0):
     unions, seen = np.full((tiles, 4), -7, np.int32), np.full((tiles, room), -1, np.int8)
     index = np.arange(rows, dtype=np.int32)
     pointers = [ctypes.c_void_p(x.ctypes.data) for x in (start, end, index, unions, seen)]
-    run(*pointers[:3], rows, tiles, room, *pointers[3:], order)
+    by_tiles = launch_sm90._divisor(tiles)
+    run(*pointers[:3], rows, tiles, *by_tiles, room, *pointers[3:], order)
     return unions[::-1], seen[::-1]  # the last rows are the first tile
 
 

@@ -46,22 +46,27 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
     const auto skip_block = [&]() { pass_over_block(shared, query, lane); };
     QueryColumns columns;
     const auto sees_keys = [&]() { return columns.wait_and_look(shared, query, key0); };
-    // Issue S^T = K Q^T and dP^T = V dO^T of a slot, as two groups.
+    const auto load_columns = [&](unsigned slot) {
+      columns.load(shared, slot, q);
+      columns.start(slopes, shared, slot, q);
+    };
+    // Issue S^T = K Q^T and dP^T - delta = V dO^T - delta of a slot, as two groups; load_columns(slot)
+    // comes before.
     const auto issue_scores = [&](unsigned slot) {
       if constexpr (kKeysInRegisters) {
         product_of_rows<kBlockM, kDepth>(scores, keys, shared.query(slot));
         wgmma_commit();
-        product_of_rows<kBlockM, kDepth>(slopes, values, shared.dout(slot));
+        product_of_rows<kBlockM, kDepth, true>(slopes, values, shared.dout(slot));
       } else {
         product_of_rows<kBlockN, kBlockM, kDepth>(scores, key_tile, shared.query(slot));
         wgmma_commit();
-        product_of_rows<kBlockN, kBlockM, kDepth>(slopes, value_tile, shared.dout(slot));
+        product_of_rows<kBlockN, kBlockM, kDepth, true>(slopes, value_tile, shared.dout(slot));
       }
       wgmma_commit();
     };
 
     const auto weigh = [&](unsigned slot) {
-      columns.weigh<false>(scores, slopes, shared, slot, q, key0, own, p.scale_log2);
+      columns.weigh(scores, slopes, shared, slot, q, key0, own, p.scale_log2);
       pack_fragment(weights, scores);
       pack_fragment(changes, slopes);
     };
@@ -104,7 +109,8 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
           unsigned slot = query.slot, before = 0;
           barrier_wait(shared.query_full(slot), query.parity);
           async_proxy_fence();
-          columns.load(shared, slot, q);
+          load_columns(slot);
+          pin(slopes);
           wgmma_fence();
           issue_scores(slot);
           while (true) {
@@ -120,7 +126,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
             slot = query.slot;
             barrier_wait(shared.query_full(slot), query.parity);
             async_proxy_fence();
-            columns.load(shared, slot, q);
+            load_columns(slot);
             pin_operands();
             pin(scores);
             pin(slopes);
@@ -146,11 +152,11 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
           }
           barrier_wait(shared.query_full(query.slot), query.parity);
           async_proxy_fence();
+          load_columns(query.slot);
           pin(scores);
           pin(slopes);
           wgmma_fence();
           issue_scores(query.slot);
-          columns.load(shared, query.slot, q);
           wgmma_wait<1>();
           pin(scores);
           weigh(query.slot);

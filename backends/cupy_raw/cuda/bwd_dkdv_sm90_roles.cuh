@@ -34,7 +34,7 @@ __device__ __forceinline__ void weigh_slopes(float (&slopes)[kBlockM / 2],
     for (int j = 0; j < 4; ++j) {
       const float weight = __uint_as_float(words[j]);
       const int own_delta = j & 1 ? delta[i / 4].y : delta[i / 4].x;
-      const float change = weight * (slopes[i + j] - __int_as_float(own_delta));
+      const float change = weight * (slopes[i + j] + __int_as_float(own_delta));  // it is -delta
       slopes[i + j] = weight < 0.0f ? 0.0f : change;
     }
   }

@@ -10,7 +10,7 @@
 // shared memory: 2 * kHeadDim * (kKept * kQueryBuffers * kBlockM + 2 * kStages * kBlockN) bytes, row
 //   data, barriers (kSharedBytes).
 // inputs/outputs: Params (params_sm90.cuh): q, k, v, out, dout, dq in 16 bits; lse, row_lse,
-//   row_delta float32, the last two in sorted order.
+//   row_delta (-delta) float32, the last two in sorted order.
 // version and source: row-owner form of FlashAttention-2 (Dao 2023, algorithm 2) on the pipeline of
 //   fwd_sm90.cu. Delta is formed here from the gathered rows: no preprocessing launch, no fp32 dq
 //   in memory, no atomics. What each step gained: docs/perf/hopper.md.
@@ -93,7 +93,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
         const int sorted = at.first_row + own;
         if (sorted >= 0) {
           p.row_lse[static_cast<long long>(at.z) * p.seqlen_q + sorted] = lse;
-          p.row_delta[static_cast<long long>(at.z) * p.seqlen_q + sorted] = delta;
+          p.row_delta[static_cast<long long>(at.z) * p.seqlen_q + sorted] = -delta;
         }
       }
       __syncwarp();  // every lane has read what it needs of lse, delta of the warp's rows is

@@ -95,7 +95,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
         barrier_wait(shared.rows_full(ring.slot), ring.parity);
         ring.advance();
       };
-      // S^T = K Q^T and dP^T = V dO^T, as two groups.
+      // S^T = K Q^T and dP^T = V dO^T, as two groups; Weighing::load comes before.
       const auto issue_scores = [&]() {
         wgmma_fence();
         new_product_of_rows<kBlockN, kBlockM, kHeadDim>(scores, key_tile, shared.rows(query_slot));
@@ -129,13 +129,14 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       unsigned change_before = 0;
       wait_for_rows();
       async_proxy_fence();
+      weighing.load(shared, data.slot);
       issue_scores();
       for (int block = first;;) {
         // Pending: S and dP of this step.
-        weighing.load(shared, data.slot);
         wgmma_wait<1>();
         pin(scores);
         weighing.weigh_scores(scores, shared, data.slot, p.scale_log2);
+        weighing.load_delta(shared, data.slot);
         pack_fragment(weights, scores);
         pin(weights);
         pin(grad_v);
@@ -145,12 +146,15 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
         wgmma_wait<1>();
         pin(slopes);
         weighing.weigh_slopes(slopes, scores, shared, data.slot);
+        const int first_start = shared_load(shared.starts(data.slot));
+        const int last_end = shared_load(shared.ends(data.slot) + 4 * (kBlockM - 1));
         pack_fragment(changes, slopes);
         barrier_wait(shared.changes_empty(change.slot), change.parity ^ 1);
         store_fragments(shared.changes(change.slot) + group * 64 * kRowBytes, changes, warp, lane);
         shared_writes_fence();
         barrier_release(shared.changes_full(change.slot), lane);
-        const Turn next = take_turn(shared, data.slot, at.number, carrier, fetch);
+        const Turn next =
+            take_turn(uniform(first_start), uniform(last_end), at.number, carrier, fetch);
         data.advance();
 
         // dq of the step before, from what both warpgroups left; of anything, and forgotten, at the
@@ -187,6 +191,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
         change_before = change.slot;
         change.advance();
         if (++block == last) break;
+        weighing.load(shared, data.slot);
         wgmma_wait<0>();  // dK: with it and scores pending at once, ptxas runs out of registers
         pin(grad_k);
         pin(changes);

@@ -25,10 +25,10 @@ __device__ __forceinline__ void wait_for_room_here(const Shared& shared, unsigne
   barrier_wait(shared.sum_empty(carrier ^ 1), parity ^ (carrier == 0));
 }
 
-__device__ __forceinline__ Turn take_turn(const Shared& shared, unsigned slot, int number,
+// `first_start` and `last_end` are those of the queries of the step.
+__device__ __forceinline__ Turn take_turn(int first_start, int last_end, int number,
                                           const Ring<kCarriers>& carrier, int fetch) {
-  const int lowest = uniform(shared_load(shared.starts(slot))) / kBlockN;
-  const int last_end = uniform(shared_load(shared.ends(slot) + 4 * (kBlockM - 1)));
+  const int lowest = first_start / kBlockN;
   const int before = (last_end + kBlockN - 1) / kBlockN - 1 - number;
   return {number != lowest ? kAdd : before > 0 ? kFetch : kAlone, before, carrier.slot,
           carrier.parity, fetch};

@@ -1,16 +1,21 @@
 // Second part of bwd_fused128_sm90.cu: weights and score gradients in transposed form (rows are keys,
 // columns queries). As in weigh_columns_sm90.cuh, but in two halves: products of the first run while
 // the second is made.
+//
+// A load waits behind all that products under way have still to read of shared memory. So what is weighed
+// by is loaded as long before it is needed as there are registers for it.
 #pragma once
 
 struct Weighing {
+  static constexpr int kColumns = kBlockM / 8;  // pairs of columns of this thread
+  static constexpr int kEarly = 4;              // of them, whose delta is loaded before dP has come
   int key0, own, q;  // first key of the warpgroup; keys of this thread: own and own + 8; lane % 4
-  int2 column[kBlockM / 8];        // lse, then ends or starts, of this thread's columns
+  int2 column[kColumns];  // lse, ends, starts or delta of this thread's columns
   bool ends_inside, starts_inside;  // some pair is not seen
 
-  __device__ __forceinline__ void load_columns(unsigned row) {
+  __device__ __forceinline__ void load_columns(unsigned row, int first = 0, int end = kColumns) {
 #pragma unroll
-    for (int block = 0; block < kBlockM / 8; ++block) {
+    for (int block = first; block < end; ++block) {
       column[block] = shared_load_pair(row + 32 * block + 8 * q);
     }
   }
@@ -37,8 +42,8 @@ struct Weighing {
     }
   }
 
-  // Before the scores have come: what this chain of loads brings would otherwise be waited for.
-  // Ranges are nondecreasing: the first query ends first, the last one starts last.
+  // Before the products of the block are issued. Ranges are nondecreasing: the first query ends first,
+  // the last one starts last.
   __device__ __forceinline__ void load(const Shared& shared, unsigned slot) {
     const int first_end = shared_load(shared.ends(slot));
     const int last_start = shared_load(shared.starts(slot) + 4 * (kBlockM - 1));
@@ -57,17 +62,19 @@ struct Weighing {
     clear_unseen(scores, shared, slot);
   }
 
+  // What there is room for of delta: before the next products are issued, and once the scores are weighed.
+  __device__ __forceinline__ void load_delta(const Shared& shared, unsigned slot) {
+    load_columns(shared.delta(slot), 0, kEarly);
+  }
+
   // dS^T = P^T (dP^T - delta), of slopes that have come.
   __device__ __forceinline__ void weigh_slopes(float (&slopes)[kBlockM / 2],
                                                const float (&weights)[kBlockM / 2],
                                                const Shared& shared, unsigned slot) {
+    load_columns(shared.delta(slot), kEarly);
 #pragma unroll
-    for (int i = 0; i < kBlockM / 2; i += 4) {
-      const int2 less = shared_load_pair(shared.delta(slot) + 8 * i + 8 * q);  // -delta
-      slopes[i] = weights[i] * (slopes[i] + __int_as_float(less.x));
-      slopes[i + 1] = weights[i + 1] * (slopes[i + 1] + __int_as_float(less.y));
-      slopes[i + 2] = weights[i + 2] * (slopes[i + 2] + __int_as_float(less.x));
-      slopes[i + 3] = weights[i + 3] * (slopes[i + 3] + __int_as_float(less.y));
+    for (int i = 0; i < kBlockM / 2; ++i) {
+      slopes[i] = weights[i] * (slopes[i] + __int_as_float(of_column(i)));  // it is -delta
     }
     clear_unseen(slopes, shared, slot);
   }

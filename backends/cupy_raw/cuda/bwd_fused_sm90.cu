@@ -77,7 +77,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       columns.start(slopes, shared, slot, q);
     };
     const auto weigh = [&](unsigned slot) {
-      columns.weigh<true>(scores, slopes, shared, slot, q, key0, own, p.scale_log2);
+      columns.weigh(scores, slopes, shared, slot, q, key0, own, p.scale_log2);
       pack_fragment(weights, scores);
       pack_fragment(changes, slopes);
     };

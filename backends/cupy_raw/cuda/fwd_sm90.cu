@@ -63,7 +63,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
 
     float scores[kBlockN / 2], output[kWidth / 2];
     unsigned weights[kBlockN / 4];
-    OnlineSoftmax<kFrugal> softmax;
+    OnlineSoftmax softmax;
 #pragma unroll
     for (int i = 0; i < kWidth / 2; ++i) output[i] = 0.0f;
 

@@ -24,8 +24,8 @@ constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 40;
 constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 232;
 static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <= launched_registers(kThreads),
               "registers are shared out, not made");
-// Power bounds tiles of 128 columns: fewer instructions and fewer bytes read of shared memory run
-// at a higher clock (docs/perf/hopper.md). Short ranges, which decide for 64, lose by it.
+// Power bounds tiles of 128 columns: fewer bytes read of shared memory run at a higher clock
+// (docs/perf/hopper.md). At 64 there are no registers for the queries, beyond 128 as few.
 constexpr bool kFrugal = kHeadDim == 128;
 constexpr int kTurnBarrier = 2;  // named barriers kTurnBarrier + warpgroup
 static_assert(kBlockN % 16 == 0, "scores of one wgmma, reduced over 16 keys at a time");

@@ -32,14 +32,14 @@ struct Params {
   Array q, k, v, out, dout, dq, dk, dv, lse;
   const int *q_index, *q_count, *k_index, *k_count, *key_start, *key_end;
   float *row_lse, *row_delta;  // of each sorted query row, lse in base 2, +inf where nothing is
-                               // seen and before the first: dq kernel -> dk/dv kernel; preparing
-                               // -> fused kernel, which is given -delta
+                               // seen and before the first; -delta: dq kernel -> dk/dv kernel,
+                               // preparing -> fused kernel
   int* counter;  // tiles handed out so far beyond the first of each block; zeroed before the launch
   float scale, scale_log2;
   int heads, heads_kv, group_size, seqlen_q, seqlen_k;
   int tiles_per_head,
       tiles;  // tiles of one head (query head, or kv head in the dk/dv kernel), and of all
-  int unused;
+  int in_turn;  // forward: tiles of the last 2^in_turn heads are handed out in turn; else 0
   Divisor by_tiles, by_heads,
       by_group;  // by tiles_per_head, by heads (heads_kv in the dk/dv kernel), by group_size
   // Fused backward only: fp32 sums of dq in sorted order (p.slots heads, 64 rows a tile), and how

@@ -4,21 +4,21 @@
 
 #include "wgmma.cuh"
 
-// d = A B^T over all columns: A is 64 rows of a tile of kRowsA rows, B a tile of kRowsB rows.
-// Issues only; commit and wait are the caller's.
-template <int kRowsA, int kRowsB, int kHeadDim, int kCount>
+// d = A B^T over all columns, added to d with kSum: A is 64 rows of a tile of kRowsA rows, B a tile of
+// kRowsB rows. Issues only; commit and wait are the caller's.
+template <int kRowsA, int kRowsB, int kHeadDim, bool kSum = false, int kCount>
 __device__ __forceinline__ void product_of_rows(float (&d)[kCount], unsigned tile_a,
                                                 unsigned tile_b) {
   const unsigned long long a = tile_descriptor(tile_a), b = tile_descriptor(tile_b);
 #pragma unroll
   for (int step = 0; step < kHeadDim / kStepColumns; ++step) {
     wgmma_shared(d, a + (step_offset<kRowsA, ReduceOver::kColumns>(step) >> 4),
-                 b + (step_offset<kRowsB, ReduceOver::kColumns>(step) >> 4), step != 0);
+                 b + (step_offset<kRowsB, ReduceOver::kColumns>(step) >> 4), kSum || step != 0);
   }
 }
 
 // d = A B^T with A already in registers, as fragments (load_fragments) of 64 rows.
-template <int kRowsB, int kHeadDim, int kCount>
+template <int kRowsB, int kHeadDim, bool kSum = false, int kCount>
 __device__ __forceinline__ void product_of_rows(float (&d)[kCount],
                                                 const unsigned (&a)[kHeadDim / 4],
                                                 unsigned tile_b) {
@@ -27,7 +27,7 @@ __device__ __forceinline__ void product_of_rows(float (&d)[kCount],
   for (int step = 0; step < kHeadDim / kStepColumns; ++step) {
     wgmma_registers<ReduceOver::kColumns>(
         d, a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3],
-        b + (step_offset<kRowsB, ReduceOver::kColumns>(step) >> 4), step != 0);
+        b + (step_offset<kRowsB, ReduceOver::kColumns>(step) >> 4), kSum || step != 0);
   }
 }
 

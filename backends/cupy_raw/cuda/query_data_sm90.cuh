@@ -6,7 +6,7 @@
 constexpr int kMaxGroup = 16;  // query heads of one kv head; launch_sm90.py sends larger elsewhere
 constexpr int kSeesNothing = 0x7FFFFFFF;  // a range start beyond every key
 
-// Bytes of a block's lse, delta (fused kernels: -delta), key_start and key_end.
+// Bytes of a block's lse, -delta, key_start and key_end.
 __device__ constexpr int query_data_bytes(int rows) { return 16 * rows; }
 
 // Bytes of the bounds of two tiles: those of the next are searched while this one is in use.

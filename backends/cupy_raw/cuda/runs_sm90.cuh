@@ -18,7 +18,8 @@ __device__ __forceinline__ int fetch_owned_row(int thread) {
   return kMayRun ? thread : gather_owned_row<kThreads>(thread, 0);
 }
 
-// Are the rows of a warp's lanes a run that begins at `first`, the first lane's? Rows -1 are none.
+// Are the rows of a warp's lanes a run that begins at `first`, the first lane's? Row -1, which is none,
+// may come before row 0: the engine writes zeros for what lies outside an array.
 __device__ __forceinline__ bool is_run(int row, int first, int lane) {
   return __all_sync(0xFFFFFFFFu, row == first + lane);
 }

@@ -94,10 +94,9 @@ __device__ __forceinline__ void mask_block(float (&scores)[kCount], const RowExt
   }
 }
 
-// kSteady: a row's reference is its maximum so far only once a weight would grow beyond 2^kSlack; until
-// then nothing is exchanged between threads, and earlier results need not shrink. Scores stay as they
-// came until they become weights: differences of large scores are exact either way.
-template <bool kSteady>
+// A row's reference moves to its maximum so far only once a weight would grow beyond 2^kSlack; until then
+// nothing is exchanged between threads, and earlier results need not shrink. Scores stay as they came
+// until they become weights: differences of large scores are exact.
 struct OnlineSoftmax {
   static constexpr float kSlack = 8.0f;
   float maximum[2] = {-SCFA_INFINITY, -SCFA_INFINITY};
@@ -111,9 +110,8 @@ struct OnlineSoftmax {
     float top[2] = {maximum[0], maximum[1]};
 #pragma unroll
     for (int i = 0; i < kCount; ++i) top[half_of(i)] = fmaxf(top[half_of(i)], scores[i]);
-    const bool moves =
-        !kSteady || __any_sync(0xFFFFFFFFu, outgrows(0, top, scale_log2) ||
-                                                outgrows(1, top, scale_log2));
+    const bool moves = __any_sync(0xFFFFFFFFu, outgrows(0, top, scale_log2) ||
+                                                   outgrows(1, top, scale_log2));
     float shift[2];
     if (moves) {
 #pragma unroll

@@ -23,17 +23,25 @@ struct TileData {
 };
 
 // A tile by name: head z = b * heads + h, its key/value head, and the sorted row it starts at. The
-// last rows of a head go first: they see most. Where rows fill no whole number of tiles, the last tile of
-// a head begins before its first row: there is least to do for rows that do not exist.
+// last rows of a head go first: they see most. Of the last 2^p.in_turn heads, the first tile of each, then
+// the second of each, and so on: so few multiprocessors are left with a long tile at the end. Where rows fill
+// no whole number of tiles, the last tile of a head begins before its first row: there is least to do for
+// rows that do not exist.
 struct QueryTile {
   int z, b, h, h_kv, first_row;
 };
 
 template <int kRows>
 __device__ __forceinline__ QueryTile locate_query_tile(const Params& p, int tile) {
-  const int z = p.by_tiles.quotient(tile), b = p.by_heads.quotient(z), h = z - b * p.heads;
-  return {z, b, h, p.by_group.quotient(h),
-          p.seqlen_q - (tile - z * p.tiles_per_head + 1) * kRows};
+  const int together = 1 << p.in_turn, last = p.by_tiles.quotient(p.tiles) - together;
+  int z = p.by_tiles.quotient(tile), number = tile - z * p.tiles_per_head;
+  if (z >= last) {
+    const int turn = tile - last * p.tiles_per_head;
+    number = turn >> p.in_turn;
+    z = last + (turn & (together - 1));
+  }
+  const int b = p.by_heads.quotient(z), h = z - b * p.heads;
+  return {z, b, h, p.by_group.quotient(h), p.seqlen_q - (number + 1) * kRows};
 }
 
 // The keys a query tile visits, [first, end) of the sorted list, and the part of them, [gap_first,

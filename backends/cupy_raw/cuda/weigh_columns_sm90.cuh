@@ -49,7 +49,7 @@ struct QueryColumns {
     }
   }
 
-  // Deltas alone, likewise.
+  // Negative deltas alone, likewise.
   __device__ __forceinline__ void load_delta(const Shared& shared, unsigned slot, int q) {
 #pragma unroll
     for (int block = 0; block < kBlockM / 8; ++block) {
@@ -87,8 +87,7 @@ struct QueryColumns {
     return !(ends_inside || starts_inside);
   }
 
-  // Slopes that start from the negative deltas which the fused kernels are given: their product with
-  // dO then ends in dP^T - delta.
+  // Slopes that start from -delta: their product with dO then ends in dP^T - delta.
   __device__ __forceinline__ void start(float (&slopes)[kBlockM / 2], const Shared& shared,
                                         unsigned slot, int q) {
 #pragma unroll
@@ -99,10 +98,8 @@ struct QueryColumns {
     }
   }
 
-  // P^T and dS^T of the block whose scores have come; waits for the slopes itself, from which delta
-  // has been taken already if they were started. The warpgroup owns keys key0 to key0 + 63, this
-  // thread `own` and own + 8.
-  template <bool kStarted>
+  // P^T and dS^T of the block whose scores have come; waits for the slopes itself, from which delta has
+  // been taken already. The warpgroup owns keys key0 to key0 + 63, this thread `own` and own + 8.
   __device__ __forceinline__ void weigh(float (&scores)[kBlockM / 2], float (&slopes)[kBlockM / 2],
                                         const Shared& shared, unsigned slot, int q, int key0,
                                         int own, float scale_log2) {
@@ -114,14 +111,10 @@ struct QueryColumns {
       const int lse = i & 1 ? column[i / 4].y : column[i / 4].x;
       scores[i] = exp2_fast(scores[i] * scale_log2 - __int_as_float(lse));
     }
-    if constexpr (!kStarted) load_delta(shared, slot, q);
     wgmma_wait<0>();
     pin(slopes);
 #pragma unroll
-    for (int i = 0; i < kBlockM / 2; ++i) {
-      const int delta = i & 1 ? column[i / 4].y : column[i / 4].x;
-      slopes[i] = scores[i] * (kStarted ? slopes[i] : slopes[i] - __int_as_float(delta));
-    }
+    for (int i = 0; i < kBlockM / 2; ++i) slopes[i] *= scores[i];
     // Zero by selection, not by product: an unseen row may hold anything.
     if (ends_inside) {
 #pragma unroll

@@ -1,0 +1,51 @@
+"""In which order forward tiles are handed out (tiles_sm90.cuh): each once, the longest first."""
+
+import ctypes
+
+import hopper_host
+import host_build
+import numpy as np
+import pytest
+from hopper_host import source_of
+from scfa_core.backends.cupy_raw import launch_sm90
+
+pytestmark = host_build.NEEDS_COMPILER
+kernels = hopper_host.kernels
+
+ROWS = 64
+HEADERS = ("products_sm90.cuh", "params_sm90.cuh", "gather_sm90.cuh", "tiles_sm90.cuh")
+DRIVER = """
+extern "C" void run(int tiles, int per_head, int heads, int group, int in_turn, int seqlen_q,
+                    const Divisor* divisors, QueryTile* found) {
+  Params p{};
+  p.tiles = tiles, p.tiles_per_head = per_head, p.heads = heads, p.group_size = group;
+  p.in_turn = in_turn, p.seqlen_q = seqlen_q;
+  p.by_tiles = divisors[0], p.by_heads = divisors[1], p.by_group = divisors[2];
+  for (int tile = 0; tile < tiles; ++tile) found[tile] = locate_query_tile<64>(p, tile);
+}
+"""
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize(("heads", "group"), [(1, 1), (2, 1), (3, 3), (4, 2), (5, 1), (8, 4)])
+@pytest.mark.parametrize("rows", [1, 64, 65, 300])
+def test_each_tile_once_and_the_last_heads_in_turn(kernels, batch, heads, group, rows):
+    function = kernels.start(source_of(HEADERS, DRIVER), (("BFLOAT16", 1), ("MONOTONE", 1)))
+    per_head, lists = -(-rows // ROWS), batch * heads
+    in_turn = launch_sm90._in_turn(lists)
+    divisors = [launch_sm90._divisor(number) for number in (per_head, heads, group)]
+    found = np.full((per_head * lists, 5), -7, np.int32)
+    function.result()(
+        *(len(found), per_head, heads, group, in_turn, rows),
+        *(ctypes.c_void_p(x.ctypes.data) for x in (np.array(divisors, np.uint32), found)),
+    )
+    z, b, h, h_kv, first_row = found.T
+    np.testing.assert_array_equal(z, b * heads + h)
+    np.testing.assert_array_equal(h_kv, h // group)
+    number = (rows - first_row) // ROWS - 1  # 0: the last rows of its head
+    np.testing.assert_array_equal(first_row, rows - (number + 1) * ROWS)
+    together = 1 << in_turn
+    assert together == min(lists, 4) or (lists, together) == (3, 2)
+    before = [(list_, tile) for list_ in range(lists - together) for tile in range(per_head)]
+    after = [(lists - together + i, tile) for tile in range(per_head) for i in range(together)]
+    assert list(zip(z, number, strict=True)) == before + after
