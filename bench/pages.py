@@ -37,7 +37,7 @@ def _card(stem: str) -> Page:
             f"{stem}-now": "After a second gathering warpgroup: what changed since",
             f"{stem}-wide": "Wide heads, with a backward of two roles",
             f"{stem}-goal": "What a key tile needs is known before",
-            f"{stem}-runs": "Runs of rows by the tensor engine, beside flash-attn",
+            f"{stem}-latest": "The kernels as they are, beside flash-attn",
             f"{stem}-original": "Beside the original, and numba-cuda",
             f"{stem}-flex": "Beside FlexAttention",
             f"{stem}-peers": "Beside flash-attn, xformers and cuDNN's frontend",
