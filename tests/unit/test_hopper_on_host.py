@@ -43,13 +43,15 @@ def test_a_window_in_float16(kernels, head_dim):
     check(kernels, spec, order=2, blocks=2)
 
 
-def test_weights_that_outgrow_what_came_before(kernels):
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("head_dim", [40, 64, 128, 192, 256])
+def test_weights_that_outgrow_what_came_before(kernels, head_dim, dtype):
     """Maxima of later blocks far above those of the first: sums and outputs shrink on the way."""
-    sizes = (1, 2, 1, 330, 330, 128, 128, "bfloat16")
+    sizes = (1, 2, 1, 330, 330, head_dim, head_dim, dtype)
     check(kernels, Spec(*sizes, softmax_scale=4.0, parts=(Part("causal", number=0),), seed=6))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_scores_far_below_those_of_another_block(kernels, head_dim):
     """Half of the keys at -1e6: differences of the other scores survive that."""
     sizes = (1, 1, 1, 300, 300, head_dim, head_dim, "float16")
