@@ -1,4 +1,4 @@
-"""In which order forward tiles are handed out (tiles_sm90.cuh): each once, the longest first."""
+"""In which order query tiles are handed out (tiles_sm90.cuh)."""
 
 import ctypes
 
@@ -29,10 +29,12 @@ extern "C" void run(int tiles, int per_head, int heads, int group, int in_turn, 
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize(("heads", "group"), [(1, 1), (2, 1), (3, 3), (4, 2), (5, 1), (8, 4)])
 @pytest.mark.parametrize("rows", [1, 64, 65, 300])
-def test_each_tile_once_and_the_last_heads_in_turn(kernels, batch, heads, group, rows):
+@pytest.mark.parametrize("kernel", ["fwd", "dq"])
+def test_each_tile_once_and_the_last_heads_in_turn(kernels, batch, heads, group, rows, kernel):
+    """Of dq, whose heads may be passed over, all come one after the other."""
     function = kernels.start(source_of(HEADERS, DRIVER), (("BFLOAT16", 1), ("MONOTONE", 1)))
     per_head, lists = -(-rows // ROWS), batch * heads
-    in_turn = launch_sm90._in_turn(lists)
+    in_turn = launch_sm90._in_turn(lists) if kernel == "fwd" else 0
     divisors = [launch_sm90._divisor(number) for number in (per_head, heads, group)]
     found = np.full((per_head * lists, 5), -7, np.int32)
     function.result()(
@@ -45,7 +47,7 @@ def test_each_tile_once_and_the_last_heads_in_turn(kernels, batch, heads, group,
     number = (rows - first_row) // ROWS - 1  # 0: the last rows of its head
     np.testing.assert_array_equal(first_row, rows - (number + 1) * ROWS)
     together = 1 << in_turn
-    assert together == min(lists, 4) or (lists, together) == (3, 2)
+    assert kernel == "dq" or together == min(lists, 4) or (lists, together) == (3, 2)
     before = [(list_, tile) for list_ in range(lists - together) for tile in range(per_head)]
     after = [(lists - together + i, tile) for tile in range(per_head) for i in range(together)]
     assert list(zip(z, number, strict=True)) == before + after
