@@ -1,5 +1,7 @@
 """The Hopper kernels on fibers (hopper_host.py) against the truth: ranges in order."""
 
+import itertools
+
 import hopper_host
 import host_build
 import numpy as np
@@ -125,14 +127,19 @@ UPWARDS, DOWNWARDS = 3, 4  # of cuda_on_host.hpp: those who fetch run far ahead,
 
 @pytest.mark.parametrize("order", [UPWARDS, DOWNWARDS])
 @pytest.mark.parametrize(
-    ("head_dim", "fused"), [(64, False), (128, False), (256, False), (64, True), (128, True)]
+    ("head_dim", "fused", "mapped"),
+    [(256, False, False), *itertools.product((64, 128), (False, True), (False, True))],
 )
-def test_warps_that_run_as_far_as_they_can(kernels, head_dim, fused, order):
-    """More blocks than buffers, in several tiles and heads, whose sums share their room."""
+def test_warps_that_run_as_far_as_they_can(kernels, head_dim, fused, mapped, order):
+    """More blocks than buffers, in several tiles and heads, whose sums share their room.
+
+    Without maps all rows are copied by index, and each product needs its fence.
+    """
     length = 200 if head_dim == 256 else 330
     parts = (Part("window", number=length - 30),)
     sizes = (1, 4, 2, length, length, head_dim, head_dim, "bfloat16")
-    check(kernels, Spec(*sizes, parts=parts, seed=7), fused=fused, order=order, slots=2)
+    spec = Spec(*sizes, parts=parts, seed=7)
+    check(kernels, spec, fused=fused, order=order, slots=2, mapped=mapped)
 
 
 @pytest.mark.parametrize("lengths", [(66, 650), (650, 66)])
