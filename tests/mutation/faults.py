@@ -7,6 +7,12 @@ of a kernel must bring its faults along.
 
 import faults_cuda
 import faults_hopper
+import faults_hopper_steps
 import faults_python
 
-FAULTS = (*faults_python.FAULTS, *faults_cuda.FAULTS, *faults_hopper.FAULTS)
+FAULTS = (
+    *faults_python.FAULTS,
+    *faults_cuda.FAULTS,
+    *faults_hopper.FAULTS,
+    *faults_hopper_steps.FAULTS,
+)
