@@ -113,6 +113,10 @@ def for_the_host(name, text):
     return text
 
 
+# What locates tiles and finds out which keys they see.
+TILE_HEADERS = ("products_sm90.cuh", "params_sm90.cuh", "gather_sm90.cuh", "tiles_sm90.cuh")
+
+
 def source_of(headers, driver):
     """Text of a source that has the played headers, then the shipped ones, then `driver`."""
     return "\n".join([*(f'#include "{header}"' for header in (*PLAYED_BY, *headers)), driver])

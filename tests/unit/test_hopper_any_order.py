@@ -10,6 +10,7 @@ import pytest
 from hopper_host import (
     HASH,
     IN_ONE_PASS,
+    TILE_HEADERS,
     check,
     check_case,
     described,
@@ -238,7 +239,6 @@ TILES_IN_ANY_ORDER = (
     *("two places", "mostly empty", "edges of blocks", "one", "rising"),
     *("one key between, rising", "one key between, falling"),
 )
-TILE_HEADERS = ("products_sm90.cuh", "params_sm90.cuh", "gather_sm90.cuh", "tiles_sm90.cuh")
 
 
 def visited(kernels, shape, start, end, keys, monotone, order=0):

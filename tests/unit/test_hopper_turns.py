@@ -6,14 +6,13 @@ import hopper_host
 import host_build
 import numpy as np
 import pytest
-from hopper_host import source_of
+from hopper_host import TILE_HEADERS, source_of
 from scfa_core.backends.cupy_raw import launch_sm90
 
 pytestmark = host_build.NEEDS_COMPILER
 kernels = hopper_host.kernels
 
 ROWS = 64
-HEADERS = ("products_sm90.cuh", "params_sm90.cuh", "gather_sm90.cuh", "tiles_sm90.cuh")
 DRIVER = """
 extern "C" void run(int tiles, int per_head, int heads, int group, int in_turn, int seqlen_q,
                     const Divisor* divisors, QueryTile* found) {
@@ -32,7 +31,7 @@ extern "C" void run(int tiles, int per_head, int heads, int group, int in_turn, 
 @pytest.mark.parametrize("kernel", ["fwd", "dq"])
 def test_each_tile_once_and_the_last_heads_in_turn(kernels, batch, heads, group, rows, kernel):
     """Of dq, whose heads may be passed over, all come one after the other."""
-    function = kernels.start(source_of(HEADERS, DRIVER), (("BFLOAT16", 1), ("MONOTONE", 1)))
+    function = kernels.start(source_of(TILE_HEADERS, DRIVER), (("BFLOAT16", 1), ("MONOTONE", 1)))
     per_head, lists = -(-rows // ROWS), batch * heads
     in_turn = launch_sm90._in_turn(lists) if kernel == "fwd" else 0
     divisors = [launch_sm90._divisor(number) for number in (per_head, heads, group)]
@@ -47,7 +46,7 @@ def test_each_tile_once_and_the_last_heads_in_turn(kernels, batch, heads, group,
     number = (rows - first_row) // ROWS - 1  # 0: the last rows of its head
     np.testing.assert_array_equal(first_row, rows - (number + 1) * ROWS)
     together = 1 << in_turn
-    assert kernel == "dq" or together == min(lists, 4) or (lists, together) == (3, 2)
+    assert together == (1 if kernel == "dq" else {1: 1, 2: 2, 3: 2}.get(lists, 4))
     before = [(list_, tile) for list_ in range(lists - together) for tile in range(per_head)]
     after = [(lists - together + i, tile) for tile in range(per_head) for i in range(together)]
     assert list(zip(z, number, strict=True)) == before + after
