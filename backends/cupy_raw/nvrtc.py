@@ -189,9 +189,12 @@ def read_sources() -> dict[str, str]:
 
 
 def compile_options(constants: Constants, arch: str) -> tuple[str, ...]:
-    """Return NVRTC's options; `arch` is such as "80" or "90a"."""
+    """Return NVRTC's options; `arch` is such as "80" or "90a".
+
+    -default-device: generic lambdas would otherwise be taken for functions of the host.
+    """
     defines = tuple(f"-DSCFA_{key}={int(value)}" for key, value in constants)
-    return ("-std=c++17", f"-arch=sm_{arch}", "--ptxas-options=-v", *defines)
+    return ("-std=c++17", "-default-device", f"-arch=sm_{arch}", "--ptxas-options=-v", *defines)
 
 
 def compile_to_cubin(

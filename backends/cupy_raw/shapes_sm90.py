@@ -81,9 +81,10 @@ def _forward_shared(head_dim: int, shape: Shape) -> int:
     rows = 64 * shape.warpgroups
     streamed = 2 * shape.stages * shape.block_n
     tiles = 2 * FORWARD.width(head_dim) * (shape.query_buffers * rows + streamed)
-    data = shape.query_buffers * (12 * rows + 16)
-    barriers = 8 * (2 * shape.query_buffers + 4 * shape.stages)
-    return tiles + data + 64 + barriers + _SHARED_SLACK
+    staged = int(shape.query_buffers > 1)  # one tile's rows ahead
+    data = (shape.query_buffers + staged) * (12 * rows + 16)
+    barriers = 8 * (2 * shape.query_buffers + 4 * shape.stages + staged)
+    return tiles + data + 128 + barriers + _SHARED_SLACK
 
 
 def _dq_shared(head_dim: int, shape: Shape) -> int:

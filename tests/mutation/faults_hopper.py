@@ -291,9 +291,10 @@ FAULTS = (
     ),
     # order in shared memory, beside what is planted on a card (below)
     Fault("hopper-fwd-key-fence", CUDA + "fwd_sm90.cu",
-        "      barrier_wait(shared.key_full(key.slot), key.parity);\n      async_proxy_fence();\n"
-        "      take_turn();",
-        "      barrier_wait(shared.key_full(key.slot), key.parity);\n      take_turn();",
+        "        barrier_wait(shared.key_full(key.slot), key.parity);\n"
+        "        async_proxy_fence();\n        take_turn();\n        wgmma_fence();",
+        "        barrier_wait(shared.key_full(key.slot), key.parity);\n"
+        "        take_turn();\n        wgmma_fence();",
         "the first scores of a tile may not see its keys", "hopper-memory",
     ),
     Fault("hopper-fwd-value-fence", CUDA + "fwd_sm90.cu",

@@ -10,6 +10,11 @@ SUITES["hopper-softmax"] = (
     ("tests/unit/test_hopper_on_host.py", "-k", "outgrow and 64"),
     ("tests/unit/test_hopper_on_host.py", "-k", "outgrow or two_gathering or far_below"),
 )
+SUITES["hopper-masks"] = (("tests/unit/test_hopper_masks.py",),)
+SUITES["hopper-staged"] = (
+    ("tests/unit/test_hopper_masks.py",),
+    ("tests/unit/test_hopper_on_host.py", "-k", "as_far_as or two_gathering"),
+)
 SUITES["hopper-order"] = (("tests/unit/test_hopper_turns.py",),)
 
 FAULTS = (
@@ -28,6 +33,36 @@ FAULTS = (
     Fault("hopper-steady-warp", CUDA + "softmax_sm90.cuh",
         "top[half] = quad_max(top[half]);", "",
         "the four threads of a row have references of their own", "hopper-softmax",
+    ),
+    Fault("hopper-mask-count", CUDA + "softmax_sm90.cuh",
+        "min(clipped & 7, 2);", "min(clipped & 3, 2);",
+        "columns 4 to 7 of eight lie before no end that lies beyond them", "hopper-masks",
+    ),
+    Fault("hopper-mask-start", CUDA + "softmax_sm90.cuh",
+        "~columns_before(shared_load(starts + 32 * half) - origin);",
+        "~columns_before(shared_load(starts) - origin);",
+        "the second of a thread's rows starts where the first one does", "hopper-masks",
+    ),
+    Fault("hopper-mask-skip", CUDA + "softmax_sm90.cuh",
+        "first + 2 * kCount <= rows.inner_end", "first + kCount <= rows.inner_end",
+        "a block is taken for seen by all though its second half is not", "hopper-masks",
+    ),
+    Fault("hopper-few-keys", CUDA + "fwd_sm90.cu",
+        "<= block * kBlockN + kFewKeys)", "<= block * kBlockN + kFewKeys + 1)",
+        "one key beyond half a block is not multiplied", "hopper-masks",
+    ),
+    Fault("hopper-staged-scratch", CUDA + "fwd_sm90_gather.cuh",
+        "kScratchBase + 64 * parity;", "kScratchBase;",
+        "a warp overwrites the key range that another has not read yet", "hopper-staged",
+    ),
+    Fault("hopper-staged-wait", CUDA + "fwd_sm90_gather.cuh",
+        "      barrier_wait(shared.staged_full(), parity);\n", "",
+        "rows of a tile are read before they have come", "hopper-staged",
+    ),
+    Fault("hopper-staged-first", CUDA + "tiles_sm90.cuh",
+        "place(int r) const { return min(max(first_row + r, 0), last); }",
+        "place(int r) const { return min(max(first_row + r, 1), last); }",
+        "the first row of a list has the range of the second", "hopper-staged",
     ),
     Fault("hopper-order-last", CUDA + "tiles_sm90.cuh",
         "last = p.by_tiles.quotient(p.tiles) - together;",

@@ -32,7 +32,7 @@ PLAYED = (  # functions of the shipped headers that the host has its own of
     *("load_sum_four", "row_address", "shared_address", "barrier_init", "barrier_init_done"),
     *("barrier_arrive", "barrier_try_wait", "named_barrier_sync", "named_barrier_arrive"),
     *("named_barrier_any", "give_registers", "take_registers", "uniform", "shared_load"),
-    *("shared_store", "shared_load_pair", "copy_run"),
+    *("shared_store", "shared_load_pair", "shared_load_words", "copy_run"),
 )
 INSTRUCTIONS = {  # of the functions that are left, as the host plays them
     "fence.proxy.async.shared::cta;": "memory::proxy_fence();",
@@ -107,8 +107,6 @@ def for_the_host(name, text):
     fragment = r'asm volatile\("stmatrix.*?: ?"r"\(address\),\s*(.*?)\s*: "memory"\);'
     text = re.sub(fragment, r"store_matrices(address, \1);", text, flags=re.S)
     text = re.sub(r'"r"\((a\[4 \* step[^)]*\])\)', r"\1", text)
-    words = r'asm volatile\("ld\.shared\.v4\.u32[^:]*: "=r"\((\w+)\[0\].*?: "r"\(([^)]*)\)\);'
-    text = re.sub(words, r"load_words(\1, \2);", text, flags=re.S)
     assert "asm volatile" not in re.sub(r"^#define.*?[^\\]$", "", text, flags=re.S | re.M), name
     return text
 

@@ -35,7 +35,8 @@ void visit(const Params& p, int keys_of_tile, KeyUnion* unions, char* seen) {
   const TileData<kRows> data{64};
   const int thread = threadIdx.x, own = gather_owned_row(thread, 0);
   for (int tile = 0; tile < p.tiles; ++tile) {
-    load_tile_rows(p, data, 0, locate_query_tile<kRows>(p, tile), thread);
+    const QueryTile at = locate_query_tile<kRows>(p, tile);
+    load_tile_rows(data, 0, PlannedRows(p, at), at.first_row, thread);
     __syncthreads();
     const KeyUnion keys = join_key_ranges(0);
     if (thread == 0) unions[tile] = keys;

@@ -159,6 +159,10 @@ T shared_read(unsigned address) {
 }
 inline int shared_load(unsigned address) { return shared_read<int>(address); }
 inline int2 shared_load_pair(unsigned address) { return shared_read<int2>(address); }
+inline void shared_load_words(unsigned (&words)[4], unsigned address) {
+  memory::read(address, 16);
+  std::memcpy(words, dynamic_shared + address, 16);
+}
 inline void shared_store(unsigned address, int value) { memory::write(address, &value, 4); }
 template <class T>
 void shared_store_four(unsigned address, T a, T b, T c, T d) {
@@ -395,10 +399,6 @@ inline void load_matrices_of(unsigned& a0, unsigned& a1, unsigned& a2, unsigned&
   memory::read(address, 16);
   load_matrices(r, address);
   a0 = r[0], a1 = r[1], a2 = r[2], a3 = r[3];
-}
-inline void load_words(unsigned (&r)[4], unsigned address) {
-  memory::read(address, 16);
-  std::memcpy(r, dynamic_shared + address, 16);
 }
 
 // store_fragments of products_sm90.cuh: lane l holds row l / 4, columns 2 (l % 4) and + 1 of each 8 x 8 matrix.

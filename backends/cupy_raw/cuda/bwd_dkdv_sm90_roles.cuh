@@ -21,20 +21,18 @@ __device__ __forceinline__ void hand_over(const float (&weights)[kBlockM / 2], u
   }
 }
 
-// dS^T = P^T * (dP^T - delta), of the weights handed over.
+// dS^T = P^T * (dP^T - delta), of the weights handed over and of negative deltas.
 __device__ __forceinline__ void weigh_slopes(float (&slopes)[kBlockM / 2],
-                                             const int2 (&delta)[kBlockM / 8], unsigned place) {
+                                             const int2 (&less)[kBlockM / 8], unsigned place) {
 #pragma unroll
   for (int i = 0; i < kBlockM / 2; i += 4) {
     unsigned words[4];
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "r"(place + 512 * i));
+    shared_load_words(words, place + 512 * i);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float weight = __uint_as_float(words[j]);
-      const int own_delta = j & 1 ? delta[i / 4].y : delta[i / 4].x;
-      const float change = weight * (slopes[i + j] + __int_as_float(own_delta));  // it is -delta
+      const int own = j & 1 ? less[i / 4].y : less[i / 4].x;
+      const float change = weight * (slopes[i + j] + __int_as_float(own));
       slopes[i + j] = weight < 0.0f ? 0.0f : change;
     }
   }

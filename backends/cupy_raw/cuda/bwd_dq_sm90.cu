@@ -26,12 +26,8 @@ __device__ __forceinline__ float row_product(unsigned dout, unsigned out, int ro
     const unsigned offset =
         (chunk / 8) * kBlockM * kRowBytes + row * kRowBytes + (((chunk & 7) ^ (row & 7)) << 4);
     unsigned a[4], b[4];
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                 : "r"(dout + offset));
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-                 : "r"(out + offset));
+    shared_load_words(a, dout + offset);
+    shared_load_words(b, out + offset);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       float a0, a1, b0, b1;
@@ -143,7 +139,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
         wgmma_wait<1>();
         pin(scores);
         const int key0 = first_key + block * kBlockN;
-        mask_block<kBlockN>(scores, rows, data.starts() + 4 * row, data.ends() + 4 * row, key0,
+        mask_block(scores, rows, data.starts() + 4 * row, data.ends() + 4 * row, key0,
                             lane % 4);
 #pragma unroll
         for (int i = 0; i < kBlockN / 2; ++i) {

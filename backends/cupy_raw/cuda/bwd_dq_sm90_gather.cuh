@@ -106,7 +106,9 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared, int
     if (tile >= p.tiles) break;
     if (threadIdx.x == 0) next = atomicAdd(p.counter, 1) + gridDim.x;
     const QueryTile at = locate_query_tile<kBlockM>(p, tile);
-    if (leads) load_tile_rows(p, data, shared.base + kScratchBase, at, thread);
+    if (leads) {
+      load_tile_rows(data, shared.base + kScratchBase, PlannedRows(p, at), at.first_row, thread);
+    }
     named_barrier_sync(kProducerBarrier, kAllGatherThreads);  // row data and ranges are written
     const KeyUnion keys = join_key_ranges(shared.base + kScratchBase);
     const int blocks = (keys.end - keys.first + kBlockN - 1) / kBlockN;

@@ -5,7 +5,7 @@
 //   i = q_index[r].
 // grid/block: one persistent block per SM; a tile is kBlockM sorted query rows of one head.
 //   Warpgroup 0 gathers rows (cp.async), each of the others owns 64 query rows. Tiles come from an
-//   atomic counter, one head after another, the last rows of a head first.
+//   atomic counter, one head after another (the last heads together), the last rows of a head first.
 // shared memory: 2 * (kQueryBuffers * kBlockM + 2 * kStages * kBlockN) * kHeadDim bytes, row data,
 //   barriers (kSharedBytes).
 // inputs/outputs: Params (params_sm90.cuh): q, k, v, out (batch, heads, rows, head_dim) in 16 bits,
@@ -70,8 +70,8 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
     const unsigned own_start = data.starts() + 4 * row, own_end = data.ends() + 4 * row;
     float decay[2];
     bool decays = false;  // do earlier results shrink by it?
-    const auto weigh = [&](int block) {
-      mask_block<kBlockN>(scores, rows, own_start, own_end, first_key + block * kBlockN, lane % 4);
+    const auto weigh = [&](auto& scores, int block) {
+      mask_block(scores, rows, own_start, own_end, first_key + block * kBlockN, lane % 4);
       decays = softmax.update(scores, decay, p.scale_log2);
     };
 
@@ -82,7 +82,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       load_fragments<kBlockM, kDepth>(queries, query_tile, warp, lane);
       pin(queries);
     }
-    const auto issue_scores = [&](unsigned slot) {
+    const auto issue_scores = [&](auto& scores, unsigned slot) {
       if constexpr (kFrugal) {
         product_of_rows<kBlockN, kDepth>(scores, queries, shared.key(slot));
       } else {
@@ -99,18 +99,26 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
 
     if (block >= low_block && any) {
       // S = Q K^T of the last block, nothing to overlap with yet.
-      barrier_wait(shared.key_full(key.slot), key.parity);
-      async_proxy_fence();
-      take_turn();
-      wgmma_fence();
-      issue_scores(key.slot);
-      pass_turn();
-      wgmma_wait<0>();
-      pin(scores);
-      barrier_release(shared.key_empty(key.slot), lane);
-      key.advance();
-      weigh(block);
-      pack_fragment(weights, scores);
+      const auto begin = [&](auto& scores) {
+        barrier_wait(shared.key_full(key.slot), key.parity);
+        async_proxy_fence();
+        take_turn();
+        wgmma_fence();
+        issue_scores(scores, key.slot);
+        pass_turn();
+        wgmma_wait<0>();
+        pin(scores);
+        barrier_release(shared.key_empty(key.slot), lane);
+        key.advance();
+        weigh(scores, block);
+        pack_fragment(weights, scores);
+      };
+      if (kHalves && rows.outer_end - first_key <= block * kBlockN + kFewKeys) {
+        float few[kFewKeys / 2];  // nobody here sees the other keys
+        begin(few);
+      } else {
+        begin(scores);
+      }
 
       // S of this block is computed while O += P V of the one before runs behind its softmax.
       for (--block; block >= low_block; --block) {
@@ -122,7 +130,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
         pin(output);
         pin(weights);
         wgmma_fence();
-        issue_scores(key.slot);
+        issue_scores(scores, key.slot);
         if constexpr (!kFrugal) {
           barrier_wait(shared.value_full(value.slot), value.parity);
           async_proxy_fence();
@@ -135,7 +143,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
         barrier_release(shared.key_empty(key.slot), lane);
         key.advance();
 
-        weigh(block);
+        weigh(scores, block);
 
         wgmma_wait<0>();
         pin(output);
@@ -200,6 +208,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       barrier_init(shared.key_empty(i), 4 * kWarpgroups * kReleases);
       barrier_init(shared.value_empty(i), 4 * kWarpgroups * kReleases);
     }
+    if constexpr (kStaged) barrier_init(shared.staged_full(), kStagings);
     barrier_init_done();
   }
   __syncthreads();  // barriers are initialised

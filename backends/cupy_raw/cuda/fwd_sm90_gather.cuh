@@ -27,6 +27,9 @@ static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <= launched_
 // Power bounds tiles of 128 columns: fewer bytes read of shared memory run at a higher clock
 // (docs/perf/hopper.md). At 64 there are no registers for the queries, beyond 128 as few.
 constexpr bool kFrugal = kHeadDim == 128;
+// Are the scores of half a block made alone where a warpgroup sees no key of the rest?
+constexpr bool kHalves = kBlockN == 128;
+constexpr int kFewKeys = kHalves ? kBlockN / 2 : kBlockN;
 constexpr int kTurnBarrier = 2;  // named barriers kTurnBarrier + warpgroup
 static_assert(kBlockN % 16 == 0, "scores of one wgmma, reduced over 16 keys at a time");
 static_assert(kStages >= 2, "keys run one block ahead of values");
@@ -38,9 +41,12 @@ constexpr int kKeyBase = kQueryBase + kQueryBuffers * kQueryBytes;
 constexpr int kValueBase = kKeyBase + kStages * kKeyBytes;
 constexpr int kDataBase = kValueBase + kStages * kKeyBytes;
 constexpr int kScratchBase = kDataBase + kQueryBuffers * TileData<kBlockM>::kBytes;
-constexpr int kBarrierBase = kScratchBase + 64;
-constexpr int kSharedBytes =
-    kBarrierBase + 8 * (2 * kQueryBuffers + 4 * kStages) + 1024;  // 1024: room to align the base
+// The rows of the next tile are on their way while this one is gathered, where there is room for them.
+constexpr bool kStaged = kQueryBuffers > 1;
+constexpr int kStagedBase = kScratchBase + 2 * 64;
+constexpr int kBarrierBase = kStagedBase + (kStaged ? TileData<kBlockM>::kBytes : 0);
+constexpr int kBarriers = 2 * kQueryBuffers + 4 * kStages + (kStaged ? 1 : 0);
+constexpr int kSharedBytes = kBarrierBase + 8 * kBarriers + 1024;  // 1024: room to align the base
 static_assert(kSharedBytes <= 232448, "more shared memory than a block can have");
 static_assert(kSharedBytes == SCFA_SHARED_BYTES, "launch_sm90.py asks for as much as is laid out");
 
@@ -58,6 +64,7 @@ struct Shared {
   __device__ __forceinline__ TileData<kBlockM> data(unsigned i) const {
     return {base + kDataBase + i * TileData<kBlockM>::kBytes};
   }
+  __device__ __forceinline__ StagedRows<kBlockM> staged() const { return {base + kStagedBase}; }
   __device__ __forceinline__ unsigned barrier(int i) const { return base + kBarrierBase + 8 * i; }
   __device__ __forceinline__ unsigned query_full(unsigned i) const { return barrier(i); }
   __device__ __forceinline__ unsigned query_empty(unsigned i) const {
@@ -73,6 +80,7 @@ struct Shared {
   __device__ __forceinline__ unsigned value_empty(unsigned i) const {
     return key_full(3 * kStages + i);
   }
+  __device__ __forceinline__ unsigned staged_full() const { return barrier(kBarriers - 1); }
 };
 
 // Warpgroup 0: for each tile gather the queries, then key and value blocks from the last to the
@@ -84,18 +92,32 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
   Ring<kQueryBuffers> query;
   Ring<kStages> key, value;
   int next = blockIdx.x;
-  while (true) {
+  const auto stage_next = [&]() {
+    if (warp == 0) stage_tile_rows(p, shared.staged(), shared.staged_full(), next, thread);
+  };
+  if constexpr (kStaged) stage_next();
+  for (unsigned parity = 0;; parity ^= 1) {
     const TileData<kBlockM> data = shared.data(query.slot);
     barrier_wait(shared.query_empty(query.slot), query.parity ^ 1);
-    if (thread == 0) shared_store(data.tile(), next);
-    named_barrier_sync(kProducerBarrier, kGatherThreads);  // the tile number is written
-    const int tile = uniform(shared_load(data.tile()));
+    if constexpr (kStaged) {
+      barrier_wait(shared.staged_full(), parity);
+      if (thread == 0) shared_store(data.tile(), shared_load(shared.staged().tile()));
+    } else {
+      if (thread == 0) shared_store(data.tile(), next);
+      named_barrier_sync(kProducerBarrier, kGatherThreads);  // the tile number is written
+    }
+    const int tile = uniform(shared_load(kStaged ? shared.staged().tile() : data.tile()));
     if (tile >= p.tiles) break;
     if (thread == 0) next = atomicAdd(p.counter, 1) + gridDim.x;
     const QueryTile at = locate_query_tile<kBlockM>(p, tile);
-    load_tile_rows(p, data, shared.base + kScratchBase, at, thread);
+    const unsigned scratch = shared.base + kScratchBase + 64 * parity;
+    if constexpr (kStaged) {
+      load_tile_rows(data, scratch, shared.staged(), at.first_row, thread);
+    } else {
+      load_tile_rows(data, scratch, PlannedRows(p, at), at.first_row, thread);
+    }
     named_barrier_sync(kProducerBarrier, kGatherThreads);  // row data and ranges are written
-    const KeyUnion keys = join_key_ranges(shared.base + kScratchBase);
+    const KeyUnion keys = join_key_ranges(scratch);
     const int blocks = (keys.end - keys.first + kBlockN - 1) / kBlockN;
     if (thread == 0) {
       shared_store(data.first_key(), keys.first);
@@ -124,7 +146,11 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
       barrier_arrive(shared.query_full(query.slot));  // releases the row data written above
 
     const auto prefetch_next = [&]() {  // once its number has come
-      if (warp == 0) prefetch_tile_rows<kBlockM>(p, next, thread);
+      if constexpr (kStaged) {
+        stage_next();
+      } else if (warp == 0) {
+        prefetch_tile_rows<kBlockM>(p, next, thread);
+      }
     };
     if (blocks == 0) prefetch_next();
     const char* k = p.k.of_head(at.b, at.h_kv) + lane_bytes;

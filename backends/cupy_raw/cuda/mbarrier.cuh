@@ -175,6 +175,13 @@ __device__ __forceinline__ void shared_store_float(unsigned address, float value
   shared_store(address, __float_as_int(value));
 }
 
+__device__ __forceinline__ void shared_load_words(unsigned (&words)[4], unsigned address) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address)
+               : "memory");
+}
+
 __device__ __forceinline__ int2 shared_load_pair(unsigned address) {
   int2 value;
   asm volatile("ld.shared.v2.s32 {%0, %1}, [%2];"

@@ -109,12 +109,13 @@ __device__ __forceinline__ void unpack_pair(unsigned pair, float& low, float& hi
 }
 
 // Accumulator layout -> A-operand layout of the same thread: consecutive pairs (row g, row g + 8,
-// then eight columns on).
-template <int kCount>
-__device__ __forceinline__ void pack_fragment(unsigned (&packed)[kCount / 2],
+// then eight columns on). Zeros where there are fewer values than columns.
+template <int kPairs, int kCount>
+__device__ __forceinline__ void pack_fragment(unsigned (&packed)[kPairs],
                                               const float (&values)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < kCount / 2; ++i) packed[i] = pack_pair(values[2 * i], values[2 * i + 1]);
+  for (int i = 0; i < kPairs; ++i)
+    packed[i] = 2 * i < kCount ? pack_pair(values[2 * i], values[2 * i + 1]) : 0;
 }
 
 // This warp's 16 rows (of the 64 at `tile`) of a swizzled tile of kRows rows, as A operand: four

@@ -58,39 +58,31 @@ __device__ __forceinline__ RowExtremes row_extremes(unsigned starts, unsigned en
   return e;
 }
 
-// Scores at or beyond the end of their row's range become -inf; `first` is the key of column 0, q
-// the lane within its quad.
-template <int kCount>
-__device__ __forceinline__ void mask_ends(float (&scores)[kCount], const int (&end)[2], int first,
-                                          int q) {
-  const int high[2] = {end[0] - first - 2 * q, end[1] - first - 2 * q};
-#pragma unroll
-  for (int i = 0; i < kCount; ++i)
-    scores[i] = column_of(i) < high[half_of(i)] ? scores[i] : -SCFA_INFINITY;
+// A bit for each of a row's scores that a thread holds, in their order: does its column, less 2 q,
+// lie before `column`?
+__device__ __forceinline__ unsigned columns_before(int column) {
+  const int clipped = max(column, 0), count = 2 * (clipped >> 3) + min(clipped & 7, 2);
+  return count < 32 ? (1u << count) - 1 : ~0u;
 }
 
-// Scores before the start of their row's range become -inf.
+// Scores of keys outside their row's range become -inf, where a row of this warpgroup does not see the
+// whole block. `starts` and `ends` are addresses of those of this thread's first row, `first` is the key of
+// column 0, q the lane within its quad.
 template <int kCount>
-__device__ __forceinline__ void mask_starts(float (&scores)[kCount], const int (&start)[2],
-                                            int first, int q) {
-  const int low[2] = {start[0] - first - 2 * q, start[1] - first - 2 * q};
-#pragma unroll
-  for (int i = 0; i < kCount; ++i)
-    scores[i] = column_of(i) >= low[half_of(i)] ? scores[i] : -SCFA_INFINITY;
-}
-
-// Mask a block of scores of this warpgroup as far as it needs it: nothing, ends, or starts as well
-// (addresses of this thread's rows).
-template <int kBlock, int kCount>
 __device__ __forceinline__ void mask_block(float (&scores)[kCount], const RowExtremes& rows,
                                            unsigned starts, unsigned ends, int first, int q) {
-  if (first + kBlock > rows.inner_end) {
-    const int end[2] = {shared_load(ends), shared_load(ends + 32)};
-    mask_ends(scores, end, first, q);
-  }
-  if (first < rows.inner_start) {
-    const int start[2] = {shared_load(starts), shared_load(starts + 32)};
-    mask_starts(scores, start, first, q);
+  static_assert(kCount <= 64, "32 bits a row");
+  if (first + 2 * kCount <= rows.inner_end && first >= rows.inner_start) return;
+  const int origin = first + 2 * q;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const unsigned seen = columns_before(shared_load(ends + 32 * half) - origin) &
+                          ~columns_before(shared_load(starts + 32 * half) - origin);
+#pragma unroll
+    for (int j = 0; j < kCount / 2; ++j) {
+      const int i = 4 * (j >> 1) + 2 * half + (j & 1);
+      scores[i] = seen & 1u << j ? scores[i] : -SCFA_INFINITY;
+    }
   }
 }
 
@@ -99,11 +91,11 @@ __device__ __forceinline__ void mask_block(float (&scores)[kCount], const RowExt
 // until they become weights: differences of large scores are exact.
 struct OnlineSoftmax {
   static constexpr float kSlack = 8.0f;
-  float maximum[2] = {-SCFA_INFINITY, -SCFA_INFINITY};
+  float maximum[2] = {-SCFA_INFINITY, -SCFA_INFINITY};  // the reference: of the row when it moved
   float sum[2] = {0.0f, 0.0f};  // this thread's columns only, until finalize()
 
-  // Replace scores by exp2((score - running maximum) * scale_log2); `decay` is what earlier results
-  // shrink by, if they do (the answer, the same for a whole warp).
+  // Replace scores by exp2((score - reference) * scale_log2); `decay` is what earlier results shrink by,
+  // if they do (the answer, the same for a whole warp).
   template <int kCount>
   __device__ __forceinline__ bool update(float (&scores)[kCount], float (&decay)[2],
                                          float scale_log2) {

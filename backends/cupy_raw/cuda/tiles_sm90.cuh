@@ -52,28 +52,50 @@ struct KeyUnion {
   int first, end, gap_first, gap_end;
 };
 
+// A tile's rows as the plan has them. Rows before the first repeat its range.
+struct PlannedRows {
+  const int *starts, *ends, *indices;
+  int first_row, last;
+
+  __device__ __forceinline__ PlannedRows(const Params& p, const QueryTile& tile)
+      : starts(p.key_start), ends(p.key_end), indices(p.q_index),
+        first_row(tile.first_row), last(p.seqlen_q - 1) {
+    const long long list = static_cast<long long>(tile.z) * p.seqlen_q;
+    starts += list, ends += list, indices += list;
+  }
+  __device__ __forceinline__ int place(int r) const { return min(max(first_row + r, 0), last); }
+  __device__ __forceinline__ int start(int r) const { return starts[place(r)]; }
+  __device__ __forceinline__ int end(int r) const { return ends[place(r)]; }
+  __device__ __forceinline__ int index(int r) const { return indices[place(r)]; }
+};
+
+// The same, brought to shared memory by stage_tile_rows.
+template <int kRows>
+struct StagedRows : TileData<kRows> {
+  __device__ __forceinline__ int at(unsigned array, int r) const {
+    return shared_load(array + 4 * min(r, kRows - 1));
+  }
+  __device__ __forceinline__ int start(int r) const { return at(this->starts(), r); }
+  __device__ __forceinline__ int end(int r) const { return at(this->ends(), r); }
+  __device__ __forceinline__ int index(int r) const { return at(this->indices(), r); }
+};
+
 // Load the tile's row data into shared memory, and what each warp finds of its key range into
 // `scratch`. All threads of one warpgroup call it; a barrier must follow, and another one before the
 // next call.
-template <int kRows>
-__device__ __forceinline__ void load_tile_rows(const Params& p, TileData<kRows> data,
-                                               unsigned scratch, const QueryTile& tile,
-                                               int thread) {
-  const long long list = static_cast<long long>(tile.z) * p.seqlen_q;
-  const int *starts = p.key_start + list, *ends = p.key_end + list, *indices = p.q_index + list;
-  const int last = p.seqlen_q - 1;
+template <int kRows, class Rows>
+__device__ __forceinline__ void load_tile_rows(TileData<kRows> data, unsigned scratch,
+                                               const Rows& rows, int first_row, int thread) {
   constexpr int kNone = 0x7FFFFFFF, kCount = (kRows + kGatherThreads - 1) / kGatherThreads;
   int start[kCount], end[kCount], index[kCount], next[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {  // all loads in flight together
-    // Rows before the first repeat its range, and are neither gathered nor stored.
-    const int wanted = tile.first_row + thread + i * kGatherThreads;
-    const bool beyond = (i + 1) * kGatherThreads > kRows;  // might a thread own no row?
-    const int row = beyond ? min(max(wanted, 0), last) : max(wanted, 0);
-    start[i] = starts[row];
-    end[i] = ends[row];
-    index[i] = wanted >= 0 ? indices[row] : -1;
-    next[i] = starts[min(row + 1, last)];
+    // Rows before the first are neither gathered nor stored.
+    const int r = thread + i * kGatherThreads;
+    start[i] = rows.start(r);
+    end[i] = rows.end(r);
+    index[i] = first_row + r >= 0 ? rows.index(r) : -1;
+    next[i] = rows.start(r + 1);
   }
   KeyUnion keys{kNone, 0, kNone, 0};
 #pragma unroll
@@ -94,7 +116,7 @@ __device__ __forceinline__ void load_tile_rows(const Params& p, TileData<kRows> 
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int r = thread + i * kGatherThreads;
-      const int next_end = ends[min(max(tile.first_row + r + 1, 0), last)];
+      const int next_end = rows.end(r + 1);
       const bool gap = r + 1 < kRows && start[i] > next_end;
       keys.gap_first = gap ? min(keys.gap_first, next_end) : keys.gap_first;
       keys.gap_end = gap ? max(keys.gap_end, start[i]) : keys.gap_end;
@@ -150,6 +172,30 @@ __device__ __forceinline__ void prefetch_tile_rows(const Params& p, int number, 
     asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
   }
 }
+
+// Start bringing the rows of the tile that lane 0 has the number of to shared memory, and that number;
+// `full` then completes a phase. One warp calls it.
+template <int kRows>
+__device__ __forceinline__ void stage_tile_rows(const Params& p, StagedRows<kRows> staged,
+                                                unsigned full, int number, int lane) {
+  number = __shfl_sync(0xFFFFFFFFu, number, 0);
+  if (number < p.tiles) {
+    const PlannedRows rows(p, locate_query_tile<kRows>(p, number));
+#pragma unroll 1
+    for (int r = lane; r < kRows; r += 32) {
+      const int place = rows.place(r);
+      copy_word(staged.starts() + 4 * r, rows.starts + place, true);
+      copy_word(staged.ends() + 4 * r, rows.ends + place, true);
+      copy_word(staged.indices() + 4 * r, rows.indices + place, true);
+    }
+  }
+  barrier_arrive_after_copies(full);
+  if (lane == 0) {
+    shared_store(staged.tile(), number);
+    barrier_arrive(full);
+  }
+}
+constexpr int kStagings = 33;  // arrivals of one stage_tile_rows
 
 // Where ranges are nondecreasing: is this key seen by a row of the tile?
 template <int kRows>

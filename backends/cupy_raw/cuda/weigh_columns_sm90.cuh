@@ -5,7 +5,7 @@
 
 // What weighing needs of a block of queries.
 struct QueryColumns {
-  int2 column[kBlockM / 8];   // lse, then (if it is still to come) delta, of this thread's columns
+  int2 column[kBlockM / 8];  // lse of this thread's columns; ends and starts while masks are made
   // The first end and the last start: of the block where ranges are nondecreasing, as its first
   // query ends first; in any order, of the two queries that this lane looked at.
   int first_end, last_start;
@@ -105,7 +105,7 @@ struct QueryColumns {
                                         int own, float scale_log2) {
     const bool ends_inside = __any_sync(0xFFFFFFFFu, first_end < key0 + 64);
     const bool starts_inside = __any_sync(0xFFFFFFFFu, last_start > key0);
-    // P^T = exp2(S^T * scale - lse): lse and delta belong to columns here.
+    // P^T = exp2(S^T * scale - lse), lse of columns.
 #pragma unroll
     for (int i = 0; i < kBlockM / 2; ++i) {
       const int lse = i & 1 ? column[i / 4].y : column[i / 4].x;
