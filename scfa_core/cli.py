@@ -148,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     soak.add_argument("--rows", type=_whole(2), help="longest seqlen (1024; on the host 128)")
     soak.add_argument("--seed", type=_whole(0), default=0)
     soak.add_argument(
-        "--seconds", type=_seconds, help="end by then; replays get the last fifth of them"
+        "--seconds", type=_seconds, help="end by then; replays get the first fifth of them at most"
     )
     soak.add_argument("--json", metavar="PATH", help="write what was seen there")
     soak.set_defaults(run=run_soak)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import types
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -110,6 +111,33 @@ def test_every_kind_of_memory_has_its_limit(name):
 def test_no_step_after_the_time():
     found = soak.soak("reference", steps=10**6, rows=8, seconds=0.1)
     assert 0 <= found["steps"] < 10**5
+
+
+def test_steps_have_the_time_that_replays_leave(monkeypatch):
+    """On a GPU replays come first, and end after a fifth of the time."""
+    calls = []
+
+    class Run:
+        cuda, rows, torch = (
+            True,
+            8,
+            types.SimpleNamespace(cuda=types.SimpleNamespace(get_device_name=lambda: "a card")),
+        )
+
+        def run_graph(self, replays, deadline):
+            calls.append(("replays", deadline))
+            return {"replays": replays, "complaints": ["one replay differs"]}
+
+        def run_steps(self, steps, deadline):
+            calls.append(("steps", deadline))
+            return {"steps": steps, "complaints": []}
+
+    monkeypatch.setattr(soak, "Soak", lambda *_: Run())
+    monkeypatch.setattr(soak.time, "monotonic", lambda: 1000.0)
+    found = soak.soak("cupy", seconds=50)
+    assert calls == [("replays", 1010.0), ("steps", 1050.0)]
+    assert (found["steps"], found["graph"]) == (100_000, {"replays": 10_000})
+    assert found["complaints"] == ["one replay differs"]
 
 
 @pytest.mark.parametrize("stale", [False, True])
