@@ -38,6 +38,7 @@ def _card(stem: str) -> Page:
             f"{stem}-wide": "Wide heads, with a backward of two roles",
             f"{stem}-goal": "What a key tile needs is known before",
             f"{stem}-latest": "The kernels as they are, beside flash-attn",
+            f"{stem}-bits": "Masks as bits, rows ahead of their tile",
             f"{stem}-original": "Beside the original, and numba-cuda",
             f"{stem}-flex": "Beside FlexAttention",
             f"{stem}-peers": "Beside flash-attn, xformers and cuDNN's frontend",

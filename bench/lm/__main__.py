@@ -170,6 +170,7 @@ def _speed(args: argparse.Namespace, where: World) -> None:
         graph=args.modes,
         budget=args.budget,
         json_path=args.json,
+        commit=args.commit,
     )
 
 
@@ -230,6 +231,7 @@ def main() -> None:
     )
     three.add_argument("--budget", type=float, default=math.inf, help="seconds")
     three.add_argument("--json", type=Path)
+    three.add_argument("--commit", help="name of the sources, where git cannot tell")
     three.set_defaults(run=_speed)
 
     four = commands.add_parser("images", help=_images.__doc__)

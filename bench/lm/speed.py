@@ -231,16 +231,18 @@ def run(
     graph: str = "no",
     budget: float = float("inf"),
     json_path: Path | None = None,
+    commit: str | None = None,
 ) -> list[dict[str, Any]]:
     """Time every variant at every length; start no case once `budget` seconds have passed.
 
     A case that fails says why in its row, and the others go on. The file is written after each.
-    `graph` is one of `MODES`: steps as they are enqueued, replays of CUDA graphs, or both.
+    `graph` is one of `MODES`: steps as they are enqueued, replays of CUDA graphs, or both. `commit`
+    names the sources where git cannot tell.
     """
     if any(MODES[graph]):
         Trainer.check_graph(where)
     begin = time.monotonic()
-    head = machine("cuda" if where.device.startswith("cuda") else "cpu")
+    head = machine("cuda" if where.device.startswith("cuda") else "cpu", commit)
     record: dict[str, Any] = {
         "machine": head,
         "corpus": corpus.sha256,

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import types
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -121,7 +120,7 @@ def test_steps_have_the_time_that_replays_leave(monkeypatch):
         cuda, rows, torch = (
             True,
             8,
-            types.SimpleNamespace(cuda=types.SimpleNamespace(get_device_name=lambda: "a card")),
+            SimpleNamespace(cuda=SimpleNamespace(get_device_name=lambda: "a card")),
         )
 
         def run_graph(self, replays, deadline):
