@@ -37,7 +37,7 @@ def _card(stem: str) -> Page:
             f"{stem}-now": "After a second gathering warpgroup: what changed since",
             f"{stem}-wide": "Wide heads, with a backward of two roles",
             f"{stem}-goal": "What a key tile needs is known before",
-            f"{stem}-latest": "The kernels as they are, beside flash-attn",
+            f"{stem}-latest": "A steady softmax, tiles in turn: beside flash-attn",
             f"{stem}-bits": "Masks as bits, rows ahead of their tile",
             f"{stem}-original": "Beside the original, and numba-cuda",
             f"{stem}-flex": "Beside FlexAttention",
