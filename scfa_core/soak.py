@@ -391,11 +391,9 @@ def soak(
     if run.cuda:
         found["card"] = run.torch.cuda.get_device_name()
     end = start + (float("inf") if seconds is None else seconds)
-    graph = None
+    graph = {}
     if run.cuda and replays:  # first, as they take seconds: steps have all the time that is left
         graph = run.run_graph(replays, start + (end - start) / 5)
     found |= run.run_steps(steps, end)
-    if graph is not None:
-        found["complaints"] += graph.pop("complaints")
-        found["graph"] = graph
-    return found
+    found["complaints"] += graph.pop("complaints", [])
+    return found | ({"graph": graph} if graph else {})
