@@ -134,8 +134,8 @@ def _ways(problem: Problem, asked: str | None, monotone: bool = True) -> tuple[b
         return True, False
     if way == "fused":
         return False, True
-    # Where keys are few there is nothing to ask: of causal rows each sees half on average.
-    return True, problem.seqlen_k > 2 * sm90._LONG_KEYS.get(problem.head_dim, problem.seqlen_k)
+    # Where keys are few there is nothing to ask: of causal rows an average pair's sees two thirds.
+    return True, 2 * problem.seqlen_k > 3 * sm90._LONG_KEYS.get(problem.head_dim, problem.seqlen_k)
 
 
 class _Backward:

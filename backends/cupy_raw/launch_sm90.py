@@ -47,9 +47,10 @@ _SUM_ROWS = 64  # query rows of one dq tile in the fused kernel
 # kept, key tiles of many heads are under way, each head with room for all its rows.
 _SUM_ROOM = 1 << 17
 _SUM_BYTES_PER_ROW = 8  # and so many more for each query row
-# head_dim -> keys of a query tile from which "auto" takes the fused kernel, which is faster then
-# (hopper.md); a head_dim that is not here goes the split way unless told otherwise
-_LONG_KEYS = {64: 340, 128: 640}
+# head_dim -> keys of an average pair's query tile from which "auto" takes the fused kernel, which is
+# faster then (bwd_choose_sm90.cu; hopper.md); a head_dim that is not here goes the split way unless
+# told otherwise
+_LONG_KEYS = {64: 640, 128: 440}
 _HEADS_IN_TURN = 4  # at most, at the end of a forward (tiles_sm90.cuh)
 _PREPARE_BLOCKS = 8  # of the preparing kernels, for each multiprocessor
 _CHOICE_WORDS = 8  # before those of the heads: choice_sm90.cuh

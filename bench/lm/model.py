@@ -17,7 +17,7 @@ from bench.lm.attend import attend_for
 from bench.lm.config import Config
 from bench.lm.data import document_ids
 from scfa_core.hashing import angular_hash
-from scfa_core.nn.hashing import less_past
+from scfa_core.nn.hashing import less_past, second_moments
 
 ROTARY_BASE = 10000.0
 SAMPLED = 2048  # about so many queries of a batch count for mean and covariance
@@ -96,12 +96,14 @@ class Mix(nn.Module):
             return
         with torch.autocast(q.device.type, enabled=False):
             each = max(q.shape[0] * q.shape[2] // SAMPLED, 1)
-            rows, about = (x[:, :, ::each].float() for x in (q, hashed))
-            known = (rows.sum(2) + about.sum(2)).isfinite().all(-1)[..., None, None]
+            rows, about = (x[:, :, ::each] for x in (q, hashed))
+            rows = rows.float()
+            sums = rows.sum(2) + about.sum(2, dtype=torch.float32)
+            known = sums.isfinite().all(-1)[..., None, None]
             number = rows.shape[2] * known.sum(0)
-            rows, about = (x.where(known, 0.0).transpose(0, 1).flatten(1, 2) for x in (rows, about))
-            square = about.transpose(1, 2) @ about / number
-            for buffer, found in ((self.mean, rows.sum(1) / number[:, 0]), (self.square, square)):
+            rows, about = (x.where(known, 0.0) for x in (rows, about))
+            mean, square = rows.sum((0, 2)) / number[:, 0], second_moments(about) / number
+            for buffer, found in ((self.mean, mean), (self.square, square)):
                 buffer.copy_(found.where(found.isfinite(), buffer))  # NaN is 0 / 0: none is finite
 
 

@@ -18,6 +18,7 @@ _RIDGE = 0.01  # of the mean variance, added to every variance: no axis is stret
 _TINY = 1e-20
 PAST_BLOCK = 64  # rows that share a mean of those before them
 PAST_START = 16  # rows that the start of a sequence counts for
+_BMM_TO_FLOAT = hasattr(torch.ops.aten.bmm, "dtype")  # torch 2.8: out_dtype of 16-bit products
 
 
 def less_past(x: Tensor, start: Tensor) -> Tensor:
@@ -52,6 +53,21 @@ def _running_sum(x: Tensor) -> Tensor:
         x = x + pad(x[:, :, :-step], (0, 0, step, 0))
         step *= 2
     return x
+
+
+def second_moments(x: Tensor) -> Tensor:
+    """Sums of ``outer(x, x)`` over batch and rows: (batch, heads, seqlen, n) to (heads, n, n).
+
+    In float32. Products of 16-bit numbers are exact there, so tensor cores sum what they would be
+    given as float32, which they do not multiply.
+    """
+    x = x.transpose(0, 1).flatten(1, 2)
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    if half and x.is_cuda and _BMM_TO_FLOAT and not hasattr(x, "device_mesh"):
+        found: Tensor = torch.bmm(x.transpose(1, 2), x, out_dtype=torch.float32)
+        return found
+    x = x.float()
+    return x.transpose(1, 2) @ x
 
 
 class AngularHash(nn.Module):
@@ -307,9 +323,8 @@ class _Center(nn.Module):
             if self.scatter is None:
                 return
             # with `past` what is left is what must spread, its mean as well
-            rows = hashed.detach().float() if self.past else x - mean
-            rows = rows.where(known, 0.0).transpose(0, 1).flatten(1, 2)
-            self._store(self.scatter, rows.transpose(1, 2) @ rows / number)
+            rows = hashed.detach() if self.past else x - mean
+            self._store(self.scatter, second_moments(rows.where(known, 0.0)) / number)
 
     @staticmethod
     def _store(buffer: Tensor, found: Tensor) -> None:

@@ -15,6 +15,7 @@ SUITES["hopper-staged"] = (
     ("tests/unit/test_hopper_masks.py",),
     ("tests/unit/test_hopper_on_host.py", "-k", "as_far_as or two_gathering"),
 )
+SUITES["hopper-choice"] = (("tests/unit/test_hopper_choice.py",),)
 SUITES["hopper-order"] = (("tests/unit/test_hopper_turns.py",),)
 
 FAULTS = (
@@ -33,6 +34,22 @@ FAULTS = (
     Fault("hopper-steady-warp", CUDA + "softmax_sm90.cuh",
         "top[half] = quad_max(top[half]);", "",
         "the four threads of a row have references of their own", "hopper-softmax",
+    ),
+    Fault("hopper-choose-even", CUDA + "bwd_choose_sm90.cu",
+        " * kParts + i * kGolden % kParts;", " * kParts;",
+        "looks meet every bucket at the same places", "hopper-choice",
+    ),
+    Fault("hopper-choose-plain", CUDA + "bwd_choose_sm90.cu",
+        "keys * (keys - SCFA_LONG_KEYS)", "keys - SCFA_LONG_KEYS",
+        "a tile that sees little counts as much as one that sees all", "hopper-choice",
+    ),
+    Fault("hopper-choose-group", CUDA + "bwd_choose_sm90.cu",
+        "z * p.group_size + member, lane", "z * p.group_size, lane",
+        "the first query head of a key head decides for all", "hopper-choice",
+    ),
+    Fault("hopper-choose-share", CUDA + "bwd_choose_sm90.cu",
+        "p.choice[kSplit] = fused == heads ? kNone", "p.choice[kSplit] = fused > 0 ? kNone",
+        "one fused head, and no head goes the split way", "hopper-choice",
     ),
     Fault("hopper-mask-count", CUDA + "softmax_sm90.cuh",
         "min(clipped & 7, 2);", "min(clipped & 3, 2);",

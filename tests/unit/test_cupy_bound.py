@@ -242,17 +242,17 @@ def test_where_ranges_can_be_long_the_gpu_chooses(launched, monkeypatch):
     """All kernels are launched, with the words of the choice, a counter each, and room for sums."""
     monkeypatch.delenv("SCFA_CUPY_BACKWARD", raising=False)
     native = PlanArrays.of([described(at) for at in PLAN[:7]], True)
-    sizes, arrays = problem(seqlen_k=2 * launch_sm90._LONG_KEYS[64] + 1), backward_arrays()
+    sizes, arrays = problem(seqlen_k=launch_sm90._LONG_KEYS[64] * 3 // 2 + 1), backward_arrays()
     dout, q, k, v, out, lse, dq, dk, dv = arrays
     at = tuple(x.pointer for x in arrays)
     without = [x._replace(pointer=0) for x in arrays]
     bound_sm90.bind_backward(sizes, True, *without)(PLAN, at, Context())
     choice, records, room = (WORKSPACE + (i << 20) for i in (1, 2, 3))
-    added = records + 4 * 24 * (4 + 2 * 2)
+    added = records + 4 * 32 * (4 + 2 * 2)
     sums = launch_sm90.Sums(room, added, launch_sm90._sum_slots(sizes), 2)
     stats = (WORKSPACE + 4, WORKSPACE + 4 + 4 * 2 * 4 * 90)
     first = choice + 4 * launch_sm90._CHOICE_COUNTERS
-    key_tiles = (6, 24)  # of 681 keys, two batch entries of two key heads
+    key_tiles = (8, 32)  # of 961 keys, two batch entries of two key heads
     given = (q, k, v, out, dout, dq, dk, dv)
 
     def want(counter, tiles, heads):

@@ -3,10 +3,12 @@
 // ranges of a plan are.
 //
 // computes: choice (choice_sm90.cuh): a key head goes the fused way if its 64-row query tiles visit
-//   more than SCFA_LONG_KEYS keys on average, by 32 tiles of each of its query heads. A head's way
-//   depends on nothing but its own ranges, so its gradients do not depend on what else is in the
-//   batch.
-// grid/block: one block of 1024 threads, a warp for each key head in turn.
+//   more than SCFA_LONG_KEYS keys on average, each weighted by the keys it visits: so an average
+//   pair's tile counts, not an average tile. A window's tiles are all alike; of tiles of buckets,
+//   whose long ones take the time, the plain average says as little as of a window half as long.
+//   By 128 tiles of each query head. A head's way depends on nothing but its own ranges, so its
+//   gradients do not depend on what else is in the batch.
+// grid/block: one block of 1024 threads, eight of them for each key head in turn.
 // shared memory: one counter.
 // inputs/outputs: Params (params_sm90.cuh) with the tiles of key heads: q_count, key_start, key_end;
 //   choice is written, tile counters in it become 0.
@@ -19,29 +21,57 @@
 
 constexpr int kThreads = 1024;
 constexpr int kRows = 64;  // of a query tile
+// A head takes as long as two loads, one after the other, however many there are at once.
+constexpr int kLanes = 8;   // of a warp look at one head
+constexpr int kLooks = 16;  // tiles of a list that each of them looks at
+constexpr int kMostKeys = 1 << 20;  // more count as so many: weights must not overflow
+
+// Which tile of a list the i-th look is at. Looks at even distances would meet each bucket at the same
+// places, where a bucket takes a multiple of that distance, and take heads that are alike for
+// different; steps of 0.618, the golden ratio's, find all places alike.
+__device__ __forceinline__ int tile_of_look(int tiles, int i) {
+  constexpr int kParts = 1024, kGolden = 633;
+  const long long place = static_cast<long long>(i) * kParts + i * kGolden % kParts;
+  return static_cast<int>(tiles * place / (kLanes * kLooks * kParts));
+}
+
+// What this lane's looks at one list add: keys times those beyond SCFA_LONG_KEYS.
+__device__ __forceinline__ long long excess_of(const Params& p, int list, int lane) {
+  const int count = p.q_count[list], tiles = (count + kRows - 1) / kRows;
+  if (count == 0) return 0;
+  const int* starts = p.key_start + static_cast<long long>(list) * p.seqlen_q;
+  const int* ends = p.key_end + static_cast<long long>(list) * p.seqlen_q;
+  int visited[kLooks];
+#pragma unroll
+  for (int i = 0; i < kLooks; ++i) {
+    const int first = kRows * tile_of_look(tiles, kLooks * lane + i);
+    visited[i] = ends[min(first + kRows, count) - 1] - starts[first];
+  }
+  long long excess = 0;
+#pragma unroll
+  for (int i = 0; i < kLooks; ++i) {
+    const long long keys = min(max(visited[i], 0), kMostKeys);
+    excess += keys * (keys - SCFA_LONG_KEYS);
+  }
+  return excess;
+}
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     scfa_bwd_choose_sm90(const __grid_constant__ Params p) {
   __shared__ int fused;
   if (threadIdx.x == 0) fused = 0;
   __syncthreads();  // the counter is 0
-  const int lane = threadIdx.x % 32, heads = p.by_tiles.quotient(p.tiles);
-  for (int z = threadIdx.x / 32; z < heads; z += kThreads / 32) {
-    const int first_head = z * p.group_size;  // of all query heads: batch by batch, group by group
+  const int lane = threadIdx.x % kLanes, heads = p.by_tiles.quotient(p.tiles);
+  constexpr int kAtOnce = kThreads / kLanes;  // heads
+  for (int z0 = 0; z0 < heads; z0 += kAtOnce) {
+    const int z = z0 + threadIdx.x / kLanes;  // of all key heads; its query heads follow each other
     long long excess = 0;
-    for (int member = 0; member < p.group_size; ++member) {
-      const int count = p.q_count[first_head + member];
-      const int tiles = (count + kRows - 1) / kRows;
-      const int first = kRows * static_cast<int>(static_cast<long long>(tiles) * lane / 32);
-      if (first < count) {
-        const long long list = static_cast<long long>(first_head + member) * p.seqlen_q;
-        const int last = min(first + kRows, count) - 1;
-        excess += max(p.key_end[list + last] - p.key_start[list + first], 0) - SCFA_LONG_KEYS;
-      }
+    for (int member = 0; member < p.group_size && z < heads; ++member) {
+      excess += excess_of(p, z * p.group_size + member, lane);
     }
 #pragma unroll
-    for (int i = 1; i < 32; i *= 2) excess += __shfl_xor_sync(0xFFFFFFFFu, excess, i);
-    if (lane == 0) {
+    for (int i = 1; i < kLanes; i *= 2) excess += __shfl_xor_sync(0xFFFFFFFFu, excess, i);
+    if (lane == 0 && z < heads) {
       const int way = excess > 0 ? kFused : kSplit;
       p.choice[kChoiceHeads + z] = way;
       atomicAdd(&fused, way);

@@ -6,8 +6,8 @@
 // grid/block: one persistent block per SM; a tile is kBlockM sorted query rows of one head.
 //   Warpgroup 0 gathers rows (cp.async), each of the others owns 64 query rows. Tiles come from an
 //   atomic counter, one head after another (the last heads together), the last rows of a head first.
-// shared memory: 2 * (kQueryBuffers * kBlockM + 2 * kStages * kBlockN) * kHeadDim bytes, row data,
-//   barriers (kSharedBytes).
+// shared memory: 2 * (kQueryBuffers * kBlockM + 2 * kStages * kBlockN) * kHeadDim bytes, row data of
+//   as many tiles and, with several query buffers, of one more, barriers (kSharedBytes).
 // inputs/outputs: Params (params_sm90.cuh): q, k, v, out (batch, heads, rows, head_dim) in 16 bits,
 //   rows 16-byte aligned; lse float32.
 // version and source: warp specialisation, two-group overlap, turns and register split after

@@ -28,8 +28,8 @@ static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <= launched_
 // (docs/perf/hopper.md). At 64 there are no registers for the queries, beyond 128 as few.
 constexpr bool kFrugal = kHeadDim == 128;
 // Are the scores of half a block made alone where a warpgroup sees no key of the rest?
-constexpr bool kHalves = kBlockN == 128;
-constexpr int kFewKeys = kHalves ? kBlockN / 2 : kBlockN;
+constexpr int kFewKeys = kBlockN == 128 ? 64 : kBlockN;
+constexpr bool kHalves = kFewKeys < kBlockN;
 constexpr int kTurnBarrier = 2;  // named barriers kTurnBarrier + warpgroup
 static_assert(kBlockN % 16 == 0, "scores of one wgmma, reduced over 16 keys at a time");
 static_assert(kStages >= 2, "keys run one block ahead of values");
@@ -41,8 +41,11 @@ constexpr int kKeyBase = kQueryBase + kQueryBuffers * kQueryBytes;
 constexpr int kValueBase = kKeyBase + kStages * kKeyBytes;
 constexpr int kDataBase = kValueBase + kStages * kKeyBytes;
 constexpr int kScratchBase = kDataBase + kQueryBuffers * TileData<kBlockM>::kBytes;
-// The rows of the next tile are on their way while this one is gathered, where there is room for them.
+// The rows of the next tile are on their way while this one is gathered. With one query buffer, as
+// beyond head_dim 128, there is no room for them, nor for the tile: its queries wait for this one's.
 constexpr bool kStaged = kQueryBuffers > 1;
+// Two halves, of tiles in turn: a warp may write the next tile's while another reads this one's, as
+// staged rows need no barrier between the two.
 constexpr int kStagedBase = kScratchBase + 2 * 64;
 constexpr int kBarrierBase = kStagedBase + (kStaged ? TileData<kBlockM>::kBytes : 0);
 constexpr int kBarriers = 2 * kQueryBuffers + 4 * kStages + (kStaged ? 1 : 0);
