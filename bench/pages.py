@@ -38,7 +38,7 @@ def _card(stem: str) -> Page:
             f"{stem}-wide": "Wide heads, with a backward of two roles",
             f"{stem}-goal": "What a key tile needs is known before",
             f"{stem}-latest": "A steady softmax, tiles in turn: beside flash-attn",
-            f"{stem}-bits": "Masks as bits, rows ahead of their tile",
+            f"{stem}-choice": "Heads that are alike go one way",
             f"{stem}-original": "Beside the original, and numba-cuda",
             f"{stem}-flex": "Beside FlexAttention",
             f"{stem}-peers": "Beside flash-attn, xformers and cuDNN's frontend",
@@ -47,12 +47,13 @@ def _card(stem: str) -> Page:
     )
 
 
+ACCURACY = ("accuracy-numba-cpu", "accuracy-h200", "accuracy-h200-numba", "accuracy-h100")
 PAGES = (
     _card("h200"),
     Page("h200-sweeps", {"h200-sweeps": ""}),
     _card("h100"),
     Page("cpu", {"cpu-epyc": "", "cpu-epyc-jit": "First use on a machine"}),
-    Page("accuracy", {"accuracy-numba-cpu": "", "accuracy-h200": "", "accuracy-h100": ""}),
+    Page("accuracy", dict.fromkeys(ACCURACY, "")),
 )
 README = {"h100": ["goal"], "h100-original": ["goal"], "cpu-epyc": ["cpu"]}  # files: sets shown
 
