@@ -192,3 +192,15 @@ def test_numba_device_arrays(torch):
         strict=True,
     )
     assert all((mine.q_hash.get() == other.q_hash).all() for mine, other in rounds)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_second_moments_sum_in_float32_whatever_the_rows_are(torch, dtype):
+    from scfa_core.nn.hashing import second_moments
+
+    x = 30 + drawn(torch, 3, 4, 1001, 64, dtype=dtype)  # sums of 16 bits would be far off
+    want = torch.einsum("bhtd,bhte->hde", x.double(), x.double())
+    for run in (second_moments, torch.compile(second_moments, fullgraph=True)):
+        found = run(x)
+        assert found.dtype == torch.float32
+        assert ((found - want) / want).abs().max() < 1e-4

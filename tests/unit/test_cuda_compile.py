@@ -1,147 +1,38 @@
 """Every shipped CUDA source compiles, without a GPU, to a cubin that does not spill.
 
-A subset by default; all variants for all architectures with SCFA_COMPILE=all. ptxas reports spills,
-local memory and serialised tensor-core code in its log; exceptions are listed with their reason.
+A spread of the variants is compiled here, and each that compile_ledger.py has not recorded as clean
+of these very sources. ptxas reports spills, local memory and serialised tensor-core code in its
+log; exceptions are listed with their reason in cuda_builds.py.
 """
 
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
+import compile_ledger
+import cuda_builds
 import pytest
-from scfa_core.backends.cupy_raw import hashing, nvrtc, planner
-from scfa_core.backends.cupy_raw.variants import ELEMENTS
+from cuda_builds import ARCHITECTURES, HOPPER, Build, complaints, faults_of, is_tf32, stack_of
+from scfa_core.backends.cupy_raw import nvrtc
 
 from scfa_core.errors import BackendUnavailable
 
-ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
-HOPPER = "90a"
-ANY_ORDER = ", ranges in any order"
-WIDE_VALUES = ", head_dim_v 256"
-EVERYTHING = os.environ.get("SCFA_COMPILE") == "all"
-# (source, arch) -> bytes of stack frame at most, and why they are accepted.
-ACCEPTED_SPILLS: dict[tuple[str, str], tuple[int, str]] = {
-    ("fwd_sm90.cu", HOPPER): (48, "the gathering warpgroup, 32 registers, in two forms"),
-    ("bwd_dq_sm90.cu", HOPPER): (48, "the gathering warpgroup, 40 registers: values of a tile"),
-    ("bwd_dkdv_sm90.cu", HOPPER): (80, "the same, 32 or 40 registers: values of a tile"),
-    ("bwd_dkdv_sm90.cu", HOPPER + ANY_ORDER): (100, "both kinds of warpgroup: values of a tile"),
-    ("bwd_fused128_sm90.cu", HOPPER): (24, "the gathering warps, 40 registers: values of a tile"),
-    ("bwd_dkdv.cu", "120" + WIDE_VALUES): (24, "no more registers; 237 do for sm_89"),
-    ("plan_ranges.cu", "120"): (8, "64 registers keep four blocks on a multiprocessor"),
-}
-# Notices of ptxas that are no fault, and why.
-ACCEPTED_NOTICES = {
-    "C7519": "a wgmma fence is added where registers change hands: it orders, it does not wait",
-}
-# head_dims that fill their tiles in part: what differs between all others is compiled alike
-PARTIAL = range(16, 257, 8) if EVERYTHING else (16, 40, 96, 120, 136)
-DEFAULT_CASES = 34  # variants compiled by default, spread over sources and architectures
+PARTIAL = (16, 40, 96, 120, 136)  # what differs between all other head_dims is compiled alike
+DEFAULT_CASES = 34  # variants compiled here, spread over sources and architectures
 TF32_STEP = 11  # of those with TF32 products, that many to one: two an architecture
 
 
-class Build(NamedTuple):
-    """One compilation."""
-
-    source: str
-    constants: tuple[tuple[str, int], ...]
-    arch: str
-
-    @property
-    def label(self) -> str:
-        values = "-".join(str(value) for _, value in self.constants[:3])
-        return f"{self.source}-{values}-sm_{self.arch}{'-any-order' * self.any_order}"
-
-    @property
-    def any_order(self) -> bool:
-        """Whether it is one of Hopper's kernels for ranges in any order."""
-        return self.arch == HOPPER and dict(self.constants).get("MONOTONE") == 0
-
-    @property
-    def stack_accepted(self) -> int:
-        """Bytes of stack frame at most."""
-        wide = dict(self.constants).get("HEAD_DIM_V") == 256
-        kinds = [HOPPER + ANY_ORDER] * self.any_order + [self.arch + WIDE_VALUES] * wide
-        kinds += [self.arch]
-        return next((ACCEPTED_SPILLS[self.source, kind][0] for kind in kinds
-                     if (self.source, kind) in ACCEPTED_SPILLS), 0)  # fmt: skip
-
-
-def is_tf32(build: Build) -> bool:
-    """Whether float32 is multiplied as TF32, by the sources of the 16-bit kernels."""
-    return build.source in ("fwd.cu", "bwd_dq.cu", "bwd_dkdv.cu") and (
-        dict(build.constants)["ELEMENT"] == ELEMENTS["tf32"]
-    )
-
-
-def hopper_builds() -> list[Build]:
-    """What launch_sm90 asks the loader for, overheard."""
-    from scfa_core.backends.cupy_raw import launch_sm90, shapes_sm90
-
-    asked: list[Build] = []  # the two types of a kernel side by side
-
-    def overhear(name, source, constants, device, *, arch_suffix=""):
-        assert arch_suffix == "a"
-        asked.append(Build(source, constants, HOPPER))
-
-    loaded, launch_sm90.get_kernel = launch_sm90.get_kernel, overhear
-    try:
-        for name, table in shapes_sm90.TABLES.items():
-            several = isinstance(table, shapes_sm90.Shapes)
-            partial = [
-                head_dim
-                for head_dim in PARTIAL
-                if several and head_dim not in table and table.width(head_dim)
-            ]
-            for head_dim in [*table, *partial]:
-                for dtype in ("bfloat16", "float16"):
-                    launch_sm90._kernel.__wrapped__(name, 0, dtype, head_dim, table[head_dim])
-            for head_dim in table:  # of arrays that have no maps
-                for dtype in ("bfloat16", "float16"):
-                    shape = table[head_dim]
-                    if shapes_sm90.may_run(name, shape):
-                        launch_sm90._kernel.__wrapped__(
-                            name, 0, dtype, head_dim, shape, True, False
-                        )
-            in_any_order = [*table, *(partial if EVERYTHING else partial[1:3])] if several else ()
-            for head_dim in in_any_order:
-                for dtype in ("bfloat16", "float16"):
-                    shape = shapes_sm90.shape_of(table, head_dim, False)
-                    launch_sm90._kernel.__wrapped__(name, 0, dtype, head_dim, shape, False)
-        for head_dim in (64, 64):  # side by side, though they have no types
-            launch_sm90._choose_kernel.__wrapped__(0, head_dim)
-        for kernel in (launch_sm90._envelope_kernel, launch_sm90._key_tiles_kernel):
-            for device in (0, 0):
-                kernel.__wrapped__(device)
-    finally:
-        launch_sm90.get_kernel = loaded
-    return asked
-
-
-def all_builds() -> list[Build]:
-    """Planner, portable and Hopper kernels, each for the architectures it ships to."""
-    from scfa_core.backends.cupy_raw.variants import SMALLEST_SHARED, shipped_variants
-
-    builds = [
-        Build(f"{name}.cu", (), arch) for name in planner.KERNEL_NAMES for arch in ARCHITECTURES
-    ]
-    for arch in ARCHITECTURES:
-        builds += [Build(hashing.SOURCE, v, arch) for v in hashing.shipped_constants()]
-        limit = SMALLEST_SHARED if arch in ("86", "89", "120") else 160 * 1024
-        builds += [Build(v.source, v.constants, arch) for v in shipped_variants(limit)]
-    return builds + hopper_builds()
+def some_of_hopper() -> list[Build]:
+    return cuda_builds.hopper_builds(PARTIAL, PARTIAL[1:3])
 
 
 def chosen_builds() -> list[Build]:
-    """All of them, or a fixed sample that holds every source and every architecture."""
-    builds = all_builds()
-    if EVERYTHING:
-        return builds
+    """A fixed sample that holds every source and every architecture."""
+    hopper = some_of_hopper()
+    builds = [*cuda_builds.portable_builds(), *hopper]
     first: dict[tuple[str, str], Build] = {}
     for number, build in enumerate(builds):
         first.setdefault((build.source, ARCHITECTURES[number % len(ARCHITECTURES)]), build)
     step = max(len(first) // DEFAULT_CASES, 1)
-    hopper = [build for build in builds if build.arch == HOPPER]
     tf32 = [build for build in builds if is_tf32(build)]
     portable = [build for build in list(first.values())[::step] if build.arch != HOPPER]
     for build in first.values():  # one at least of every source and of every architecture
@@ -150,11 +41,15 @@ def chosen_builds() -> list[Build]:
             or all(build.source != chosen.source for chosen in portable)
         ):
             portable.append(build)
-    # float16 differs from bfloat16 in conversions only
-    return list(dict.fromkeys([*portable, *tf32[::TF32_STEP], *hopper[::2]]))
+    # float16 differs from bfloat16 in conversions only; what has no types is there once
+    halves = [build for build in hopper if dict(build.constants).get("BFLOAT16") != 0]
+    return list(dict.fromkeys([*portable, *tf32[::TF32_STEP], *halves]))
 
 
 BUILDS = chosen_builds()
+SANITIZED = cuda_builds.for_the_sanitizer(
+    list({build.source: build for build in some_of_hopper()[::-1]}.values())
+)
 
 
 @pytest.fixture(scope="module")
@@ -188,50 +83,82 @@ def compiled(request, compiler):
     pool.shutdown(cancel_futures=True)
 
 
-def complaints(log: str, *, stack_accepted: int = 0) -> list[str]:
-    """Lines of an NVRTC log that mean slower or doubtful code."""
-    found = []
-    for line in log.splitlines():
-        spill = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", line)
-        if spill and max(map(int, spill.groups())) > stack_accepted:
-            found.append(line.strip())
-        if any(f"({code})" in line for code in ACCEPTED_NOTICES):
-            continue
-        if re.search(r"C75\d\d|serializ|warning|error", line, re.IGNORECASE):
-            found.append(line.strip())
-    return found
-
-
 @pytest.mark.parametrize("build", BUILDS, ids=[build.label for build in BUILDS])
 def test_compiles_clean(compiler, compiled, build):
     arch = int(build.arch.rstrip("a"))
     if arch not in compiler.architectures():
         pytest.skip(f"NVRTC {compiler.version()} does not know sm_{arch}")
     made = compiled(build)
-    assert made.cubin.startswith(b"\x7fELF")
-    assert complaints(made.log, stack_accepted=build.stack_accepted) == []
-    assert re.search(r"Used \d+ registers", made.log), "ptxas reported nothing"
+    assert faults_of(build, made) == []
+    recorded = compile_ledger.load().get(compile_ledger.key_of(build, compiler.version()))
+    assert recorded in (None, stack_of(made.log)), "compiled.json says otherwise: renew it, --again"
 
 
-def builds_for_the_sanitizer() -> list[Build]:
-    """One of each Hopper kernel, or all, as $SCFA_CUPY_SANITIZE=1 asks for them."""
-    builds = hopper_builds()
-    chosen = builds if EVERYTHING else {build.source: build for build in builds[::-1]}.values()
-    return [build._replace(constants=(*build.constants, ("SANITIZE", 1))) for build in chosen]
-
-
-@pytest.mark.parametrize("build", builds_for_the_sanitizer(), ids=lambda build: build.label)
+@pytest.mark.parametrize("build", SANITIZED, ids=lambda build: build.label)
 def test_the_build_for_the_sanitizer_compiles(compiled, build):
-    made = compiled(build)
-    assert made.cubin.startswith(b"\x7fELF")
-    # It may spill. But where one setmaxnreg is not heeded, the others wait for ever.
-    assert "setmaxnreg" not in made.log
+    assert faults_of(build, compiled(build)) == []
+
+
+def test_every_variant_was_compiled_from_these_sources(compiler):
+    """Those that are not recorded are compiled now: minutes, unless compile_ledger.py was run."""
+    recorded = compile_ledger.load()
+    for build in cuda_builds.every_build():
+        stack = recorded.get(compile_ledger.key_of(build, compiler.version()), 0)
+        assert build.for_sanitizer or stack <= build.stack_accepted, build.label
+    clean, faults = compile_ledger.renew(recorded, compiler, lambda missing, found: found)
+    assert not faults
+    assert len(clean) == len(cuda_builds.every_build())
+
+
+def test_what_is_not_recorded_is_compiled(monkeypatch):
+    """And recorded if it is clean, and told if it is not; what is no longer shipped is dropped."""
+    fine, spills = (Build("plan_sort.cu", (("N", number),), "80") for number in (1, 2))
+    logs = {
+        1: "Used 8 registers",
+        2: "16 bytes stack frame, 0 bytes spill stores\nUsed 8 registers",
+    }
+    asked = []
+
+    def compile_to_cubin(source, constants, arch, compiler):
+        asked.append(constants)
+        return nvrtc.Compiled(b"\x7fELF", logs[dict(constants)["N"]])
+
+    class Played:
+        def version(self):
+            return (12, 9)
+
+    monkeypatch.setattr(compile_ledger, "every_build", lambda: [fine, spills])
+    monkeypatch.setattr(nvrtc, "compile_to_cubin", compile_to_cubin)
+    clean, faults = compile_ledger.renew({"gone": 0}, Played(), lambda missing, found: found)
+    assert clean == {compile_ledger.key_of(fine, (12, 9)): 0}
+    assert [fault.split(":")[0] for fault in faults] == [spills.label]
+    assert len(asked) == 2
+    compile_ledger.renew(clean, Played(), lambda missing, found: found)
+    assert asked[2:] == [spills.constants]
+
+
+def test_a_record_is_of_sources_headers_options_and_compiler(monkeypatch):
+    build = Build("fwd.cu", (("HEAD_DIM", 64),), "80")
+    others = [build._replace(arch="86"), build._replace(constants=(("HEAD_DIM", 72),)),
+              build._replace(source="bwd_dq.cu")]  # fmt: skip
+    key = compile_ledger.key_of(build, (12, 9))
+    assert key not in [compile_ledger.key_of(other, (12, 9)) for other in others]
+    assert key != compile_ledger.key_of(build, (12, 8))
+    sources = nvrtc.read_sources()
+    for name, concerned in (("mma.cuh", True), ("ptx.cuh", True), ("wgmma.cuh", False)):
+        changed = sources | {name: sources[name] + "\n"}
+        monkeypatch.setattr(nvrtc, "read_sources", lambda changed=changed: changed)
+        compile_ledger._text_of.cache_clear()
+        assert (compile_ledger.key_of(build, (12, 9)) != key) is concerned
+    monkeypatch.undo()
+    compile_ledger._text_of.cache_clear()
 
 
 def test_the_sample_holds_every_source_and_architecture():
-    builds = all_builds()
+    builds = cuda_builds.every_build()
     assert {build.source for build in BUILDS} == {build.source for build in builds}
     assert {build.arch for build in BUILDS} == {*ARCHITECTURES, HOPPER}
+    assert set(BUILDS) | set(SANITIZED) <= set(builds)
     tf32 = [build for build in BUILDS if is_tf32(build)]
     assert {build.arch for build in tf32} == set(ARCHITECTURES)
     assert {build.source for build in tf32} == {"fwd.cu", "bwd_dq.cu", "bwd_dkdv.cu"}
@@ -239,7 +166,7 @@ def test_the_sample_holds_every_source_and_architecture():
 
 def test_every_kernel_source_is_shipped():
     """A .cu file that no variant compiles would never be tested."""
-    shipped = {build.source for build in all_builds()}
+    shipped = {build.source for build in cuda_builds.every_build()}
     present = {name for name in nvrtc.read_sources() if name.endswith(".cu")}
     assert present - shipped == set()
 

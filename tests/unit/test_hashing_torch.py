@@ -252,3 +252,16 @@ def test_running_means_are_float32_whatever_torch_s_default():
         torch.set_default_dtype(before)
     floats = [x.dtype for x in layer.buffers() if x.is_floating_point()]
     assert set(floats) == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_second_moments_sum_in_float32_whatever_the_rows_are(dtype):
+    from scfa_core.nn.hashing import second_moments
+
+    generator = torch.Generator().manual_seed(4)
+    x = (30 + torch.randn(3, 4, 501, 16, generator=generator)).to(dtype)
+    want = torch.einsum("bhtd,bhte->hde", x.double(), x.double())
+    found = second_moments(x)
+    assert found.dtype == torch.float32
+    assert ((found - want) / want).abs().max() < 1e-5
+    assert not second_moments(x[:, :, :0]).any()
