@@ -55,7 +55,7 @@ PAGES = (
     Page("cpu", {"cpu-epyc": "", "cpu-epyc-jit": "First use on a machine"}),
     Page("accuracy", dict.fromkeys(ACCURACY, "")),
 )
-README = {"h100": ["goal"], "h100-original": ["goal"], "cpu-epyc": ["cpu"]}  # files: sets shown
+README = {"h200-choice": ["goal"], "h100-original": ["goal"], "cpu-epyc": ["cpu"]}  # files: sets
 
 
 def intro(name: str) -> str:
