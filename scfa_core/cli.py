@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scfa_core import __version__
@@ -27,13 +28,15 @@ if TYPE_CHECKING:
 PATTERN_NAMES = ("causal", "hash", "qk", "documents", "window", "ranges")
 
 
-def _whole(least: int) -> Callable[[str], int]:
-    """An argparse type: an integer of at least `least`."""
+def _whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
+    """An argparse type: an integer from `least` to `most`."""
 
     def read(text: str) -> int:
         value = int(text)
         if value < least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, got {value}")
         return value
 
     read.__name__ = "integer"
@@ -45,6 +48,22 @@ def _seconds(text: str) -> float:
     if not value > 0:
         raise argparse.ArgumentTypeError(f"must be more than 0 seconds, got {text}")
     return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
+    return value
+
+
+def _file(text: str) -> str:
+    """A file to be written, looked at before the work: its folder exists."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise argparse.ArgumentTypeError(f"must be a file that can be written, {what}: {text}")
+    return text
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -132,7 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="with --workers: first compile all kernels that the seeds need, each in one process; "
         "worth it for some hundreds of problems on a GPU with no compiled kernels yet",
     )
-    verify.add_argument("--json", metavar="PATH", help="write counts and failures there")
+    verify.add_argument("--json", type=_file, metavar="PATH", help="where counts and failures go")
     verify.set_defaults(run=run_verify)
 
     soak = commands.add_parser(
@@ -150,7 +169,7 @@ def build_parser() -> argparse.ArgumentParser:
     soak.add_argument(
         "--seconds", type=_seconds, help="end by then; replays get the first fifth of them at most"
     )
-    soak.add_argument("--json", metavar="PATH", help="write what was seen there")
+    soak.add_argument("--json", type=_file, metavar="PATH", help="write what was seen there")
     soak.set_defaults(run=run_soak)
 
     show = commands.add_parser(
@@ -161,18 +180,18 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("pattern", nargs="+", choices=PATTERN_NAMES)
     show.add_argument("--seqlen", type=_whole(1), default=64, help="queries and keys (%(default)s)")
     show.add_argument(
-        "--buckets", type=_whole(1), default=4, help="of hash, and documents (%(default)s)"
+        "--buckets", type=_whole(1, 2**31), default=4, help="of hash, and documents (%(default)s)"
     )
-    show.add_argument("--keep", type=float, default=0.5, help="share kept by qk (%(default)s)")
+    show.add_argument("--keep", type=_share, default=0.5, help="share kept by qk (%(default)s)")
     show.add_argument(
-        "--window", type=_whole(1), default=16, help="keys in the window (%(default)s)"
+        "--window", type=_whole(1, 2**31), default=16, help="keys in the window (%(default)s)"
     )
     show.add_argument(
         "--block", type=_whole(1), default=64, help="side of the tiles drawn (%(default)s)"
     )
     show.add_argument("--seed", type=_whole(0), default=0)
     show.add_argument(
-        "--out", metavar="PNG", help="write a picture of mask and tiles instead of text"
+        "--out", type=_file, metavar="PNG", help="write a picture of mask and tiles instead of text"
     )
     show.set_defaults(run=run_show)
     return parser
@@ -240,12 +259,13 @@ def run_show(options: argparse.Namespace, terminal: Terminal) -> int:
     if options.out is None:
         terminal.print(plotting.text_mask(plotting.original_mask(plan)))
         return 0
+    out = options.out if Path(options.out).suffix else f"{options.out}.png"
     try:
-        plotting.plot_plan(plan, block=options.block).savefig(options.out, dpi=120)
-    except (OSError, ValueError) as error:  # no such folder, no such format
-        print(f"scfa show: cannot write {options.out}: {error}", file=sys.stderr)
+        plotting.plot_plan(plan, block=options.block).savefig(out, dpi=120)
+    except (OSError, ValueError) as error:  # no right to write, no such format
+        print(f"scfa show: cannot write {out}: {error}", file=sys.stderr)
         return 2
-    terminal.print(f"wrote {options.out}")
+    terminal.print(f"wrote {out}")
     return 0
 
 

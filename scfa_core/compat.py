@@ -20,7 +20,7 @@ except ModuleNotFoundError as error:
     raise missing("scfa_core.compat", "torch", error) from error
 
 from scfa_core.api import attention
-from scfa_core.array_kinds import is_torch_tensor
+from scfa_core.array_kinds import adopt, is_torch_tensor, restore_kind
 from scfa_core.dropping import drawn_by
 from scfa_core.errors import DTypeError, OptionError, PatternError, ShapeError
 from scfa_core.hashing import angular_hash, check_buckets
@@ -138,9 +138,9 @@ def _attend(
         return attention(q, k, v, pattern, softmax_scale=sm_scale, layout=layout)  # it says why
     _check_head_dims(q, k)  # the same once padded, perhaps
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
-    wide_q, wide_k, wide_v = (_widened(x) for x in (q, k, v))
+    wide_q, wide_k, wide_v = (_widened(adopt(x)) for x in (q, k, v))
     out = attention(wide_q, wide_k, wide_v, pattern, softmax_scale=scale, layout=layout)
-    return out if out.shape[-1] == v.shape[-1] else out[..., : v.shape[-1]]
+    return restore_kind(out if out.shape[-1] == v.shape[-1] else out[..., : v.shape[-1]], v)
 
 
 def _check_head_dims(q: Any, k: Any) -> None:
@@ -179,7 +179,7 @@ def _heads_before_rows(q: Any, k: Any, **indices: Any) -> tuple[Any, ...]:
                 f"{name} must be (batch, seqlen, heads) = {rows[:3]} as {of} is, or 1 where it "
                 f"does not differ, got {tuple(x.shape)}"
             )
-    return tuple(x.swapaxes(1, 2) for x in indices.values())
+    return tuple(adopt(x).swapaxes(1, 2) for x in indices.values())
 
 
 def compact(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from scfa_core.api import attention
-from scfa_core.array_kinds import is_torch_tensor
+from scfa_core.array_kinds import adopt, is_torch_tensor
 from scfa_core.errors import DTypeError, PatternError, ShapeError
 from scfa_core.merging import as_list, merge_attention, namespace
 from scfa_core.patterns import (
@@ -120,7 +120,8 @@ def _moved(part: Pattern, q: Any, seqlen_q: int, seqlen_k: int) -> list[Pattern]
 
 
 def _positions(q: Any, seqlen_q: int, seqlen_k: int) -> Any:
-    """Where the queries stand, (1, 1, seqlen_q), in q's library and on its device."""
+    """Where the queries stand, (1, 1, seqlen_q), in q's library or one it is seen by, there."""
+    q = adopt(q)
     xp = namespace(q)
     if is_torch_tensor(q):
         return xp.arange(seqlen_q, device=q.device).view(1, 1, -1) + (seqlen_k - seqlen_q)
@@ -178,7 +179,7 @@ def attention_in_parts(
     which is float32: with float64 arrays the result is as good as that.
     """
     check_flag("return_lse", return_lse)
-    seqlen_q = _length("q", q, layout)
+    _length("q", q, layout)  # a mistake in q is told before any part is looked at
     options: dict[str, Any] = {
         "softmax_scale": softmax_scale,
         "layout": layout,
@@ -195,7 +196,7 @@ def attention_in_parts(
             )
         k, v, pattern = part
         if pattern is None:
-            pattern = SlidingWindow(seqlen_q + _length("k", k, layout), causal=False)
+            pattern = Intersection()  # no number in it, so that lengths may stay open when traced
         results.append(attention(q, k, v, pattern, return_lse=True, **options))
     if not results:
         raise PatternError("attention_in_parts needs at least one part")

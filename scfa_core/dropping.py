@@ -104,8 +104,8 @@ def top_k_keep(scores: Tensor, k: int) -> Tensor:
     if check_tensor("scores", scores).ndim == 0:
         raise ShapeError("scores must be (..., seqlen), got a single number")
     order = torch.argsort(scores.detach(), dim=-1, descending=True, stable=True)
-    flags = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    return flags.scatter_(-1, order[..., :k], True)
+    flags = torch.zeros_like(scores, dtype=torch.bool)  # batched where the scores are
+    return flags.scatter(-1, order[..., :k], True)
 
 
 def threshold_keep(scores: Tensor, threshold: float = 0.0) -> Tensor:
@@ -236,14 +236,21 @@ def drop_attention(
     if not include_self:
         pattern = pattern & Causal(include_self=False)
     if k_scores is not None:
-        v = v * _gate(k_keep, k_scores, swap, v)
+        v = gated(v, k_keep, k_scores, swap)
     out: Tensor = attention(q, k, v, pattern, layout=layout, **options)
     if q_scores is not None:
-        out = out * _gate(q_keep, q_scores, swap, out)
+        out = gated(out, q_keep, q_scores, swap)
     return out
 
 
-def _gate(keep: Tensor, scores: Tensor, swap: bool, like: Tensor) -> Tensor:
-    """Straight-through gate with the axes and dtype of a 4-axis tensor."""
-    gate = straight_through(keep != 0, scores).to(like.dtype)
-    return (gate.transpose(1, 2) if swap else gate).unsqueeze(-1)
+def gated(x: Tensor, keep: Tensor, scores: Tensor, swap: bool = False) -> Tensor:
+    """Rows of a 4-axis tensor times their straight-through gate, (batch, heads, seqlen).
+
+    What a dropped row holds reaches neither the result nor its score's gradient, NaN included.
+    """
+    keep = keep != 0
+    kept, gate = (
+        (y.transpose(1, 2) if swap else y).unsqueeze(-1)
+        for y in (keep, straight_through(keep, scores).to(x.dtype))
+    )
+    return torch.where(kept, x, 0.0) * gate

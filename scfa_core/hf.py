@@ -86,6 +86,9 @@ def register(
     - ``"scfa_window"``: a query sees its last `window` keys only;
     - ``"scfa_hash"``: a query sees the keys of its hash bucket, and its last `near` keys.
 
+    In an encoder those are the nearest on either side, ``|i - j| < window``. In cross attention, of
+    a decoder to an encoder, no key is nearer than another: neither `window` nor `near` holds there.
+
     Parameters
     ----------
     window : int, optional
@@ -254,13 +257,15 @@ def _options_of(module: Any, registered: Options) -> Options:
 def _window_patterns(
     module: Any, options: Options, mask: StructuredMask, query: Tensor, key: Tensor
 ) -> list[Pattern | Plan]:
-    """The model's mask, and the last `window` keys."""
+    """The model's mask, and keys nearer than `window`: a causal mask leaves the last ones."""
     if options.window is None or options.window < 1:
         raise PatternError(
             "attn_implementation='scfa_window' needs a window: scfa_core.hf.register(window=...) "
             f"or config.scfa_window, got {options.window}"
         )
-    return [mask.pattern(query.device, Band(lo=1 - options.window))]
+    if _crosses(module, mask):
+        return [mask.pattern(query.device)]
+    return [mask.pattern(query.device, Band(1 - options.window, options.window))]
 
 
 def _hash_patterns(
@@ -269,10 +274,24 @@ def _hash_patterns(
     """The model's mask within buckets; apart from them the nearest keys, each pair once."""
     directions = _directions(module, options, key)
     same = HashSparse(*(angular_hash(x, directions)[0] for x in (query, key)), causal=False)
-    if options.near < 1:
+    near = options.near
+    if near < 1 or _crosses(module, mask):
         return [mask.pattern(query.device) & same]
-    far = mask.pattern(query.device, Band(hi=1 - options.near)) & same
-    return [mask.pattern(query.device, Band(lo=1 - options.near)), far]
+    patterns = [mask.pattern(query.device, Band(1 - near, near))]
+    patterns.append(mask.pattern(query.device, Band(hi=1 - near)) & same)
+    if mask.band.hi is None or mask.band.hi > near:  # there are later keys than the nearest
+        patterns.append(mask.pattern(query.device, Band(lo=near)) & same)
+    return patterns
+
+
+def _crosses(module: Any, mask: StructuredMask) -> bool:
+    """Whether keys are of another sequence, so that no key is nearer to a query than another."""
+    if mask.band.hi is not None:
+        return False
+    if mask.shape[2] != mask.shape[3]:
+        return True
+    of_decoder = getattr(module, "is_decoder", False) and not getattr(module, "is_causal", False)
+    return of_decoder or "Cross" in type(module).__name__
 
 
 def _directions(module: Any, options: Options, key: Tensor) -> Tensor:

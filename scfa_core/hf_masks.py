@@ -20,11 +20,19 @@ from scfa_core.api import make_plan
 from scfa_core.errors import PatternError
 from scfa_core.hf_reading import read_function
 from scfa_core.hf_symbols import Band, Positions
-from scfa_core.patterns import Causal, HashSparse, KeyRanges, Pattern, QKSparse, SlidingWindow
+from scfa_core.patterns import (
+    Causal,
+    HashSparse,
+    Intersection,
+    KeyRanges,
+    Pattern,
+    QKSparse,
+    SlidingWindow,
+)
 from scfa_core.plan import Plan
 from scfa_core.problem import MIN_HEAD_DIM
 
-__all__ = ["StructuredMask", "everything", "read_mask"]
+__all__ = ["StructuredMask", "read_mask"]
 
 
 class StructuredMask(BlockMask):
@@ -109,11 +117,12 @@ class StructuredMask(BlockMask):
         """Return the band as a pattern; positions of queries are ``row + shift``."""
         _, queries, keys = self._shape
         if band == Band():
-            return everything(queries, keys)
+            return Intersection()
         if not isinstance(self.shift, Tensor):
-            aligned = {0: "top-left", keys - queries: "bottom-right"}.get(self.shift)
-            if band == Band(hi=1) and aligned is not None:
-                return Causal(align=aligned)
+            if band == Band(hi=1) and self.shift == 0:
+                return Causal()
+            if band == Band(hi=1) and self.shift == keys - queries:
+                return Causal(align="bottom-right")
             if self.shift == 0 and band.lo is not None and band.hi in (1, 1 - band.lo):
                 return SlidingWindow(1 - band.lo, causal=band.hi == 1)
         shift = self.shift.to(device) if isinstance(self.shift, Tensor) else self.shift
@@ -121,11 +130,6 @@ class StructuredMask(BlockMask):
         start = torch.zeros_like(position) if band.lo is None else position + band.lo
         end = torch.full_like(position, keys) if band.hi is None else position + band.hi
         return KeyRanges(start.view(1, 1, -1), end.view(1, 1, -1))
-
-
-def everything(queries: int, keys: int) -> Pattern:
-    """Every query sees every key."""
-    return SlidingWindow(queries + keys, causal=False)
 
 
 def read_mask(

@@ -382,7 +382,8 @@ def _backward_of_lse(
     dk = scale * P.T @ (dlse * q), the dv of the backward with dout = dlse * q.
     """
     problem = call.problem
-    dlse = torch.where(torch.isneginf(lse), 0.0, dlse) * problem.softmax_scale
+    wide = torch.float64 if call.dtype == torch.float64 else torch.float32
+    dlse = torch.where(torch.isneginf(lse), 0.0, dlse).to(wide) * problem.softmax_scale
     dlse = (dlse.transpose(1, 2) if call.swap else dlse).unsqueeze(-1)
     layout = "bthd" if call.swap else "bhtd"
     options = (problem.softmax_scale, layout, problem.deterministic, call.backend.name)

@@ -40,7 +40,12 @@ def choose_device(backend: str | None) -> str:
     states = scfa.backends()
     on_gpu = [name for name in ("cupy", "numba-cuda") if states[name] == "available"]
     if backend is not None:
-        return "cuda" if backend in ("cupy", "numba-cuda") else "cpu"
+        if states[backend] != "available":
+            raise scfa.BackendUnavailable(f"--backend {backend}: {states[backend]}")
+        device = "cuda" if backend in ("cupy", "numba-cuda") else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise scfa.BackendUnavailable(f"--backend {backend}: this torch finds no GPU")
+        return device
     return "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
 
 
@@ -48,6 +53,12 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     """Run the demo; the exit code is 0 unless a deviation is beyond what the dtype explains."""
     began = time.perf_counter()
     device = choose_device(options.backend)
+    folder = Path(options.out)
+    if importlib.util.find_spec("matplotlib") is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise scfa.ScfaError(f"--out {folder}: cannot be made a folder: {error}") from error
     text, source = read_text(options.text, options.seed)
     terminal.print(f"text      {source}")
     _introduce_backend(terminal, device, options.backend)
@@ -74,7 +85,7 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     baseline = trainers[-1].run
     _report(terminal, size, runs, baseline)
     fine = _compare(terminal, corpus, kinds, models, options.backend)
-    _draw(terminal, Path(options.out), runs, kinds[0], models[0], corpus, options.backend)
+    _draw(terminal, folder, runs, kinds[0], models[0], corpus, options.backend)
     terminal.print(f"\ntotal {time.perf_counter() - began:.0f} s")
     return 0 if fine else 1
 
@@ -220,7 +231,6 @@ def _draw(
         return
     from scfa_core.demo.pictures import draw_losses
 
-    folder.mkdir(parents=True, exist_ok=True)
     draw_losses(runs, folder / "losses.png")
     q, k, _ = training.captured_tensors(model, corpus)
     plan = scfa.make_plan(kind.pattern_of(q), q, k, backend=backend)

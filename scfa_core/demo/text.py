@@ -39,4 +39,6 @@ def read_text(path: str | None, seed: int = 0) -> tuple[bytes, str]:
         if total >= MOST_BYTES:
             break
     text = b"".join(chunks)[:MOST_BYTES]
+    if not text:
+        raise ScfaError(f"--text {path}: no text there; give a text file, or a folder with some")
     return text, f"{name}: {len(text) / 1e6:.1f} MB from {len(chunks)} files"

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from scfa_core.dropping import random_keep, straight_through, threshold_keep, top_k_keep
+from scfa_core.dropping import gated, random_keep, threshold_keep, top_k_keep
 from scfa_core.errors import PatternError
 from scfa_core.nn.attention import SparseSelfAttention
 from scfa_core.patterns import Causal, Pattern, QKSparse
@@ -79,9 +79,9 @@ class DropSelfAttention(SparseSelfAttention):
             return super().attend(q, k, v, x, [pattern & QKSparse(q_keep, k_keep, causal=False)])
         q_scores, k_scores = (s(x).transpose(1, 2) for s in (self.query_score, self.key_score))
         q_keep, k_keep = self._choose(q_scores), self._choose(k_scores)
-        v = v * straight_through(k_keep, k_scores).to(v.dtype).unsqueeze(-1)
+        v = gated(v, k_keep, k_scores)
         out = super().attend(q, k, v, x, [pattern & QKSparse(q_keep, k_keep, causal=False)])
-        return out * straight_through(q_keep, q_scores).to(out.dtype).unsqueeze(-1)
+        return gated(out, q_keep, q_scores)
 
     def _choose(self, scores: Tensor) -> Tensor:
         if self.how == "threshold":

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
-from scfa_core.errors import PatternError
+from scfa_core.errors import PatternError, ShapeError
 from scfa_core.hashing import angular_hash, check_buckets, random_directions
-from scfa_core.problem import check_flag, check_share
+from scfa_core.problem import as_size, check_flag, check_share
 from scfa_core.torch_checks import check_tensor
 
 ADAPTS = ("none", "center", "whiten", "past")
@@ -108,6 +108,8 @@ class AngularHash(nn.Module):
     PatternError
         An unknown `adapt`, or `center` with another one; see `random_directions` for the rest. In
         a call: no tensor, or more than an adapting hash knows.
+    ShapeError
+        In a call: rows of other heads or another head_dim than an adapting hash was made for.
 
     Notes
     -----
@@ -164,7 +166,11 @@ class AngularHash(nn.Module):
         drawn = random_directions(heads, head_dim, buckets, rounds=rounds, seed=seed)
         self.directions: Tensor | None
         self.register_buffer("directions", None if redraw else torch.from_numpy(drawn))
-        heads_q = heads if query_heads is None else query_heads
+        heads_q = heads
+        if query_heads is not None:
+            heads_q = as_size("query_heads", query_heads, 1, PatternError)
+            if heads_q % heads:
+                raise PatternError(f"{query_heads=} must be a multiple of {heads=}")
         whiten = self.adapt in ("whiten", "past")
         self.centers = nn.ModuleList(
             _Center(size, head_dim, whiten, self.adapt == "past")
@@ -201,6 +207,13 @@ class AngularHash(nn.Module):
         if len(rows) > len(self.centers):
             raise PatternError(f"an adapting hash takes queries and keys, got {len(rows)} tensors")
         pairs = list(zip(rows, self.centers, strict=False))
+        for x, center in pairs:
+            if (x.shape[1], x.shape[3]) != center.place.shape:
+                raise ShapeError(
+                    f"an adapting hash of {tuple(center.place.shape)} (heads, head_dim) got rows "
+                    f"(batch, heads, seqlen, head_dim) of {tuple(x.shape)}; make it with "
+                    "query_heads where the queries have more heads than the keys"
+                )
         found = []
         for x, center in pairs:
             hashed = less_past(x, center.place) if center.past else x

@@ -52,6 +52,53 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
     assert "usage: scfa" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["verify", "--json", "{}/none/a.json"], "there is no folder"),
+        (["soak", "--json", "{}"], "is a folder"),
+        (["show", "causal", "--out", "{}"], "is a folder"),
+        (["show", "qk", "--keep", "7"], "must be from 0 to 1"),
+        (["show", "qk", "--keep", "nan"], "must be from 0 to 1"),
+        (["show", "hash", "--buckets", "9" * 30], "must be at most"),
+        (["show", "ranges", "--window", "9" * 30], "must be at most"),
+    ],
+)
+def test_wrong_values_are_told_before_the_work(arguments, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([argument.format(tmp_path) for argument in arguments])
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_picture_without_an_ending_is_a_png(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    code, out, _ = call(capsys, "show", "causal", "--out", str(tmp_path / "mask"))
+    assert code == 0
+    assert f"wrote {tmp_path / 'mask.png'}" in out
+    assert (tmp_path / "mask.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--text", "{}"], "no text there"),
+        (["--out", "{}/file/pictures"], "cannot be made a folder"),
+        (["--backend", "cupy"], "--backend cupy: "),
+    ],
+)
+def test_demo_says_what_is_wrong_before_it_trains(arguments, words, tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("matplotlib")
+    if "cupy" in arguments and torch.cuda.is_available():
+        pytest.skip("a GPU can run it")
+    if "--text" not in arguments:
+        (tmp_path / "file").write_text("no folder")
+    code, _, err = call(capsys, "demo", *(argument.format(tmp_path) for argument in arguments))
+    assert code == 2
+    assert words in err
+
+
 def test_verify_passes_on_the_reference(capsys):
     options = ("--backend", "reference", "--dtype", "float32", "--count", "8", "--rows", "40")
     code, out, _ = call(capsys, "verify", *options)

@@ -126,3 +126,22 @@ def test_jax_arrays_on_the_host(name):
     seen = [np.asarray(x).astype(np.float32) for x in arrays]
     right = scfa.attention(*seen, scfa.Causal(), backend="reference")
     np.testing.assert_allclose(got.astype(np.float32), right, atol=2e-2)
+
+
+def test_the_papers_function_takes_any_head_dim():
+    from scfa_core import compat
+
+    pytest.importorskip("torch")
+    q, k, v = (floats(1, 30, 2, 20) for _ in range(3))
+    hashes = RNG.integers(0, 3, (1, 30, 2))
+    right = compat.dynamic_sparse_attention(q, k, v, hashes, hashes)
+    got = compat.dynamic_sparse_attention(*foreign(q, k, v, hashes, hashes))
+    assert np.array_equal(got, right)
+
+
+def test_queries_at_the_end_of_their_keys():
+    from scfa_core.decoding import at_end
+
+    q, k = floats(1, 2, 3, 16), floats(1, 2, 9, 16)
+    got, right = (at_end(scfa.SlidingWindow(3), *x).mask(3, 9) for x in (foreign(q, k), (q, k)))
+    assert np.array_equal(got, right)

@@ -156,3 +156,27 @@ def test_a_threshold_may_be_of_each_head():
     scores = torch.tensor([[[0.5, 1.5], [0.5, 1.5]]])
     flags = dropping.threshold_keep(scores, torch.tensor([0.0, 1.0]).view(1, 2, 1))
     assert flags.tolist() == [[[True, True], [False, True]]]
+
+
+@pytest.mark.parametrize("layout", ["bhtd", "bthd"])
+def test_what_a_dropped_row_holds_reaches_no_score(layout):
+    generator = torch.Generator().manual_seed(1)
+    swap = (lambda x: x.transpose(1, 2)) if layout == "bthd" else (lambda x: x)
+    q, k, v = (torch.randn(1, 2, 9, 16, generator=generator) for _ in range(3))
+    scores = torch.randn(2, 1, 2, 9, generator=generator)
+    scores[:, :, :, 4] = -1
+    q[:, :, 4] = k[:, :, 4] = v[:, :, 4] = torch.nan
+    leaves = [x.requires_grad_() for x in (q, k, v, *scores.unbind(0))]
+    q, k, v, q_scores, k_scores = leaves
+    keeps = [dropping.threshold_keep(s) for s in (q_scores, k_scores)]
+    gates = {"q_scores": q_scores, "k_scores": k_scores, "layout": layout}
+    out = dropping.drop_attention(*(swap(x) for x in (q, k, v)), *keeps, **gates)
+    grads = torch.autograd.grad(out.square().sum(), leaves)
+    assert all(x.isfinite().all() for x in (out, *grads))
+    assert not any(x[:, :, 4].any() for x in grads)
+
+
+def test_top_k_under_vmap():
+    scores = torch.randn(3, 2, 9, generator=torch.Generator().manual_seed(0))
+    found = torch.func.vmap(lambda s: dropping.top_k_keep(s, 2))(scores)
+    assert torch.equal(found, dropping.top_k_keep(scores, 2))

@@ -265,3 +265,18 @@ def test_second_moments_sum_in_float32_whatever_the_rows_are(dtype):
     assert found.dtype == torch.float32
     assert ((found - want) / want).abs().max() < 1e-5
     assert not second_moments(x[:, :, :0]).any()
+
+
+@pytest.mark.parametrize("adapt", ["center", "whiten", "past"])
+def test_an_adapting_hash_tells_rows_of_other_sizes(adapt):
+    own = nn.AngularHash(2, 16, 4, adapt=adapt)
+    keys = torch.randn(1, 2, 9, 16)
+    with pytest.raises(scfa.PatternError, match="query_heads=3 must be a multiple of heads=2"):
+        nn.AngularHash(2, 16, 4, adapt=adapt, query_heads=3)
+    for wrong in (0, -2, "4", 2.0):
+        with pytest.raises(scfa.PatternError, match="query_heads"):
+            nn.AngularHash(2, 16, 4, adapt=adapt, query_heads=wrong)
+    for queries in (torch.randn(1, 4, 9, 16), torch.randn(1, 2, 9, 8)):
+        with pytest.raises(scfa.ShapeError, match=r"of \(2, 16\) \(heads, head_dim\) got rows"):
+            own(queries, keys)
+    assert nn.AngularHash(2, 16, 4, adapt=adapt, query_heads=4)(torch.randn(1, 4, 9, 16), keys)

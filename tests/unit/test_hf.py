@@ -371,3 +371,24 @@ def test_attention_dropout_raises_in_training():
     with pytest.raises(scfa.PatternError, match="attn_pdrop"):
         model(tokens())
     model.eval()(tokens())
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_of_a_decoder_with_cross_attention_are_those_of_one_call(name):
+    torch.manual_seed(0)
+    model = transformers.BartForConditionalGeneration(OTHERS["bart"]()).eval()
+    model.set_attn_implementation(name)
+    source, target = tokens(seqlen=12), tokens(seqlen=12)  # of one length: no size tells them apart
+    whole = model(input_ids=source, decoder_input_ids=target, use_cache=False).logits
+    encoded, past, steps = model.get_encoder()(source), None, []
+    for t in range(12):
+        step = model(
+            encoder_outputs=encoded,
+            decoder_input_ids=target[:, t : t + 1],
+            past_key_values=past,
+            use_cache=True,
+        )
+        past = step.past_key_values
+        steps.append(step.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=0, atol=1e-5)

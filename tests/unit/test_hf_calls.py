@@ -169,3 +169,35 @@ def test_kept_directions_are_nobodys_to_change(mode):
     second = DIRECTIONS(*use)
     assert torch.equal(second, torch.from_numpy(random_directions(2, 16, 4, seed=11)))
     assert not second.is_inference()
+
+
+def same_buckets(q, k):
+    directions = torch.from_numpy(random_directions(2, 16, 4, seed=1))
+    a, b = (hf.angular_hash(x, directions)[0] for x in (q, k))
+    return a[..., :, None] == b.repeat_interleave(2, dim=1)[..., None, :]
+
+
+def test_an_encoder_sees_what_is_near_on_either_side():
+    q, k, v = qkv()
+    far = (torch.arange(20)[:, None] - torch.arange(20)).abs()
+    module = SimpleNamespace(config=SimpleNamespace(), layer_idx=1, is_causal=False)
+    out = call("scfa_window", module, q, k, v, None)
+    torch.testing.assert_close(out, dense(q, k, v, far < 7, 0.2), rtol=0, atol=1e-5)
+    out = call("scfa_hash", module, q, k, v, None)
+    right = dense(q, k, v, same_buckets(q, k) | (far < 3), 0.2)
+    torch.testing.assert_close(out, right, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [20, 8, 1])
+def test_no_key_of_another_sequence_is_near(queries):
+    """In cross attention neither the place of a query nor the number of them matters."""
+    q, k, v = qkv(queries=queries)
+    module = SimpleNamespace(
+        config=SimpleNamespace(), layer_idx=1, is_causal=False, is_decoder=True
+    )
+    out = call("scfa_window", module, q, k, v, None)
+    every = torch.ones(queries, 20, dtype=torch.bool)
+    torch.testing.assert_close(out, dense(q, k, v, every, 0.2), rtol=0, atol=1e-5)
+    out = call("scfa_hash", module, q, k, v, None)
+    right = dense(q, k, v, same_buckets(q, k), 0.2)
+    torch.testing.assert_close(out, right, rtol=0, atol=1e-5)

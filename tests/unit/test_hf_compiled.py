@@ -279,3 +279,45 @@ def test_a_saved_program_needs_no_more_than_this_import(tmp_path):
     torch.save(tokens(), text)
     subprocess.run([sys.executable, "-c", LOAD, program, text, out], check=True, timeout=120)
     torch.testing.assert_close(torch.load(out), logits(tokens()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["scfa", "scfa_window", "scfa_hash"])
+@pytest.mark.parametrize("family", ["qwen3", "bert"])
+def test_an_exported_model_leaves_its_length_open(family, name):
+    _kept.cache_clear()
+    if family == "bert":
+        sizes = {"vocab_size": 61, "hidden_size": 64, "num_attention_heads": 4}
+        config = transformers.BertConfig(
+            **sizes, num_hidden_layers=1, intermediate_size=96, attention_probs_dropout_prob=0.0
+        )
+        model = transformers.BertModel(config).eval()
+    else:
+        model = made(family)
+    model.set_attn_implementation(name)
+    model.config.use_cache = False
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(2, 61, (2, 40), generator=generator)
+    open_length = {"input_ids": {1: torch.export.Dim.DYNAMIC}}
+    exported = torch.export.export(
+        model, (ids[:, :20].clone(),), dynamic_shapes=open_length
+    ).module()
+    for length in (20, 40, 7):
+        mine, right = (call(ids[:, :length].clone()) for call in (exported, model))
+        torch.testing.assert_close(mine[0], right[0], rtol=0, atol=1e-5)
+
+
+def test_a_growing_cache_is_no_new_graph_at_every_step():
+    model = made("qwen3")
+    model.set_attn_implementation("scfa")
+    torch._dynamo.reset()
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, dynamic=True)
+    ids = torch.randint(2, 61, (1, 20), generator=torch.Generator().manual_seed(2))
+    past = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        compiled(ids[:, :9], past_key_values=past)
+        for t in range(9, 20):
+            compiled(ids[:, t : t + 1], past_key_values=past)
+    assert counter.frame_count <= 4

@@ -356,3 +356,18 @@ def test_host_time_with_a_plan(recorder, record_property):
     record_property("host_us_median", round(statistics.median(times), 1))
     print(f"host time per forward, plan given: best {min(times):.1f} us")
     assert min(times) < 100
+
+
+def test_gradients_through_lse_are_float64_where_the_inputs_are():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, 2, 20, 16, generator=generator, dtype=torch.float64, requires_grad=True)
+        for _ in range(3)
+    )
+    weight = torch.rand(1, 2, 20, generator=generator)
+    _, lse = scfa.attention(q, k, v, scfa.Causal(), return_lse=True, softmax_scale=0.3)
+    mine = torch.autograd.grad((lse * weight).sum(), (q, k))
+    hidden = torch.ones(20, 20, dtype=torch.bool).triu(1)
+    scores = (q @ k.transpose(-1, -2) * 0.3).masked_fill(hidden, -torch.inf)
+    right = torch.autograd.grad((scores.logsumexp(-1) * weight).sum(), (q, k))
+    torch.testing.assert_close(mine, right, rtol=0, atol=1e-14)
