@@ -103,9 +103,15 @@ def top_k_keep(scores: Tensor, k: int) -> Tensor:
     k = as_size("k", k, error=PatternError)
     if check_tensor("scores", scores).ndim == 0:
         raise ShapeError("scores must be (..., seqlen), got a single number")
+    return highest(scores, k)
+
+
+def highest(scores: Tensor, k: int) -> Tensor:
+    """Flags of `top_k_keep`, its arguments known to be right: `k` may be a traced size."""
     order = torch.argsort(scores.detach(), dim=-1, descending=True, stable=True)
+    first = torch.arange(scores.shape[-1], device=scores.device) < k  # no slice, no guard on k
     flags = torch.zeros_like(scores, dtype=torch.bool)  # batched where the scores are
-    return flags.scatter(-1, order[..., :k], True)
+    return flags.scatter(-1, order, first.expand_as(order))
 
 
 def threshold_keep(scores: Tensor, threshold: float = 0.0) -> Tensor:

@@ -277,7 +277,8 @@ def _hash_patterns(
     near = options.near
     if near < 1 or _crosses(module, mask):
         return [mask.pattern(query.device) & same]
-    patterns = [mask.pattern(query.device, Band(1 - near, near))]
+    nearest = mask.pattern(query.device, Band(1 - near, near))
+    patterns: list[Pattern | Plan] = [nearest]
     patterns.append(mask.pattern(query.device, Band(hi=1 - near)) & same)
     if mask.band.hi is None or mask.band.hi > near:  # there are later keys than the nearest
         patterns.append(mask.pattern(query.device, Band(lo=near)) & same)

@@ -16,6 +16,8 @@ from scfa_core.errors import DeviceError, PatternError
 from scfa_core.patterns import Intersection, KeyRanges, Pattern
 from scfa_core.patterns.base import kind_of
 
+_FURTHEST = 2**62  # keys: an operator's integers have 64 bits, and no sequence is as long
+
 
 def encode(pattern: Pattern) -> tuple[str, list[torch.Tensor], list[int]]:
     """Flatten a pattern: ``"SlidingWindow(causal=True,window=#0)"``, its tensors, its integers."""
@@ -44,7 +46,7 @@ def encode(pattern: Pattern) -> tuple[str, list[torch.Tensor], list[int]]:
                 fields.append(f"{field}={value}")
             elif isinstance(value, int):
                 fields.append(f"{field}=#{len(ints)}")
-                ints.append(value)
+                ints.append(min(value, _FURTHEST))
             else:
                 raise DeviceError(
                     f"{kind.__name__}.{field} must be a torch tensor like q, "

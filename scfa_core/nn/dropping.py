@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from scfa_core.dropping import gated, random_keep, threshold_keep, top_k_keep
+from scfa_core.dropping import gated, highest, random_keep, threshold_keep
 from scfa_core.errors import PatternError
 from scfa_core.nn.attention import SparseSelfAttention
 from scfa_core.patterns import Causal, Pattern, QKSparse
@@ -86,7 +86,7 @@ class DropSelfAttention(SparseSelfAttention):
     def _choose(self, scores: Tensor) -> Tensor:
         if self.how == "threshold":
             return threshold_keep(scores)
-        return top_k_keep(scores, round(self.keep * scores.shape[-1]))
+        return highest(scores, round(self.keep * scores.shape[-1]))
 
     def extra_repr(self) -> str:
         """Sizes and choices, for printing."""

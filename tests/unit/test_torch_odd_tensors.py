@@ -146,3 +146,10 @@ def test_packing_a_nested_tensor_as_the_error_says():
     out = scfa.attention(packed, packed, packed, scfa.Documents(ids), layout="bthd")
     alone = [scfa.attention(x[None], x[None], x[None], layout="bthd")[0] for x in parts]
     torch.testing.assert_close(out[0], torch.cat(alone), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", [scfa.SlidingWindow(2**63), scfa.Causal(lag=2**80)])
+def test_numbers_beyond_64_bits_can_be_traced(pattern):
+    x = torch.randn(2, 1, 1, 6, 16, generator=torch.Generator().manual_seed(0))
+    right = torch.stack([scfa.attention(y, y, y, pattern) for y in x])
+    assert torch.equal(torch.func.vmap(lambda y: scfa.attention(y, y, y, pattern))(x), right)
