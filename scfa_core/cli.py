@@ -191,7 +191,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     show.add_argument("--seed", type=_whole(0), default=0)
     show.add_argument(
-        "--out", type=_file, metavar="PNG", help="write a picture of mask and tiles instead of text"
+        "--out", metavar="PNG", help="write a picture of mask and tiles instead of text"
     )
     show.set_defaults(run=run_show)
     return parser
@@ -259,8 +259,11 @@ def run_show(options: argparse.Namespace, terminal: Terminal) -> int:
     if options.out is None:
         terminal.print(plotting.text_mask(plotting.original_mask(plan)))
         return 0
-    out = options.out if Path(options.out).suffix else f"{options.out}.png"
+    folder = Path(options.out).is_dir()
+    out = options.out if folder or Path(options.out).suffix else f"{options.out}.png"
     try:
+        if folder:
+            raise IsADirectoryError("it is a folder")
         plotting.plot_plan(plan, block=options.block).savefig(out, dpi=120)
     except (OSError, ValueError) as error:  # no right to write, no such format
         print(f"scfa show: cannot write {out}: {error}", file=sys.stderr)

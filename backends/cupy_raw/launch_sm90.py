@@ -47,9 +47,9 @@ _SUM_ROWS = 64  # query rows of one dq tile in the fused kernel
 # kept, key tiles of many heads are under way, each head with room for all its rows.
 _SUM_ROOM = 1 << 17
 _SUM_BYTES_PER_ROW = 8  # and so many more for each query row
-# head_dim -> keys of an average pair's query tile from which "auto" takes the fused kernel, which is
-# faster then (bwd_choose_sm90.cu; hopper.md); a head_dim that is not here goes the split way unless
-# told otherwise
+# head_dim -> keys of an average pair's query tile from which "auto" takes the fused kernel, faster
+# then (bwd_choose_sm90.cu; hopper.md); a head_dim that is not here goes the split way unless told
+# otherwise
 _LONG_KEYS = {64: 640, 128: 440}
 _HEADS_IN_TURN = 4  # at most, at the end of a forward (tiles_sm90.cuh)
 _PREPARE_BLOCKS = 8  # of the preparing kernels, for each multiprocessor

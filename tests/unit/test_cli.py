@@ -57,7 +57,6 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
     [
         (["verify", "--json", "{}/none/a.json"], "there is no folder"),
         (["soak", "--json", "{}"], "is a folder"),
-        (["show", "causal", "--out", "{}"], "is a folder"),
         (["show", "qk", "--keep", "7"], "must be from 0 to 1"),
         (["show", "qk", "--keep", "nan"], "must be from 0 to 1"),
         (["show", "hash", "--buckets", "9" * 30], "must be at most"),

@@ -159,7 +159,7 @@ def test_backward_takes_no_pattern_for_causal_as_attention_does():
     assert all((a == b).all() for a, b in zip(none, causal, strict=True))
 
 
-@pytest.mark.parametrize("name", ["missing/x.png", "x.nonsense"])
+@pytest.mark.parametrize("name", ["missing/x.png", "x.nonsense", "."])
 def test_a_picture_that_cannot_be_written(name, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="draws (extra 'plot')")
     path = tmp_path / name
