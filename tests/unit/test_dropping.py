@@ -180,3 +180,21 @@ def test_top_k_under_vmap():
     scores = torch.randn(3, 2, 9, generator=torch.Generator().manual_seed(0))
     found = torch.func.vmap(lambda s: dropping.top_k_keep(s, 2))(scores)
     assert torch.equal(found, dropping.top_k_keep(scores, 2))
+
+
+def test_a_share_of_rows_leaves_the_length_open():
+    from torch._dynamo.testing import CompileCounter
+
+    from scfa_core.nn import DropSelfAttention
+
+    torch.manual_seed(0)
+    layer = DropSelfAttention(32, 2, how="top-k")
+    counter = CompileCounter()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    open_length = {"x": {1: torch.export.Dim("s", min=4, max=1000)}}
+    exported = torch.export.export(layer, (torch.randn(2, 100, 32),), dynamic_shapes=open_length)
+    for seqlen in (20, 31, 52, 333):
+        x = torch.randn(2, seqlen, 32)
+        for run in (compiled, exported.module()):
+            torch.testing.assert_close(run(x), layer(x))
+    assert counter.frame_count == 1

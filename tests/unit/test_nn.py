@@ -392,19 +392,3 @@ def test_centers_approach_the_mean_and_complain():
             layer.hash.move_centers(share)
     with pytest.raises(scfa.PatternError, match="center=True"):
         nn.HashSelfAttention(WIDTH, HEADS, 8).hash.move_centers()
-
-
-def test_a_share_of_rows_leaves_the_length_open():
-    from torch._dynamo.testing import CompileCounter
-
-    torch.manual_seed(0)
-    layer = nn.DropSelfAttention(32, 2, how="top-k")
-    counter = CompileCounter()
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
-    open_length = {"x": {1: torch.export.Dim("s", min=4, max=1000)}}
-    exported = torch.export.export(layer, (torch.randn(2, 100, 32),), dynamic_shapes=open_length)
-    for seqlen in (20, 31, 52, 333):
-        x = torch.randn(2, seqlen, 32)
-        for run in (compiled, exported.module()):
-            torch.testing.assert_close(run(x), layer(x))
-    assert counter.frame_count == 1
