@@ -15,7 +15,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from scfa_core.problem import check_layout
-from scfa_core.torch_hashing import ANGULAR_HASH
+from scfa_core.torch_hashing import ANGULAR_HASH, BLOCK_SUMS
 from scfa_core.torch_ops import BACKWARD, FORWARD, MAKE_PLAN
 from scfa_core.torch_union_ops import ATTEND_UNION, ATTEND_UNION_BACKWARD
 
@@ -125,7 +125,8 @@ def _shard_angular_hash(x: Any, directions: Any, center: Any) -> Sequence[Rule]:
     Tables go with the heads that read them; those of a single head serve every rank whole.
     """
     whole = Replicate()
-    tables = [(directions, 1), (center, 0)]  # and the axis of heads
+    of_rows = center is not None and len(center.shape) == 4  # a center for every few rows
+    tables = [(directions, 1), (center, int(of_rows))]  # and the axis of heads
 
     def held(spread: bool) -> Placements:
         return [
@@ -134,8 +135,17 @@ def _shard_angular_hash(x: Any, directions: Any, center: Any) -> Sequence[Rule]:
         ]
 
     rules: list[Rule] = [([whole], [whole, *held(False)])]
-    rules += [([Shard(axis + 1)], [Shard(axis), *held(False)]) for axis in (0, 2)]
+    of_batch = [whole, Shard(0)] if of_rows else held(False)
+    rules.append(([Shard(1)], [Shard(0), *of_batch]))
+    if not of_rows:  # a rank's rows need not begin with a center's
+        rules.append(([Shard(3)], [Shard(2), *held(False)]))
     own = [y.shape[axis] for y, axis in tables if y is not None]
     if all(n in (1, x.shape[1]) or _splits_evenly(n, x.mesh.shape) for n in own):
         rules.append(([Shard(2)], [Shard(1), *held(True)]))
     return rules
+
+
+@register_sharding(BLOCK_SUMS)
+def _shard_block_sums(x: Any, rows: int) -> Sequence[Rule]:
+    """Shardings of ``scfa::block_sums``: sequences and heads are independent."""
+    return [([p], [p, None]) for p in (Replicate(), Shard(0), Shard(1))]

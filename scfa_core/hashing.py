@@ -8,6 +8,7 @@ NumPy, CuPy and Numba device arrays; imports none of them but NumPy.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ __all__ = [
     "random_directions",
 ]
 
+CENTER_ROWS = 64  # that share a center, where a sequence has several
 _WORKSPACE = 1 << 24  # projections of arrays held at once: 64 MiB of float32
 _PACKED_BITS = 62
 
@@ -105,7 +107,9 @@ def angular_hash(x: Any, directions: Any, center: Any = None) -> Any:
     center : array, (heads or a divisor, head_dim), optional
         Subtracted from every row first. Rows of a deep layer have much in common, so that few
         buckets hold most of them; about their mean they spread. In a causal model take a mean of
-        other batches: one of this batch knows later rows.
+        other batches: one of this batch knows later rows. Or (batch, heads or a divisor,
+        ceil(seqlen / 64), head_dim): a center for every 64 rows of each sequence, such as a mean of
+        those before them.
 
     Returns
     -------
@@ -145,23 +149,15 @@ def angular_hash(x: Any, directions: Any, center: Any = None) -> Any:
             f"(rounds, heads, head_dim, buckets // 2), got {tuple(x.shape)} and "
             f"{tuple(directions.shape)}"
         )
-    batch, heads, seqlen, head_dim = x.shape
-    rounds, own_heads, dim, half = directions.shape
+    _, heads, seqlen, head_dim = x.shape
+    _, own_heads, dim, _ = directions.shape
     if dim != head_dim or not own_heads or heads % own_heads:
         raise ShapeError(
             f"directions have {own_heads} heads of head_dim {dim}; x.shape={tuple(x.shape)} needs "
             "the same head_dim and a multiple of these heads"
         )
-    if center is not None and (
-        len(center.shape) != 2
-        or not center.shape[0]
-        or heads % center.shape[0]
-        or center.shape[1] != head_dim
-    ):
-        raise ShapeError(
-            f"center must be (heads or a divisor, head_dim) for x.shape={tuple(x.shape)}, got "
-            f"{tuple(center.shape)}"
-        )
+    if center is not None:
+        _check_center(tuple(center.shape), tuple(x.shape))
     if is_torch_tensor(x):
         from scfa_core.torch_hashing import ANGULAR_HASH, hash_rows
 
@@ -175,12 +171,42 @@ def angular_hash(x: Any, directions: Any, center: Any = None) -> Any:
         bucket = _hash_by_kernel(x, directions, center)
         if bucket is not None:
             return restore_kind(bucket, given)
-    rows = max(1, _WORKSPACE // max(1, rounds * batch * heads * half))
-    if seqlen <= rows:
+    stretches = rows_at_once(x.shape, directions.shape)
+    if seqlen <= stretches:
         return restore_kind(_hash_array(x, directions, center), given)
-    cuts = range(0, seqlen, rows)
-    pieces = [_hash_array(x[:, :, at : at + rows], directions, center) for at in cuts]
+    pieces = [
+        _hash_array(x[:, :, at : at + stretches], directions, centers_from(center, at))
+        for at in range(0, seqlen, stretches)
+    ]
     return restore_kind(namespace(x).concatenate(pieces, axis=-1), given)
+
+
+def _check_center(center: tuple[int, ...], x: tuple[int, ...]) -> None:
+    """Refuse a center whose shape does not fit rows of shape `x`."""
+    batch, heads, seqlen, head_dim = x
+    blocks = -(-seqlen // CENTER_ROWS)
+    own, fits = 0, False
+    if len(center) == 2:
+        own, fits = center[0], center[1] == head_dim
+    elif len(center) == 4:
+        own, fits = center[1], (center[0], *center[2:]) == (batch, blocks, head_dim)
+    if not fits or not own or heads % own:
+        raise ShapeError(
+            f"center must be (heads or a divisor, head_dim) or (batch, heads or a divisor, "
+            f"ceil(seqlen / {CENTER_ROWS}), head_dim) for x.shape={x}, got {center}"
+        )
+
+
+def rows_at_once(x: Sequence[int], directions: Sequence[int]) -> int:
+    """How many rows of a list to hash at once, whole stretches that share a center."""
+    products = max(1, directions[0] * x[0] * x[1] * directions[3])  # of a row
+    return max(_WORKSPACE // products // CENTER_ROWS, 1) * CENTER_ROWS
+
+
+def centers_from(center: Any, row: int) -> Any:
+    """Centers of rows from `row` on, which is the first of its stretch."""
+    of_rows = center is not None and len(center.shape) == 4
+    return center[:, :, row // CENTER_ROWS :] if of_rows else center
 
 
 def _hash_by_kernel(x: Any, directions: Any, center: Any) -> Any:
@@ -212,12 +238,16 @@ def _hash_by_kernel(x: Any, directions: Any, center: Any) -> Any:
 
 def _hash_array(x: Any, directions: Any, center: Any) -> Any:
     """Buckets of some rows, NumPy or CuPy."""
-    heads = x.shape[1]
+    heads, seqlen = x.shape[1:3]
     directions = directions.astype(np.float32).repeat(heads // directions.shape[1], axis=1)
     turned = x.astype(np.float32) @ directions[:, None]
     if center is not None:
-        center = center.astype(np.float32).repeat(heads // center.shape[0], axis=0)
-        turned -= (center[:, None] @ directions)[:, None]
+        axis = 1 if len(center.shape) == 4 else 0
+        center = center.astype(np.float32).repeat(heads // center.shape[axis], axis=axis)
+        if axis:
+            turned -= (center @ directions[:, None]).repeat(CENTER_ROWS, axis=3)[:, :, :, :seqlen]
+        else:
+            turned -= (center[:, None] @ directions)[:, None]
     up, down = turned.argmax(axis=-1), turned.argmin(axis=-1)
     is_up = turned.max(axis=-1) >= -turned.min(axis=-1)
     return (up * is_up + (down + turned.shape[-1]) * ~is_up).astype(np.int32)

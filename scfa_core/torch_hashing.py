@@ -2,6 +2,9 @@
 
 Tracing sees one call with an int32 result, so that compiled graphs, exported programs and captured
 CUDA graphs hold it whole. `scfa_core.hashing.angular_hash` has checked the arguments.
+
+And ``scfa::block_sums``, for means of the rows before: torch's own sum, which takes half the time
+of the kernel that torch.compile (2.11) would write for it where rows of heads lie side by side.
 """
 
 from __future__ import annotations
@@ -12,16 +15,17 @@ from typing import Any
 import torch
 
 from scfa_core.dispatch import load_backend
+from scfa_core.hashing import CENTER_ROWS, centers_from, rows_at_once
 from scfa_core.torch_fakes import register_fake
 from scfa_core.torch_framework import TORCH_FRAMEWORK, dtype_name, raw_stream
 
-__all__ = ["ANGULAR_HASH", "hash_rows", "kernel_reason"]
-
-_WORKSPACE = 1 << 24  # projections that plain torch holds at once: 64 MiB of float32
+__all__ = ["ANGULAR_HASH", "BLOCK_SUMS", "hash_rows", "kernel_reason"]
 
 LIBRARY = torch.library.Library("scfa", "FRAGMENT")
 LIBRARY.define("angular_hash(Tensor x, Tensor directions, Tensor? center) -> Tensor")
+LIBRARY.define("block_sums(Tensor x, SymInt rows) -> Tensor")
 ANGULAR_HASH = torch.ops.scfa.angular_hash.default
+BLOCK_SUMS = torch.ops.scfa.block_sums.default
 
 
 def kernel_reason(x: torch.Tensor, directions: torch.Tensor) -> str | None:
@@ -39,15 +43,14 @@ def hash_rows(
     x: torch.Tensor, directions: torch.Tensor, center: torch.Tensor | None
 ) -> torch.Tensor:
     """Buckets by plain torch, a stretch of rows at a time; products and sums are float32."""
-    batch, heads, seqlen, _ = x.shape
-    rounds, _, _, half = directions.shape
-    rows = max(1, _WORKSPACE // max(1, rounds * batch * heads * half))
+    seqlen, rows = x.shape[2], rows_at_once(x.shape, directions.shape)
     if seqlen <= rows:
         return _hash_stretch(x, directions, center)
-    cuts = range(0, seqlen, rows)
-    return torch.cat(
-        [_hash_stretch(x[:, :, at : at + rows], directions, center) for at in cuts], dim=-1
-    )
+    pieces = [
+        _hash_stretch(x[:, :, at : at + rows], directions, centers_from(center, at))
+        for at in range(0, seqlen, rows)
+    ]
+    return torch.cat(pieces, dim=-1)
 
 
 def _hash_stretch(
@@ -74,12 +77,20 @@ def _hash_stretch(
             turned = torch.matmul(x, columns).view(batch, heads, seqlen, rounds, half)
             turned = turned.permute(3, 0, 1, 2, 4)
         if center is not None:
-            center = center.detach().float().repeat_interleave(heads // center.shape[0], dim=0)
-            moved = (center[..., None] * directions).sum(dim=2)  # (rounds, heads, half)
-            turned = turned - moved[:, None, :, None]
+            turned = turned - _moved(center.detach().float(), directions, seqlen)
         most, up = turned.max(dim=-1)
         least, down = turned.min(dim=-1)
         return torch.where(most >= -least, up, down + half).to(torch.int32).contiguous()
+
+
+def _moved(center: torch.Tensor, directions: torch.Tensor, seqlen: int) -> torch.Tensor:
+    """Products of centers, to subtract from those of rows (rounds, batch, heads, seqlen, half)."""
+    own, heads = center.shape[-3] if center.dim() == 4 else center.shape[0], directions.shape[1]
+    if center.dim() == 2:
+        center = center.repeat_interleave(heads // own, dim=0)
+        return (center[..., None] * directions).sum(dim=2)[:, None, :, None]
+    moved = center.repeat_interleave(heads // own, dim=1) @ directions[:, None]
+    return moved.repeat_interleave(CENTER_ROWS, dim=3)[:, :, :, :seqlen]
 
 
 def _on_cpu(x: torch.Tensor, directions: torch.Tensor, center: torch.Tensor | None) -> torch.Tensor:
@@ -128,6 +139,32 @@ def _batched(
     return torch.stack([ANGULAR_HASH(*one) for one in slices]), 0
 
 
+def _block_sums(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """Sums of each `rows` rows, whole blocks alone, in float32.
+
+    x (batch, heads, seqlen, head_dim); result (batch, heads, seqlen // rows, head_dim).
+    """
+    blocks = x.shape[2] // rows
+    return x[:, :, : blocks * rows].unflatten(2, (blocks, rows)).sum(3, dtype=torch.float32)
+
+
+def _fake_block_sums(x: torch.Tensor, rows: int) -> torch.Tensor:
+    batch, heads, seqlen, head_dim = x.shape
+    return x.new_empty((batch, heads, seqlen // rows, head_dim), dtype=torch.float32)
+
+
+def _batched_block_sums(
+    info: Any, in_dims: Sequence[int | None], x: torch.Tensor, rows: int
+) -> tuple[torch.Tensor, int]:
+    """`torch.func.vmap` rule: slices are sequences more."""
+    slices = x.movedim(in_dims[0] or 0, 0)
+    return BLOCK_SUMS(slices.flatten(0, 1), rows).unflatten(0, slices.shape[:2]), 0
+
+
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("block_sums", _block_sums, _device)
+register_fake("block_sums", _fake_block_sums, LIBRARY)
+torch.library.register_vmap(BLOCK_SUMS, _batched_block_sums, lib=LIBRARY)
 LIBRARY.impl("angular_hash", _on_cpu, "CPU")
 LIBRARY.impl("angular_hash", _on_cuda, "CUDA")
 register_fake("angular_hash", _fake, LIBRARY)

@@ -160,7 +160,7 @@ class _Backward:
             key_tiles = self._key_tiles(FUSED[problem.head_dim])[1]
             self.records = key_tiles * sm90._record_words(problem)
         self.both = split and fused
-        self.marked = _Marked(described, monotone, 11)
+        self.marked = _Marked(described, monotone, 12)
         dout, q, *_ = self.marked.arrays
         self.maps = tensor_maps(q, dout)
         launches = [self._choose()] if self.both else []
@@ -171,8 +171,9 @@ class _Backward:
 
     def __call__(self, plan: PlanAddresses, arrays: tuple[int, ...], ctx: CallContext) -> None:
         stats = ctx.empty((2 * self.rows + 1,), "float32").pointer  # the first: of absent rows
-        choice = key_tiles = added = sums = envelopes = 0
+        choice = counted = key_tiles = added = sums = envelopes = 0
         if self.both:
+            counted = _counters(ctx, self.device)
             heads = self.problem.batch * self.problem.heads_kv
             choice = ctx.empty((sm90._CHOICE_WORDS + heads,), "int32").pointer
             first = choice + 4 * sm90._CHOICE_COUNTERS
@@ -189,16 +190,16 @@ class _Backward:
             envelopes = ctx.empty((2 * self.rows,), "int32").pointer
         workspace = (
             *(stats + 4, stats + 4 * (1 + self.rows), *counters, added, sums, choice),
-            *(envelopes, envelopes + 4 * self.rows, key_tiles),
+            *(envelopes, envelopes + 4 * self.rows, key_tiles, counted),
         )
         addresses = (*arrays, *plan[:_PLAN_SLOTS], *workspace)
         for launch in self.launches:
             launch(ctx.stream, addresses)
 
     def _params(self, counter: int, tiles: tuple[int, int], heads: int) -> bytes:
-        """Pack the arguments of one kernel; workspace 2, 3, 4 are the counters."""
+        """Pack the arguments of one kernel; workspace 2, 3, 4 and 11 are the counters."""
         dout, q, k, v, out, lse, dq, dk, dv = self.marked.arrays
-        lse_log2, delta, *_, added, dq_sum, choice, starts, ends, records = self.marked.workspace
+        lse_log2, delta, *_, added, dq_sum, choice, starts, ends, records, _ = self.marked.workspace
         sums = sm90.Sums(dq_sum, added, max(self.slots, 1), self.query_tiles)
         return sm90._params(
             self.problem,
@@ -243,10 +244,11 @@ class _Backward:
         return self.marked.bind(params, kernel.bind((2 * heads, 1, 1), 1024, 0))
 
     def _choose(self) -> Launch:
-        params = self._params(2, self._key_tiles(FUSED[self.problem.head_dim]),
-                              self.problem.heads_kv)  # fmt: skip
+        tiles = self._key_tiles(FUSED[self.problem.head_dim])
+        params = self._params(11, tiles, self.problem.heads_kv)
         kernel = sm90._choose_kernel(self.device, self.problem.head_dim)
-        return self.marked.bind(params, kernel.bind((1, 1, 1), 1024, 0))
+        blocks = -(-self.problem.batch * self.problem.heads_kv // 4)
+        return self.marked.bind(params, kernel.bind((blocks, 1, 1), 32, 0))
 
     def _split(self) -> list[Launch]:
         """The dq kernel, then the dk/dv kernel."""
@@ -265,15 +267,17 @@ class _Backward:
         shape = FUSED[head_dim]
         tiles = self._key_tiles(shape)
         params = self._params(4, tiles, self.problem.heads_kv)
-        most = sm90._PREPARE_BLOCKS * sm90._multiprocessors(self.device)
-        prepare = (
-            (sm90._key_tiles_kernel(self.device), -(-tiles[1] // 8)),  # a warp for each
-            (self._kernel("bwd_prepare_sm90", PREPARE[head_dim]), self.jobs),
+        records = sm90._key_tiles_kernel(self.device)
+        rows = self._kernel("bwd_prepare_sm90", PREPARE[head_dim])
+        processors = sm90._multiprocessors(self.device)
+        prepare = (  # kernel, blocks, blocks of a multiprocessor at most
+            (records, -(-tiles[1] // 8), sm90._RECORD_BLOCKS),  # a warp for each
+            (rows, self.jobs, sm90._PREPARE_BLOCKS[head_dim]),
         )
         return [
             *(
-                self.marked.bind(params, kernel.bind((min(blocks, most), 1, 1), 256, 0))
-                for kernel, blocks in prepare
+                self.marked.bind(params, kernel.bind((min(n, most * processors), 1, 1), 256, 0))
+                for kernel, n, most in prepare
             ),
             self._tiled(FUSED_KERNELS[head_dim], shape, 4, tiles, self.problem.heads_kv),
         ]

@@ -27,7 +27,8 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _CHUNK = 32  # kChunk
 _MOST_TILE, _LEAST_TILE = 1024, 128  # rows of a block
 _MOST_GRID = 2**31 - 1
-_PARAMS = struct.Struct("<QQQQqqq10i")
+CENTER_ROWS = 64  # that share a center, where a list has several
+_PARAMS = struct.Struct("<QQQQqqq11i4x")
 
 
 def constants(dtype: str, head_dim: int, n_directions: int, *, aligned: bool) -> Constants:
@@ -43,10 +44,10 @@ def constants(dtype: str, head_dim: int, n_directions: int, *, aligned: bool) ->
     )
 
 
-def shared_bytes(head_dim: int, n_directions: int) -> int:
-    """Sizeof(Shared) of the kernel."""
+def shared_bytes(head_dim: int, n_directions: int, rows: int) -> int:
+    """Sizeof(Shared) of the kernel, and a row of products for each center of a tile of `rows`."""
     width, blocks = -(-head_dim // _CHUNK) * _CHUNK, -(-n_directions // 8)
-    return 48 * width * blocks + 32 * blocks
+    return 48 * width * blocks + 32 * blocks * (rows // CENTER_ROWS)
 
 
 def shipped_constants() -> list[Constants]:
@@ -69,7 +70,8 @@ def reason_against(dtype: str, head_dim: int, n_directions: int, device: int) ->
             f"{head_dim} and {2 * n_directions}"
         )
     reason = BACKEND.availability() or _card_reason(device)
-    if reason is None and shared_bytes(head_dim, n_directions) > shared_limit(device):
+    least = shared_bytes(head_dim, n_directions, _LEAST_TILE)
+    if reason is None and least > shared_limit(device):
         reason = "its directions do not fit the shared memory of this card"
     return reason
 
@@ -100,14 +102,18 @@ def pack(
     batch, heads, seqlen, head_dim = x.shape
     rounds, own_heads, _, n_directions = directions.shape
     tiles = -(-seqlen // rows)
+    center_heads, centers = 1, 0
+    if center is not None:
+        of_rows = len(center.shape) == 4
+        center_heads, centers = center.shape[1:3] if of_rows else (center.shape[0], 0)
     params = _PARAMS.pack(
         x.pointer,
         directions.pointer,
         0 if center is None else center.pointer,
         bucket,
         *(stride * _BYTES[x.dtype] for stride in x.strides[:3]),
-        *(batch, heads, own_heads, 1 if center is None else center.shape[0]),
-        *(seqlen, head_dim, n_directions, rounds, rows, tiles),
+        *(batch, heads, own_heads, center_heads),
+        *(seqlen, head_dim, n_directions, rounds, rows, tiles, centers),
     )
     return rounds * tiles * batch * heads, params
 
@@ -132,7 +138,9 @@ def run_angular_hash(
         Any strides, the last of them 1; `reason_against` said None.
     directions : DeviceArray, (rounds, heads or a divisor, head_dim, n), float32
         Contiguous, as `center` is.
-    center : DeviceArray, (heads or a divisor, head_dim), float32, optional
+    center : DeviceArray, float32, optional
+        (heads or a divisor, head_dim), or (batch, heads or a divisor, ceil(seqlen / CENTER_ROWS),
+        head_dim).
     bucket : DeviceArray, (rounds, batch, heads, seqlen), int32
         Contiguous; every element is written.
     stream : int
@@ -143,9 +151,11 @@ def run_angular_hash(
     if batch * heads * seqlen * rounds == 0:
         return
     rows = tile_rows(batch * heads * rounds, seqlen, multiprocessors(x.device))
+    while shared_bytes(head_dim, n_directions, rows) > shared_limit(x.device):
+        rows //= 2
     blocks, params = pack(x, directions, center, bucket.pointer, rows)
     if blocks > _MOST_GRID:
         raise ValueError(f"{x.shape=} needs {blocks} blocks, at most {_MOST_GRID} can be launched")
     values = constants(x.dtype, head_dim, n_directions, aligned=is_aligned(x))
-    shared = shared_bytes(head_dim, n_directions)
+    shared = shared_bytes(head_dim, n_directions, rows)
     _kernel(values, x.device).launch((blocks, 1, 1), THREADS, shared, stream, params)

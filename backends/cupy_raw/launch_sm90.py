@@ -52,7 +52,8 @@ _SUM_BYTES_PER_ROW = 8  # and so many more for each query row
 # otherwise
 _LONG_KEYS = {64: 640, 128: 440}
 _HEADS_IN_TURN = 4  # at most, at the end of a forward (tiles_sm90.cuh)
-_PREPARE_BLOCKS = 8  # of the preparing kernels, for each multiprocessor
+_RECORD_BLOCKS = 8  # of the kernel that looks at key tiles, for each multiprocessor
+_PREPARE_BLOCKS = {64: 5, 128: 3}  # of that which prepares rows: as many as have registers
 _CHOICE_WORDS = 8  # before those of the heads: choice_sm90.cuh
 _CHOICE_COUNTERS = 2  # the first of three tile counters among them
 

@@ -29,7 +29,7 @@ from bench.lm.config import PRESETS
 from bench.lm.train import World
 from scfa_core import distributed
 from scfa_core.distributed_exchange import gather
-from scfa_core.nn.hashing import PAST_BLOCK
+from scfa_core.hashing import CENTER_ROWS
 from scfa_core.terminal import Terminal
 
 STEPS = 3
@@ -241,7 +241,7 @@ def paper_checks(size: Size, where: World, backend: str | None) -> Iterator[Chec
     names = ["window9"] if low else ["window9", "hash4", "hash4r"]
     for way in ("all-to-all", "all-gather"):
         for name in names:
-            length = (4 * PAST_BLOCK if name.endswith("r") else 32) * where.size
+            length = (4 * CENTER_ROWS if name.endswith("r") else 32) * where.size
             config = dataclasses.replace(
                 PRESETS["tiny"], attention=name, heads=size.heads, head_dim=size.head_dim,
                 seqlen=length, backend=backend,

@@ -22,8 +22,8 @@ from bench.lm.model import LanguageModel
 from scfa_core import distributed
 from scfa_core.distributed_exchange import gather
 from scfa_core.errors import ShapeError
-from scfa_core.hashing import angular_hash
-from scfa_core.nn.hashing import PAST_BLOCK, PAST_START, less_past
+from scfa_core.hashing import CENTER_ROWS, angular_hash
+from scfa_core.nn.hashing import PAST_START, past_mean
 
 VOCABULARY = 64
 LOSS_ROWS = 8192  # logits of so many rows are in memory at once
@@ -93,27 +93,25 @@ def _pattern(config: Config, bucket: Tensor | None) -> scfa.Pattern:
     return scfa.Causal() if config.attention == "dense" else scfa.SlidingWindow(int(window))
 
 
-def less_past_of_all(x: Tensor, start: Tensor, rows: Tensor) -> Tensor:
-    """`less_past` of a sequence of which this rank holds `rows`, whole blocks of them.
+def past_mean_of_all(x: Tensor, start: Tensor, rows: Tensor) -> Tensor:
+    """`past_mean` of a sequence of which this rank holds `rows`, whole blocks of them.
 
     Ranks exchange the sum of each block, 1 / 64 of the rows. A block that holds a NaN or
     an infinity counts for nothing.
     """
-    if len(rows) % PAST_BLOCK:
-        raise ShapeError(f"ranks need blocks of {PAST_BLOCK} rows each, got {len(rows)} rows")
-    own = rows[::PAST_BLOCK] // PAST_BLOCK
+    if len(rows) % CENTER_ROWS:
+        raise ShapeError(f"ranks need blocks of {CENTER_ROWS} rows each, got {len(rows)} rows")
+    own = rows[::CENTER_ROWS] // CENTER_ROWS
     order = torch.argsort(gather(own, 0, None))
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        sums = x.unflatten(2, (-1, PAST_BLOCK)).sum(3, dtype=torch.float32)
+        sums = x.unflatten(2, (-1, CENTER_ROWS)).sum(3, dtype=torch.float32)
         sums = gather(sums, 2, None).index_select(2, order)
         known = sums.isfinite().all(-1, keepdim=True)
         before, number = (
             functional.pad(y[:, :, :-1].cumsum(2), (0, 0, 1, 0)).index_select(2, own)
-            for y in (sums.where(known, 0.0), PAST_BLOCK * known.float())
+            for y in (sums.where(known, 0.0), CENTER_ROWS * known.float())
         )
-        mean = (before + PAST_START * start[:, None]) / (number + PAST_START)
-        of_row = mean.repeat_interleave(PAST_BLOCK, dim=2)
-        return (x.float() - of_row).to(x.dtype)
+        return (before + PAST_START * start[:, None]) / (number + PAST_START)
 
 
 def sharded_attend(config: Config, way: str, rows: Tensor) -> Attend:
@@ -135,9 +133,8 @@ def sharded_attend(config: Config, way: str, rows: Tensor) -> Attend:
             if own is None:
                 return _pattern(config, None)
             start = None if center is None else center.chunk(ranks)[rank]
-            return _pattern(
-                config, angular_hash(q if start is None else less_past(q, start), own, None)[0]
-            )
+            about = None if start is None else past_mean(q, start)
+            return _pattern(config, angular_hash(q, own, about)[0])
 
         return distributed.ulysses_attention(q, k, v, pattern, **options)
 
@@ -150,8 +147,8 @@ def sharded_attend(config: Config, way: str, rows: Tensor) -> Attend:
         bucket = None
         if directions is not None:
             if center is not None:
-                hashed = less_past_of_all(hashed, center, rows)
-            bucket = gather(angular_hash(hashed, directions, None)[0], 2, None)
+                center = past_mean_of_all(hashed, center, rows)
+            bucket = gather(angular_hash(hashed, directions, center)[0], 2, None)
             bucket = bucket.index_select(2, order)
         pattern = _pattern(config, bucket)
         return distributed.gathered_attention(q, k, v, pattern, rows=rows, **options)

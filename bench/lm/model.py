@@ -16,8 +16,8 @@ from torch.nn import functional
 from bench.lm.attend import attend_for
 from bench.lm.config import Config
 from bench.lm.data import document_ids
-from scfa_core.hashing import angular_hash
-from scfa_core.nn.hashing import less_past, second_moments
+from scfa_core.hashing import CENTER_ROWS, angular_hash
+from scfa_core.nn.hashing import past_mean, second_moments
 
 ROTARY_BASE = 10000.0
 SAMPLED = 2048  # about so many queries of a batch count for mean and covariance
@@ -74,20 +74,18 @@ class Mix(nn.Module):
         q, v = self.project(x)
         k = functional.normalize(q, dim=-1).to(q.dtype)
         turned = (rotate(q), rotate(k)) if self.rotary else (q, k)
-        hashed, center = self.hashed(q.detach(), center)
-        out = self.attend(*turned, v, hashed, directions, center, documents)
-        self._note(q.detach(), hashed)
+        center = self.hashed_about(q, center)
+        out = self.attend(*turned, v, q.detach(), directions, center, documents)
+        self._note(q.detach(), center)
         out = out.transpose(1, 2).flatten(2)
         mixed_back: Tensor = self.output(out)
         return mixed_back
 
-    def hashed(self, q: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Rows to hash, and about which center."""
-        if center is None or not self.follows_past:
-            return q, center
-        return less_past(q, center), None
+    def hashed_about(self, q: Tensor, center: Tensor | None) -> Tensor | None:
+        """The center that queries are hashed about, or those of their rows."""
+        return past_mean(q, center) if center is not None and self.follows_past else center
 
-    def _note(self, q: Tensor, hashed: Tensor) -> None:
+    def _note(self, q: Tensor, center: Tensor | None) -> None:
         """Store moments of a batch; overwritten, not added up, so that it may be recomputed.
 
         Of those sequences of each head that are finite: one NaN would stay for good.
@@ -96,8 +94,11 @@ class Mix(nn.Module):
             return
         with torch.autocast(q.device.type, enabled=False):
             each = max(q.shape[0] * q.shape[2] // SAMPLED, 1)
-            rows, about = (x[:, :, ::each] for x in (q, hashed))
+            about = rows = q[:, :, ::each]
             rows = rows.float()
+            if center is not None and self.follows_past:
+                own = torch.arange(0, q.shape[2], each, device=q.device) // CENTER_ROWS
+                about = (rows - center[:, :, own]).to(q.dtype)
             sums = rows.sum(2) + about.sum(2, dtype=torch.float32)
             known = sums.isfinite().all(-1)[..., None, None]
             number = rows.shape[2] * known.sum(0)
@@ -314,7 +315,7 @@ class LanguageModel(nn.Module):
         for layer, q in enumerate(self.queries(text, directions)):
             drawn, center = self._hash_of(layer, directions)
             if isinstance(self.blocks[layer].mix, Mix):
-                q, center = self.blocks[layer].mix.hashed(q, center)
+                center = self.blocks[layer].mix.hashed_about(q, center)
             bucket = angular_hash(q, drawn, center)[0].long()
             count = functional.one_hot(bucket, self.config.buckets).sum(2).double()
             share = count / bucket.shape[-1]

@@ -9,39 +9,41 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
 from scfa_core.errors import PatternError, ShapeError
-from scfa_core.hashing import angular_hash, check_buckets, random_directions
+from scfa_core.hashing import CENTER_ROWS, angular_hash, check_buckets, random_directions
 from scfa_core.problem import as_size, check_flag, check_share
 from scfa_core.torch_checks import check_tensor
+from scfa_core.torch_hashing import BLOCK_SUMS
 
 ADAPTS = ("none", "center", "whiten", "past")
 _RIDGE = 0.01  # of the mean variance, added to every variance: no axis is stretched beyond tenfold
 _TINY = 1e-20
-PAST_BLOCK = 64  # rows that share a mean of those before them
 PAST_START = 16  # rows that the start of a sequence counts for
 _BMM_TO_FLOAT = hasattr(torch.ops.aten.bmm, "dtype")  # torch 2.8: out_dtype of 16-bit products
 
 
-def less_past(x: Tensor, start: Tensor) -> Tensor:
-    """Rows (batch, heads, seqlen, head_dim) less the mean of those before them.
+def past_mean(x: Tensor, start: Tensor) -> Tensor:
+    """Mean of the rows before, for every `CENTER_ROWS` rows (batch, heads, seqlen, head_dim).
 
-    Of rows in earlier blocks of `PAST_BLOCK`, and of `start` (heads, head_dim) as `PAST_START` rows
-    more: no row knows a later one. A block that holds a NaN or an infinity counts for nothing.
+    (batch, heads, ceil(seqlen / CENTER_ROWS), head_dim), float32: of rows in earlier blocks, and of
+    `start` (heads, head_dim) as `PAST_START` rows more, so that no row knows a later one. A block
+    that holds a NaN or an infinity counts for nothing.
     """
     seqlen = x.shape[2]
-    if not seqlen:
-        return x
-    blocks = -(-seqlen // PAST_BLOCK)
+    blocks = -(-seqlen // CENTER_ROWS)
     x = x.detach()
     with torch.autocast(x.device.type, enabled=False):
-        whole = x[:, :, : (blocks - 1) * PAST_BLOCK].unflatten(2, (blocks - 1, PAST_BLOCK))
-        sums = whole.sum(3, dtype=torch.float32)
+        sums = BLOCK_SUMS(x, CENTER_ROWS)
         known = sums.isfinite().all(-1, keepdim=True)
         total = _running_sum(sums.where(known, 0.0))
-        rows = _running_sum(PAST_BLOCK * known.float())
-        total, rows = (pad(y, (0, 0, 1, 0)) for y in (total, rows))
-        mean = (total + PAST_START * start[:, None]) / (rows + PAST_START)
-        of_row = mean.unsqueeze(3).expand(-1, -1, -1, PAST_BLOCK, -1).flatten(2, 3)
-        return (x.float() - of_row[:, :, :seqlen]).to(x.dtype)
+        rows = _running_sum(CENTER_ROWS * known.float())
+        total, rows = (pad(y, (0, 0, 1, 0))[:, :, :blocks] for y in (total, rows))
+        return (total + PAST_START * start[:, None]) / (rows + PAST_START)
+
+
+def less_past(x: Tensor, mean: Tensor) -> Tensor:
+    """Rows (batch, heads, seqlen, head_dim) less what `past_mean` says of them."""
+    of_row = mean.unsqueeze(3).expand(-1, -1, -1, CENTER_ROWS, -1).flatten(2, 3)
+    return (x.detach().float() - of_row[:, :, : x.shape[2]]).to(x.dtype)
 
 
 def _running_sum(x: Tensor) -> Tensor:
@@ -216,11 +218,10 @@ class AngularHash(nn.Module):
                 )
         found = []
         for x, center in pairs:
-            hashed = less_past(x, center.place) if center.past else x
+            place = past_mean(x, center.place) if center.past else center.place
             if self.training:
-                center.note(x, hashed)
-            place = None if center.past else center.place
-            found.append(angular_hash(hashed, directions, place))
+                center.note(x, place)
+            found.append(angular_hash(x, directions, place))
         return tuple(found)
 
     @torch.no_grad()
@@ -321,13 +322,14 @@ class _Center(nn.Module):
         self.register_buffer("scatter", zeros(*square) if whiten else None)
 
     @torch.no_grad()
-    def note(self, x: Tensor, hashed: Tensor) -> None:
+    def note(self, given: Tensor, place: Tensor) -> None:
         """Store mean and covariance of a batch; not added up, so that a layer may be recomputed.
 
         Of those sequences of each head that are finite: one NaN would stay in the buffers for good.
+        `place` is what rows were hashed about.
         """
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.detach().float()
+        with torch.autocast(given.device.type, enabled=False):
+            x = given.detach().float()
             sums = x.sum(2, keepdim=True)
             known = sums.isfinite().all(-1, keepdim=True)
             number = x.shape[2] * known.sum(0)
@@ -336,7 +338,7 @@ class _Center(nn.Module):
             if self.scatter is None:
                 return
             # with `past` what is left is what must spread, its mean as well
-            rows = hashed.detach() if self.past else x - mean
+            rows = less_past(given, place) if self.past else x - mean
             self._store(self.scatter, second_moments(rows.where(known, 0.0)) / number)
 
     @staticmethod

@@ -31,10 +31,13 @@ def drawn(torch, *shape, dtype="bfloat16", seed=0):
 
 def loss_of_buckets(torch, bucket, x, directions, center=None):
     """By how much the product of each row's bucket misses the best, in float64."""
-    heads = x.shape[1]
+    heads, seqlen = x.shape[1:3]
     x = x.double()
     if center is not None:
-        x = x - center.double().repeat_interleave(heads // center.shape[0], 0)[:, None]
+        if center.dim() == 2:
+            center = center[None, :, None].expand(-1, -1, -(-seqlen // hashing.CENTER_ROWS), -1)
+        each = center.double().repeat_interleave(heads // center.shape[1], 1)
+        x = x - each.repeat_interleave(hashing.CENTER_ROWS, 2)[:, :, :seqlen]
     directions = directions.double().repeat_interleave(heads // directions.shape[1], 1)
     y = x[None] @ directions[:, None]
     y = torch.cat([y, -y], dim=-1)
@@ -66,6 +69,39 @@ def test_buckets_are_those_of_float64_but_for_near_ties(
     lost = loss_of_buckets(torch, bucket, x, directions, center)
     assert float(lost.max()) < 3e-5  # of products of a few units
     assert float((lost == 0).double().mean()) > 0.999
+
+
+@pytest.mark.parametrize("head_dim", [20, 64, 256])
+@pytest.mark.parametrize("seqlen", [1, 64, 65, 1100, 8192])
+def test_a_center_for_every_64_rows(torch, head_dim, seqlen):
+    x = drawn(torch, 2, 4, seqlen, head_dim)
+    center = 2 * drawn(torch, 2, 2, -(-seqlen // 64), head_dim, dtype="float32", seed=1)
+    directions = table(torch, 4, head_dim, 128, 2)
+    bucket = hashing.angular_hash(x, directions, center)
+    lost = loss_of_buckets(torch, bucket, x, directions, center)
+    assert float(lost.max()) < 1e-4
+    assert float((lost == 0).double().mean()) > 0.999
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # its compiler imports torch.jit
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_mean_of_the_past_and_what_is_hashed_about_it(torch, turned):
+    from scfa_core import nn
+    from scfa_core.nn.hashing import less_past, past_mean
+
+    x = 3 + (drawn(torch, 2, 700, 4, 64).transpose(1, 2) if turned else drawn(torch, 2, 4, 700, 64))
+    start = drawn(torch, 4, 64, dtype="float32", seed=1)
+    mean = past_mean(x, start)
+    for block in range(mean.shape[2]):
+        total = x[:, :, : 64 * block].double().sum(2) + 16 * start.double()
+        assert float((mean[:, :, block] - total / (64 * block + 16)).abs().max()) < 1e-5
+    compiled = torch.compile(past_mean, fullgraph=True)(x, start)
+    assert float((compiled - mean).abs().max()) < 1e-5
+    own = nn.AngularHash(4, 64, 16, seed=0, adapt="past").cuda()
+    own.centers[0].place.copy_(start)
+    bucket = own.eval()(x)[0]
+    lost = loss_of_buckets(torch, bucket, less_past(x.double(), mean), own.directions)
+    assert float(lost.max()) < 1e-4
 
 
 def test_strides_and_odd_starts(torch):
@@ -194,6 +230,8 @@ def test_numba_device_arrays(torch):
     assert all((mine.q_hash.get() == other.q_hash).all() for mine, other in rounds)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # its compiler imports torch.jit
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # which would not be exact
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_second_moments_sum_in_float32_whatever_the_rows_are(torch, dtype):
     from scfa_core.nn.hashing import second_moments

@@ -48,7 +48,7 @@ FAULTS = (
         "the first query head of a key head decides for all", "hopper-choice",
     ),
     Fault("hopper-choose-share", CUDA + "bwd_choose_sm90.cu",
-        "p.choice[kSplit] = fused == heads ? kNone", "p.choice[kSplit] = fused > 0 ? kNone",
+        "p.choice[kSplit] = all_fused == heads ? kNone", "p.choice[kSplit] = all_fused > 0 ? kNone",
         "one fused head, and no head goes the split way", "hopper-choice",
     ),
     Fault("hopper-mask-count", CUDA + "softmax_sm90.cuh",

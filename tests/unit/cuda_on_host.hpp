@@ -236,6 +236,8 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
 
 inline bool __any_sync(unsigned lanes, bool vote) { return __ballot_sync(lanes, vote) != 0; }
 
+inline void __threadfence() {}  // one block runs after the other
+
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(x); }
 

@@ -247,7 +247,7 @@ def test_where_ranges_can_be_long_the_gpu_chooses(launched, monkeypatch):
     at = tuple(x.pointer for x in arrays)
     without = [x._replace(pointer=0) for x in arrays]
     bound_sm90.bind_backward(sizes, True, *without)(PLAN, at, Context())
-    choice, records, room = (WORKSPACE + (i << 20) for i in (1, 2, 3))
+    counted, choice, records, room = (WORKSPACE + (i << 20) for i in (1, 2, 3, 4))
     added = records + 4 * 32 * (4 + 2 * 2)
     sums = launch_sm90.Sums(room, added, launch_sm90._sum_slots(sizes), 2)
     stats = (WORKSPACE + 4, WORKSPACE + 4 + 4 * 2 * 4 * 90)
@@ -262,8 +262,9 @@ def test_where_ranges_can_be_long_the_gpu_chooses(launched, monkeypatch):
             maps=tensor_maps(q, dout),
         )
 
-    assert [(x[0], x[-1]) for x in launched] == [
-        ("scfa_bwd_choose_sm90", want(first, key_tiles, 2)),
+    assert launched[0] == ("zero", counted, 8, STREAM, 0)
+    assert [(x[0], x[-1]) for x in launched[1:]] == [
+        ("scfa_bwd_choose_sm90", want(counted, key_tiles, 2)),
         ("scfa_bwd_dq_sm90", want(first, (1, 8), 4)),
         ("scfa_bwd_dkdv_sm90", want(first + 4, key_tiles, 2)),
         ("scfa_bwd_key_tiles_sm90", want(first + 8, key_tiles, 2)),

@@ -52,11 +52,12 @@ def through_dtensor(pattern, mesh, placement, stays=True):
     return [x.full_tensor() for x in results]
 
 
-HASHES = {  # heads of the rows, the directions, the center; can a share of the heads stay?
-    "tables of each head": (4, 4, 4, True),
-    "tables shared by two heads": (4, 2, None, True),
-    "one table for all": (4, 1, 2, True),
-    "tables shared across ranks": (6, 3, None, False),
+HASHES = {  # heads of the rows, the directions, the center; axes of whose shares none is gathered
+    "tables of each head": (4, 4, 4, (0, 1, 2)),
+    "tables shared by two heads": (4, 2, None, (0, 1, 2)),
+    "one table for all": (4, 1, 2, (0, 1, 2)),
+    "tables shared across ranks": (6, 3, None, (0, 2)),
+    "a center for every 64 rows": (4, 2, (2, 4, -(-SEQLEN // 64)), (0, 1)),
 }
 
 
@@ -66,7 +67,8 @@ def rows_to_hash(name):
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(2, heads, SEQLEN, 16, generator=generator)
     table = torch.from_numpy(hashing.random_directions(own, 16, 8, rounds=3, seed=4))
-    return x, table, None if middle is None else torch.randn(middle, 16, generator=generator)
+    sizes = middle if isinstance(middle, tuple) else (middle,)
+    return x, table, None if middle is None else torch.randn(*sizes, 16, generator=generator)
 
 
 def hash_through_dtensor(name, mesh, placement):
@@ -292,7 +294,7 @@ def test_sharded_rows_hash_as_whole_ones(results, name, placement):
     assert torch.equal(bucket, hashing.angular_hash(*rows_to_hash(name)))
     if isinstance(placement, Replicate):
         assert lies == str((placement,))
-    elif placement.dim != 1 or HASHES[name][-1]:  # nothing was gathered
+    elif placement.dim in HASHES[name][-1]:
         assert lies == str((Shard(placement.dim + 1),))
 
 

@@ -9,11 +9,12 @@ torch = pytest.importorskip("torch", reason="about torch tensors")
 
 import scfa_core as scfa  # noqa: E402
 from scfa_core import nn  # noqa: E402
-from scfa_core.nn.hashing import PAST_BLOCK, PAST_START, less_past  # noqa: E402
+from scfa_core.hashing import CENTER_ROWS  # noqa: E402
+from scfa_core.nn.hashing import PAST_START, less_past, past_mean  # noqa: E402
 
 BUCKETS, DIM, HEADS, SEQLEN = 8, 16, 4, 400
 BAD = {"NaN": float("nan"), "infinity": float("inf"), "both infinities": None}
-ROW = 100  # where it stands: in the second block of `less_past`
+ROW = 100  # where it stands: in the second block of `past_mean`
 
 
 def rows(seed, batch=2):
@@ -51,7 +52,7 @@ def test_a_bad_row_does_not_reach_other_rows(adapt, what):
         assert same.all()
         return
     # The mean of earlier rows does without the block of the bad one, and is known later.
-    later = same[0, 0, 1, PAST_BLOCK * (ROW // PAST_BLOCK + 1) :]
+    later = same[0, 0, 1, CENTER_ROWS * (ROW // CENTER_ROWS + 1) :]
     assert same.sum() == same.numel() - (~later).sum()
     assert later.float().mean() > 0.7
 
@@ -60,10 +61,10 @@ def test_a_bad_row_does_not_reach_other_rows(adapt, what):
 def test_the_past_is_that_of_blocks_without_bad_rows(what):
     x = spoiled(rows(0), what)
     start = torch.full((HEADS, DIM), 0.5)
-    less = less_past(x, start)
-    for row in (0, PAST_BLOCK, 2 * PAST_BLOCK, 3 * PAST_BLOCK + 9, SEQLEN - 1):
-        known = [at for at in range(row // PAST_BLOCK) if at != ROW // PAST_BLOCK]
-        blocks = [x[0, 1, PAST_BLOCK * at : PAST_BLOCK * (at + 1)] for at in known]
+    less = less_past(x, past_mean(x, start))
+    for row in (0, CENTER_ROWS, 2 * CENTER_ROWS, 3 * CENTER_ROWS + 9, SEQLEN - 1):
+        known = [at for at in range(row // CENTER_ROWS) if at != ROW // CENTER_ROWS]
+        blocks = [x[0, 1, CENTER_ROWS * at : CENTER_ROWS * (at + 1)] for at in known]
         total = torch.cat([start[1].expand(PAST_START, DIM), *blocks])
         torch.testing.assert_close(less[0, 1, row], x[0, 1, row] - total.mean(0))
 
@@ -78,13 +79,13 @@ def test_the_past_of_a_sharded_sequence_is_the_same(what, monkeypatch):
     from bench.distributed import models
 
     monkeypatch.setattr(models, "gather", lambda x, axis, group: x)
-    x = spoiled(rows(0)[:, :, : 6 * PAST_BLOCK], what)
+    x = spoiled(rows(0)[:, :, : 6 * CENTER_ROWS], what)
     start = torch.full((HEADS, DIM), 0.5)
-    held = torch.arange(6 * PAST_BLOCK).view(6, PAST_BLOCK)[[3, 0, 5, 1, 4, 2]].flatten()
-    mine = models.less_past_of_all(x[:, :, held], start, held)
-    right = less_past(x, start)[:, :, held]
-    torch.testing.assert_close(mine, right, equal_nan=True)
-    assert right.isfinite().all(-1).sum() >= 2 * HEADS * 6 * PAST_BLOCK - 2
+    held = torch.arange(6 * CENTER_ROWS).view(6, CENTER_ROWS)[[3, 0, 5, 1, 4, 2]].flatten()
+    mine = models.past_mean_of_all(x[:, :, held], start, held)
+    right = past_mean(x, start)[:, :, [3, 0, 5, 1, 4, 2]]
+    torch.testing.assert_close(mine, right)
+    assert right.isfinite().all()
 
 
 @pytest.mark.parametrize("what", BAD)

@@ -19,7 +19,7 @@ def by_formula(x, directions):
 @pytest.mark.parametrize(("heads", "own_heads"), [(3, 3), (4, 2), (4, 1)])
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_buckets_follow_the_formula(heads, own_heads, rounds, monkeypatch):
-    x = np.random.default_rng(0).standard_normal((2, heads, 61, 24)).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal((2, heads, 161, 24)).astype(np.float32)
     directions = hashing.random_directions(own_heads, 24, 10, rounds=rounds, seed=1)
     right = by_formula(x.astype(np.float64), directions.astype(np.float64))
     whole = hashing.angular_hash(x, directions)
@@ -31,7 +31,7 @@ def test_buckets_follow_the_formula(heads, own_heads, rounds, monkeypatch):
 
 def test_torch_agrees_with_numpy_and_ignores_length_and_autocast(monkeypatch):
     torch = pytest.importorskip("torch", reason="compares torch tensors with NumPy arrays")
-    x = np.random.default_rng(2).standard_normal((1, 4, 50, 32)).astype(np.float32)
+    x = np.random.default_rng(2).standard_normal((1, 4, 150, 32)).astype(np.float32)
     directions = hashing.random_directions(2, 32, 16, rounds=2, seed=3)
     right = hashing.angular_hash(x, directions)
     tensors = torch.from_numpy(x).requires_grad_(), torch.from_numpy(directions)
@@ -42,7 +42,7 @@ def test_torch_agrees_with_numpy_and_ignores_length_and_autocast(monkeypatch):
     np.testing.assert_array_equal(mine.numpy(), right)
     longer = hashing.angular_hash(tensors[0] * 7.5, tensors[1])
     np.testing.assert_array_equal(longer.numpy(), right)
-    monkeypatch.setattr("scfa_core.torch_hashing._WORKSPACE", 1000)
+    monkeypatch.setattr(hashing, "_WORKSPACE", 1000)
     np.testing.assert_array_equal(hashing.angular_hash(*tensors).numpy(), right)
 
 
@@ -228,6 +228,27 @@ def test_a_center_is_subtracted_and_makes_buckets_even(own_heads):
     assert crowded < 8 < 14 < even
     with pytest.raises(scfa.ShapeError, match="center must be"):
         hashing.angular_hash(x, directions, center[:, :5])
+
+
+@pytest.mark.parametrize("own_heads", [4, 1])
+@pytest.mark.parametrize("seqlen", [1, 64, 200])
+def test_a_center_for_every_64_rows(own_heads, seqlen, monkeypatch):
+    torch = pytest.importorskip("torch", reason="compares torch tensors with NumPy arrays")
+    rng = np.random.default_rng(7)
+    blocks = -(-seqlen // hashing.CENTER_ROWS)
+    center = 3 * rng.standard_normal((2, own_heads, blocks, 32)).astype(np.float32)
+    each = center.repeat(4 // own_heads, axis=1).repeat(hashing.CENTER_ROWS, axis=2)[:, :, :seqlen]
+    x = rng.standard_normal((2, 4, seqlen, 32)).astype(np.float32) + each
+    directions = hashing.random_directions(2, 32, 16, rounds=2, seed=3)
+    right = by_formula((x - each).astype(np.float64), directions.astype(np.float64))
+    tensors = [torch.from_numpy(y) for y in (x, directions, center)]
+    for workspace in (1 << 24, 1000):  # all rows at once, and 64
+        monkeypatch.setattr(hashing, "_WORKSPACE", workspace)
+        for mine in (hashing.angular_hash(x, directions, center), hashing.angular_hash(*tensors)):
+            assert (np.asarray(mine) == right).mean() > 0.999
+    for wrong in (center[:1], center[:, :, 1:], center[..., 1:], center[:, :0], center[0]):
+        with pytest.raises(scfa.ShapeError, match=r"ceil\(seqlen / 64\)"):
+            hashing.angular_hash(x, directions, wrong)
 
 
 def test_rows_seen_through_a_transpose_and_narrow_rows():

@@ -19,7 +19,7 @@ struct alignas(8) uint2 {
 };
 #include "hash_angular.cu"
 extern "C" void run(const HashParams* p, int blocks, int threads, int shared_bytes, int order) {
-  static_assert(sizeof(HashParams) == 96, "as hashing.py packs it");
+  static_assert(sizeof(HashParams) == 104, "as hashing.py packs it");
   if (shared_bytes < (int)sizeof(Shared)) std::abort();
   host::launch(scfa_hash_angular, *p, blocks, threads, shared_bytes, order);
 }
@@ -57,16 +57,19 @@ def run(compiler, x, dtype, directions, center=None, rows=hashing._LEAST_TILE, o
     blocks, params = hashing.pack(*arrays, middle, bucket.ctypes.data, rows)
     dim, count = x.shape[3], directions.shape[3]
     values = hashing.constants(dtype, dim, count, aligned=hashing.is_aligned(arrays[0]))
-    shared = hashing.shared_bytes(dim, count)
+    shared = hashing.shared_bytes(dim, count, rows)
     compiler.start(SOURCE, values).result()(params, blocks, hashing.THREADS, shared, order)
     return bucket
 
 
 def products(x, directions, center):
     """[y, -y] in float64, (rounds, batch, heads, seqlen, 2 n)."""
-    heads = x.shape[1]
+    heads, seqlen = x.shape[1:3]
     if center is not None:
-        x = x - center.astype(np.float64).repeat(heads // center.shape[0], 0)[:, None]
+        if center.ndim == 2:
+            center = center[None, :, None].repeat(-(-seqlen // 64), 2)
+        each = center.astype(np.float64).repeat(heads // center.shape[1], 1)
+        x = x - each.repeat(64, 2)[:, :, :seqlen]
     directions = directions.astype(np.float64).repeat(heads // directions.shape[1], 1)
     y = np.einsum("bhtd,rhdn->rbhtn", x, directions)
     return np.concatenate([y, -y], axis=-1)
@@ -98,6 +101,24 @@ def test_buckets_are_those_of_float64_but_for_near_ties(compiler, case):
     assert mine.max() < 2 * count
     lost = right.max(-1) - np.take_along_axis(right, mine[..., None], -1)[..., 0]
     assert lost.max() < 1e-5  # of products of a few units: the rounding of a float32 sum
+    assert (mine == right.argmax(-1)).mean() > 0.99
+
+
+@pytest.mark.parametrize("rows", [128, 256, 1024])
+@pytest.mark.parametrize(
+    "case", [(64, 8, 2, 2, 301, 1), (20, 12, 4, 1, 64, 2), (64, 1, 2, 1, 129, 1)], ids=str
+)
+def test_a_center_for_every_64_rows(compiler, case, rows):
+    dim, count, heads, center_heads, seqlen, rounds = case
+    rng = np.random.default_rng(dim)
+    x, exact = narrow(rng.standard_normal((2, heads, seqlen, dim), np.float32), "bfloat16")
+    directions = random_directions(heads, dim, 2 * count, rounds=rounds, seed=1)
+    shape = (2, center_heads, -(-seqlen // 64), dim)
+    center = 2 * rng.standard_normal(shape, np.float32)
+    right = products(exact, directions, center)
+    mine = run(compiler, x, "bfloat16", directions, center, rows)
+    lost = right.max(-1) - np.take_along_axis(right, mine[..., None], -1)[..., 0]
+    assert lost.max() < 1e-5
     assert (mine == right.argmax(-1)).mean() > 0.99
 
 

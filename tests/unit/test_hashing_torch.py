@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import scfa_core as scfa  # noqa: E402
 from scfa_core import hashing, nn  # noqa: E402
-from scfa_core.torch_hashing import ANGULAR_HASH, kernel_reason  # noqa: E402
+from scfa_core.torch_hashing import ANGULAR_HASH, BLOCK_SUMS, kernel_reason  # noqa: E402
 
 BUCKETS, DIM = 8, 16
 
@@ -33,7 +33,7 @@ def directions(heads=4, rounds=1, seed=0):
     return torch.from_numpy(drawn)
 
 
-@pytest.mark.parametrize("middle", [None, (2, DIM)])
+@pytest.mark.parametrize("middle", [None, (2, DIM), (2, 2, 1, DIM)])
 def test_opcheck_and_strides(middle):
     center = None if middle is None else rows(1, *middle)
     for x in (rows(0, 2, 4, 7, DIM), rows(0, 2, 7, 4, DIM).transpose(1, 2)):
@@ -41,6 +41,18 @@ def test_opcheck_and_strides(middle):
         bucket = hashing.angular_hash(x, directions(2, 3), center)
         assert bucket.shape == (3, 2, 4, 7)
         assert bucket.is_contiguous()
+
+
+def test_block_sums():
+    x = rows(0, 2, 20, 3, DIM).transpose(1, 2)
+    torch.library.opcheck(BLOCK_SUMS, (x, 8))
+    want = x[:, :, :16].unflatten(2, (2, 8)).sum(3)
+    torch.testing.assert_close(BLOCK_SUMS(x, 8), want)
+    narrow = 100 + x.to(torch.bfloat16)
+    mine = BLOCK_SUMS(narrow, 8)  # sums of 16 bits would be off by units
+    torch.testing.assert_close(mine, narrow.float()[:, :, :16].unflatten(2, (2, 8)).sum(3))
+    mapped = torch.func.vmap(lambda y: BLOCK_SUMS(y, 8), in_dims=3)(x[None].movedim(0, 3))
+    torch.testing.assert_close(mapped[0], want)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 7, DIM), (2, 4, 0, DIM)])
@@ -160,7 +172,7 @@ class Seen(TorchDispatchMode):
 def test_the_past_is_known_where_only_deterministic_sums_are(deterministic):
     x, start = rows(0, 2, 3, 700, 4), rows(1, 3, 4)
     with Seen() as seen:
-        nn.hashing.less_past(x, start)
+        nn.hashing.past_mean(x, start)
     assert ("cumsum" in seen.names) is not deterministic
 
 
@@ -168,11 +180,11 @@ def test_the_past_is_known_where_only_deterministic_sums_are(deterministic):
 @pytest.mark.parametrize("seqlen", [0, 1, 40, 64, 200, 700])
 def test_rows_less_the_mean_of_those_before(seqlen):
     x, start = rows(0, 2, 3, seqlen, 4) + 5, rows(1, 3, 4)
-    less = nn.hashing.less_past(x, start)
+    less = nn.hashing.less_past(x, nn.hashing.past_mean(x, start))
     assert less.shape == x.shape
     assert not less.requires_grad
     for row in range(seqlen):
-        known = row - row % nn.hashing.PAST_BLOCK  # rows of earlier blocks
+        known = row - row % hashing.CENTER_ROWS  # rows of earlier blocks
         total = x[:, :, :known].sum(2) + nn.hashing.PAST_START * start
         mean = total / (known + nn.hashing.PAST_START)
         torch.testing.assert_close(less[:, :, row], x[:, :, row] - mean, rtol=1e-4, atol=1e-4)

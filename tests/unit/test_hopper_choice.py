@@ -33,16 +33,17 @@ def chosen(kernels, plan, long_keys):
     lists = [np.ascontiguousarray(getattr(plan, name)) for name in names]
     arrays = PlanArrays.of([*(hopper_host.described(x, "int32") for x in lists), None], True)
     choice = np.full(HEADS_AT + heads_kv, -7, np.int32)
-    tiles = -(-keys // 128)
+    tiles, counted = -(-keys // 128), np.zeros(2, np.int32)
     params = launch_sm90._params(
-        *(problem, arrays, (None,) * 8, None, (0, 0), 0, (tiles, tiles * heads_kv), heads_kv),
+        *(problem, arrays, (None,) * 8, None, (0, 0), counted.ctypes.data),
+        *((tiles, tiles * heads_kv), heads_kv),
         choice=choice.ctypes.data,
     )
     driver = hopper_host.DRIVER.replace("KERNEL", "scfa_bwd_choose_sm90")
     source = hopper_host.source_of(("bwd_choose_sm90.cu",), driver.replace("READS_IN_VAIN", ""))
     run = kernels.start(source, (("BFLOAT16", 1), ("LONG_KEYS", long_keys))).result()
     held = host_build.aligned_copy(np.frombuffer(params, np.uint8), 64)
-    assert run(ctypes.c_void_p(held.ctypes.data), 1, 1024, 0, 0) == 0
+    assert run(ctypes.c_void_p(held.ctypes.data), -(-heads_kv // 4), 32, 0, 0) == 0
     return choice
 
 

@@ -8,10 +8,11 @@
 //   whose long ones take the time, the plain average says as little as of a window half as long.
 //   By 128 tiles of each query head. A head's way depends on nothing but its own ranges, so its
 //   gradients do not depend on what else is in the batch.
-// grid/block: one block of 1024 threads, eight of them for each key head in turn.
-// shared memory: one counter.
-// inputs/outputs: Params (params_sm90.cuh) with the tiles of key heads: q_count, key_start, key_end;
-//   choice is written, tile counters in it become 0.
+// grid/block: a warp for four key heads, eight lanes each: one multiprocessor would take longer for
+//   the loads of many heads than they take to come. The last warp to end counts.
+// shared memory: none.
+// inputs/outputs: Params (params_sm90.cuh) with the tiles of key heads: q_count, key_start, key_end,
+//   counter, two words that are 0; choice is written, tile counters in it become 0.
 // version and source: new here.
 #ifndef SCFA_LONG_KEYS
 #error "SCFA_LONG_KEYS: set by launch_sm90.py"
@@ -19,7 +20,7 @@
 #include "params_sm90.cuh"
 #include "choice_sm90.cuh"
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = 32;
 constexpr int kRows = 64;  // of a query tile
 // A head takes as long as two loads, one after the other, however many there are at once.
 constexpr int kLanes = 8;   // of a warp look at one head
@@ -58,29 +59,24 @@ __device__ __forceinline__ long long excess_of(const Params& p, int list, int la
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     scfa_bwd_choose_sm90(const __grid_constant__ Params p) {
-  __shared__ int fused;
-  if (threadIdx.x == 0) fused = 0;
-  __syncthreads();  // the counter is 0
   const int lane = threadIdx.x % kLanes, heads = p.by_tiles.quotient(p.tiles);
-  constexpr int kAtOnce = kThreads / kLanes;  // heads
-  for (int z0 = 0; z0 < heads; z0 += kAtOnce) {
-    const int z = z0 + threadIdx.x / kLanes;  // of all key heads; its query heads follow each other
-    long long excess = 0;
-    for (int member = 0; member < p.group_size && z < heads; ++member) {
-      excess += excess_of(p, z * p.group_size + member, lane);
-    }
+  const int z = blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes;  // of all key heads
+  long long excess = 0;
+  for (int member = 0; member < p.group_size && z < heads; ++member) {
+    excess += excess_of(p, z * p.group_size + member, lane);
+  }
 #pragma unroll
-    for (int i = 1; i < kLanes; i *= 2) excess += __shfl_xor_sync(0xFFFFFFFFu, excess, i);
-    if (lane == 0 && z < heads) {
-      const int way = excess > 0 ? kFused : kSplit;
-      p.choice[kChoiceHeads + z] = way;
-      atomicAdd(&fused, way);
-    }
-  }
-  __syncthreads();  // all heads are counted
-  if (threadIdx.x == 0) {
-    p.choice[kFused] = fused == 0 ? kNone : fused == heads ? kAll : kSome;
-    p.choice[kSplit] = fused == heads ? kNone : fused == 0 ? kAll : kSome;
-  }
-  if (threadIdx.x < 3) p.choice[kChoiceCounters + threadIdx.x] = 0;
+  for (int i = 1; i < kLanes; i *= 2) excess += __shfl_xor_sync(0xFFFFFFFFu, excess, i);
+  const bool speaks = lane == 0 && z < heads, fused = excess > 0;
+  if (speaks) p.choice[kChoiceHeads + z] = fused ? kFused : kSplit;
+  const int fused_here = __popc(__ballot_sync(0xFFFFFFFFu, speaks && fused));
+  if (blockIdx.x == 0 && threadIdx.x < 3) p.choice[kChoiceCounters + threadIdx.x] = 0;
+  if (threadIdx.x > 0) return;
+  atomicAdd(p.counter, fused_here);
+  __threadfence();  // a block that sees this one's arrival sees its heads counted
+  if (atomicAdd(p.counter + 1, 1) + 1 < static_cast<int>(gridDim.x)) return;
+  __threadfence();
+  const int all_fused = atomicAdd(p.counter, 0);
+  p.choice[kFused] = all_fused == 0 ? kNone : all_fused == heads ? kAll : kSome;
+  p.choice[kSplit] = all_fused == heads ? kNone : all_fused == 0 ? kAll : kSome;
 }

@@ -33,55 +33,97 @@ __device__ __forceinline__ float pair_product(unsigned a, unsigned b) {
   return a0 * b0 + a1 * b1;
 }
 
-__device__ __forceinline__ void prepare_tile(const Params& p, int share, int tile) {
+constexpr int kPasses = kRows * kLanes / kThreads;  // rows of a thread
+constexpr int kBlocks = kPasses > 2 ? 3 : 5;        // of a multiprocessor, as launch_sm90.py launches
+
+// What a thread looks up of a tile before it can load rows: of each of its own the place of the row
+// in the arrays, and its range.
+struct Places {
+  int count;  // kept rows of the list
+  int row[kPasses], start[kPasses], end[kPasses];
+};
+
+__device__ __forceinline__ int sorted_row(const Params& p, int tile, int z, int pass) {
+  const int first = (tile - z * p.query_tiles) * kRows;
+  return first + pass * (kThreads / kLanes) + threadIdx.x / kLanes;
+}
+
+__device__ __forceinline__ Places look_up(const Params& p, int tile) {
   const int z = p.by_query_tiles.quotient(tile);
-  const int first = (tile - z * p.query_tiles) * kRows, count = p.q_count[z];
-  if (share == kSome && !goes(p, kFused, p.by_group.quotient(z))) {
-    if (threadIdx.x == 0) p.added[tile] = kNoSum;
-    return;
+  const long long list = static_cast<long long>(z) * p.seqlen_q;
+  Places places;
+  places.count = p.q_count[z];
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int at = min(sorted_row(p, tile, z, pass), p.seqlen_q - 1);
+    places.row[pass] = p.q_index[list + at];
+    // All at once, though ranges of dropped rows may never have been written, which initcheck need
+    // not see.
+    const bool looks = !kSanitize || at < places.count;
+    places.start[pass] = looks ? p.key_start[list + at] : 0;
+    places.end[pass] = looks ? p.key_end[list + at] : 0;
   }
+  return places;
+}
+
+// How many key tiles visit a tile: see bwd_fused_sm90_tiles.cuh.
+__device__ __forceinline__ int visits_of(const Params& p, int tile, int count) {
+  const int z = p.by_query_tiles.quotient(tile), first = (tile - z * p.query_tiles) * kRows;
+  if (first >= count) return 0;
+  const long long list = static_cast<long long>(z) * p.seqlen_q;
+  const int low = p.key_start[list + first] / kTileKeys;
+  return (p.key_end[list + min(first + kRows, count) - 1] + kTileKeys - 1) / kTileKeys - low;
+}
+
+// The rows of a tile. `meanwhile` comes once its loads are on their way.
+template <class Function>
+__device__ __forceinline__ void prepare_tile(const Params& p, int tile, const Places& places,
+                                             int visits, const Function& meanwhile) {
+  const int z = p.by_query_tiles.quotient(tile);
   const int b = p.by_query_heads.quotient(z), h = z - b * p.heads;
   const long long list = static_cast<long long>(z) * p.seqlen_q;
-  // Key tiles [low, high) visit: see bwd_fused_sm90_tiles.cuh.
-  int low = 0, high = 0;
-  if (first < count) {
-    low = p.key_start[list + first] / kTileKeys;
-    high = (p.key_end[list + min(first + kRows, count) - 1] + kTileKeys - 1) / kTileKeys;
-  }
-  if (threadIdx.x == 0) p.added[tile] = high - low >= 2 ? 0 : kNoSum;
   const int chunk = 16 * (threadIdx.x % kLanes);
   const char *out = p.out.of_head(b, h) + chunk, *dout = p.dout.of_head(b, h) + chunk;
+  const char* lse = p.lse.of_head(b, h);
+  uint4 x[kPasses], y[kPasses];
+  float given[kPasses];
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const bool sees = sorted_row(p, tile, z, pass) < places.count &&
+                      places.start[pass] < places.end[pass];
+    const long long row = places.row[pass];
+    x[pass] = y[pass] = make_uint4(0, 0, 0, 0);
+    given[pass] = -SCFA_INFINITY;
+    if (sees) {
+      x[pass] = *reinterpret_cast<const uint4*>(dout + row * p.dout.row);
+      y[pass] = *reinterpret_cast<const uint4*>(out + row * p.out.row);
+      given[pass] = *reinterpret_cast<const float*>(lse + row * p.lse.row);
+    }
+  }
+  meanwhile();
+  if (threadIdx.x == 0) p.added[tile] = visits >= 2 ? 0 : kNoSum;
   char* dq = p.dq.of_head(b, h) + chunk;
 #pragma unroll
-  for (int pass = 0; pass < kRows * kLanes / kThreads; ++pass) {
-    const int sorted = first + pass * (kThreads / kLanes) + threadIdx.x / kLanes;
-    const bool there = sorted < p.seqlen_q;
-    const int at = min(sorted, p.seqlen_q - 1);
-    const long long row = p.q_index[list + at];
-    const bool blind = at >= count || p.key_start[list + at] >= p.key_end[list + at];
-    float sum = 0.0f;
-    if (there && !blind) {
-      const uint4 x = *reinterpret_cast<const uint4*>(dout + row * p.dout.row);
-      const uint4 y = *reinterpret_cast<const uint4*>(out + row * p.out.row);
-      sum = pair_product(x.x, y.x) + pair_product(x.y, y.y) + pair_product(x.z, y.z) +
-            pair_product(x.w, y.w);
-    }
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int sorted = sorted_row(p, tile, z, pass);
+    float sum = pair_product(x[pass].x, y[pass].x) + pair_product(x[pass].y, y[pass].y) +
+                pair_product(x[pass].z, y[pass].z) + pair_product(x[pass].w, y[pass].w);
 #pragma unroll
     for (int i = 1; i < kLanes; i *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, i);
-    if (there && low >= high) {
+    if (sorted >= p.seqlen_q) continue;
+    if (visits <= 0) {
+      const long long row = places.row[pass];
       *reinterpret_cast<uint4*>(dq + row * p.dq.row) = make_uint4(0, 0, 0, 0);
     }
-    if (there && threadIdx.x % kLanes == 0) {
-      const float given = blind ? -SCFA_INFINITY
-                                : *reinterpret_cast<const float*>(p.lse.of_head(b, h) +
-                                                                  row * p.lse.row);
-      p.row_lse[list + sorted] = given == -SCFA_INFINITY ? SCFA_INFINITY : given * kLog2E;
+    if (threadIdx.x % kLanes == 0) {
+      p.row_lse[list + sorted] =
+          given[pass] == -SCFA_INFINITY ? SCFA_INFINITY : given[pass] * kLog2E;
       p.row_delta[list + sorted] = -sum;
     }
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     scfa_bwd_prepare_sm90(const __grid_constant__ Params p) {
   const int share = share_of(p, kFused);
   if (share == kNone) return;
@@ -89,5 +131,23 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     p.row_lse[-1] = SCFA_INFINITY;  // the lse of queries that are not there
   }
   const int tiles = p.by_tiles.quotient(p.tiles) * p.group_size * p.query_tiles;
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) prepare_tile(p, share, tile);
+  int tile = blockIdx.x;  // fewer than tiles
+  Places places = look_up(p, tile);
+  int visits = visits_of(p, tile, places.count);
+  while (tile < tiles) {
+    // The next tile's places are looked up behind the loads of this one's rows, one chain of loads
+    // instead of two.
+    const int next = tile + gridDim.x, upcoming = min(next, tiles - 1);
+    Places next_places = places;
+    const int key_head = p.by_group.quotient(p.by_query_tiles.quotient(tile));
+    if (share == kSome && !goes(p, kFused, key_head)) {
+      if (threadIdx.x == 0) p.added[tile] = kNoSum;
+      next_places = look_up(p, upcoming);
+    } else {
+      prepare_tile(p, tile, places, visits, [&]() { next_places = look_up(p, upcoming); });
+    }
+    places = next_places;
+    visits = visits_of(p, upcoming, places.count);
+    tile = next;
+  }
 }

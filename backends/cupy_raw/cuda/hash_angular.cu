@@ -1,11 +1,13 @@
 // hash_angular: the bucket of every row under random directions, without the products ever reaching memory.
 //
-// computes       bucket = argmax [y, -y],  y = x @ R - c @ R  (R float32; no center c: y = x @ R); of equals the lowest index
+// computes       bucket = argmax [y, -y],  y = x @ R - c @ R  (R float32; no center c: y = x @ R); of equals the lowest index.
+//                A head has one center, or one for every kCenterRows rows of each sequence
 // grid/block     one block of 128 threads per tile_rows rows of one (batch, head) and one round; rounds of a tile lie side
 //                by side, so that all but the first find its rows in L2. A warp takes kMi * 16 rows at a time.
-// shared memory  the directions as mma operands, 48 * kHeadDim * kBlocks bytes, and c @ R, 32 * kBlocks bytes
+// shared memory  the directions as mma operands, 48 * kHeadDim * kBlocks bytes, and c @ R of each center, 32 * kBlocks bytes
 // inputs         x (batch, heads, seqlen, head_dim) with any strides but the last; R (rounds, own_heads, head_dim, directions)
-//                and c (center_heads, head_dim) contiguous; bucket (rounds, batch, heads, seqlen) contiguous
+//                and c (center_heads, head_dim) or (batch, center_heads, centers, head_dim) contiguous; bucket (rounds, batch,
+//                heads, seqlen) contiguous
 // version        tensor cores on exact parts: a float is the sum of 3 bfloat16, a half of 2, so that products are exact
 //                and sums float32. Lanes load 16 neighbouring bytes of a row, and R is stored in the order that this gives.
 #include "ptx.cuh"
@@ -26,6 +28,7 @@ constexpr int kXParts = 3 - SCFA_X_ELEMENT;     // and of an element of x
 constexpr int kMi = kBlocks <= 4 ? 2 : 1;       // blocks of 16 rows a warp takes at a time
 constexpr int kXWords = SCFA_X_ELEMENT ? 4 : 8; // four-byte words of 8 elements
 constexpr int kNobody = kIntMax;
+constexpr int kCenterRows = 64;  // that share a center, where a list has several; tiles are whole numbers of them
 static_assert(kIsBf16, "parts are bfloat16 whatever x is");
 static_assert(kHeadDim % kChunk == 0, "SCFA_HEAD_DIM is rounded up to whole chunks");
 static_assert(kBlocks >= 1 && kBlocks <= 8, "accumulators of up to 64 directions fit the registers");
@@ -37,11 +40,14 @@ struct HashParams {
   int* bucket;
   i64 x_batch, x_head, x_row;  // strides in bytes
   int batch, heads, own_heads, center_heads, seqlen, head_dim, n_directions, rounds, tile_rows, tiles;
+  int centers;  // of each list; 0: a head has one for all batches
 };
 
 struct Shared {
   uint2 operand[kChunks * 2][kBlocks][kParts][kWarpSize];
-  float moved[8 * kBlocks];  // c @ R
+
+  // c @ R lies behind, for each center of the tile.
+  SCFA_DEVICE float* moved(int center) { return reinterpret_cast<float*>(this + 1) + center * (8 * kBlocks); }
 };
 
 // The upper halves of two floats: bfloat16 cut off, not rounded, so that nothing overflows and the rest has the same sign.
@@ -102,8 +108,8 @@ SCFA_DEVICE void split(u32 (&parts)[kXParts][4], const u32 (&words)[kXWords]) {
 }
 
 // The directions of one round and head as right operands: lane 4 g + t of step s gets direction g of its block and the
-// columns that lane t loads of x in that step.
-SCFA_DEVICE void block_load_directions(Shared& shared, const HashParams& p, const float* directions, const float* center) {
+// columns that lane t loads of x in that step. And c @ R of `centers` centers.
+SCFA_DEVICE void block_load_directions(Shared& shared, const HashParams& p, const float* directions, const float* center, int centers) {
   for (int item = threadIdx.x; item < kChunks * 2 * kBlocks * kWarpSize; item += kThreads) {
     const int lane = item % kWarpSize, block = item / kWarpSize % kBlocks, step = item / kWarpSize / kBlocks;
     const int column = block * 8 + lane / 4;
@@ -123,14 +129,16 @@ SCFA_DEVICE void block_load_directions(Shared& shared, const HashParams& p, cons
     }
   }
   const int lane = threadIdx.x % kWarpSize;
-  for (int column = threadIdx.x / kWarpSize; column < 8 * kBlocks; column += kThreads / kWarpSize) {
+  for (int item = threadIdx.x / kWarpSize; item < centers * 8 * kBlocks; item += kThreads / kWarpSize) {
+    const int column = item % (8 * kBlocks), which = item / (8 * kBlocks);
     float sum = 0.0f;
     if (center && column < p.n_directions) {  // the same for a whole warp
-      for (int d = lane; d < p.head_dim; d += kWarpSize) sum += center[d] * directions[d * p.n_directions + column];
+      const float* own = center + which * p.head_dim;
+      for (int d = lane; d < p.head_dim; d += kWarpSize) sum += own[d] * directions[d * p.n_directions + column];
 #pragma unroll
       for (int other = 1; other < kWarpSize; other *= 2) sum += __shfl_xor_sync(kAllLanes, sum, other);
     }
-    if (lane == 0) shared.moved[column] = sum;
+    if (lane == 0) shared.moved(which)[column] = sum;
   }
 }
 
@@ -147,17 +155,26 @@ extern "C" __global__ void __launch_bounds__(kThreads) scfa_hash_angular(const _
   const int batch = list / p.heads, head = list % p.heads;
 
   const i64 own_head = (i64)round * p.own_heads + head / (p.heads / p.own_heads);
-  const float* center = p.center ? p.center + (i64)(head / (p.heads / p.center_heads)) * p.head_dim : nullptr;
-  block_load_directions(shared, p, p.directions + own_head * p.head_dim * p.n_directions, center);
+  const int tile_start = tile * p.tile_rows, tile_end = tile_start + smaller(p.seqlen - tile_start, p.tile_rows);
+  const int center_head = head / (p.heads / p.center_heads);
+  const float* center = p.center;
+  int centers = 1;  // of the tile
+  if (p.centers > 0) {
+    const i64 center_list = (i64)batch * p.center_heads + center_head;
+    center += (center_list * p.centers + tile_start / kCenterRows) * p.head_dim;
+    centers = (tile_end - tile_start + kCenterRows - 1) / kCenterRows;
+  } else if (center) {
+    center += (i64)center_head * p.head_dim;
+  }
+  block_load_directions(shared, p, p.directions + own_head * p.head_dim * p.n_directions, center, centers);
   __syncthreads();  // operands and moved are complete
 
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int g = lane / 4, t = lane % 4;
   const char* x = p.x + batch * p.x_batch + head * p.x_head;
   int* bucket = p.bucket + ((i64)round * p.batch * p.heads + list) * p.seqlen;
-  const int tile_end = smaller(p.seqlen - tile * p.tile_rows, p.tile_rows) + tile * p.tile_rows;
   constexpr int kStep = kThreads / kWarpSize * kMi * 16;
-  for (int first = tile * p.tile_rows + warp * kMi * 16; first < tile_end; first += kStep) {
+  for (int first = tile_start + warp * kMi * 16; first < tile_end; first += kStep) {
     float acc[kMi][kBlocks][4] = {};
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
@@ -193,7 +210,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) scfa_hash_angular(const _
 
     // argmax [y, -y] of rows g and g + 8: over the lane's own directions, then over the four lanes of a row
 #pragma unroll
-    for (int mi = 0; mi < kMi; ++mi)
+    for (int mi = 0; mi < kMi; ++mi) {
+      const float* moved = shared.moved(p.centers > 0 ? (first - tile_start + mi * 16) / kCenterRows : 0);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float best = -infinity();
@@ -203,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) scfa_hash_angular(const _
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             const int column = block * 8 + 2 * t + i;
-            const float y = acc[mi][block][2 * half + i] - shared.moved[column];
+            const float y = acc[mi][block][2 * half + i] - moved[column];
             if (column >= p.n_directions) continue;
             take_better(best, at, y, column);
             take_better(best, at, -y, column + p.n_directions);
@@ -217,5 +235,6 @@ extern "C" __global__ void __launch_bounds__(kThreads) scfa_hash_angular(const _
         const int row = first + mi * 16 + half * 8 + g;
         if (t == half && row < tile_end) bucket[row] = at == kNobody ? 0 : at;  // nobody: a row of NaN
       }
+    }
   }
 }
