@@ -184,7 +184,7 @@ def angular_hash(x: Any, directions: Any, center: Any = None) -> Any:
 def _check_center(center: tuple[int, ...], x: tuple[int, ...]) -> None:
     """Refuse a center whose shape does not fit rows of shape `x`."""
     batch, heads, seqlen, head_dim = x
-    blocks = -(-seqlen // CENTER_ROWS)
+    blocks = (seqlen - 1) // CENTER_ROWS + 1  # in this form, as traced lengths compare by form
     own, fits = 0, False
     if len(center) == 2:
         own, fits = center[0], center[1] == head_dim

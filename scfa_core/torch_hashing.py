@@ -18,6 +18,7 @@ from scfa_core.dispatch import load_backend
 from scfa_core.hashing import CENTER_ROWS, centers_from, rows_at_once
 from scfa_core.torch_fakes import register_fake
 from scfa_core.torch_framework import TORCH_FRAMEWORK, dtype_name, raw_stream
+from scfa_core.torch_ops import batched
 
 __all__ = ["ANGULAR_HASH", "BLOCK_SUMS", "hash_rows", "kernel_reason"]
 
@@ -129,14 +130,8 @@ def _batched(
     info: Any, in_dims: Sequence[int | None], *arguments: torch.Tensor | None
 ) -> tuple[torch.Tensor, int]:
     """`torch.func.vmap` rule: every slice by itself."""
-    slices = [
-        [
-            y if y is None or dim is None else y.select(dim, at)
-            for y, dim in zip(arguments, in_dims, strict=True)
-        ]
-        for at in range(info.batch_size)
-    ]
-    return torch.stack([ANGULAR_HASH(*one) for one in slices]), 0
+    (bucket,), _ = batched(lambda *one: (ANGULAR_HASH(*one),))(info, in_dims, *arguments)
+    return bucket, 0
 
 
 def _block_sums(x: torch.Tensor, rows: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from scfa_core.dispatch import AUTO
-from scfa_core.errors import GradientError
+from scfa_core.errors import GradientError, ShapeError
 from scfa_core.plan import WORK_COUNTERS, WORK_TILE
 from scfa_core.problem import check_layout
 from scfa_core.torch_calls import (
@@ -176,6 +176,12 @@ def batched(op: Callable[..., Tensors]) -> Callable[..., Any]:
     """`torch.func.vmap` rule: run `op` for every slice and stack; exact, not faster than a loop."""
 
     def rule(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Tensors, tuple[int, ...]]:
+        if not info.batch_size:
+            raise ShapeError(
+                "torch.func.vmap over an axis of length 0 has no slice to run; leave the call out, "
+                "or map over an axis of at least 1"
+            )
+
         def slice_of(x: Any, dim: Any, at: int) -> Any:
             if isinstance(x, (list, tuple)) and isinstance(dim, (list, tuple)):
                 return [slice_of(one, d, at) for one, d in zip(x, dim, strict=True)]

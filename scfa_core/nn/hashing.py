@@ -28,15 +28,16 @@ def past_mean(x: Tensor, start: Tensor) -> Tensor:
     `start` (heads, head_dim) as `PAST_START` rows more, so that no row knows a later one. A block
     that holds a NaN or an infinity counts for nothing.
     """
-    seqlen = x.shape[2]
-    blocks = -(-seqlen // CENTER_ROWS)
+    batch, heads, seqlen, head_dim = x.shape
+    if not seqlen:
+        return x.new_empty((batch, heads, 0, head_dim), dtype=torch.float32)
     x = x.detach()
     with torch.autocast(x.device.type, enabled=False):
-        sums = BLOCK_SUMS(x, CENTER_ROWS)
+        sums = BLOCK_SUMS(x[:, :, :-1], CENTER_ROWS)  # of blocks that a row comes after
         known = sums.isfinite().all(-1, keepdim=True)
         total = _running_sum(sums.where(known, 0.0))
         rows = _running_sum(CENTER_ROWS * known.float())
-        total, rows = (pad(y, (0, 0, 1, 0))[:, :, :blocks] for y in (total, rows))
+        total, rows = (pad(y, (0, 0, 1, 0)) for y in (total, rows))
         return (total + PAST_START * start[:, None]) / (rows + PAST_START)
 
 

@@ -273,6 +273,12 @@ def test_vmap_equals_a_loop(dim):
     assert torch.equal(out, torch.stack(right))
 
 
+def test_vmap_over_nothing_is_told():
+    q = torch.randn(0, 1, 2, 9, 16)
+    with pytest.raises(scfa.ShapeError, match="axis of length 0"):
+        torch.func.vmap(lambda x: scfa.attention(x, x, x))(q)
+
+
 def test_vmap_and_grad_nest_both_ways():
     _, k, v = tensors(requires_grad=False)
     qs = torch.stack([tensors(requires_grad=False, seed=seed)[0] for seed in range(2)])

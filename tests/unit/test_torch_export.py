@@ -74,6 +74,15 @@ def test_stored_and_loaded(exported):
         torch.testing.assert_close(mine[name].grad, parameter.grad, msg=name)
 
 
+def test_a_hash_about_the_past_has_an_open_length():
+    layer = HashSelfAttention(64, 4, 4, shared_qk=True, include_self=False, adapt="past").eval()
+    seqlen = torch.export.Dim("seqlen", min=129, max=65536)  # two blocks of 64 rows and a row
+    program = torch.export.export(layer, (example(2, 200)[0],), dynamic_shapes=({1: seqlen},))
+    for length in (129, 192, 193, 700):
+        x = example(2, length, seed=length)[0]
+        torch.testing.assert_close(program.module()(x), layer(x))
+
+
 def test_a_pattern_made_from_queries_and_keys():
     def signs(q, k):
         return scfa.HashSparse((q[..., 0] > 0).long(), (k[..., 0] > 0).long())
