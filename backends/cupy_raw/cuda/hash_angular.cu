@@ -23,10 +23,10 @@ constexpr int kBlocks = SCFA_BLOCKS;
 constexpr int kThreads = 128;
 constexpr int kChunk = 32;  // columns that four lanes load at once
 constexpr int kChunks = kHeadDim / kChunk;
+constexpr int kChunksAtOnce = kChunks <= 2 ? kChunks : 1;  // of the loop; all of them would spill
 constexpr int kParts = 3;                       // bfloat16 parts of a direction
-constexpr int kXParts = 3 - SCFA_X_ELEMENT;     // and of an element of x
 constexpr int kMi = kBlocks <= 4 ? 2 : 1;       // blocks of 16 rows a warp takes at a time
-constexpr int kXWords = SCFA_X_ELEMENT ? 4 : 8; // four-byte words of 8 elements
+constexpr int kResident = SCFA_X_ELEMENT == 2 && kBlocks <= 2 ? 6 : 4;  // blocks of a multiprocessor: as many as spill nothing
 constexpr int kNobody = kIntMax;
 constexpr int kCenterRows = 64;  // that share a center, where a list has several; tiles are whole numbers of them
 static_assert(kIsBf16, "parts are bfloat16 whatever x is");
@@ -42,6 +42,15 @@ struct HashParams {
   int batch, heads, own_heads, center_heads, seqlen, head_dim, n_directions, rounds, tile_rows, tiles;
   int centers;  // of each list; 0: a head has one for all batches
 };
+
+// Eight elements of a row: float32 (0), float16 (1) or bfloat16 (2).
+template <int kElement>
+struct Eight {
+  static constexpr int kWords = kElement ? 4 : 8;  // of four bytes
+  static constexpr int kParts = 3 - kElement;      // bfloat16 parts of an element
+};
+using EightOfX = Eight<SCFA_X_ELEMENT>;
+constexpr int kFloat = 0;
 
 struct Shared {
   uint2 operand[kChunks * 2][kBlocks][kParts][kWarpSize];
@@ -61,14 +70,16 @@ SCFA_DEVICE float float_of_half(u32 bits) {
   return __uint_as_float((bits & 0x8000u) << 16 | __float_as_uint(__uint_as_float((bits & 0x7fffu) << 13) * kBias));
 }
 
-// Eight neighbouring elements, of which the first `valid` exist; the others are 0.
-SCFA_DEVICE void load_words(u32 (&words)[kXWords], const char* source, int valid) {
+// Eight neighbouring elements, of which the first `valid` exist; the others are 0. kWide: all or nothing, by 16 bytes.
+template <int kElement, bool kWide>
+SCFA_DEVICE void load_words(u32 (&words)[Eight<kElement>::kWords], const char* source, int valid) {
+  constexpr int kWords = Eight<kElement>::kWords;
 #pragma unroll
-  for (int i = 0; i < kXWords; ++i) words[i] = 0;
-  if constexpr (kAligned) {  // head_dim is a multiple of 8: all or nothing
+  for (int i = 0; i < kWords; ++i) words[i] = 0;
+  if constexpr (kWide) {
     if (valid <= 0) return;
 #pragma unroll
-    for (int i = 0; i < kXWords; i += 4) {
+    for (int i = 0; i < kWords; i += 4) {
       const uint4 packed = *reinterpret_cast<const uint4*>(source + 4 * i);
       words[i] = packed.x, words[i + 1] = packed.y, words[i + 2] = packed.z, words[i + 3] = packed.w;
     }
@@ -76,8 +87,8 @@ SCFA_DEVICE void load_words(u32 (&words)[kXWords], const char* source, int valid
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       if (i >= valid) break;
-      if constexpr (SCFA_X_ELEMENT == 0) {
-        words[i] = reinterpret_cast<const u32*>(source)[i];
+      if constexpr (kElement == kFloat) {
+        words[i % kWords] = reinterpret_cast<const u32*>(source)[i];
       } else {
         words[i / 2] |= u32(reinterpret_cast<const u16*>(source)[i]) << 16 * (i % 2);
       }
@@ -86,20 +97,22 @@ SCFA_DEVICE void load_words(u32 (&words)[kXWords], const char* source, int valid
 }
 
 // Eight elements as parts: parts[i] holds the i-th bfloat16 of each, two to a word.
-SCFA_DEVICE void split(u32 (&parts)[kXParts][4], const u32 (&words)[kXWords]) {
+template <int kElement>
+SCFA_DEVICE void split(u32 (&parts)[Eight<kElement>::kParts][4], const u32 (&words)[Eight<kElement>::kWords]) {
+  constexpr int kWords = Eight<kElement>::kWords;
 #pragma unroll
   for (int pair = 0; pair < 4; ++pair) {
-    if constexpr (SCFA_X_ELEMENT == 2) {
+    if constexpr (kElement == 2) {
       parts[0][pair] = words[pair];
     } else {
       float low, high;
-      if constexpr (SCFA_X_ELEMENT == 1) {
+      if constexpr (kElement == 1) {
         low = float_of_half(words[pair] & 0xffffu), high = float_of_half(words[pair] >> 16);
       } else {
-        low = __uint_as_float(words[2 * pair % kXWords]), high = __uint_as_float(words[(2 * pair + 1) % kXWords]);
+        low = __uint_as_float(words[2 * pair % kWords]), high = __uint_as_float(words[(2 * pair + 1) % kWords]);
       }
 #pragma unroll
-      for (int i = 0; i < kXParts; ++i) {
+      for (int i = 0; i < Eight<kElement>::kParts; ++i) {
         parts[i][pair] = upper_halves(low, high);
         low = without_upper_half(low), high = without_upper_half(high);
       }
@@ -107,9 +120,38 @@ SCFA_DEVICE void split(u32 (&parts)[kXParts][4], const u32 (&words)[kXWords]) {
   }
 }
 
+// acc += rows @ R over one chunk of columns, part by part; what is left out is below the last bit of a float. `words`: rows
+// g and g + 8 of each block of 16.
+template <int kElement, int kRowBlocks>
+SCFA_DEVICE void multiply_chunk(float (&acc)[kRowBlocks][kBlocks][4], const u32 (&words)[kRowBlocks][2][Eight<kElement>::kWords],
+                                const Shared& shared, int chunk, int lane) {
+  constexpr int kXParts = Eight<kElement>::kParts;
+  u32 parts[kRowBlocks][2][kXParts][4];
+#pragma unroll
+  for (int mi = 0; mi < kRowBlocks; ++mi)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) split<kElement>(parts[mi][half], words[mi][half]);
+#pragma unroll
+  for (int step = 0; step < 2; ++step)
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block)
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        const uint2 operand = shared.operand[chunk * 2 + step][block][part][lane];
+#pragma unroll
+        for (int x_part = 0; x_part < smaller(kXParts, kParts - part); ++x_part)
+#pragma unroll
+          for (int mi = 0; mi < kRowBlocks; ++mi) {
+            const u32 a[4] = {parts[mi][0][x_part][2 * step], parts[mi][1][x_part][2 * step],
+                              parts[mi][0][x_part][2 * step + 1], parts[mi][1][x_part][2 * step + 1]};
+            multiply_add(acc[mi][block], a, operand.x, operand.y);
+          }
+      }
+}
+
 // The directions of one round and head as right operands: lane 4 g + t of step s gets direction g of its block and the
-// columns that lane t loads of x in that step. And c @ R of `centers` centers.
-SCFA_DEVICE void block_load_directions(Shared& shared, const HashParams& p, const float* directions, const float* center, int centers) {
+// columns that lane t loads of x in that step.
+SCFA_DEVICE void block_load_directions(Shared& shared, const HashParams& p, const float* directions) {
   for (int item = threadIdx.x; item < kChunks * 2 * kBlocks * kWarpSize; item += kThreads) {
     const int lane = item % kWarpSize, block = item / kWarpSize % kBlocks, step = item / kWarpSize / kBlocks;
     const int column = block * 8 + lane / 4;
@@ -128,18 +170,33 @@ SCFA_DEVICE void block_load_directions(Shared& shared, const HashParams& p, cons
       for (int i = 0; i < 4; ++i) values[i] = without_upper_half(values[i]);
     }
   }
-  const int lane = threadIdx.x % kWarpSize;
-  for (int item = threadIdx.x / kWarpSize; item < centers * 8 * kBlocks; item += kThreads / kWarpSize) {
-    const int column = item % (8 * kBlocks), which = item / (8 * kBlocks);
-    float sum = 0.0f;
-    if (center && column < p.n_directions) {  // the same for a whole warp
-      const float* own = center + which * p.head_dim;
-      for (int d = lane; d < p.head_dim; d += kWarpSize) sum += own[d] * directions[d * p.n_directions + column];
+}
+
+// One warp: c @ R of up to 16 centers, as of so many rows; 0 without any.
+SCFA_DEVICE void multiply_centers(Shared& shared, const HashParams& p, const float* center, int centers, int lane) {
+  const int g = lane / 4, t = lane % 4;
+  float acc[1][kBlocks][4] = {};
+#pragma unroll 1
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    u32 words[1][2][Eight<kFloat>::kWords];
 #pragma unroll
-      for (int other = 1; other < kWarpSize; other *= 2) sum += __shfl_xor_sync(kAllLanes, sum, other);
+    for (int half = 0; half < 2; ++half) {
+      const int row = half * 8 + g, column = chunk * kChunk + t * 8;
+      const float* source = center + row * p.head_dim + column;
+      const bool there = center != nullptr && row < centers;
+      load_words<kFloat, false>(words[0][half], reinterpret_cast<const char*>(source), there ? p.head_dim - column : 0);
     }
-    if (lane == 0) shared.moved(which)[column] = sum;
+    multiply_chunk<kFloat, 1>(acc, words, shared, chunk, lane);
   }
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = half * 8 + g;
+        if (row < centers) shared.moved(row)[block * 8 + 2 * t + i] = acc[0][block][2 * half + i];
+      }
 }
 
 // The larger product, of equals the lower bucket; a NaN is never larger.
@@ -147,7 +204,7 @@ SCFA_DEVICE void take_better(float& value, int& bucket, float other_value, int o
   if (other_value > value || (other_value == value && other_bucket < bucket)) value = other_value, bucket = other_bucket;
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads) scfa_hash_angular(const __grid_constant__ HashParams p) {
+extern "C" __global__ void __launch_bounds__(kThreads, kResident) scfa_hash_angular(const __grid_constant__ HashParams p) {
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared_memory());
   const int round = int(blockIdx.x % p.rounds);
   const int tile = int(blockIdx.x / p.rounds % p.tiles);
@@ -166,46 +223,43 @@ extern "C" __global__ void __launch_bounds__(kThreads) scfa_hash_angular(const _
   } else if (center) {
     center += (i64)center_head * p.head_dim;
   }
-  block_load_directions(shared, p, p.directions + own_head * p.head_dim * p.n_directions, center, centers);
-  __syncthreads();  // operands and moved are complete
-
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int g = lane / 4, t = lane % 4;
   const char* x = p.x + batch * p.x_batch + head * p.x_head;
-  int* bucket = p.bucket + ((i64)round * p.batch * p.heads + list) * p.seqlen;
-  constexpr int kStep = kThreads / kWarpSize * kMi * 16;
-  for (int first = tile_start + warp * kMi * 16; first < tile_end; first += kStep) {
-    float acc[kMi][kBlocks][4] = {};
+  u32 words[kMi][2][EightOfX::kWords];  // of rows g and g + 8, loaded a chunk ahead
+  const auto load_chunk = [&](int first, int chunk) {
 #pragma unroll
+    for (int mi = 0; mi < kMi; ++mi)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = first + mi * 16 + half * 8 + g, column = chunk * kChunk + t * 8;
+        const char* source = x + row * p.x_row + column * (EightOfX::kWords / 2);
+        load_words<SCFA_X_ELEMENT, kAligned>(words[mi][half], source, row < tile_end ? p.head_dim - column : 0);
+      }
+  };
+  constexpr int kStep = kThreads / kWarpSize * kMi * 16;
+  int first = tile_start + warp * kMi * 16;
+  load_chunk(first, 0);
+  block_load_directions(shared, p, p.directions + own_head * p.head_dim * p.n_directions);
+  __syncthreads();  // operands are complete
+  if (warp == 0) multiply_centers(shared, p, center, centers, lane);
+  __syncthreads();  // moved is complete
+
+  int* bucket = p.bucket + ((i64)round * p.batch * p.heads + list) * p.seqlen;
+  for (; first < tile_end; first += kStep) {
+    float acc[kMi][kBlocks][4] = {};
+#pragma unroll kChunksAtOnce
     for (int chunk = 0; chunk < kChunks; ++chunk) {
-      u32 parts[kMi][2][kXParts][4];  // of rows g and g + 8
+      u32 present[kMi][2][EightOfX::kWords];
 #pragma unroll
       for (int mi = 0; mi < kMi; ++mi)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = first + mi * 16 + half * 8 + g, column = chunk * kChunk + t * 8;
-          u32 words[kXWords];
-          const char* source = x + row * p.x_row + column * (kXWords / 2);
-          load_words(words, source, row < tile_end ? p.head_dim - column : 0);
-          split(parts[mi][half], words);
-        }
-      // y += x @ R, part by part; what is left out is below the last bit of a float
+        for (int half = 0; half < 2; ++half)
 #pragma unroll
-      for (int step = 0; step < 2; ++step)
-#pragma unroll
-        for (int block = 0; block < kBlocks; ++block)
-#pragma unroll
-          for (int part = 0; part < kParts; ++part) {
-            const uint2 operand = shared.operand[chunk * 2 + step][block][part][lane];
-#pragma unroll
-            for (int x_part = 0; x_part < smaller(kXParts, kParts - part); ++x_part)
-#pragma unroll
-              for (int mi = 0; mi < kMi; ++mi) {
-                const u32 a[4] = {parts[mi][0][x_part][2 * step], parts[mi][1][x_part][2 * step],
-                                  parts[mi][0][x_part][2 * step + 1], parts[mi][1][x_part][2 * step + 1]};
-                multiply_add(acc[mi][block], a, operand.x, operand.y);
-              }
-          }
+          for (int i = 0; i < EightOfX::kWords; ++i) present[mi][half][i] = words[mi][half][i];
+      const bool ends = chunk + 1 == kChunks;
+      load_chunk(ends ? first + kStep : first, ends ? 0 : chunk + 1);
+      multiply_chunk<SCFA_X_ELEMENT, kMi>(acc, present, shared, chunk, lane);
     }
 
     // argmax [y, -y] of rows g and g + 8: over the lane's own directions, then over the four lanes of a row
