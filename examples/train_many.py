@@ -65,6 +65,11 @@ def main():
     parser.add_argument("--sharding", choices=["ddp", "fsdp2"], default="ddp")
     parser.add_argument("--steps", type=int, default=30)
     args = parser.parse_args()
+    if not {"WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys():
+        parser.error(
+            "start it by torchrun, also for one process: "
+            "torchrun --nproc-per-node 2 examples/train_many.py"
+        )
 
     ranks, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
     cuda = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])

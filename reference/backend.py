@@ -112,7 +112,10 @@ class ReferenceBackend:
         dv: Any,
         ctx: Any,
     ) -> None:
-        """Write dq, dk, dv; out and lse are computed anew rather than trusted."""
+        """Write dq, dk, dv; out and lse are computed anew rather than trusted.
+
+        So those of several patterns merged are not this backend's to take.
+        """
         dout, q, k, v = (widen(x, problem.dtype) for x in (dout, q, k, v))
         mask = mask_of(plan, problem.group_size)
         grads = _gradients.gradients(dout, q, k, v, mask, problem.softmax_scale)

@@ -158,7 +158,9 @@ def attention_backward(
     q, k, v, pattern, softmax_scale, layout, deterministic, backend
         As given to `attention`; pass the same `Plan` to both to plan once.
     out, lse : arrays
-        What `attention` returned with ``return_lse=True``.
+        What `attention` returned with ``return_lse=True``. Or what `merge_attention` made of several
+        patterns: these are then the gradients of this pattern's part, and all parts' add up. The
+        backend `reference` computes both anew and takes only the former.
 
     Returns
     -------

@@ -7,7 +7,7 @@ All functions take scores of any axes whose last is the row, and give bool flags
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from scfa_core.extras import missing
@@ -19,12 +19,17 @@ except ModuleNotFoundError as error:
     raise missing("scfa_core.dropping", "torch", error) from error
 
 from scfa_core.api import attention
-from scfa_core.errors import DTypeError, OptionError, PatternError, ShapeError
+from scfa_core.arrays import FLOAT_DTYPES
+from scfa_core.errors import DeviceError, DTypeError, OptionError, PatternError, ShapeError
 from scfa_core.patterns import Causal, Pattern, QKSparse
 from scfa_core.problem import as_size, check_flag, check_layout, check_share
 from scfa_core.torch_checks import check_tensor
+from scfa_core.torch_framework import dtype_name
 
 __all__ = ["drop_attention", "random_keep", "straight_through", "threshold_keep", "top_k_keep"]
+
+_OPTIONS = ("softmax_scale", "deterministic", "backend")  # of `attention`, passed on
+_MOST = 2**63 - 1  # the largest number of int64
 
 
 def random_keep(
@@ -57,32 +62,58 @@ def random_keep(
         `keep` is no number from 0 to 1.
     ShapeError
         `shape` is no sequence of sizes.
+    DeviceError, OptionError
+        A device that torch does not know, a generator that is none.
     """
     check_share("keep", keep)
     if not isinstance(shape, torch.Size):
         if not isinstance(shape, Sequence):
             raise ShapeError(f"shape must be a sequence of sizes, got {shape!r}")
         shape = [as_size("each size of shape", n) for n in shape]
+    if device is not None and not isinstance(device, torch.device):
+        try:
+            device = torch.device(device)
+        except (RuntimeError, TypeError):
+            raise DeviceError(
+                f"device must be a torch.device or a name of one ('cpu', 'cuda:0'), got {device!r}"
+            ) from None
     options = drawn_by(generator)  # float32 whatever torch's default: bfloat16 has few numbers
     return torch.rand(tuple(shape), dtype=torch.float32, device=device, **options) < keep
 
 
 def drawn_by(generator: torch.Generator | None) -> dict[str, Any]:
     """Options of torch's draws: beside ``generator=None`` no size that is traced compiles."""
+    if not isinstance(generator, (torch.Generator, type(None))):
+        raise OptionError(
+            f"generator must be a torch.Generator or None, got {generator!r}; a seed goes as "
+            "torch.Generator(device).manual_seed(seed)"
+        )
     return {} if generator is None else {"generator": generator}
 
 
-def top_k_keep(scores: Tensor, k: int) -> Tensor:
+def top_k_keep(
+    scores: Tensor, k: int | Tensor, *, among: Tensor | None = None, groups: Tensor | None = None
+) -> Tensor:
     """Keep the `k` rows of highest score in each head; of equals the earlier ones.
 
-    >>> top_k_keep(torch.tensor([[0.3, 0.9, 0.3, -1.0]]), 2).int().tolist()
+    >>> scores = torch.tensor([[0.3, 0.9, 0.3, -1.0]])
+    >>> top_k_keep(scores, 2).int().tolist()
     [[1, 1, 0, 0]]
+    >>> top_k_keep(scores, 2, among=torch.tensor([True, False, True, True])).int().tolist()
+    [[1, 0, 1, 0]]
 
     Parameters
     ----------
     scores : Tensor, (..., seqlen)
-    k : int
-        At least 0; more than seqlen keeps all.
+        NaN ranks above all numbers, as `torch.sort` has it.
+    k : int, or integer Tensor that broadcasts against `scores`
+        At least 0; more than there are keeps all. A tensor tells each row how many of its group
+        are kept; its values are not looked at.
+    among : bool Tensor that broadcasts against `scores`, optional
+        False where a row is padding: it is not kept and takes no other's place, whatever its score.
+        Numbers count as True where nonzero.
+    groups : integer Tensor that broadcasts against `scores`, optional
+        Document of each row, in any order: `k` rows of each are kept.
 
     Returns
     -------
@@ -91,37 +122,69 @@ def top_k_keep(scores: Tensor, k: int) -> Tensor:
     Raises
     ------
     PatternError
-        A `k` that is no int, or negative.
-    DTypeError, ShapeError
-        Scores that are no torch tensor, or a single number.
+        A `k` that is no int and no tensor of integers, or negative.
+    DTypeError, ShapeError, DeviceError
+        Scores that are no torch tensor of real numbers, or a single number; what does not fit them.
 
     Notes
     -----
     A causal model must not choose by comparing with later rows if it is to generate text: what a
     row sees then depends on the future. Use `threshold_keep` there.
     """
-    k = as_size("k", k, error=PatternError)
-    if check_tensor("scores", scores).ndim == 0:
+    check_real("scores", scores, scores)
+    if scores.ndim == 0:
         raise ShapeError("scores must be (..., seqlen), got a single number")
-    return highest(scores, k)
+    if isinstance(k, Tensor):
+        check_real("k", k, scores, PatternError)
+        k = k.long()  # torch compares no wider unsigned integers with others
+    else:
+        k = min(as_size("k", k, error=PatternError), _MOST)
+    if among is not None:
+        check_real("among", among, scores)
+    if groups is not None:
+        check_real("groups", groups, scores, DTypeError)
+    place, _ = places(scores, among, () if groups is None else (groups,))
+    return place <= k if among is None else (place <= k) & (among != 0)
 
 
-def highest(scores: Tensor, k: int) -> Tensor:
-    """Flags of `top_k_keep`, its arguments known to be right: `k` may be a traced size."""
+def places(
+    scores: Tensor, among: Tensor | None = None, groups: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor]:
+    """Place of each row by score, from 1 on, and the number of rows it is a place among.
+
+    Arguments as of `top_k_keep`, known to be right; rows whose ids agree in each of `groups` are
+    one group. Both results are int64, of the scores' shape or (..., 1); the place of a row that is
+    not `among` means nothing. Nothing waits for a device or depends on a length, and every tensor
+    comes of the scores: lengths stay open when traced, and DTensors stay what they are.
+    """
     order = torch.argsort(scores.detach(), dim=-1, descending=True, stable=True)
-    first = torch.arange(scores.shape[-1], device=scores.device) < k  # no slice, no guard on k
-    flags = torch.zeros_like(scores, dtype=torch.bool)  # batched where the scores are
-    return flags.scatter(-1, order, first.expand_as(order))
+    ids = [y.long().expand(scores.shape) for y in groups]
+    for y in ids:  # each stable, so that scores decide last
+        order = order.gather(-1, torch.argsort(y.gather(-1, order), dim=-1, stable=True))
+    one = torch.ones_like(order)
+    counted = one if among is None else (among != 0).expand(scores.shape).gather(-1, order).long()
+    place = counted.cumsum(-1)
+    size = counted.sum(-1, keepdim=True)
+    if ids:
+        starts = one.cumsum(-1) == 1
+        for y in ids:
+            y = y.gather(-1, order)
+            starts = starts | (y != y.roll(1, -1))
+        before = torch.where(starts, place - counted, 0).cummax(-1).values
+        after = torch.where(starts.roll(-1, -1), place, _MOST).flip(-1).cummin(-1).values.flip(-1)
+        place = place - before
+        size = torch.zeros_like(order).scatter(-1, order, after - before)
+    return torch.zeros_like(order).scatter(-1, order, place), size
 
 
-def threshold_keep(scores: Tensor, threshold: float = 0.0) -> Tensor:
+def threshold_keep(scores: Tensor, threshold: float | Tensor = 0.0) -> Tensor:
     """Keep the rows whose score exceeds `threshold`; each row is judged by itself, so causally.
 
     Parameters
     ----------
     scores : Tensor, (..., seqlen)
     threshold : float or Tensor
-        A tensor broadcasts against the scores, one for each head for instance.
+        A tensor broadcasts against the scores, e.g. one for each head. A NaN score exceeds none.
 
     Returns
     -------
@@ -129,15 +192,54 @@ def threshold_keep(scores: Tensor, threshold: float = 0.0) -> Tensor:
 
     Raises
     ------
-    DTypeError
-        Scores that are no torch tensor.
+    DTypeError, ShapeError, DeviceError
+        Scores that are no torch tensor of real numbers, or a threshold that does not fit them.
     PatternError
         A threshold that is no number.
     """
-    check_tensor("scores", scores)
-    if not isinstance(threshold, (Real, Tensor)):
+    check_real("scores", scores, scores)
+    if isinstance(threshold, Tensor):
+        check_real("threshold", threshold, scores)
+    elif isinstance(threshold, Real):
+        threshold = as_compared(threshold)
+    else:
         raise PatternError(f"threshold must be a number, got {threshold!r}")
     return scores.detach() > threshold
+
+
+def as_compared(number: Any) -> Any:
+    """Read a real number as one that torch compares tensors with."""
+    if isinstance(number, float) or (isinstance(number, Integral) and abs(int(number)) <= _MOST):
+        return number
+    try:
+        return float(number)
+    except OverflowError:
+        return float("inf" if number > 0 else "-inf")
+
+
+def check_real(
+    name: str, x: Any, scores: Tensor, error: type[PatternError | DTypeError] | None = None
+) -> None:
+    """Refuse what is no real numbers that broadcast to the scores; with `error`, no integers."""
+    check_tensor(name, x)
+    if not broadcasts(x.shape, scores.shape):
+        raise ShapeError(
+            f"{name} must broadcast to scores.shape={tuple(scores.shape)}, got "
+            f"{name}.shape={tuple(x.shape)}"
+        )
+    if x.device != scores.device and x.ndim:
+        raise DeviceError(f"{name} must be on {scores.device} like scores, got {x.device}")
+    if x.is_complex():
+        raise DTypeError(f"{name} must be real numbers, got {x.dtype}")
+    if error is not None and (x.is_floating_point() or x.dtype == torch.bool):
+        raise error(f"{name} must be integers, got {x.dtype}")
+
+
+def broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether a tensor of `shape` expands to another."""
+    return len(shape) <= len(to) and all(
+        size in (1, wanted) for size, wanted in zip(reversed(shape), reversed(to), strict=False)
+    )
 
 
 def straight_through(keep: Tensor, scores: Tensor) -> Tensor:
@@ -146,35 +248,49 @@ def straight_through(keep: Tensor, scores: Tensor) -> Tensor:
     Parameters
     ----------
     keep : bool Tensor
-        The choice made.
+        The choice made. Numbers count as True where nonzero.
     scores : Tensor of the same shape
         What the choice was made by.
 
     Returns
     -------
     gate : Tensor like `scores`
-        0.0 or 1.0.
+        0.0 or 1.0, whatever the scores.
 
     Raises
     ------
-    ShapeError
-        Shapes that differ.
+    ShapeError, DeviceError
+        Shapes or devices that differ.
     DTypeError
         What is no torch tensor, or scores that are no floating-point numbers.
+
+    Notes
+    -----
+    The gradient of a NaN score is NaN, in dropped rows as well; `drop_attention` makes it 0 there.
     """
-    check_tensor("keep", keep)
-    check_tensor("scores", scores)
+    check_gate("keep", keep, "scores", scores)
+    soft = torch.sigmoid(scores)
+    # the bracket is 0, or NaN where the score is
+    return (keep != 0).to(scores.dtype) + (soft - soft.detach()).nan_to_num()
+
+
+def check_gate(keep_name: str, keep: Any, name: str, scores: Any) -> None:
+    """Refuse flags and scores that make no gate."""
+    check_tensor(keep_name, keep)
+    check_tensor(name, scores)
     if not scores.is_floating_point():
         raise DTypeError(
-            f"scores must be floating-point numbers, which have gradients; got {scores.dtype}"
+            f"{name} must be floating-point numbers, which have gradients; got {scores.dtype}"
         )
     if keep.shape != scores.shape:
         raise ShapeError(
-            f"keep and scores must have one shape, got {tuple(keep.shape)} and "
+            f"{keep_name} and {name} must have one shape, got {tuple(keep.shape)} and "
             f"{tuple(scores.shape)}"
         )
-    soft = torch.sigmoid(scores)
-    return keep.to(scores.dtype) + (soft - soft.detach())  # the bracket is exactly 0
+    if keep.device != scores.device:
+        raise DeviceError(
+            f"{keep_name} and {name} must be on one device, got {keep.device} and {scores.device}"
+        )
 
 
 def drop_attention(
@@ -204,7 +320,7 @@ def drop_attention(
     causal, include_self : bool
         ``j <= i``, or ``j < i`` without self.
     layout, **options
-        As for `scfa_core.attention`, but for `return_lse`.
+        As for `scfa_core.attention`: softmax_scale, deterministic, backend.
 
     Returns
     -------
@@ -213,10 +329,10 @@ def drop_attention(
 
     Raises
     ------
-    PatternError
-        ``include_self=False`` without `causal`.
+    PatternError, OptionError
+        ``include_self=False`` without `causal`; options other than these.
     ScfaError
-        As `scfa_core.attention`.
+        As `scfa_core.attention`, and as `straight_through` for the scores.
 
     Notes
     -----
@@ -235,26 +351,47 @@ def drop_attention(
             "drop_attention makes its pattern of the flags and takes no other; for more clauses "
             "give attention QKSparse(q_keep, k_keep) & pattern, and gate by straight_through"
         )
+    unknown = [name for name in options if name not in _OPTIONS]
+    if unknown:
+        raise OptionError(
+            f"drop_attention takes {', '.join(_OPTIONS)} as further options, got {unknown[0]}"
+        )
     if not causal and not include_self:
         raise PatternError("include_self=False means j < i and so needs causal=True")
     swap = check_layout(layout)
     pattern: Pattern = QKSparse(q_keep, k_keep, causal=causal)
     if not include_self:
         pattern = pattern & Causal(include_self=False)
+    if q_scores is not None:
+        check_gate("q_keep", q_keep, "q_scores", q_scores)
     if k_scores is not None:
-        v = gated(v, k_keep, k_scores, swap)
+        check_gate("k_keep", k_keep, "k_scores", k_scores)
+        if takes_gate(v, k_keep, swap):  # else `attention` says what does not fit
+            v = gated(v, k_keep, k_scores, swap)
     out: Tensor = attention(q, k, v, pattern, layout=layout, **options)
     if q_scores is not None:
         out = gated(out, q_keep, q_scores, swap)
     return out
 
 
+def takes_gate(x: Any, keep: Tensor, swap: bool) -> bool:
+    """Whether `gated` leaves shape and dtype of `x` as they are, which may be anything yet."""
+    if not isinstance(x, Tensor) or x.is_nested or x.ndim != 4 or keep.ndim != 3:
+        return False
+    rows = (x.shape[0], x.shape[2], x.shape[1]) if swap else x.shape[:3]
+    fits = broadcasts(keep.shape, rows) and x.device == keep.device
+    return fits and dtype_name(x.dtype) in FLOAT_DTYPES
+
+
 def gated(x: Tensor, keep: Tensor, scores: Tensor, swap: bool = False) -> Tensor:
     """Rows of a 4-axis tensor times their straight-through gate, (batch, heads, seqlen).
 
-    What a dropped row holds reaches neither the result nor its score's gradient, NaN included.
+    What a dropped row or its score holds reaches neither the result nor the score's gradient, NaN
+    included: the one is 0 and so is the other.
     """
     keep = keep != 0
+    # laid as the scores are: what sigmoid rounds to may depend on it
+    scores = torch.zeros_like(scores) + scores.masked_fill(~keep, 0.0)
     kept, gate = (
         (y.transpose(1, 2) if swap else y).unsqueeze(-1)
         for y in (keep, straight_through(keep, scores).to(x.dtype))

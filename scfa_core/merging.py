@@ -12,7 +12,7 @@ from typing import Any
 
 from scfa_core.api import attention
 from scfa_core.array_kinds import is_torch_tensor
-from scfa_core.errors import DTypeError, PatternError, ShapeError
+from scfa_core.errors import DeviceError, DTypeError, PatternError, ShapeError
 from scfa_core.patterns import Pattern
 from scfa_core.plan import Plan
 from scfa_core.problem import check_flag, check_layout
@@ -68,7 +68,9 @@ def merge_attention(
     ShapeError
         Parts whose shapes differ, or without 4 axes.
     DTypeError
-        Integers.
+        What is not floating-point, or dtypes that differ among the outs or among the lses.
+    DeviceError
+        Parts on several devices.
 
     Notes
     -----
@@ -90,12 +92,7 @@ def merge_attention(
                 f"outs and lses must come from one library, got {type(outs[0]).__name__} and "
                 f"{type(x).__name__}"
             )
-    for name, parts in (("outs", outs), ("lses", lses)):
-        for x in parts:
-            if not x.is_floating_point() if is_torch_tensor(x) else x.dtype.kind in "iubc":
-                raise DTypeError(
-                    f"{name} must be floating-point, as attention gives them, got {x.dtype}"
-                )
+    _check_kinds(outs=outs, lses=lses)
     want = tuple(outs[0].shape)
     if len(want) != 4:
         raise ShapeError(f"each out of the list must have 4 axes, got {want}")
@@ -122,6 +119,31 @@ def merge_attention(
         term = share[..., None] * out
         merged = term if merged is None else merged + term
     return _cast_like(merged, outs[0]), lse
+
+
+def _check_kinds(**lists: list[Any]) -> None:
+    """Refuse what holds no floating-point numbers, and lists of several dtypes or devices."""
+    home = lists["outs"][0]
+    for name, parts in lists.items():
+        for at, x in enumerate(parts):
+            if is_torch_tensor(x):
+                floats = x.is_floating_point()
+            else:
+                floats = x.dtype.kind == "f" or x.dtype.name == "bfloat16"
+            if not floats:
+                raise DTypeError(
+                    f"{name} must be floating-point, as attention gives them, got {x.dtype}"
+                )
+            if x.dtype != parts[0].dtype:
+                raise DTypeError(
+                    f"{name} must share a dtype, got {parts[0].dtype} and {x.dtype}; cast them to "
+                    "the one that the result shall have"
+                )
+            if getattr(x, "device", None) != getattr(home, "device", None):
+                raise DeviceError(
+                    f"all parts must be on one device, got outs[0] on {home.device}, {name}[{at}] "
+                    f"on {x.device}; move them to one"
+                )
 
 
 def as_list(name: str, parts: Any) -> list[Any]:
@@ -184,7 +206,7 @@ def attention_over(
     backward then runs a forward and a second backward too.
 
     The lse of a part is float32 whatever the inputs: of several patterns, float64 results are exact
-    to some 1e-7.
+    to some 1e-7, and gradients through lse to 1e-6.
     """
     check_flag("return_lse", return_lse)
     if isinstance(patterns, (Pattern, Plan)):

@@ -139,14 +139,24 @@ class Plan:
         """Hand the arrays to a backend."""
         return PlanArrays.of((framework.native(x, memory) for x in self.arrays), self.monotone)
 
-    def check_fits(self, problem: Problem, framework: Framework) -> None:
-        """Raise unless the plan was made for these sizes, on this device, by this library."""
+    def check_library(self, framework: Framework) -> None:
+        """Raise unless all arrays are of this library."""
         for x in (self.q_index, self.k_index):
             if not framework.owns(x):
                 raise DeviceError(
                     f"the plan holds arrays of {type(x).__module__}, q is a "
                     f"{framework.name} array; make a plan with arrays of that library"
                 )
+        for name, x in zip(PlanArrays._fields, self.arrays, strict=False):
+            if not framework.owns(x):
+                raise DeviceError(
+                    f"plan.{name} must be a {framework.name} array like q, got "
+                    f"{type(x).__name__}; take a plan as make_plan gives it"
+                )
+
+    def check_fits(self, problem: Problem, framework: Framework) -> None:
+        """Raise unless the plan was made for these sizes, on this device, by this library."""
+        self.check_library(framework)
         want = (
             problem.batch,
             problem.heads,
@@ -171,10 +181,6 @@ class Plan:
         """Raise where a plan made by hand holds arrays that backends would misread."""
         shapes = plan_shapes(problem, "host")[:-1]
         for name, x, shape in zip(PlanArrays._fields, self.arrays, shapes, strict=False):
-            if not framework.owns(x):
-                raise DeviceError(
-                    f"plan.{name} must be a {framework.name} array like q, got {type(x).__name__}"
-                )
             info = framework.info(x)
             if info.shape != shape:
                 raise ShapeError(f"plan.{name} must have shape {shape}, got {info.shape}")
@@ -221,11 +227,11 @@ class Plan:
                 mask[b, h, q_index[b, h][:, None], keys[None, :]] = rows
         return mask
 
-    def plot(self, batch: int = 0, head: int = 0, **options: Any) -> Any:
+    def plot(self, batch: int = 0, head: int = 0, *, block: int = 64) -> Any:
         """Draw the mask of one head with the tiles that are visited; needs the extra ``plot``."""
         from scfa_core.plotting import plot_plan
 
-        return plot_plan(self, batch, head, **options)
+        return plot_plan(self, batch, head, block=block)
 
     def __and__(self, other: object) -> NoReturn:
         raise PatternError(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scfa_core.errors import ScfaError, ShapeError
+from scfa_core.problem import as_size
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -155,10 +156,17 @@ def plot_plan(plan: Plan, batch: int = 0, head: int = 0, *, block: int = 64) -> 
     ScfaError
         matplotlib is not installed.
     ShapeError
-        No such batch or head.
+        No such batch or head, tiles without a row, or what is no int.
     """
+    batch, head = as_size("plot: batch", batch), as_size("plot: head", head)
+    block = as_size("plot: block", block, 1)
     batches, heads, *_ = plan.sizes
-    if not (0 <= batch < batches and 0 <= head < heads):
+    if not batches * heads:
+        raise ShapeError(
+            f"the plan has no head to draw: it was made for batch={batches}, {heads=}; make one "
+            "for arrays that are not empty"
+        )
+    if not (batch < batches and head < heads):
         raise ShapeError(
             f"the plan has batch 0..{batches - 1} and head 0..{heads - 1}, got {batch=}, {head=}"
         )

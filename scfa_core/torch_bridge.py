@@ -25,6 +25,7 @@ from scfa_core.dispatch import (
 )
 from scfa_core.errors import LayoutError, ScaleError
 from scfa_core.patterns import Pattern
+from scfa_core.patterns.base import kind_of
 from scfa_core.plan import Plan
 from scfa_core.problem import (
     HEAD_DIM_STEP,
@@ -113,27 +114,29 @@ def attention_backward(
     deterministic: bool = True,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`scfa_core.attention_backward` on torch tensors."""
+    """`scfa_core.attention_backward` on torch tensors.
+
+    Under autocast, where `attention` gave a narrow out, q, k, v and dout are narrowed as it did
+    with q, k and v, and gradients come in the dtypes of the q, k and v that are given.
+    """
     plain = _is_plain(q, k, v) and _is_plain(dout, out, lse) and _holds_plain(pattern)
     plain = plain and _has_storage(dout)
     if not plain:
         one_framework(q, k=k, v=v, dout=dout, out=out, lse=lse)
-    if not plain or _wants_gradient(dout, q, k, v):
-        _check_scale_kind(softmax_scale)
-        name, plan = _traced_plan(q, k, v, pattern, layout, backend)
-        options = (plan.monotone, softmax_scale, deterministic, layout, name)
-        dq, dk, dv = BACKWARD(dout, None, q, k, v, out, lse, *plan.arrays, *options)
-        return dq, dk, dv
-    given = pattern if isinstance(pattern, Plan) else None
-    requested = requested_backend(backend)
-    call = find_call(q, k, v, softmax_scale, layout, deterministic, requested, given)
-    check_backward(call, dout=dout, out=out, lse=lse)
-    if isinstance(pattern, Plan):
-        return run_backward(call, native_plan(pattern, call), dout, None, q, k, v, out, lse)
-    own, arrays = own_plan(pattern, call)  # held here: addresses alone do not keep its memory
-    grads = run_backward(call, arrays, dout, None, q, k, v, out, lse)
-    del own
-    return grads
+    options = (softmax_scale, layout, deterministic, backend)
+    kind = "cuda" if q.is_cuda else q.device.type
+    narrowed = (
+        kind in _AUTOCAST_KINDS
+        and torch.is_autocast_enabled(kind)
+        and out.dtype == torch.get_autocast_dtype(kind)  # else it ran outside, or on float64
+    )
+    if not narrowed:
+        return _backward(plain, dout, q, k, v, out, lse, pattern, *options)
+    given = (q, k, v)
+    dout, q, k, v = _autocast(dout, q, k, v)
+    grads = _backward(plain, dout, q, k, v, out, lse, pattern, *options)
+    dq, dk, dv = (grad.to(x.dtype) for grad, x in zip(grads, given, strict=True))
+    return dq, dk, dv
 
 
 def make_plan(
@@ -174,7 +177,8 @@ def _holds_plain(pattern: Any) -> bool:
     if not isinstance(pattern, Pattern):
         return True
     for part in pattern.parts:
-        names: tuple[str, ...] = type(part).__slots__
+        # A derived class may have slots of its own, which hold nothing that attention reads.
+        names: tuple[str, ...] = kind_of(part).__slots__
         for name in names:
             if _is_odd(getattr(part, name)):
                 return False
@@ -237,6 +241,39 @@ def _eager(
         return run_forward(call, arrays, q, k, v)
     out, lse = ScfaAttention.apply(q, k, v, call, arrays, given, *own)
     return out, lse
+
+
+def _backward(
+    plain: bool,
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    pattern: Pattern | Plan,
+    softmax_scale: float | None,
+    layout: str,
+    deterministic: bool,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Check, plan and differentiate; without the dispatcher where all is plain."""
+    if not plain or _wants_gradient(dout, q, k, v):
+        _check_scale_kind(softmax_scale)
+        name, plan = _traced_plan(q, k, v, pattern, layout, backend)
+        options = (plan.monotone, softmax_scale, deterministic, layout, name)
+        dq, dk, dv = BACKWARD(dout, None, q, k, v, out, lse, *plan.arrays, *options)
+        return dq, dk, dv
+    given = pattern if isinstance(pattern, Plan) else None
+    requested = requested_backend(backend)
+    call = find_call(q, k, v, softmax_scale, layout, deterministic, requested, given)
+    check_backward(call, dout=dout, out=out, lse=lse)
+    if isinstance(pattern, Plan):
+        return run_backward(call, native_plan(pattern, call), dout, None, q, k, v, out, lse)
+    own, arrays = own_plan(pattern, call)  # held here: addresses alone do not keep its memory
+    grads = run_backward(call, arrays, dout, None, q, k, v, out, lse)
+    del own
+    return grads
 
 
 class ScfaAttention(torch.autograd.Function):
@@ -313,6 +350,7 @@ def _traced_plan(
         )
     facts = (index(q.shape[-1]), index(v.shape[-1]), dtype_name(q.dtype), device_name(q.device))
     if isinstance(pattern, Plan):
+        pattern.check_library(TORCH_FRAMEWORK)
         return _name_backend(*facts, backend, pattern.backend), pattern
     name = _name_backend(*facts, backend, None)
     text, tensors, ints = encode(pattern)

@@ -200,7 +200,11 @@ def _new_call(
 
 def native_plan(plan: Plan, call: Call) -> NativePlan:
     """Hand a plan to the call's backend; remembered while the plan lives and its memory stays."""
-    use = (call.plan_use, *[x.data_ptr() for x in plan.arrays])
+    try:
+        use = (call.plan_use, *[x.data_ptr() for x in plan.arrays])
+    except AttributeError:  # no tensors: a remembered call has not looked at this plan
+        plan.check_library(TORCH_FRAMEWORK)
+        raise
     known = _plans.get(plan)
     if known is not None and known[0] == use:
         return known[1]

@@ -36,6 +36,7 @@ from scfa_core.backends.numba_cpu.vector import atomic_next
 __all__ = ["dkdv_tiles", "dq_tiles"]
 
 LOG2E = 1.0 / math.log(2.0)
+LSE_ROUNDING = 2.0**-21  # of the given lse: its own rounding and that of sums in another order
 
 
 @numba.njit(nogil=True, fastmath={"contract", "reassoc"})
@@ -45,6 +46,18 @@ def row_product(x, y):
     for d in range(1, x.size):
         total += widen(x[d]) * widen(y[d])
     return total
+
+
+@numba.njit(nogil=True)
+def refined_lse(own, given):
+    """`own`, the float64 lse of this softmax in log2, if `given` is its float32 rounding; else `given`.
+
+    Which is then that of another softmax, as where several patterns were merged.
+    """
+    rounded = np.float32(own / LOG2E)
+    if rounded == given or abs(rounded - given) <= LSE_ROUNDING * abs(given):
+        return own
+    return given * LOG2E
 
 
 @device_function
@@ -79,7 +92,8 @@ def dq_tiles(
     """Write dq, and what the second pass needs: lse (log2) and delta of every sorted query, and the
     smallest key_start and largest key_end of every query tile.
 
-    With `exact_lse` (float64) lse is computed anew, because the float32 one has too few digits.
+    With `exact_lse` (float64) lse is computed anew, because the float32 one has too few digits;
+    another softmax's is taken as it is.
     """
     batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v = sizes
     blocks = (seqlen_q + BLOCK - 1) // BLOCK
@@ -163,7 +177,8 @@ def dq_tiles(
         for lane in range(rows):
             row = np.int64(q_index[q_at + lane])
             if exact_lse:
-                lse_log2[lane] = row_max[lane] + np.log2(row_sum[lane])
+                own = row_max[lane] + np.log2(row_sum[lane])
+                lse_log2[lane] = refined_lse(own, lse[lse_base + lse_layout[3] * row])
             else:
                 lse_log2[lane] = lse[lse_base + lse_layout[3] * row] * LOG2E
             if lse_log2[lane] == -np.inf:  # no weight at all: 2 ** (s - inf) is 0

@@ -15,6 +15,7 @@ from typing import Any
 
 import numba
 import numpy as np
+from numba.core.compiler_lock import global_compiler_lock
 
 __all__ = ["run_tiles", "thread_count"]
 
@@ -32,14 +33,21 @@ def thread_count() -> int:
     return max(count, 1)
 
 
-def _forget_pool() -> None:
-    """Start afresh in a forked child, where the threads of the parent do not exist."""
+def _start_afresh() -> None:
+    """Begin again in a forked child, where the threads of the parent do not exist."""
     global _pool, _pool_size, _lock
     _pool, _pool_size, _lock = None, 0, threading.Lock()
+    global_compiler_lock.release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
+    # A child that is forked while another thread compiles would find numba's lock held for ever and
+    # numba's tables half written: the fork waits for it. Who compiles may fork, the lock is his.
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=_start_afresh,
+    )
 
 
 def _start(job: Callable[[], Any], count: int) -> list[Future[Any]]:

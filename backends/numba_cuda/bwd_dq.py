@@ -12,7 +12,7 @@ from numba import cuda, int32, uint8
 from scfa_core.backends.numba_cuda.compiling import INFINITY, kernel
 from scfa_core.backends.numba_cuda.convert import ELEMENTS
 from scfa_core.backends.numba_cuda.schedule import any_is_wanted, key_span, tile_is_wanted
-from scfa_core.backends.numba_cuda.softmax import softmax_functions
+from scfa_core.backends.numba_cuda.softmax import refined_lse, softmax_functions
 from scfa_core.backends.numba_cuda.tiles import Shape, loss_count, tile_functions
 
 
@@ -159,7 +159,10 @@ def build_bwd_dq(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> An
                             tile_sum += exp(weights[r, c] - shift_of(new))
                         row_sum[i] += tile_sum
                 for i in range(per_row):
+                    r = ty + ty_count * i
                     row_lse[i] = shift_of(row_lse[i]) + log_of(row_sum[i])
+                    if m0 + r < m1:
+                        row_lse[i] = refined_lse(row_lse[i], lse[b, h, q_index[b, h, m0 + r]])
 
             # An empty row weighs nothing: exp(s - inf) = 0.
             for i in range(per_row):

@@ -6,8 +6,11 @@ import math
 from functools import cache
 from typing import Any
 
+from numba import float32, float64
 from scfa_core.backends.numba_cuda.compiling import INFINITY, LOG2_E, device
 from scfa_core.backends.numba_cuda.convert import ELEMENTS
+
+LSE_ROUNDING = 2.0**-21  # of the given lse: its own rounding and that of sums in another order
 
 
 @cache
@@ -40,6 +43,18 @@ def softmax_functions(dtype: str) -> tuple[Any, Any, Any]:
         return x
 
     return shift_of, rescale_factor, log_of
+
+
+@device
+def refined_lse(own, given):
+    """`own`, the float64 lse of this softmax, if `given` is its float32 rounding; else `given`.
+
+    Which is then that of another softmax, as where several patterns were merged.
+    """
+    rounded = float32(own)
+    if rounded == given or abs(rounded - given) <= LSE_ROUNDING * abs(given):
+        return own
+    return float64(given)
 
 
 @device

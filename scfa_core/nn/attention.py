@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from scfa_core.api import attention
-from scfa_core.errors import OptionError, PatternError, ShapeError
+from scfa_core.errors import DTypeError, OptionError, PatternError, ShapeError
 from scfa_core.hashing import disjoint_rounds
 from scfa_core.merging import attention_over
 from scfa_core.nn.hashing import AngularHash
@@ -17,6 +18,7 @@ from scfa_core.patterns import Causal, Documents, Pattern, QKSparse, SlidingWind
 from scfa_core.plan import Plan
 from scfa_core.problem import as_size, check_flag
 from scfa_core.torch_checks import check_tensor
+from scfa_core.torch_framework import dtype_name
 
 MakePattern = Callable[[Tensor, Tensor], Pattern]
 
@@ -60,7 +62,8 @@ class SparseSelfAttention(nn.Module):
     ShapeError
         Heads that do not divide, `shared_qk` with fewer key heads, or sizes that are none.
     OptionError
-        A flag that is not a bool, a hook that cannot be called, a pattern beside one that is there.
+        A flag that is not a bool, a hook that cannot be called, a pattern beside one that is there,
+        an option that no layer has.
     PatternError
         In a call: `pattern` returned none.
     """
@@ -81,8 +84,15 @@ class SparseSelfAttention(nn.Module):
         bias: bool = False,
         rotary: Callable[[Tensor], Tensor] | None = None,
         backend: str | None = None,
+        **unknown: NoReturn,  # of layers that hand their own options on
     ) -> None:
         super().__init__()
+        if unknown:
+            raise OptionError(
+                f"{type(self).__name__} takes no option {', '.join(map(repr, sorted(unknown)))}; "
+                "beside their own all layers take heads_kv, head_dim, pattern, shared_qk, "
+                "include_self, softmax_scale, bias, rotary, backend"
+            )
         heads_kv = heads if heads_kv is None else heads_kv
         for name, size in (("width", width), ("heads", heads), ("heads_kv", heads_kv)):
             as_size(name, size, 1)
@@ -169,7 +179,8 @@ class SparseSelfAttention(nn.Module):
         Raises
         ------
         ShapeError, DTypeError
-            Axes other than these, or what is no tensor.
+            Axes other than these, what is no tensor, or a dtype other than that of the weights
+            outside of autocast.
         PatternError
             A plan beside documents or keep.
         """
@@ -188,11 +199,11 @@ class SparseSelfAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (batch, heads, seqlen, head_dim) views."""
-        q, v = (self._split(projection(x)) for projection in (self.query, self.value))
+        q, v = (self._split(_applied(p, x)) for p in (self.query, self.value))
         q = q if self.rotary is None else self.rotary(q)
         if self.key is None:
             return q, normalize(q, dim=-1).to(q.dtype), v
-        k = self._split(self.key(x))
+        k = self._split(_applied(self.key, x))
         return q, k if self.rotary is None else self.rotary(k), v
 
     def attend(
@@ -230,6 +241,26 @@ class SparseSelfAttention(nn.Module):
         if not self.include_self:
             text += ", include_self=False"
         return text
+
+
+def _applied(projection: nn.Module, x: Tensor) -> Tensor:
+    """Run a projection, and say what to do where its weights are of another dtype than `x`.
+
+    Only what fails is refused: autocast, a hook or a quantized projection may make it right.
+    """
+    try:
+        out: Tensor = projection(x)
+    except RuntimeError as error:
+        weight = getattr(projection, "weight", None)
+        told = re.search("dtype|scalar type", str(error))
+        if not told or not isinstance(weight, Tensor) or weight.dtype == x.dtype:
+            raise
+        cure = "cast x, or the layer by .to" if x.is_floating_point() else "embed tokens first"
+        raise DTypeError(
+            f"x must be {dtype_name(weight.dtype)} like the layer's weights, got "
+            f"{dtype_name(x.dtype)}; {cure}"
+        ) from error
+    return out
 
 
 def _narrowed(pattern: Pattern, limits: list[Pattern]) -> Pattern:

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from scfa_core.dropping import gated, highest, random_keep, threshold_keep
+from scfa_core.dropping import broadcasts, gated, places, random_keep, threshold_keep
 from scfa_core.errors import PatternError
 from scfa_core.nn.attention import SparseSelfAttention
-from scfa_core.patterns import Causal, Pattern, QKSparse
+from scfa_core.patterns import Causal, Documents, Pattern, QKSparse
 from scfa_core.plan import Plan
 from scfa_core.problem import check_flag, check_share
 
@@ -35,6 +35,10 @@ class DropSelfAttention(SparseSelfAttention):
     Notes
     -----
     Scores learn by straight-through gradients: `scfa_core.dropping.drop_attention`.
+
+    ``"top-k"`` keeps ``round(keep * rows)`` rows of each sequence, padding left out of both, and of
+    each document where there are several: what each would keep alone. A subclass whose
+    `make_patterns` has documents or flags is read in the same way.
     """
 
     _takes_pattern = False
@@ -78,17 +82,53 @@ class DropSelfAttention(SparseSelfAttention):
             q_keep, k_keep = (random_keep(y.shape[:3], self.keep, device=y.device) for y in (q, k))
             return super().attend(q, k, v, x, [pattern & QKSparse(q_keep, k_keep, causal=False)])
         q_scores, k_scores = (s(x).transpose(1, 2) for s in (self.query_score, self.key_score))
-        q_keep, k_keep = self._choose(q_scores), self._choose(k_scores)
+        q_keep = self._choose(q_scores, pattern, "q")
+        k_keep = self._choose(k_scores, pattern, "k")
         v = gated(v, k_keep, k_scores)
         out = super().attend(q, k, v, x, [pattern & QKSparse(q_keep, k_keep, causal=False)])
         return gated(out, q_keep, q_scores)
 
-    def _choose(self, scores: Tensor) -> Tensor:
+    def _choose(self, scores: Tensor, pattern: Pattern, side: str) -> Tensor:
+        """Flags of the rows to keep, padding not among them: its scores may be anything."""
+        among, groups = _limits(pattern, side, scores)
         if self.how == "threshold":
-            return threshold_keep(scores)
-        return highest(scores, round(self.keep * scores.shape[-1]))
+            chosen = threshold_keep(scores)
+        else:
+            place, rows = places(scores, among, groups)
+            chosen = place <= (self.keep * rows.double()).round()  # as round(keep * rows) does
+        return chosen if among is None else chosen & among
 
     def extra_repr(self) -> str:
         """Sizes and choices, for printing."""
         share = "" if self.how == "threshold" else f", keep={self.keep}"
         return f"{super().extra_repr()}, how={self.how!r}{share}"
+
+
+def _limits(pattern: Pattern, side: str, scores: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+    """Flags of the rows that `pattern` lets take part, and ids of their documents; side "q" or "k".
+
+    What does not fit the scores is left to `attention`, which has words for it.
+    """
+    among: Tensor | None = None
+    groups: list[Tensor] = []
+    for part in pattern.parts:
+        if isinstance(part, QKSparse):
+            flags = part.q_keep if side == "q" else part.k_keep
+            if _fits(flags, 3, scores):
+                among = flags != 0 if among is None else among & (flags != 0)
+        elif isinstance(part, Documents):
+            ids = part.q_ids if side == "q" else part.k_ids
+            if _fits(ids, 2, scores[:, 0]):
+                groups.append(ids[:, None])
+    return among, groups
+
+
+def _fits(x: Any, axes: int, scores: Tensor) -> bool:
+    """Whether an array of a pattern can be set beside scores, (batch, heads, seqlen) or less."""
+    return (
+        isinstance(x, Tensor)
+        and x.ndim == axes
+        and not x.is_complex()
+        and x.device == scores.device
+        and broadcasts(x.shape, scores.shape)
+    )

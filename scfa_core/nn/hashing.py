@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ PAST_START = 16  # rows that the start of a sequence counts for
 _BMM_TO_FLOAT = hasattr(torch.ops.aten.bmm, "dtype")  # torch 2.8: out_dtype of 16-bit products
 
 
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Sums and products in the precision of their arguments; "meta" has no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def past_mean(x: Tensor, start: Tensor) -> Tensor:
     """Mean of the rows before, for every `CENTER_ROWS` rows (batch, heads, seqlen, head_dim).
 
@@ -32,7 +38,7 @@ def past_mean(x: Tensor, start: Tensor) -> Tensor:
     if not seqlen:
         return x.new_empty((batch, heads, 0, head_dim), dtype=torch.float32)
     x = x.detach()
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device):
         sums = BLOCK_SUMS(x[:, :, :-1], CENTER_ROWS)  # of blocks that a row comes after
         known = sums.isfinite().all(-1, keepdim=True)
         total = _running_sum(sums.where(known, 0.0))
@@ -205,7 +211,7 @@ class AngularHash(nn.Module):
         if not self.centers:
             return tuple(angular_hash(x, directions) for x in rows)
         if self.turn is not None:  # rows times a root of the inverse: the directions take it
-            with torch.no_grad(), torch.autocast(directions.device.type, enabled=False):
+            with torch.no_grad(), _without_autocast(directions.device):
                 directions = self.turn.float() @ directions.float()
         if len(rows) > len(self.centers):
             raise PatternError(f"an adapting hash takes queries and keys, got {len(rows)} tensors")
@@ -329,7 +335,7 @@ class _Center(nn.Module):
         Of those sequences of each head that are finite: one NaN would stay in the buffers for good.
         `place` is what rows were hashed about.
         """
-        with torch.autocast(given.device.type, enabled=False):
+        with _without_autocast(given.device):
             x = given.detach().float()
             sums = x.sum(2, keepdim=True)
             known = sums.isfinite().all(-1, keepdim=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from scfa_core.errors import PatternError, ShapeError
@@ -127,7 +128,7 @@ class Intersection(Pattern):
         return self._parts
 
     def __repr__(self) -> str:
-        return " & ".join(repr(part) for part in self._parts)
+        return " & ".join(repr(part) for part in self._parts) or "Intersection()"
 
 
 def describe_array(x: Any) -> str:
@@ -142,6 +143,21 @@ def require_bool(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise PatternError(f"{name} must be True or False, got {value!r}")
     return value
+
+
+def require_count(name: str, value: Any) -> int:
+    """Read a number of keys, refusing floats, negative numbers and flags of any library."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = -1
+    if isinstance(value, int):  # among them the symbolic ones of a compiler, which lack a dtype
+        flag = isinstance(value, bool)
+    else:  # a bool tensor of torch has an index too
+        flag = str(getattr(value, "dtype", "")).endswith("bool")
+    if flag or count < 0:
+        raise PatternError(f"{name} must be an int >= 0 (a number of keys), got {value!r}")
+    return count
 
 
 def require_arrays(pattern: str, **arrays: Any) -> None:

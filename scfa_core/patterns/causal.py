@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import operator
-
 from scfa_core.errors import PatternError
-from scfa_core.patterns.base import Pattern, require_bool
+from scfa_core.patterns.base import Pattern, require_bool, require_count
 
 ALIGNMENTS = ("top-left", "bottom-right")
 
@@ -45,12 +43,7 @@ class Causal(Pattern):
     def __init__(self, include_self: bool = True, align: str = "top-left", *, lag: int = 0) -> None:
         if align not in ALIGNMENTS:
             raise PatternError(f"align must be one of {ALIGNMENTS}, got {align!r}")
-        try:
-            hidden = operator.index(lag)
-        except TypeError:
-            hidden = -1
-        if hidden < 0 or isinstance(lag, bool):
-            raise PatternError(f"Causal: lag must be an int >= 0 (a number of keys), got {lag!r}")
+        hidden = require_count("Causal: lag", lag)
         self.lag = max(hidden, 0 if require_bool("include_self", include_self) else 1)
         self.align = align
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-
-from scfa_core.errors import PatternError
-from scfa_core.patterns.base import Pattern, require_bool
+from scfa_core.patterns.base import Pattern, require_bool, require_count
 
 
 class SlidingWindow(Pattern):
@@ -33,15 +30,7 @@ class SlidingWindow(Pattern):
     __slots__ = ("causal", "window")
 
     def __init__(self, window: int, *, causal: bool = True) -> None:
-        try:
-            value = operator.index(window)
-        except TypeError:
-            raise PatternError(
-                f"SlidingWindow: window must be an int (a number of keys), got {window!r}"
-            ) from None
-        if value < 0 or isinstance(window, bool):
-            raise PatternError(f"SlidingWindow: window must be an int >= 0, got {window!r}")
-        self.window = value
+        self.window = require_count("SlidingWindow: window", window)
         self.causal = require_bool("causal", causal)
 
     def __repr__(self) -> str:

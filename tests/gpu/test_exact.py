@@ -122,6 +122,25 @@ def test_scales(call, hold, scale):
     check(call, hold, spec)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gradients_of_parts_under_the_merged_lse_add_up(torch, backend, dtype):
+    if (backend, dtype) == ("cupy", "float64"):
+        pytest.skip("cupy takes no float64")
+    import scfa_core as scfa
+    from scfa_core.merging import merge_attention
+
+    shape, kind = (4, 2, 3, 300, 64), getattr(torch, dtype)
+    q, k, v, dout = torch.randn(shape, device="cuda", dtype=kind)
+    parts, options = (scfa.SlidingWindow(9), scfa.Causal(lag=9)), {"backend": backend}
+    results = [scfa.attention(q, k, v, x, return_lse=True, **options) for x in parts]
+    out, lse = merge_attention(*zip(*results, strict=True))
+    grads = [scfa.attention_backward(dout, q, k, v, out, lse, x, **options) for x in parts]
+    whole = scfa.attention(q, k, v, return_lse=True, **options)
+    right = scfa.attention_backward(dout, q, k, v, *whole, **options)
+    for near, far, want in zip(*grads, right, strict=True):
+        assert float((near + far - want).abs().max()) < 2e-5 * float(want.abs().max())
+
+
 @pytest.mark.parametrize(("heads", "heads_kv"), [(8, 1), (6, 2), (3, 3)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_grouped_heads(kernels, call, hold, heads, heads_kv, dtype):

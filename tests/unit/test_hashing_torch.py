@@ -236,6 +236,13 @@ def test_a_layer_adapts_and_compiles_whole(redraw, adapt):
     assert torch.isfinite(step(x)).all()
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("adapt", nn.hashing.ADAPTS)
+def test_shapes_alone_need_no_rows(adapt, training):
+    layer = nn.HashSelfAttention(32, 2, BUCKETS, adapt=adapt).to("meta").train(training)
+    assert layer(torch.empty(1, 80, 32, device="meta")).shape == (1, 80, 32)
+
+
 @pytest.mark.parametrize("adapt", ["center", "whiten", "past"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_layer_in_half_precision_adapts(dtype, adapt):

@@ -122,7 +122,7 @@ def test_what_is_not_supported_raises():
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"window": -3}, "window must be an int >= 0, got -3"),
+        ({"window": -3}, "window must be an int >= 0 .*got -3"),
         ({"window": "7"}, "window must be an int"),
         ({"buckets": 5}, "buckets must be an even int"),
         ({"near": -1}, "near must be at least 0"),

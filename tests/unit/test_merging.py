@@ -37,6 +37,37 @@ def test_numpy_parts_merge_to_the_whole(layout):
     np.testing.assert_allclose(lse, right_lse, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("size", [1.0, 30.0])  # scores of units, and weights far from each other
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gradients_of_parts_under_the_merged_lse_add_up(dtype, size):
+    q, k, v = (x.astype(dtype) for x in problem())
+    q *= size
+    dout = np.random.default_rng(1).standard_normal(q.shape).astype(dtype)
+    patterns = cuts(q, 0, 7, 19, 30)
+    parts = [scfa.attention(q, k, v, x, return_lse=True, backend="numba-cpu") for x in patterns]
+    out, lse = merge_attention(*zip(*parts, strict=True))
+    grads = [
+        scfa.attention_backward(dout, q, k, v, out, lse, x, backend="numba-cpu") for x in patterns
+    ]
+    whole = scfa.attention(q, k, v, return_lse=True, backend="numba-cpu")
+    right = scfa.attention_backward(dout, q, k, v, *whole, backend="numba-cpu")
+    for mine, want in zip(map(sum, zip(*grads, strict=True)), right, strict=True):
+        np.testing.assert_allclose(mine, want, rtol=0, atol=2e-5 * np.abs(want).max())
+
+
+def test_float64_gradients_need_more_digits_than_lse_has():
+    """Of the very softmax, and where its lse does not fit float32."""
+    q, k, v = problem()
+    dout = np.random.default_rng(1).standard_normal(q.shape)
+    for size in (1.0, 1e25):  # scores of 1e50 are beyond float32
+        out, lse = scfa.attention(size * q, size * k, v, return_lse=True, backend="numba-cpu")
+        args = (dout, size * q, size * k, v, out, lse)
+        mine = scfa.attention_backward(*args, backend="numba-cpu")
+        right = scfa.attention_backward(*args, backend="reference")
+        for x, y in zip(mine, right, strict=True):
+            np.testing.assert_allclose(x, y, rtol=0, atol=1e-12 * max(size, np.abs(y).max()))
+
+
 def test_rows_that_no_part_sees_are_zero():
     q, k, v = problem()
     nothing = cuts(q, 5, 6, 9)

@@ -107,6 +107,70 @@ def test_works_in_a_forked_child_after_use():
     python(code)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_works_in_a_child_forked_while_another_thread_compiles(tmp_path):
+    """Numba's lock of compilation would be held there by a thread that does not exist."""
+    code = """if True:
+        import os, signal, threading, time, warnings
+        import numpy as np
+        import scfa_core as scfa
+        from numba.core.compiler_lock import global_compiler_lock
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: fork beside threads
+        x = np.ones((1, 2, 300, 16), np.float32)
+        results = []
+        def attend():
+            results.append(scfa.attention(x, x, x, backend="numba-cpu"))
+        def compiles():
+            free = global_compiler_lock._lock.acquire(blocking=False)
+            if free:
+                global_compiler_lock._lock.release()
+            return not free
+        thread = threading.Thread(target=attend)
+        thread.start()
+        while not compiles():
+            assert thread.is_alive(), "everything was compiled before"
+            time.sleep(0.01)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(100)
+            attend()
+            os._exit(0 if np.isfinite(results[0]).all() else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        thread.join()
+        assert np.isfinite(results[0]).all()
+    """
+    python(code, NUMBA_CACHE_DIR=str(tmp_path))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_thread_that_compiles_may_fork():
+    code = """if True:
+        import os, signal, threading, warnings
+        from numba.core.compiler_lock import global_compiler_lock
+        from scfa_core.backends.numba_cpu import threads
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: fork beside threads
+        signal.alarm(60)
+        def is_free():
+            def probe():
+                found.append(global_compiler_lock._lock.acquire(blocking=False))
+            found = []
+            prober = threading.Thread(target=probe)
+            prober.start()
+            prober.join()
+            return found[0]
+        with global_compiler_lock:
+            child = os.fork()
+            assert not is_free()
+        fine = is_free()
+        if child == 0:
+            os._exit(0 if fine else 1)
+        assert fine
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    """
+    python(code)
+
+
 def test_error_in_a_kernel_thread_is_raised(monkeypatch):
     monkeypatch.setattr(threads, "thread_count", lambda: 3)
 
@@ -123,10 +187,10 @@ def test_without_a_cache_folder_it_compiles_and_says_so(monkeypatch, caplog):
 
     plain = numba.njit
 
-    def refuse(**options):
+    def refuse(*functions, **options):
         if options.get("cache"):
             raise RuntimeError("cannot cache function: no locator available")
-        return plain(**options)
+        return plain(*functions, **options)
 
     monkeypatch.setattr(compiling.numba, "njit", refuse)
     with caplog.at_level(logging.WARNING, "scfa_core.numba_cpu"):

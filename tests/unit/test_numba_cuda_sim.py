@@ -123,9 +123,29 @@ def sum_many_tiles():
     return {"roundings": float((errors**2).mean() ** 0.5), "infinite": infinite}
 
 
+def merged_parts():
+    """Worst relative difference between gradients of two parts under the merged lse and the whole's."""
+    import numpy as np
+
+    import scfa_core as scfa
+    from scfa_core.merging import merge_attention
+
+    rng = np.random.default_rng(0)
+    q, k, v, dout = rng.standard_normal((4, 1, 1, 9, 16))
+    parts = (scfa.SlidingWindow(3), scfa.Causal(lag=3))
+    near, far = (scfa.attention(q, k, v, x, return_lse=True) for x in parts)
+    out, lse = merge_attention(*zip(near, far, strict=True))
+    grads = (scfa.attention_backward(dout, q, k, v, out, lse, x) for x in parts)
+    whole = scfa.attention(q, k, v, return_lse=True)
+    right = scfa.attention_backward(dout, q, k, v, *whole)
+    summed = map(sum, zip(*grads, strict=True))
+    return max(float(np.abs(x - y).max()) for x, y in zip(summed, right, strict=True))
+
+
 def main():
     import warnings
 
+    from scfa_core import use_backend
     from scfa_core.dispatch import unavailable_reason
 
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # Inf and NaN are among the data
@@ -135,6 +155,8 @@ def main():
     for name, spec in CASES.items():
         report[name] = run_case(spec)
     report["long sums"] = sum_many_tiles()
+    with use_backend("numba-cuda"):
+        report["merged parts"] = merged_parts()
     print(json.dumps(report))
 
 
@@ -161,6 +183,10 @@ def test_float32_sums_over_many_tiles(report):
     """Two roundings are allowed beyond what the plain formula takes; row by row it were 25."""
     assert report["long sums"]["roundings"] < 2
     assert report["long sums"]["infinite"]
+
+
+def test_float64_gradients_of_parts_under_the_merged_lse(report):
+    assert report["merged parts"] < 1e-5
 
 
 if __name__ == "__main__":

@@ -139,3 +139,29 @@ def test_windows_beyond_any_length():
         backend="reference",
     )
     assert plan.to_dense().all()
+
+
+@pytest.mark.parametrize("make", [scfa.SlidingWindow, lambda n: scfa.Causal(lag=n)])
+def test_a_flag_of_any_library_is_no_number_of_keys(make):
+    """A bool tensor of torch is an index to Python, and counted as 1 or 0."""
+    torch = pytest.importorskip("torch", reason="its bool tensors have an __index__")
+    for value in (True, False):
+        for flag in (value, np.bool_(value), np.array(value), torch.tensor(value)):
+            with pytest.raises(scfa.PatternError, match="must be an int >= 0"):
+                make(flag)
+    for number in (
+        3,
+        np.int16(3),
+        np.array(3),
+        torch.tensor(3),
+        torch.tensor(3, dtype=torch.uint8),
+    ):
+        assert repr(make(number)) == repr(make(3))
+
+
+def test_an_intersection_of_nothing_has_a_name():
+    """Messages end in what came, and this one was the empty string."""
+    assert repr(scfa.Intersection()) == "Intersection()"
+    assert repr(scfa.Intersection(scfa.Causal())) == repr(scfa.Causal())
+    with pytest.raises(scfa.PatternError, match=r"got Intersection\(\)$"):
+        bool(scfa.Intersection())

@@ -309,6 +309,47 @@ def test_autocast(dtype):
         assert attend(*double).dtype is torch.float64  # as torch itself does
 
 
+@pytest.mark.parametrize("way", ["eager", "operator", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_backward_by_hand_in_autocast(dtype, way, monkeypatch):
+    """What `attention` takes and gives there: gradients are autograd's, in the inputs' dtypes."""
+    backward = scfa.attention_backward
+    if way == "compiled":
+        backward = torch.compile(backward, backend="eager", fullgraph=True)
+    if way == "operator":
+        monkeypatch.setattr(torch_bridge, "_is_plain", lambda *tensors: False)
+    q, k, v = tensors(torch.float32)
+    k = k.detach().to(dtype).requires_grad_()
+    pattern = PATTERNS["hash"]
+    with torch.autocast("cpu", dtype):
+        out, lse = attend(q, k, v, return_lse=True)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
+    want = torch.autograd.grad(out, (q, k, v), dout.to(dtype))
+    given = [x.detach() for x in (q, k, v, out, lse)]
+    with torch.autocast("cpu", dtype):
+        for up in (dout, dout.to(dtype)):
+            got = backward(up, *given, pattern, backend=BACKEND)
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+            assert [x.dtype for x in got] == [torch.float32, dtype, torch.float32]
+
+
+def test_backward_by_hand_follows_the_forward_and_not_the_place_of_its_call():
+    """What was computed in float32 has gradients of float32, in an autocast region too."""
+    q, k, v = (x.detach() for x in tensors(torch.float32))
+    out, lse = attend(q, k, v, return_lse=True)
+    args = (torch.ones_like(out), q, k, v, out, lse, PATTERNS["hash"])
+    want = scfa.attention_backward(*args, backend=BACKEND)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = scfa.attention_backward(*args, backend=BACKEND)
+        double = [x.double() for x in (q, k, v)]
+        out, lse = attend(*double, return_lse=True)
+        own = scfa.attention_backward(out, *double, out, lse, PATTERNS["hash"], backend=BACKEND)
+        with pytest.raises(scfa.DTypeError, match="dout must be float32, got float64"):
+            scfa.attention_backward(args[0].double(), *args[1:], backend=BACKEND)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert {x.dtype for x in own} == {torch.float64}
+
+
 def test_backward_by_hand_equals_autograd():
     q, k, v = tensors()
     out, lse = attend(q, k, v, return_lse=True)

@@ -269,6 +269,18 @@ def attention_over_halves(x):
     return merge_attention(*zip(*parts, strict=True))[0]
 
 
+def test_patterns_made_of_numbers_that_change():
+    """From the second number on a compiler holds a symbol, which has fewer attributes than 3."""
+
+    def run(x, n):
+        return scfa.attention(x, x, x, scfa.SlidingWindow(n) & scfa.Causal(lag=n - 1))
+
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    x = torch.randn(1, 2, 9, 16)
+    for n in (2, 3, 5):
+        assert torch.equal(compiled(x, n), run(x, n))
+
+
 def test_one_hash_for_queries_and_keys_is_passed_once():
     """Also traced: q_hash and k_hash that are one tensor reach the planner as one."""
     from scfa_core.torch_patterns import decode, encode

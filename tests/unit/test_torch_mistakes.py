@@ -1,10 +1,13 @@
 """Mistakes with tensors: each is refused at the door, and the message says what to do."""
 
+import dataclasses
+
 import pytest
 
 torch = pytest.importorskip("torch", reason="the torch bridge needs torch (extra 'torch')")
 
 import scfa_core as scfa  # noqa: E402
+from scfa_core.merging import attention_over  # noqa: E402
 
 Q, K, V = torch.randn(2, 4, 8, 16), torch.randn(2, 2, 8, 16), torch.randn(2, 2, 8, 24)
 IDS = torch.zeros(2, 4, 8, dtype=torch.long)
@@ -101,3 +104,44 @@ def test_plans_do_not_cross_libraries():
     for inputs, plan in ((arrays, ours), ((Q, K, V), theirs)):
         with pytest.raises(scfa.DeviceError, match="make a plan with arrays of that library"):
             scfa.attention(*inputs, plan)
+
+
+def functorch_gradient(q, k, v, plan):
+    return torch.func.grad(lambda x: scfa.attention(x, k, v, plan).sum())(q)
+
+
+def compiled(q, k, v, plan):
+    torch._dynamo.reset()
+    return torch.compile(scfa.attention, backend="eager")(q, k, v, plan)
+
+
+WAYS = {
+    "forward": scfa.attention,
+    "recorded": lambda q, k, v, plan: scfa.attention(q.clone().requires_grad_(), k, v, plan),
+    "backward": lambda q, k, v, plan: scfa.attention_backward(
+        *(V.new_zeros(2, 4, 8, 24), q, k, v, V.new_zeros(2, 4, 8, 24), Q[..., 0], plan)
+    ),
+    "union": lambda q, k, v, plan: attention_over(q, k, v, [plan]),
+    "functorch": functorch_gradient,
+    "compiled": compiled,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_plan_of_another_library_is_refused_after_a_like_call(way):
+    """What is remembered of a call says nothing of the next plan: this reached its addresses."""
+    theirs = scfa.make_plan(scfa.Causal(), Q.numpy(), K.numpy())
+    scfa.attention(Q, K, V, scfa.make_plan(scfa.Causal(), Q, K))
+    with pytest.raises(scfa.DeviceError, match="the plan holds arrays of numpy, q is a torch"):
+        WAYS[way](Q, K, V, theirs)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["key_end", "work", "k_count"])
+def test_a_plan_that_lacks_an_array_is_refused_after_a_like_call(name, way):
+    plan = scfa.make_plan(scfa.Causal(), Q, K)
+    scfa.attention(Q, K, V, plan)
+    for value, got in ((None, "NoneType"), ([1], "list")):
+        broken = dataclasses.replace(plan, **{name: value})
+        with pytest.raises(scfa.DeviceError, match=f"plan.{name} must be a torch array.*got {got}"):
+            WAYS[way](Q, K, V, broken)

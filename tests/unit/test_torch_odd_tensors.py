@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_map_only  # noqa: E402
 
 import scfa_core as scfa  # noqa: E402
 from scfa_core import torch_bridge  # noqa: E402
+from scfa_core.merging import attention_over  # noqa: E402
 
 DRAWN = torch.Generator().manual_seed(0)
 Q, K, V = (
@@ -153,3 +154,49 @@ def test_numbers_beyond_64_bits_can_be_traced(pattern):
     x = torch.randn(2, 1, 1, 6, 16, generator=torch.Generator().manual_seed(0))
     right = torch.stack([scfa.attention(y, y, y, pattern) for y in x])
     assert torch.equal(torch.func.vmap(lambda y: scfa.attention(y, y, y, pattern))(x), right)
+
+
+class Tagged(scfa.HashSparse):
+    """Slots in one word."""
+
+    __slots__ = "tag"
+
+
+class Cached(scfa.QKSparse):
+    """A slot that is not set, below two classes that have some."""
+
+    __slots__ = ("cache",)
+
+
+class Deeper(Cached):
+    """Nothing of its own."""
+
+    __slots__ = ()
+
+
+class Open(scfa.KeyRanges):
+    """Any attribute at all."""
+
+
+@pytest.mark.parametrize("kind", [None, Wrapper, lambda x: x.as_subclass(Named)])
+@pytest.mark.parametrize("derived", [Tagged, Cached, Deeper, Open])
+def test_patterns_with_slots_of_their_own(derived, kind):
+    """Only the fields of this package's class are read, and all of them: also for odd tensors."""
+    Wrapper.seen = []
+    rows = torch.arange(8).expand(2, 4, -1) % 3, torch.arange(8).expand(2, 2, -1) % 3
+    if derived is Open:
+        rows = rows[0], rows[0] + 2
+    plain = derived.__mro__[-3](*rows)
+    right = scfa.attention(Q, K, V, plain)
+    mine = derived(*(x if kind is None else kind(x.contiguous()) for x in rows))
+    assert torch.equal(held(scfa.attention(Q, K, V, mine)), right)
+    assert torch.equal(held(attention_over(Q, K, V, [mine])), right)
+    assert torch_bridge._holds_plain(mine) is (kind is None)
+    plan = scfa.make_plan(mine, Q, K)
+    assert torch.equal(held(scfa.attention(Q, K, V, plan)), right)
+    assert (kind is Wrapper) == bool(Wrapper.seen)
+    if kind is None:
+        theirs = scfa.attention(
+            *(x.numpy() for x in (Q, K, V)), derived(*(x.numpy() for x in rows))
+        )
+        assert (theirs == right.numpy()).all()

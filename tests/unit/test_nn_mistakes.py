@@ -1,0 +1,110 @@
+"""What layers refuse by their own names: options that nobody knows, inputs of another dtype."""
+
+import re
+
+import pytest
+
+import scfa_core as scfa
+
+torch = pytest.importorskip("torch", reason="these are torch modules")
+
+from torch import nn as torch_nn  # noqa: E402
+
+from scfa_core import nn  # noqa: E402
+
+WIDTH, HEADS = 32, 2
+
+
+class Derived(nn.WindowSelfAttention):
+    """A layer of somebody else's."""
+
+
+LAYERS = {
+    "SparseSelfAttention": lambda **o: nn.SparseSelfAttention(WIDTH, HEADS, **o),
+    "DenseSelfAttention": lambda **o: nn.DenseSelfAttention(WIDTH, HEADS, **o),
+    "WindowSelfAttention": lambda **o: nn.WindowSelfAttention(WIDTH, HEADS, 3, **o),
+    "HashSelfAttention": lambda **o: nn.HashSelfAttention(WIDTH, HEADS, 4, **o),
+    "DropSelfAttention": lambda **o: nn.DropSelfAttention(WIDTH, HEADS, how="top-k", **o),
+    "Derived": lambda **o: Derived(WIDTH, HEADS, 3, **o),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_unknown_options_name_the_layer_that_was_called(name):
+    with pytest.raises(scfa.OptionError, match=rf"^{name} takes no option 'foo'; .* heads_kv, .*"):
+        LAYERS[name](foo=1)
+    with pytest.raises(TypeError, match=rf"^{name} takes no option 'dropout', 'kv'; "):
+        LAYERS[name](kv=1, dropout=0.5, bias=True)
+
+
+def test_the_options_told_are_those_there_are():
+    with pytest.raises(scfa.OptionError) as caught:
+        nn.DenseSelfAttention(WIDTH, HEADS, foo=1)
+    told = re.search(r"all layers take (.*)", str(caught.value)).group(1).split(", ")
+    code = nn.SparseSelfAttention.__init__.__code__
+    count = code.co_argcount + code.co_kwonlyargcount
+    assert told == list(code.co_varnames[3:count])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    ("weights", "given"),
+    [("float32", "int64"), ("float32", "float64"), ("float32", "bfloat16"), ("float64", "float32")],
+)
+def test_an_input_of_another_dtype_is_told_what_to_do(name, weights, given):
+    layer = LAYERS[name](backend="reference").to(getattr(torch, weights))
+    x = torch.ones(1, 5, WIDTH).to(getattr(torch, given))
+    words = f"x must be {weights} like the layer's weights, got {given}; "
+    words += "embed" if given == "int64" else "cast x"
+    with pytest.raises(scfa.DTypeError, match=f"^{words}"):
+        layer(x)
+    right = layer(x.to(getattr(torch, weights)))
+    assert right.dtype == getattr(torch, weights)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_autocast_makes_right_is_taken(name):
+    layer = LAYERS[name]()
+    x = torch.randn(1, 5, WIDTH, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            assert layer(x.to(dtype)).dtype == torch.bfloat16
+        for wrong in (x.double(), x.long()):
+            with pytest.raises(scfa.DTypeError, match="x must be float32 like the layer's weights"):
+                layer(wrong)
+
+
+def test_what_a_projection_or_its_hooks_make_right_is_taken():
+    """As quantized layers do, and wrappers that keep weights in another dtype than they use."""
+
+    class Casting(torch_nn.Linear):
+        def forward(self, x):
+            return super().forward(x.to(self.weight.dtype))
+
+    x = torch.randn(1, 5, WIDTH, generator=torch.Generator().manual_seed(0)).bfloat16()
+    layer = nn.DenseSelfAttention(WIDTH, HEADS)
+    right = layer(x.float())
+    for name in ("query", "key"):
+        casting = Casting(WIDTH, WIDTH, bias=False)
+        casting.load_state_dict(getattr(layer, name).state_dict())
+        setattr(layer, name, casting)
+    layer.value.register_forward_pre_hook(lambda module, args: (args[0].float(),))
+    assert torch.equal(layer(x), right)
+
+
+def test_other_failures_of_a_projection_stay_what_they_are():
+    layer = nn.DenseSelfAttention(WIDTH, HEADS)
+    layer.query = torch_nn.Linear(WIDTH + 1, WIDTH)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
+        layer(torch.ones(1, 5, WIDTH))
+    assert not isinstance(caught.value, scfa.ScfaError)
+
+
+@pytest.mark.slow
+def test_a_compiled_layer_takes_what_an_eager_one_takes():
+    layer = nn.WindowSelfAttention(WIDTH, HEADS, 3)
+    x = torch.randn(1, 5, WIDTH, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(x), layer(x))
