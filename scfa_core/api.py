@@ -158,9 +158,9 @@ def attention_backward(
     q, k, v, pattern, softmax_scale, layout, deterministic, backend
         As given to `attention`; pass the same `Plan` to both to plan once.
     out, lse : arrays
-        What `attention` returned with ``return_lse=True``. Or what `merge_attention` made of several
-        patterns: these are then the gradients of this pattern's part, and all parts' add up. The
-        backend `reference` computes both anew and takes only the former.
+        What `attention` returned with ``return_lse=True``. Or what `merge_attention` made of
+        several patterns: these are then the gradients of this pattern's part, and all parts' add
+        up. The backend `reference` computes both anew and takes only the former.
 
     Returns
     -------
@@ -175,6 +175,8 @@ def attention_backward(
     Notes
     -----
     Cost: 10 * visible pairs * head_dim flop by the usual count. Bitwise deterministic by default.
+    Under torch's autocast, where `out` has the dtype of the region, gradients come in the dtypes of
+    the q, k and v that are given.
     """
     check_flag("deterministic", deterministic)
     pattern = Causal() if pattern is None else pattern

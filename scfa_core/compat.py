@@ -23,7 +23,8 @@ from scfa_core.api import attention
 from scfa_core.array_kinds import adopt, is_torch_tensor, restore_kind
 from scfa_core.dropping import drawn_by
 from scfa_core.errors import DTypeError, OptionError, PatternError, ShapeError
-from scfa_core.hashing import angular_hash, check_buckets
+from scfa_core.hashing import angular_hash
+from scfa_core.hashing_checks import check_buckets
 from scfa_core.merging import namespace
 from scfa_core.patterns import HashSparse, Pattern, QKSparse
 from scfa_core.problem import HEAD_DIM_STEP, MAX_HEAD_DIM, MIN_HEAD_DIM, check_share

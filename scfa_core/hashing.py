@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +17,14 @@ from scfa_core.array_kinds import adopt, framework_of, is_torch_tensor, restore_
 from scfa_core.arrays import cuda_ordinal
 from scfa_core.dispatch import load_backend
 from scfa_core.errors import PatternError, ShapeError
-from scfa_core.hashing_checks import check_integers, of_one_library
+from scfa_core.hashing_checks import (
+    CENTER_ROWS,
+    centers_from,
+    check_buckets,
+    check_center,
+    check_integers,
+    of_one_library,
+)
 from scfa_core.merging import namespace
 from scfa_core.patterns import HashSparse
 from scfa_core.problem import as_size, check_flag
@@ -31,7 +37,6 @@ __all__ = [
     "random_directions",
 ]
 
-CENTER_ROWS = 64  # that share a center, where a sequence has several
 _WORKSPACE = 1 << 24  # projections of arrays held at once: 64 MiB of float32
 _PACKED_BITS = 62
 
@@ -79,14 +84,6 @@ def random_directions(
     directions = np.random.default_rng(seed).standard_normal(shape, np.float32)
     length = np.linalg.norm(directions, axis=2, keepdims=True)
     return directions / np.maximum(length, np.finfo(np.float32).tiny)
-
-
-def check_buckets(buckets: Any, name: str = "buckets") -> int:
-    """Refuse what is no number of buckets of an angular hash, which come in pairs."""
-    whole = type(buckets) is not bool and isinstance(buckets, Integral)
-    if not whole or buckets < 2 or buckets % 2:
-        raise PatternError(f"{name} must be an even int of at least 2, got {buckets!r}")
-    return int(buckets)
 
 
 def angular_hash(x: Any, directions: Any, center: Any = None) -> Any:
@@ -157,7 +154,7 @@ def angular_hash(x: Any, directions: Any, center: Any = None) -> Any:
             "the same head_dim and a multiple of these heads"
         )
     if center is not None:
-        _check_center(tuple(center.shape), tuple(x.shape))
+        check_center(tuple(center.shape), tuple(x.shape))
     if is_torch_tensor(x):
         from scfa_core.torch_hashing import ANGULAR_HASH, hash_rows
 
@@ -181,32 +178,10 @@ def angular_hash(x: Any, directions: Any, center: Any = None) -> Any:
     return restore_kind(namespace(x).concatenate(pieces, axis=-1), given)
 
 
-def _check_center(center: tuple[int, ...], x: tuple[int, ...]) -> None:
-    """Refuse a center whose shape does not fit rows of shape `x`."""
-    batch, heads, seqlen, head_dim = x
-    blocks = (seqlen - 1) // CENTER_ROWS + 1  # in this form, as traced lengths compare by form
-    own, fits = 0, False
-    if len(center) == 2:
-        own, fits = center[0], center[1] == head_dim
-    elif len(center) == 4:
-        own, fits = center[1], (center[0], *center[2:]) == (batch, blocks, head_dim)
-    if not fits or not own or heads % own:
-        raise ShapeError(
-            f"center must be (heads or a divisor, head_dim) or (batch, heads or a divisor, "
-            f"ceil(seqlen / {CENTER_ROWS}), head_dim) for x.shape={x}, got {center}"
-        )
-
-
 def rows_at_once(x: Sequence[int], directions: Sequence[int]) -> int:
     """How many rows of a list to hash at once, whole stretches that share a center."""
     products = max(1, directions[0] * x[0] * x[1] * directions[3])  # of a row
     return max(_WORKSPACE // products // CENTER_ROWS, 1) * CENTER_ROWS
-
-
-def centers_from(center: Any, row: int) -> Any:
-    """Centers of rows from `row` on, which is the first of its stretch."""
-    of_rows = center is not None and len(center.shape) == 4
-    return center[:, :, row // CENTER_ROWS :] if of_rows else center
 
 
 def _hash_by_kernel(x: Any, directions: Any, center: Any) -> Any:

@@ -1,14 +1,24 @@
-"""What hashing is given: arrays of one library and device, and integers."""
+"""What hashing is given: arrays of one library and device, integers, centers that fit."""
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 from scfa_core.array_kinds import adopt, framework_of, is_torch_tensor
 from scfa_core.arrays import INT_DTYPES
-from scfa_core.errors import DeviceError, DTypeError
+from scfa_core.errors import DeviceError, DTypeError, PatternError, ShapeError
 
-__all__ = ["check_integers", "of_one_library"]
+__all__ = [
+    "CENTER_ROWS",
+    "centers_from",
+    "check_buckets",
+    "check_center",
+    "check_integers",
+    "of_one_library",
+]
+
+CENTER_ROWS = 64  # that share a center, where a sequence has several
 
 
 def of_one_library(**given: Any) -> list[Any]:
@@ -39,8 +49,38 @@ def _kind(x: Any) -> str:
     return f"{type(x).__module__}.{type(x).__name__}"
 
 
+def check_buckets(buckets: Any, name: str = "buckets") -> int:
+    """Refuse what is no number of buckets of an angular hash, which come in pairs."""
+    whole = type(buckets) is not bool and isinstance(buckets, Integral)
+    if not whole or buckets < 2 or buckets % 2:
+        raise PatternError(f"{name} must be an even int of at least 2, got {buckets!r}")
+    return int(buckets)
+
+
 def check_integers(name: str, x: Any) -> None:
     """Refuse buckets that are no integers."""
     kind = str(x.dtype).removeprefix("torch.")
     if kind not in INT_DTYPES:
         raise DTypeError(f"{name} must hold integers, as angular_hash returns them, got {kind}")
+
+
+def check_center(center: tuple[int, ...], x: tuple[int, ...]) -> None:
+    """Refuse a center whose shape does not fit rows of shape `x`."""
+    batch, heads, seqlen, head_dim = x
+    blocks = (seqlen - 1) // CENTER_ROWS + 1  # in this form, as traced lengths compare by form
+    own, fits = 0, False
+    if len(center) == 2:
+        own, fits = center[0], center[1] == head_dim
+    elif len(center) == 4:
+        own, fits = center[1], (center[0], *center[2:]) == (batch, blocks, head_dim)
+    if not fits or not own or heads % own:
+        raise ShapeError(
+            f"center must be (heads or a divisor, head_dim) or (batch, heads or a divisor, "
+            f"ceil(seqlen / {CENTER_ROWS}), head_dim) for x.shape={x}, got {center}"
+        )
+
+
+def centers_from(center: Any, row: int) -> Any:
+    """Centers of rows from `row` on, which is the first of its stretch."""
+    of_rows = center is not None and len(center.shape) == 4
+    return center[:, :, row // CENTER_ROWS :] if of_rows else center

@@ -32,7 +32,8 @@ import scfa_core.torch_hashing
 import scfa_core.torch_union_ops  # noqa: F401  (both register operators: loaded programs need them)
 from scfa_core.api import attention
 from scfa_core.errors import PatternError, ShapeError
-from scfa_core.hashing import angular_hash, check_buckets
+from scfa_core.hashing import angular_hash
+from scfa_core.hashing_checks import check_buckets
 from scfa_core.hf_directions import DIRECTIONS
 from scfa_core.hf_masks import StructuredMask, read_mask
 from scfa_core.hf_symbols import Band

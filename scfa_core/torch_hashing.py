@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from scfa_core.dispatch import load_backend
-from scfa_core.hashing import CENTER_ROWS, centers_from, rows_at_once
+from scfa_core.hashing import rows_at_once
+from scfa_core.hashing_checks import CENTER_ROWS, centers_from
 from scfa_core.torch_fakes import register_fake
 from scfa_core.torch_framework import TORCH_FRAMEWORK, dtype_name, raw_stream
 from scfa_core.torch_ops import batched

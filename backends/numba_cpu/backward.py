@@ -50,9 +50,9 @@ def row_product(x, y):
 
 @numba.njit(nogil=True)
 def refined_lse(own, given):
-    """`own`, the float64 lse of this softmax in log2, if `given` is its float32 rounding; else `given`.
+    """`own`, this softmax's lse in log2 and float64, if `given` is its float32 rounding.
 
-    Which is then that of another softmax, as where several patterns were merged.
+    Otherwise `given`: that of another softmax, as where several patterns were merged.
     """
     rounded = np.float32(own / LOG2E)
     if rounded == given or abs(rounded - given) <= LSE_ROUNDING * abs(given):

@@ -47,9 +47,9 @@ def softmax_functions(dtype: str) -> tuple[Any, Any, Any]:
 
 @device
 def refined_lse(own, given):
-    """`own`, the float64 lse of this softmax, if `given` is its float32 rounding; else `given`.
+    """`own`, this softmax's lse in float64, if `given` is its float32 rounding.
 
-    Which is then that of another softmax, as where several patterns were merged.
+    Otherwise `given`: that of another softmax, as where several patterns were merged.
     """
     rounded = float32(own)
     if rounded == given or abs(rounded - given) <= LSE_ROUNDING * abs(given):

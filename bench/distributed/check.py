@@ -29,7 +29,7 @@ from bench.lm.config import PRESETS
 from bench.lm.train import World
 from scfa_core import distributed
 from scfa_core.distributed_exchange import gather
-from scfa_core.hashing import CENTER_ROWS
+from scfa_core.hashing_checks import CENTER_ROWS
 from scfa_core.terminal import Terminal
 
 STEPS = 3

@@ -22,7 +22,8 @@ from bench.lm.model import LanguageModel
 from scfa_core import distributed
 from scfa_core.distributed_exchange import gather
 from scfa_core.errors import ShapeError
-from scfa_core.hashing import CENTER_ROWS, angular_hash
+from scfa_core.hashing import angular_hash
+from scfa_core.hashing_checks import CENTER_ROWS
 from scfa_core.nn.hashing import PAST_START, past_mean
 
 VOCABULARY = 64

@@ -16,7 +16,8 @@ from torch.nn import functional
 from bench.lm.attend import attend_for
 from bench.lm.config import Config
 from bench.lm.data import document_ids
-from scfa_core.hashing import CENTER_ROWS, angular_hash
+from scfa_core.hashing import angular_hash
+from scfa_core.hashing_checks import CENTER_ROWS
 from scfa_core.nn.hashing import past_mean, second_moments
 
 ROTARY_BASE = 10000.0

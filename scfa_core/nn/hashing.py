@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
 from scfa_core.errors import PatternError, ShapeError
-from scfa_core.hashing import CENTER_ROWS, angular_hash, check_buckets, random_directions
+from scfa_core.hashing import angular_hash, random_directions
+from scfa_core.hashing_checks import CENTER_ROWS, check_buckets
 from scfa_core.problem import as_size, check_flag, check_share
 from scfa_core.torch_checks import check_tensor
 from scfa_core.torch_hashing import BLOCK_SUMS

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch", reason="about torch tensors")
 
 import scfa_core as scfa  # noqa: E402
 from scfa_core import nn  # noqa: E402
-from scfa_core.hashing import CENTER_ROWS  # noqa: E402
+from scfa_core.hashing_checks import CENTER_ROWS  # noqa: E402
 from scfa_core.nn.hashing import PAST_START, less_past, past_mean  # noqa: E402
 
 BUCKETS, DIM, HEADS, SEQLEN = 8, 16, 4, 400

@@ -124,7 +124,7 @@ def sum_many_tiles():
 
 
 def merged_parts():
-    """Worst relative difference between gradients of two parts under the merged lse and the whole's."""
+    """Worst difference of gradients, two parts' under the merged lse added, from the whole's."""
     import numpy as np
 
     import scfa_core as scfa
