@@ -39,6 +39,7 @@ def _card(stem: str) -> Page:
             f"{stem}-goal": "What a key tile needs is known before",
             f"{stem}-latest": "A steady softmax, tiles in turn: beside flash-attn",
             f"{stem}-choice": "Heads that are alike go one way",
+            f"{stem}-prepared": "Rows prepared a tile ahead, on a busy host",
             f"{stem}-original": "Beside the original, and numba-cuda",
             f"{stem}-flex": "Beside FlexAttention",
             f"{stem}-peers": "Beside flash-attn, xformers and cuDNN's frontend",

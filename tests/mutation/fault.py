@@ -30,11 +30,14 @@ SUITES = {
     ),
     "torch-union": (("tests/unit/test_torch_union.py",),),
     "torch-hash": (("tests/unit/test_hashing_torch.py",),),
+    "dropping": (("tests/unit/test_dropping.py",), ("tests/unit/test_dropping_layers.py",)),
+    "merging": (("tests/unit/test_merging.py",),),
     "cuda-plan": (
         ("tests/unit/test_cuda_host_heads.py",),
         tuple(f"tests/unit/test_cuda_host_{name}.py" for name in ("logic", "one_pass", "parts")),
     ),
     "cuda": (("tests/unit/test_kernels_on_host.py",),),
+    "cuda-hash": (("tests/unit/test_hashing_on_host.py",),),
     "cuda-tf32": (("tests/unit/test_tf32_on_host.py",),),
 }
 

@@ -191,4 +191,18 @@ FAULTS = (
         "delta = fmaf(x[i], as_multiplied(y[i]), delta);", "delta = fmaf(x[i], y[i], delta);",
         "delta is made of another dout than what it is taken from", "cuda-tf32",
     ),
+    # CUDA sources on the host: angular hashing
+    Fault("cuda-hash-first-center", CUDA + "hash_angular.cu",
+        "p.centers > 0 ? (first - tile_start + mi * 16) / kCenterRows : 0", "0",
+        "all rows of a tile are hashed about its first center", "cuda-hash",
+    ),
+    Fault("cuda-hash-center-of-batch", CUDA + "hash_angular.cu",
+        "(i64)batch * p.center_heads + center_head", "(i64)center_head",
+        "centers of the first sequence serve all", "cuda-hash",
+    ),
+    Fault("cuda-hash-next-rows", CUDA + "hash_angular.cu",
+        "load_chunk(ends ? first + kStep : first, ends ? 0 : chunk + 1);",
+        "load_chunk(ends ? first : first, ends ? 0 : chunk + 1);",
+        "a warp's second rows are its first once more", "cuda-hash",
+    ),
 )  # fmt: skip

@@ -16,6 +16,7 @@ SUITES["hopper-staged"] = (
     ("tests/unit/test_hopper_on_host.py", "-k", "as_far_as or two_gathering"),
 )
 SUITES["hopper-choice"] = (("tests/unit/test_hopper_choice.py",),)
+SUITES["hopper-prepare"] = (("tests/unit/test_hopper_on_host.py", "-k", "one_pass"),)
 SUITES["hopper-order"] = (("tests/unit/test_hopper_turns.py",),)
 
 FAULTS = (
@@ -107,5 +108,13 @@ FAULTS = (
         "if (++block == last) break;\n        weighing.load(shared, data.slot);",
         "if (++block == last) break;\n        weighing.load(shared, (data.slot + 2) % 3);",
         "a block is weighed by the lse and ends of the one before", "hopper-one-pass",
+    ),
+    Fault("hopper-prepare-visits", CUDA + "bwd_prepare_sm90.cu",
+        "visits = visits_of(p, upcoming, places.count);", "",
+        "whether a tile has a sum is known of the first tile alone", "hopper-prepare",
+    ),
+    Fault("hopper-prepare-places", CUDA + "bwd_prepare_sm90.cu",
+        "    places = next_places;\n", "",
+        "rows of a block's first tile are prepared for all its tiles", "hopper-prepare",
     ),
 )  # fmt: skip
