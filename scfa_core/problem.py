@@ -230,13 +230,20 @@ def one_framework(q: Any, **others: Any) -> Framework:
     return framework
 
 
+def is_flag(value: Any) -> bool:
+    """Whether this is a bool, of Python, NumPy or torch, all of which count as ints somewhere."""
+    if isinstance(value, int):  # among them the symbolic ones of a compiler, which lack a dtype
+        return isinstance(value, bool)
+    return str(getattr(value, "dtype", "")).endswith("bool")
+
+
 def as_size(name: str, value: Any, least: int = 0, error: type[ScfaError] = ShapeError) -> int:
-    """Read an integer size, refusing floats and bools."""
+    """Read an integer size, refusing floats and flags of any library."""
     try:
         size = operator.index(value)
     except TypeError:
         raise error(f"{name} must be an int, got {value!r}") from None
-    if isinstance(value, bool):
+    if is_flag(value):
         raise error(f"{name} must be an int, got {value!r}")
     if size < least:
         raise error(f"{name} must be at least {least}, got {size}")

@@ -199,11 +199,11 @@ class SparseSelfAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (batch, heads, seqlen, head_dim) views."""
-        q, v = (self._split(_applied(p, x)) for p in (self.query, self.value))
+        q, v = (self._split(applied(p, x)) for p in (self.query, self.value))
         q = q if self.rotary is None else self.rotary(q)
         if self.key is None:
             return q, normalize(q, dim=-1).to(q.dtype), v
-        k = self._split(_applied(self.key, x))
+        k = self._split(applied(self.key, x))
         return q, k if self.rotary is None else self.rotary(k), v
 
     def attend(
@@ -243,7 +243,7 @@ class SparseSelfAttention(nn.Module):
         return text
 
 
-def _applied(projection: nn.Module, x: Tensor) -> Tensor:
+def applied(projection: nn.Module, x: Tensor) -> Tensor:
     """Run a projection, and say what to do where its weights are of another dtype than `x`.
 
     Only what fails is refused: autocast, a hook or a quantized projection may make it right.

@@ -18,6 +18,7 @@ from scfa_core.api import make_plan
 from scfa_core.errors import OptionError, ShapeError
 from scfa_core.hashing import disjoint_rounds
 from scfa_core.merging import merge_attention
+from scfa_core.nn.attention import applied
 from scfa_core.nn.hashing import AngularHash
 from scfa_core.problem import as_size, check_scale
 from scfa_core.torch_checks import check_tensor
@@ -109,7 +110,7 @@ class ReformerAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, seqlen, width) to the same."""
         self._check_rows(x)
-        q, v = (self._split(projection(x)) for projection in (self.query, self.value))
+        q, v = (self._split(applied(p, x)) for p in (self.query, self.value))
         k = normalize(q, dim=-1)
         rounds = self._rounds(self.hash(q)[0])
         if self.rotary is not None:
@@ -179,7 +180,7 @@ class ReformerAttention(nn.Module):
             Summed over batch and heads. With ``redraw`` each call judges other directions.
         """
         self._check_rows(x)
-        q = self._split(self.query(x))
+        q = self._split(applied(self.query, x))
         (bucket,) = self.hash(q)
         visited = sum(float((r.visible / r.times.double()).sum()) for r in self._rounds(bucket))
         exact = disjoint_rounds(bucket, bucket, self.hash.buckets, include_self=False)

@@ -6,6 +6,7 @@ import operator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from scfa_core.errors import PatternError, ShapeError
+from scfa_core.problem import is_flag
 
 if TYPE_CHECKING:
     import numpy as np
@@ -151,11 +152,7 @@ def require_count(name: str, value: Any) -> int:
         count = operator.index(value)
     except TypeError:
         count = -1
-    if isinstance(value, int):  # among them the symbolic ones of a compiler, which lack a dtype
-        flag = isinstance(value, bool)
-    else:  # a bool tensor of torch has an index too
-        flag = str(getattr(value, "dtype", "")).endswith("bool")
-    if flag or count < 0:
+    if is_flag(value) or count < 0:
         raise PatternError(f"{name} must be an int >= 0 (a number of keys), got {value!r}")
     return count
 

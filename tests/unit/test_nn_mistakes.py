@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 
 import scfa_core as scfa
@@ -44,6 +45,22 @@ def test_the_options_told_are_those_there_are():
     code = nn.SparseSelfAttention.__init__.__code__
     count = code.co_argcount + code.co_kwonlyargcount
     assert told == list(code.co_varnames[3:count])
+
+
+@pytest.mark.parametrize(
+    "flag", [True, np.True_, torch.tensor(True)], ids=lambda x: type(x).__name__
+)
+def test_flags_are_no_sizes(flag):
+    with pytest.raises(scfa.ShapeError, match="heads must be an int"):
+        nn.DenseSelfAttention(WIDTH, flag)
+
+
+def test_the_reformer_is_told_as_well():
+    layer = nn.ReformerAttention(WIDTH, HEADS, buckets=4, chunk=4)
+    for x in (torch.ones(1, 8, WIDTH, dtype=torch.float64), torch.ones(1, 8, WIDTH).long()):
+        for call in (layer, layer.coverage):
+            with pytest.raises(scfa.DTypeError, match=r"^x must be float32 like the layer's"):
+                call(x)
 
 
 @pytest.mark.parametrize("name", LAYERS)
