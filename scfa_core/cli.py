@@ -18,13 +18,14 @@ from scfa_core.dispatch import (
     ENVIRONMENT_VARIABLE,
     backends,
 )
-from scfa_core.errors import ScfaError
+from scfa_core.errors import OptionError, ScfaError
 from scfa_core.terminal import Terminal
 from scfa_core.versions import PACKAGES, version_of
 
 if TYPE_CHECKING:
     from scfa_core.patterns import Pattern
 
+_MOST_SHOWN = 8192  # seqlen of a pattern that is drawn: 0.6 GB
 PATTERN_NAMES = ("causal", "hash", "qk", "documents", "window", "ranges")
 
 
@@ -209,6 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `scfa show ... | head`
         sys.stderr.close()
         return 0
+    except KeyboardInterrupt:
+        print(f"scfa {options.command}: interrupted", file=sys.stderr)
+        return 130  # as a shell has it
     return code
 
 
@@ -252,6 +256,11 @@ def run_show(options: argparse.Namespace, terminal: Terminal) -> int:
     from scfa_core.api import make_plan
 
     pattern = named_pattern(options.pattern, options)
+    if options.seqlen > _MOST_SHOWN:
+        raise OptionError(
+            f"a picture looks at every pair: --seqlen must be at most {_MOST_SHOWN}, got "
+            f"{options.seqlen}; shapes are the same at a shorter one"
+        )
     rows = np.zeros((1, 1, options.seqlen, 16), np.float32)
     plan = make_plan(pattern, rows, rows, backend="reference")
     terminal.print(repr(pattern))

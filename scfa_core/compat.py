@@ -334,7 +334,8 @@ def hash_attention_fn(
     _check_head_dims(Q, K)
     heads = K.shape[1] if hashes_per_head else 1
     shape = (1, heads, Q.shape[3], check_buckets(nb_hash, "nb_hash") // 2)
-    directions = normalize(torch.randn(shape, device=Q.device, **drawn_by(generator)), dim=2)
+    options = {"dtype": torch.float32} | drawn_by(generator)  # whatever torch's default
+    directions = normalize(torch.randn(shape, device=Q.device, **options), dim=2)
     pattern = HashSparse(
         angular_hash(Q, directions)[0], angular_hash(K, directions)[0], include_self=False
     )
@@ -379,8 +380,9 @@ def qk_attention_fn(
     check_share("sparsity", sparsity)
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x, *_ROWS_FIRST)
+    options = {"dtype": torch.float32} | drawn_by(generator)  # bfloat16 has few numbers
     q_keep, k_keep = (
-        torch.rand(x.shape[:3], device=x.device, **drawn_by(generator)) >= sparsity for x in (q, k)
+        torch.rand(x.shape[:3], device=x.device, **options) >= sparsity for x in (q, k)
     )
     out: Tensor = qk_sparse_attention(q, normalize(k, dim=-1).to(q.dtype), v, q_keep, k_keep)
     return out

@@ -136,7 +136,8 @@ def top_k_keep(
         raise ShapeError("scores must be (..., seqlen), got a single number")
     if isinstance(k, Tensor):
         check_real("k", k, scores, PatternError)
-        k = k.long()  # torch compares no wider unsigned integers with others
+        whole = k.long()  # torch compares no wider unsigned integers with others
+        k = whole.where(whole >= 0, _MOST) if k.dtype == torch.uint64 else whole
     else:
         k = min(as_size("k", k, error=PatternError), _MOST)
     if among is not None:

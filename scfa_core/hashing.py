@@ -21,8 +21,9 @@ from scfa_core.hashing_checks import (
     CENTER_ROWS,
     centers_from,
     check_buckets,
-    check_center,
     check_integers,
+    check_real,
+    check_shapes,
     of_one_library,
 )
 from scfa_core.merging import namespace
@@ -116,7 +117,7 @@ def angular_hash(x: Any, directions: Any, center: Any = None) -> Any:
     Raises
     ------
     DTypeError
-        What is no array.
+        What is no array, or one of complex numbers.
     DeviceError
         Arrays of several libraries or devices.
     ShapeError
@@ -140,21 +141,8 @@ def angular_hash(x: Any, directions: Any, center: Any = None) -> Any:
     given = x
     x, directions, *rest = of_one_library(x=x, directions=directions, center=center)
     center = rest[0] if rest else None
-    if len(x.shape) != 4 or len(directions.shape) != 4:
-        raise ShapeError(
-            "angular_hash needs x (batch, heads, seqlen, head_dim) and directions "
-            f"(rounds, heads, head_dim, buckets // 2), got {tuple(x.shape)} and "
-            f"{tuple(directions.shape)}"
-        )
-    _, heads, seqlen, head_dim = x.shape
-    _, own_heads, dim, _ = directions.shape
-    if dim != head_dim or not own_heads or heads % own_heads:
-        raise ShapeError(
-            f"directions have {own_heads} heads of head_dim {dim}; x.shape={tuple(x.shape)} needs "
-            "the same head_dim and a multiple of these heads"
-        )
-    if center is not None:
-        check_center(tuple(center.shape), tuple(x.shape))
+    check_real(x=x, directions=directions, center=center)
+    check_shapes(x, directions, center)
     if is_torch_tensor(x):
         from scfa_core.torch_hashing import ANGULAR_HASH, hash_rows
 
@@ -168,7 +156,7 @@ def angular_hash(x: Any, directions: Any, center: Any = None) -> Any:
         bucket = _hash_by_kernel(x, directions, center)
         if bucket is not None:
             return restore_kind(bucket, given)
-    stretches = rows_at_once(x.shape, directions.shape)
+    seqlen, stretches = x.shape[2], rows_at_once(x.shape, directions.shape)
     if seqlen <= stretches:
         return restore_kind(_hash_array(x, directions, center), given)
     pieces = [

@@ -13,8 +13,9 @@ __all__ = [
     "CENTER_ROWS",
     "centers_from",
     "check_buckets",
-    "check_center",
     "check_integers",
+    "check_real",
+    "check_shapes",
     "of_one_library",
 ]
 
@@ -64,7 +65,40 @@ def check_integers(name: str, x: Any) -> None:
         raise DTypeError(f"{name} must hold integers, as angular_hash returns them, got {kind}")
 
 
-def check_center(center: tuple[int, ...], x: tuple[int, ...]) -> None:
+def check_real(**arrays: Any) -> None:
+    """Refuse complex numbers, of which a projection would take one part."""
+    for name, x in arrays.items():
+        if x is not None and "complex" in str(x.dtype):
+            raise DTypeError(
+                f"{name} must be real numbers, got {x.dtype}; hash x.real, or both parts"
+            )
+
+
+def check_shapes(x: Any, directions: Any, center: Any) -> None:
+    """Refuse what `angular_hash` cannot project: see there."""
+    if len(x.shape) != 4 or len(directions.shape) != 4:
+        raise ShapeError(
+            "angular_hash needs x (batch, heads, seqlen, head_dim) and directions "
+            f"(rounds, heads, head_dim, buckets // 2), got {tuple(x.shape)} and "
+            f"{tuple(directions.shape)}"
+        )
+    _, heads, _, head_dim = x.shape
+    _, own_heads, dim, half = directions.shape
+    if not half:
+        raise ShapeError(
+            "directions must be (rounds, heads, head_dim, buckets // 2) of 2 buckets or more, got "
+            f"{tuple(directions.shape)}"
+        )
+    if dim != head_dim or not own_heads or heads % own_heads:
+        raise ShapeError(
+            f"directions have {own_heads} heads of head_dim {dim}; x.shape={tuple(x.shape)} needs "
+            "the same head_dim and a multiple of these heads"
+        )
+    if center is not None:
+        _check_center(tuple(center.shape), tuple(x.shape))
+
+
+def _check_center(center: tuple[int, ...], x: tuple[int, ...]) -> None:
     """Refuse a center whose shape does not fit rows of shape `x`."""
     batch, heads, seqlen, head_dim = x
     blocks = (seqlen - 1) // CENTER_ROWS + 1  # in this form, as traced lengths compare by form

@@ -46,6 +46,8 @@ def hash_rows(
 ) -> torch.Tensor:
     """Buckets by plain torch, a stretch of rows at a time; products and sums are float32."""
     seqlen, rows = x.shape[2], rows_at_once(x.shape, directions.shape)
+    if not x.shape[1]:  # no head, whatever the directions have
+        return _result(x, directions)
     if seqlen <= rows:
         return _hash_stretch(x, directions, center)
     pieces = [

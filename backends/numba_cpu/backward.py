@@ -36,7 +36,7 @@ from scfa_core.backends.numba_cpu.vector import atomic_next
 __all__ = ["dkdv_tiles", "dq_tiles"]
 
 LOG2E = 1.0 / math.log(2.0)
-LSE_ROUNDING = 2.0**-21  # of the given lse: its own rounding and that of sums in another order
+LSE_ROUNDING = 2.0**-23  # of the given lse: sums in another order may round to its neighbour
 
 
 @numba.njit(nogil=True, fastmath={"contract", "reassoc"})
@@ -55,7 +55,8 @@ def refined_lse(own, given):
     Otherwise `given`: that of another softmax, as where several patterns were merged.
     """
     rounded = np.float32(own / LOG2E)
-    if rounded == given or abs(rounded - given) <= LSE_ROUNDING * abs(given):
+    near = abs(rounded - given) <= LSE_ROUNDING * abs(given)
+    if rounded == given or (np.isfinite(given) and near):
         return own
     return given * LOG2E
 

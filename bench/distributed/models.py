@@ -24,7 +24,7 @@ from scfa_core.distributed_exchange import gather
 from scfa_core.errors import ShapeError
 from scfa_core.hashing import angular_hash
 from scfa_core.hashing_checks import CENTER_ROWS
-from scfa_core.nn.hashing import PAST_START, past_mean
+from scfa_core.nn.hashing import MOST_SUM, PAST_START, past_mean
 
 VOCABULARY = 64
 LOSS_ROWS = 8192  # logits of so many rows are in memory at once
@@ -97,8 +97,8 @@ def _pattern(config: Config, bucket: Tensor | None) -> scfa.Pattern:
 def past_mean_of_all(x: Tensor, start: Tensor, rows: Tensor) -> Tensor:
     """`past_mean` of a sequence of which this rank holds `rows`, whole blocks of them.
 
-    Ranks exchange the sum of each block, 1 / 64 of the rows. A block that holds a NaN or
-    an infinity counts for nothing.
+    Ranks exchange the sum of each block, 1 / 64 of the rows. A block that `past_mean`
+    does not count counts for nothing here either.
     """
     if len(rows) % CENTER_ROWS:
         raise ShapeError(f"ranks need blocks of {CENTER_ROWS} rows each, got {len(rows)} rows")
@@ -107,7 +107,7 @@ def past_mean_of_all(x: Tensor, start: Tensor, rows: Tensor) -> Tensor:
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         sums = x.unflatten(2, (-1, CENTER_ROWS)).sum(3, dtype=torch.float32)
         sums = gather(sums, 2, None).index_select(2, order)
-        known = sums.isfinite().all(-1, keepdim=True)
+        known = (sums.abs() < MOST_SUM).all(-1, keepdim=True)
         before, number = (
             functional.pad(y[:, :, :-1].cumsum(2), (0, 0, 1, 0)).index_select(2, own)
             for y in (sums.where(known, 0.0), CENTER_ROWS * known.float())

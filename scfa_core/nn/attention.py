@@ -94,8 +94,10 @@ class SparseSelfAttention(nn.Module):
                 "include_self, softmax_scale, bias, rotary, backend"
             )
         heads_kv = heads if heads_kv is None else heads_kv
-        for name, size in (("width", width), ("heads", heads), ("heads_kv", heads_kv)):
+        width, heads, heads_kv = (
             as_size(name, size, 1)
+            for name, size in (("width", width), ("heads", heads), ("heads_kv", heads_kv))
+        )
         for name, flag in (
             ("shared_qk", shared_qk),
             ("include_self", include_self),

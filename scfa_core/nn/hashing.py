@@ -19,6 +19,7 @@ from scfa_core.torch_hashing import BLOCK_SUMS
 ADAPTS = ("none", "center", "whiten", "past")
 _RIDGE = 0.01  # of the mean variance, added to every variance: no axis is stretched beyond tenfold
 _TINY = 1e-20
+MOST_SUM = 1e30  # of a block: sums of all blocks stay finite
 PAST_START = 16  # rows that the start of a sequence counts for
 _BMM_TO_FLOAT = hasattr(torch.ops.aten.bmm, "dtype")  # torch 2.8: out_dtype of 16-bit products
 
@@ -33,7 +34,7 @@ def past_mean(x: Tensor, start: Tensor) -> Tensor:
 
     (batch, heads, ceil(seqlen / CENTER_ROWS), head_dim), float32: of rows in earlier blocks, and of
     `start` (heads, head_dim) as `PAST_START` rows more, so that no row knows a later one. A block
-    that holds a NaN or an infinity counts for nothing.
+    that holds a NaN, an infinity or a sum beyond 1e30 counts for nothing.
     """
     batch, heads, seqlen, head_dim = x.shape
     if not seqlen:
@@ -41,7 +42,7 @@ def past_mean(x: Tensor, start: Tensor) -> Tensor:
     x = x.detach()
     with _without_autocast(x.device):
         sums = BLOCK_SUMS(x[:, :, :-1], CENTER_ROWS)  # of blocks that a row comes after
-        known = sums.isfinite().all(-1, keepdim=True)
+        known = (sums.abs() < MOST_SUM).all(-1, keepdim=True)  # no NaN is
         total = _running_sum(sums.where(known, 0.0))
         rows = _running_sum(CENTER_ROWS * known.float())
         total, rows = (pad(y, (0, 0, 1, 0)) for y in (total, rows))

@@ -195,6 +195,20 @@ def test_show_draws_intersections_exactly(capsys):
     assert out.splitlines()[2:] == ["▀▄", "  ▀▄"]
 
 
+def test_show_refuses_what_would_not_fit_in_memory(capsys):
+    assert cli.main(["show", "causal", "--seqlen", "100000"]) == 2
+    assert "--seqlen must be at most 8192, got 100000" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_no_traceback(capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run_info", interrupted)
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr().err == "scfa info: interrupted\n"
+
+
 def test_show_writes_a_picture(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="needs the extra plot")
     path = tmp_path / "pattern.png"

@@ -262,6 +262,18 @@ def test_hash_attention_fn_refuses_odd_buckets():
         compat.hash_attention_fn(q, q, q, nb_hash=5)
 
 
+def test_qk_attention_fn_drops_its_share_whatever_torch_s_default():
+    q = torch.ones(8, 500, 16, 16)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        out = compat.qk_attention_fn(q, q, q, 1e-3, generator=torch.Generator().manual_seed(0))
+    finally:
+        torch.set_default_dtype(before)
+    dropped = (out == 0).all(-1)[:, 50:].float().mean()
+    assert 0.0006 < dropped < 0.0014
+
+
 def test_qk_attention_fn_without_and_with_dropping():
     q, k, v = draw(dtype=torch.float32)
     out = compat.qk_attention_fn(q, k, v, sparsity=0.0)

@@ -1,5 +1,6 @@
 """Shares of a pattern, of heads and of queries, and what is refused; one process is enough."""
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="distributed attention needs torch")
@@ -180,6 +181,10 @@ def test_some_heads_see_what_they_saw():
         assert (mine == whole[:, 2 * rank : 2 * rank + 2]).all()
 
 
+NUMPY_HASH = scfa.HashSparse(np.zeros((1, 4, 6), int), np.zeros((1, 4, 6), int))
+TOO_SHORT = scfa.QKSparse(torch.ones(1, 4, 3).bool(), torch.ones(1, 4, 6).bool())
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
@@ -187,6 +192,7 @@ def test_some_heads_see_what_they_saw():
         ((scfa.Causal(), 2, 2), scfa.PatternError, "rank must be below ranks=2, got 2"),
         ((scfa.Causal(), 0, "2"), scfa.PatternError, "ranks must be an int"),
         ((patterns()["hash"], 0, 3), scfa.ShapeError, "3 ranks must divide the 4 heads"),
+        ((NUMPY_HASH, 0, 2), scfa.DeviceError, "torch tensors like q, got numpy"),
     ],
 )
 def test_shares_of_heads_that_do_not_fit_raise(arguments, error, words):
@@ -202,6 +208,12 @@ def test_shares_of_heads_that_do_not_fit_raise(arguments, error, words):
         ((scfa.Causal(), torch.tensor([1.0]), 6, 6), scfa.DTypeError, "integer tensor"),
         ((scfa.Causal(), torch.tensor([[1]]), 6, 6), scfa.ShapeError, r"must have 1 axis \(n\)"),
         ((scfa.Causal(), torch.tensor([1]), "6", 6), scfa.ShapeError, "seqlen_q must be an int"),
+        (
+            (NUMPY_HASH, torch.tensor([1]), 6, 6),
+            scfa.DeviceError,
+            "torch tensors like q, got numpy",
+        ),
+        ((TOO_SHORT, torch.tensor([1]), 6, 6), scfa.ShapeError, "each of the 6 queries .*whole"),
     ],
 )
 def test_queries_that_are_none_raise(arguments, error, words):

@@ -206,6 +206,12 @@ def test_what_a_dropped_row_or_its_score_holds_reaches_nothing(layout, nan_score
     assert not any(x[:, :, 4].any() for x in grads)
 
 
+def test_more_than_any_signed_number_keeps_all():
+    scores = torch.arange(3.0)
+    for k in (2**70, torch.tensor(2**64 - 1, dtype=torch.uint64)):
+        assert dropping.top_k_keep(scores, k).all()
+
+
 def test_top_k_under_vmap():
     scores = torch.randn(3, 2, 9, generator=torch.Generator().manual_seed(0))
     found = torch.func.vmap(lambda s: dropping.top_k_keep(s, 2))(scores)

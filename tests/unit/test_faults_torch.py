@@ -69,6 +69,14 @@ def test_the_past_is_that_of_blocks_without_bad_rows(what):
         torch.testing.assert_close(less[0, 1, row], x[0, 1, row] - total.mean(0))
 
 
+def test_huge_rows_do_not_outgrow_the_sum_of_all():
+    x = torch.zeros(1, 1, 64 * 200, 4)
+    x[:, :, : 64 * 100] = 4e36
+    mean = past_mean(x, torch.zeros(1, 4))
+    assert mean.isfinite().all()
+    assert not mean.any()
+
+
 @pytest.mark.parametrize("what", BAD)
 def test_the_past_of_a_sharded_sequence_is_the_same(what, monkeypatch):
     """One rank that holds all blocks out of order: the exchange is nothing then."""

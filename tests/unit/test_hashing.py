@@ -251,6 +251,26 @@ def test_a_center_for_every_64_rows(own_heads, seqlen, monkeypatch):
             hashing.angular_hash(x, directions, wrong)
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_no_heads_no_columns_and_complex_numbers(library):
+    def to(*arrays):
+        if library == "numpy":
+            return arrays
+        torch = pytest.importorskip("torch", reason="about torch tensors")
+        return [torch.from_numpy(y) for y in arrays]
+
+    x, directions = np.ones((1, 2, 5, 16), np.float32), hashing.random_directions(2, 16, 8, seed=1)
+    assert hashing.angular_hash(*to(x[:, :0], directions)).shape == (1, 1, 0, 5)
+    with pytest.raises(scfa.ShapeError, match="of 2 buckets or more"):
+        hashing.angular_hash(*to(x, directions[..., :0]))
+    for name, arrays in (
+        ("x", (x + 1j, directions)),
+        ("center", (x, directions, np.ones((2, 16)) + 1j)),
+    ):
+        with pytest.raises(scfa.DTypeError, match=f"{name} must be real numbers"):
+            hashing.angular_hash(*to(*arrays))
+
+
 def test_rows_seen_through_a_transpose_and_narrow_rows():
     torch = pytest.importorskip("torch", reason="about torch tensors")
     x = torch.randn(2, 50, 4, 32, generator=torch.Generator().manual_seed(1))

@@ -55,6 +55,25 @@ def test_gradients_of_parts_under_the_merged_lse_add_up(dtype, size):
         np.testing.assert_allclose(mine, want, rtol=0, atol=2e-5 * np.abs(want).max())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("other", [np.inf, -np.inf, 4e-4])
+def test_a_given_lse_is_taken_as_it_is(dtype, other):
+    """Infinite where another part has an infinite score or this one sees nothing."""
+    q, k, v, dout = np.random.default_rng(0).standard_normal((4, 1, 1, 20, 16)).astype(dtype)
+    out, lse = scfa.attention(q, k, v, return_lse=True, backend="numba-cpu")
+    moved = lse.copy()
+    moved[0, 0, 5] = other if np.isinf(other) else lse[0, 0, 5] + other
+    grads = [
+        scfa.attention_backward(dout, q, k, v, out, x, backend="numba-cpu")[0][0, 0, 5]
+        for x in (lse, moved)
+    ]
+    if np.isinf(other):
+        assert grads[0].any()
+        assert not grads[1].any()
+    else:
+        np.testing.assert_allclose(grads[1], grads[0] * np.exp(-other), rtol=3e-5)
+
+
 def test_float64_gradients_need_more_digits_than_lse_has():
     """Of the very softmax, and where its lse does not fit float32."""
     q, k, v = problem()

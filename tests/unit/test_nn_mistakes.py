@@ -55,6 +55,17 @@ def test_flags_are_no_sizes(flag):
         nn.DenseSelfAttention(WIDTH, flag)
 
 
+def test_whatever_counts_is_a_size():
+    class Two:
+        def __index__(self):
+            return 2
+
+    assert nn.DenseSelfAttention(WIDTH, Two())(torch.ones(1, 5, WIDTH)).shape == (1, 5, WIDTH)
+    for make in (scfa.SlidingWindow, lambda n: scfa.Causal(lag=n)):
+        with pytest.raises(scfa.PatternError, match="must be an int"):
+            make(torch.tensor(3, device="meta"))
+
+
 def test_the_reformer_is_told_as_well():
     layer = nn.ReformerAttention(WIDTH, HEADS, buckets=4, chunk=4)
     for x in (torch.ones(1, 8, WIDTH, dtype=torch.float64), torch.ones(1, 8, WIDTH).long()):

@@ -116,7 +116,7 @@ def test_works_in_a_child_forked_while_another_thread_compiles(tmp_path):
         import numpy as np
         import scfa_core as scfa
         from numba.core.compiler_lock import global_compiler_lock
-        # What is imported in the thread, whoever forks would find half imported: Python's own hazard.
+        # A fork would find half imported what the thread imports: Python's own hazard.
         from scfa_core.backends.numba_cpu import launch
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: fork beside threads
         x = np.ones((1, 2, 300, 16), np.float32)
