@@ -249,7 +249,7 @@ FAULTS = (
         "documents share the places of a top-k choice", "dropping",
     ),
     Fault("lse-of-all-parts", BACKWARD,
-        "if rounded == given or abs", "if True or abs",
+        "if rounded == given or (np", "if True or (np",
         "float64 gradients of a part ignore the lse of all parts", "merging",
     ),
 )  # fmt: skip
