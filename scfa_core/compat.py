@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
 
 from scfa_core.api import attention
 from scfa_core.array_kinds import adopt, is_torch_tensor, restore_kind
-from scfa_core.dropping import drawn_by
+from scfa_core.dropping import drawn_by, random_keep
 from scfa_core.errors import DTypeError, OptionError, PatternError, ShapeError
 from scfa_core.hashing import angular_hash
 from scfa_core.hashing_checks import check_buckets
@@ -380,9 +380,8 @@ def qk_attention_fn(
     check_share("sparsity", sparsity)
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x, *_ROWS_FIRST)
-    options = {"dtype": torch.float32} | drawn_by(generator)  # bfloat16 has few numbers
     q_keep, k_keep = (
-        torch.rand(x.shape[:3], device=x.device, **options) >= sparsity for x in (q, k)
+        ~random_keep(x.shape[:3], sparsity, device=x.device, generator=generator) for x in (q, k)
     )
     out: Tensor = qk_sparse_attention(q, normalize(k, dim=-1).to(q.dtype), v, q_keep, k_keep)
     return out

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
-from scfa_core.errors import DeviceError, DTypeError, OptionError, PatternError, ShapeError
+from scfa_core.errors import DTypeError, OptionError, PatternError, ShapeError
 from scfa_core.patterns import (
     Causal,
     Documents,
@@ -35,15 +35,6 @@ def require_pattern(verb: str, pattern: Any) -> None:
     if not isinstance(pattern, Pattern):
         raise PatternError(
             f"{verb} takes the pattern of the whole sequence, got {type(pattern).__name__}"
-        )
-
-
-def _require_tensor(x: Any) -> None:
-    """Refuse arrays of other libraries: processes share torch tensors."""
-    if not isinstance(x, Tensor):
-        raise DeviceError(
-            f"arrays of the pattern must be torch tensors like q, got {type(x).__module__}."
-            f"{type(x).__name__}; torch.from_numpy, torch.from_dlpack"
         )
 
 
@@ -94,7 +85,7 @@ def distribute_pattern(
         )
 
     def place(x: Tensor) -> Tensor:
-        _require_tensor(x)
+        check_tensor("each array of the pattern", x)
         spread = [
             isinstance(p, Shard) and (p.dim == 0 or x.ndim == 3) and x.shape[p.dim] > 1
             for p in placements
@@ -124,7 +115,7 @@ def heads_of(pattern: Pattern, rank: int, ranks: int) -> Pattern:
         raise PatternError(f"rank must be below ranks={ranks}, got {rank}")
 
     def share(x: Tensor) -> Tensor:
-        _require_tensor(x)
+        check_tensor("each array of the pattern", x)
         if x.shape[1] == 1:
             return x
         if x.shape[1] % ranks:
@@ -155,17 +146,16 @@ def queries_of(pattern: Pattern, rows: Tensor, seqlen_q: int, seqlen_k: int) -> 
     ------
     PatternError
         No pattern.
-    DeviceError
-        A pattern whose arrays are no torch tensors.
     DTypeError, ShapeError
-        Rows that are no integer tensor of one axis, sizes that are none, arrays of other lengths.
+        Rows that are no integer tensor of one axis, sizes that are none, arrays that are no torch
+        tensors or of another length.
     """
     require_pattern("queries_of", pattern)
     rows = check_rows(rows)
     seqlen_q, seqlen_k = as_size("seqlen_q", seqlen_q), as_size("seqlen_k", seqlen_k)
 
     def take(x: Tensor) -> Tensor:
-        _require_tensor(x)
+        check_tensor("each array of the pattern", x)
         if x.shape[-1] not in (1, seqlen_q):
             raise ShapeError(
                 f"arrays of a pattern must have an entry for each of the {seqlen_q} queries of the "

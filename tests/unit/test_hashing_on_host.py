@@ -10,6 +10,7 @@ from scfa_core.backends.cupy_raw import hashing, nvrtc
 
 from scfa_core.arrays import DeviceArray
 from scfa_core.hashing import random_directions
+from scfa_core.hashing_checks import CENTER_ROWS
 
 SOURCE = """
 #include "cuda_on_host.hpp"
@@ -158,6 +159,11 @@ def test_ties_take_the_lowest_and_bad_rows_some_valid_bucket(compiler, dtype):
     mine = run(compiler, narrow(x, dtype)[0], dtype, directions)[0, 0, 0]
     np.testing.assert_array_equal(mine[[0, 1, 4, 5]], [2, 2 + count, 2, 0])
     assert ((mine >= 0) & (mine < 2 * count)).all()
+
+
+def test_kernel_and_package_agree_on_the_rows_of_a_center():
+    assert hashing.CENTER_ROWS == CENTER_ROWS
+    assert f"kCenterRows = {CENTER_ROWS};" in nvrtc.read_sources()["hash_angular.cu"]
 
 
 def test_what_is_not_served_has_a_reason():
