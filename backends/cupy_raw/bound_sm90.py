@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from scfa_core.backends.cupy_raw import launch_sm90 as sm90
-from scfa_core.backends.cupy_raw.loader import Kernel
+from scfa_core.backends.cupy_raw.loader import Kernel, side_by_side
 from scfa_core.backends.cupy_raw.prepared import Launch, Template, marks
 from scfa_core.backends.cupy_raw.shapes_sm90 import (
     DKDV,
@@ -163,6 +164,7 @@ class _Backward:
         self.marked = _Marked(described, monotone, 12)
         dout, q, *_ = self.marked.arrays
         self.maps = tensor_maps(q, dout)
+        self._load(split, fused)
         launches = [self._choose()] if self.both else []
         launches += [] if monotone else [self._envelopes()]
         launches += self._split() if split else []
@@ -220,6 +222,20 @@ class _Backward:
     def _key_tiles(self, shape: Shape) -> tuple[int, int]:
         heads = self.problem.batch * self.problem.heads_kv
         return tiles_of(self.problem.seqlen_k, 64 * shape.warpgroups, heads)
+
+    def _load(self, split: bool, fused: bool) -> None:
+        """Compile what takes longest at once, the first time."""
+        problem, head_dim = self.problem, self.problem.head_dim
+        shapes = {}
+        if split:
+            tables = {"bwd_dq_sm90": DQ, "bwd_dkdv_sm90": DKDV}
+            shapes = {x: shape_of(tables[x], head_dim, self.monotone) for x in tables}
+        if fused:
+            shapes[FUSED_KERNELS[head_dim]] = FUSED[head_dim]
+            shapes["bwd_prepare_sm90"] = PREPARE[head_dim]
+        which = (self.device, problem.dtype, head_dim, self.monotone, self.maps is not None)
+        makers = [partial(self._kernel, name, shape) for name, shape in shapes.items()]
+        side_by_side((*shapes, *which), makers)
 
     def _kernel(self, name: str, shape: Shape) -> Kernel:
         problem = self.problem

@@ -7,10 +7,16 @@ pointers and launches. Hopper cards have kernels of their own in `launch_sm90`, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from scfa_core.backends.cupy_raw import bound_sm90, launch_sm90
-from scfa_core.backends.cupy_raw.loader import compute_capability, get_kernel, shared_limit
+from scfa_core.backends.cupy_raw.loader import (
+    compute_capability,
+    get_kernel,
+    shared_limit,
+    side_by_side,
+)
 from scfa_core.backends.cupy_raw.params import POINTERS, pack_sizes, pack_strides
 from scfa_core.backends.cupy_raw.variants import WIDEST_TF32, Variant, choose
 
@@ -165,10 +171,14 @@ class _BoundBackward:
             return bound_sm90.bind_backward(problem, plan.monotone, *self._arrays)
         aligned = _aligned((q, k, v, out, dout, dq, dk, dv))
         strides = pack_strides([x.strides for x in (q, k, v, out, lse, dout, dq, dk, dv)])
-        launches = [
-            _prepare(kernel, problem, device, aligned, plan.monotone, tf32, strides)
-            for kernel in ("bwd_dq", "bwd_dkdv")
-        ]
+        how = (problem, device, aligned, plan.monotone, tf32, strides)
+        kernels = ("bwd_dq", "bwd_dkdv")
+        which = (problem.dtype, problem.head_dim, problem.head_dim_v, problem.group_size)
+        side_by_side(
+            (*kernels, *which, device, aligned, plan.monotone, tf32),
+            [partial(_prepare, kernel, *how) for kernel in kernels],
+        )
+        launches = [_prepare(kernel, *how) for kernel in kernels]
         rows = problem.batch * problem.heads * problem.seqlen_q
 
         def run(plan: PlanAddresses, arrays: tuple[int, ...], ctx: CallContext) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import addressof, c_char_p
 from functools import cache
@@ -30,6 +30,7 @@ __all__ = [
     "get_kernel",
     "preload",
     "shared_limit",
+    "side_by_side",
 ]
 
 _LOG = logging.getLogger("scfa_core")
@@ -310,6 +311,22 @@ def get_kernel(
             cubin = _cubin(source, constants, _target(device, arch_suffix))
             kernel = _kernels[request] = Kernel(name, cubin, device)
     return kernel
+
+
+_met: set[Hashable] = set()
+
+
+def side_by_side(what: Hashable, makers: Sequence[Callable[[], object]]) -> None:
+    """Call all `makers` of kernels at once, in threads, the first time that `what` is named.
+
+    A kernel takes seconds to compile, and NVRTC lets other threads run meanwhile.
+    """
+    if what in _met:
+        return
+    with ThreadPoolExecutor(len(makers)) as pool:
+        for job in [pool.submit(make) for make in makers]:
+            job.result()
+    _met.add(what)
 
 
 def preload(

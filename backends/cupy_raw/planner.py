@@ -11,10 +11,16 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
-from scfa_core.backends.cupy_raw.loader import Kernel, get_kernel, multiprocessors, shared_limit
+from scfa_core.backends.cupy_raw.loader import (
+    Kernel,
+    get_kernel,
+    multiprocessors,
+    shared_limit,
+    side_by_side,
+)
 from scfa_core.backends.cupy_raw.planner_shapes import (
     OnePass,
     choose_one_pass,
@@ -80,6 +86,12 @@ def fits_one_pass(problem: Problem, clauses: Clauses) -> bool:
 @cache
 def _kernel(name: str, device: int) -> Kernel:
     return get_kernel(f"scfa_{name}", f"{name}.cu", (), device)
+
+
+def _kernels(names: tuple[str, ...], device: int) -> dict[str, Kernel]:
+    """Those of one plan by name."""
+    side_by_side((names, device), [partial(_kernel, name, device) for name in names])
+    return {name: _kernel(name, device) for name in names}
 
 
 def sort_params(
@@ -246,22 +258,24 @@ def _steps(
     params = sort_params(
         problem, clauses, plan, k_scratch or plan.key_end.pointer, done, capacity, one_pass
     )
-    if one_pass:
+    first: dict[str, int] = {}  # what goes before the others, and its shared memory
+    if one_pass and one_pass.part_rows:
+        counts = count_bytes(one_pass.threads, one_pass.max_bits)
+        first = dict(zip(PART_KERNELS, (0, counts, one_pass.shared_bytes), strict=True))
+    elif one_pass:
+        first = {"plan_causal": one_pass.shared_bytes}
+    kernels = _kernels((*first, "plan_sort", "plan_ranges"), device)
+    for name, shared_bytes in first.items():
+        assert one_pass is not None
         blocks = n_query_lists * one_pass.parts(problem.seqlen_q)
-        shared = {"plan_causal": one_pass.shared_bytes}
-        if one_pass.part_rows:
-            counts = count_bytes(one_pass.threads, one_pass.max_bits)
-            shared = dict(zip(PART_KERNELS, (0, counts, one_pass.shared_bytes), strict=True))
-        for name, shared_bytes in shared.items():
-            kernel = _kernel(name, device)
-            steps.append(_Step(kernel, (blocks, 1, 1), one_pass.threads, shared_bytes, params))
+        steps.append(_Step(kernels[name], (blocks, 1, 1), one_pass.threads, shared_bytes, params))
     grid = (n_query_lists + n_key_lists, 1, 1)
     shared_bytes = sort_shared_bytes(threads, capacity)
-    steps.append(_Step(_kernel("plan_sort", device), grid, threads, shared_bytes, params))
+    steps.append(_Step(kernels["plan_sort"], grid, threads, shared_bytes, params))
     tiles = list_tiles(problem, RANGE_TILE)
     grid = (n_query_lists * tiles[0], 1, 1)
     params = range_params(problem, clauses, plan, done, tiles)
-    steps.append(_Step(_kernel("plan_ranges", device), grid, RANGE_THREADS, 0, params))
+    steps.append(_Step(kernels["plan_ranges"], grid, RANGE_THREADS, 0, params))
     return steps
 
 

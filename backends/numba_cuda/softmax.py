@@ -10,7 +10,7 @@ from numba import float32, float64
 from scfa_core.backends.numba_cuda.compiling import INFINITY, LOG2_E, device
 from scfa_core.backends.numba_cuda.convert import ELEMENTS
 
-LSE_ROUNDING = 2.0**-21  # of the given lse: its own rounding and that of sums in another order
+LSE_ROUNDING = 2.0**-23  # of the given lse: sums in another order may be rounded the other way
 
 
 @cache
@@ -52,7 +52,8 @@ def refined_lse(own, given):
     Otherwise `given`: that of another softmax, as where several patterns were merged.
     """
     rounded = float32(own)
-    if rounded == given or abs(rounded - given) <= LSE_ROUNDING * abs(given):
+    near = abs(rounded - given) <= LSE_ROUNDING * abs(given)
+    if rounded == given or (abs(given) < INFINITY and near):
         return own
     return float64(given)
 

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import threading
+from functools import partial
 
 import pytest
 from scfa_core.backends.cupy_raw import disk_cache, loader, nvrtc
@@ -211,3 +212,30 @@ def test_the_build_for_the_sanitizer_is_another_kernel(monkeypatch):
     monkeypatch.setenv("SCFA_CUPY_SANITIZE", "yes")
     with pytest.raises(BackendUnavailable, match=r"SCFA_CUPY_SANITIZE must be one of .* got 'yes'"):
         loader.get_kernel("n", "n.cu", (), 0)
+
+
+def test_kernels_are_made_side_by_side_and_once():
+    meeting = threading.Barrier(3, timeout=30)
+    made = []
+
+    def maker(name):
+        meeting.wait()  # breaks unless all three are under way
+        made.append(name)
+
+    for _ in range(2):
+        loader.side_by_side("three of a test", [partial(maker, i) for i in range(3)])
+    assert sorted(made) == [0, 1, 2]
+
+
+def test_a_kernel_that_was_not_made_is_asked_for_again():
+    asked = []
+
+    def maker(fails):
+        asked.append(fails)
+        if fails:
+            raise MemoryError("no room")
+
+    with pytest.raises(MemoryError, match="no room"):
+        loader.side_by_side("one that fails", [partial(maker, True), partial(maker, False)])
+    loader.side_by_side("one that fails", [partial(maker, False)])
+    assert asked.count(False) == 2

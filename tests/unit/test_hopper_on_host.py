@@ -70,6 +70,36 @@ def test_scores_far_below_those_of_another_block(kernels, head_dim):
     assert all(verdict.ok for verdict in testing.judge(case, got))
 
 
+# Scores of one block after another as the forward kernel meets them, for a row of weight 1.
+OF_EITHER_SIGN = {
+    "below zero": (-5.0, -4.0, -6.0),
+    "just below zero, then above": (-0.5, -3.0, 0.5),
+    "zero": (0.0, -0.0, 0.0),
+    "zero, then far above": (0.0, -60.0, 60.0),
+    "far below, just below, far above": (-60.0, -1.0, 60.0),
+    "above, then far below": (3.0, -60.0, -60.0),
+    "above, and further": (3.0, 20.0, 60.0),
+}
+
+
+@pytest.mark.parametrize("name", OF_EITHER_SIGN)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_scores_of_either_sign(kernels, head_dim, name):
+    """Rows of one warp on both sides of zero, and keys that stand out, at any place of a block."""
+    sizes = (1, 1, 1, 384, 384, head_dim, head_dim, "float16")
+    case = testing.build(Spec(*sizes, softmax_scale=1.0, parts=(Part("causal", number=0),)))
+    rng = np.random.default_rng(len(name))
+    q, k = np.zeros(case.q.shape), np.zeros(case.k.shape)
+    drawn, first_half = rng.choice([1.0, 0.25, -1.0], 384), np.arange(384) // 8 % 2 == 0
+    q[..., 0] = np.where(first_half & (head_dim == 64), 1.0, drawn)  # a thread holds one of either
+    of_key = np.repeat(OF_EITHER_SIGN[name][::-1], 128)  # the last block comes first
+    k[..., 0] = of_key + np.where(rng.random(384) < 0.02, rng.choice([-30.0, 30.0], 384), 0.0)
+    case.q[...], case.k[...] = q, k
+    got, right = run(kernels, case), testing.truth(case)
+    assert np.abs(got.lse - right.lse).max() < 1e-5
+    assert all(verdict.ok for verdict in testing.judge(case, got))
+
+
 @pytest.mark.parametrize("seqlen", [1, 129, 450])
 @pytest.mark.parametrize("name", ["causal", "all together", "keep none"])
 def test_two_gathering_warpgroups(kernels, name, seqlen):

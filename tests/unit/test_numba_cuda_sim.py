@@ -142,6 +142,20 @@ def merged_parts():
     return max(float(np.abs(x - y).max()) for x, y in zip(summed, right, strict=True))
 
 
+def lse_of_which():
+    """For pairs of an own and a given lse, whether the own one was taken."""
+    import numpy as np
+    from scfa_core.backends.numba_cuda.softmax import refined_lse
+
+    own = 10 / 3
+    near = np.nextafter(np.float32(own), np.float32(9))
+    given = {"its rounding": np.float32(own), "neighbour": near, "further": near + 8 * (near - own)}
+    given |= {"infinite": np.float32(np.inf), "NaN": np.float32(np.nan)}
+    taken = {name: bool(refined_lse(own, x) == own) for name, x in given.items()}
+    taken["both -inf"] = bool(np.isneginf(refined_lse(-np.inf, np.float32(-np.inf))))
+    return taken
+
+
 def main():
     import warnings
 
@@ -155,6 +169,7 @@ def main():
     for name, spec in CASES.items():
         report[name] = run_case(spec)
     report["long sums"] = sum_many_tiles()
+    report["lse"] = lse_of_which()
     with use_backend("numba-cuda"):
         report["merged parts"] = merged_parts()
     print(json.dumps(report))
@@ -187,6 +202,11 @@ def test_float32_sums_over_many_tiles(report):
 
 def test_float64_gradients_of_parts_under_the_merged_lse(report):
     assert report["merged parts"] < 1e-5
+
+
+def test_another_lse_is_taken_as_it_is(report):
+    own = {"its rounding", "neighbour", "both -inf"}
+    assert {name for name, taken in report["lse"].items() if taken} == own
 
 
 if __name__ == "__main__":

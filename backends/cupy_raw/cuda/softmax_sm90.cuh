@@ -88,44 +88,58 @@ __device__ __forceinline__ void mask_block(float (&scores)[kCount], const RowExt
 
 // A row's reference moves to its maximum so far only once a weight would grow beyond 2^kSlack; until then
 // nothing is exchanged between threads, and earlier results need not shrink. Scores stay as they came
-// until they become weights: differences of large scores are exact.
+// until they become weights: differences of large scores are exact. A maximum that lies less than kDip
+// below zero counts as zero, because references that are not negative are cheaper to watch.
 struct OnlineSoftmax {
-  static constexpr float kSlack = 8.0f;
+  static constexpr float kSlack = 8.0f, kDip = 2.0f;
   float maximum[2] = {-SCFA_INFINITY, -SCFA_INFINITY};  // the reference: of the row when it moved
   float sum[2] = {0.0f, 0.0f};  // this thread's columns only, until finalize()
+  bool positive = false;        // no reference of the warp's rows is below zero
 
   // Replace scores by exp2((score - reference) * scale_log2); `decay` is what earlier results shrink by,
   // if they do (the answer, the same for a whole warp).
   template <int kCount>
   __device__ __forceinline__ bool update(float (&scores)[kCount], float (&decay)[2],
                                          float scale_log2) {
-    float top[2] = {maximum[0], maximum[1]};
+    float top[2] = {maximum[0], maximum[1]}, shift[2];
+    if (positive) {
+      // Above such a reference floats compare as integers do, and those three at a time.
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) top[half_of(i)] = fmaxf(top[half_of(i)], scores[i]);
-    const bool moves = __any_sync(0xFFFFFFFFu, outgrows(0, top, scale_log2) ||
-                                                   outgrows(1, top, scale_log2));
-    float shift[2];
+      for (int i = 0; i < kCount; i += 2) {
+        const int pair = max(__float_as_int(scores[i]), __float_as_int(scores[i + 1]));
+        top[half_of(i)] = __int_as_float(max(__float_as_int(top[half_of(i)]), pair));
+      }
+      shift[0] = maximum[0] * scale_log2;
+      shift[1] = maximum[1] * scale_log2;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) top[half_of(i)] = fmaxf(top[half_of(i)], scores[i]);
+      shift[0] = shift_of(maximum[0], scale_log2);
+      shift[1] = shift_of(maximum[1], scale_log2);
+    }
+    // Infinite at the first key that a row sees; NaN, which fmaxf does not take, until then.
+    const float growth = fmaxf(top[0] - maximum[0], top[1] - maximum[1]) * scale_log2;
+    const bool moves = __any_sync(0xFFFFFFFFu, growth > kSlack);
     if (moves) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        top[half] = quad_max(top[half]);
+        top[half] = reference_of(quad_max(top[half]), scale_log2);
         shift[half] = shift_of(top[half], scale_log2);
         decay[half] = exp2_fast(maximum[half] * scale_log2 - shift[half]);
         maximum[half] = top[half];
         sum[half] *= decay[half];
       }
-    } else {
-      shift[0] = shift_of(maximum[0], scale_log2);
-      shift[1] = shift_of(maximum[1], scale_log2);
+      const int sign = __float_as_int(maximum[0]) | __float_as_int(maximum[1]);
+      positive = __all_sync(0xFFFFFFFFu, sign >= 0);
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
       scores[i] = exp2_fast(scores[i] * scale_log2 - shift[half_of(i)]);
     // Two accumulation chains a row half keep the additions independent. They are of this block:
     // added to the row's sum one by one, small weights would vanish in a long row.
-    float even[2] = {0.0f, 0.0f}, odd[2] = {0.0f, 0.0f};
+    float even[2] = {scores[0], scores[2]}, odd[2] = {scores[1], scores[3]};
 #pragma unroll
-    for (int i = 0; i < kCount; i += 2) {
+    for (int i = 4; i < kCount; i += 2) {
       even[half_of(i)] += scores[i];
       odd[half_of(i)] += scores[i + 1];
     }
@@ -134,10 +148,9 @@ struct OnlineSoftmax {
     return moves;
   }
 
-  // True of the first key that a row sees; false (NaN > kSlack) while it has seen none.
-  __device__ __forceinline__ bool outgrows(int half, const float (&top)[2],
-                                           float scale_log2) const {
-    return (top[half] - maximum[half]) * scale_log2 > kSlack;
+  // Weights are smaller where it is not the maximum itself, not less exact.
+  __device__ __forceinline__ static float reference_of(float maximum, float scale_log2) {
+    return maximum <= 0.0f && maximum * scale_log2 > -kDip ? 0.0f : maximum;
   }
 
   // A row that has seen no key yet has maximum -inf: shift by 0, so that its weights are
