@@ -14,6 +14,7 @@ DENSE_ONLY = (
     "flash-attn-2",
     "flash-attn-3",
     "flash-attn-4",
+    "flash-attn-4-deterministic",
     "cudnn-frontend",
     "xformers",
 )

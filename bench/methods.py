@@ -121,7 +121,7 @@ def _first(out: Any) -> torch.Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-def flash(name: str | None) -> Callable[[Inputs], Timed]:
+def flash(name: str | None, **options: Any) -> Callable[[Inputs], Timed]:
     """Return flash-attn of one generation, or the newest installed; dense causal only."""
 
     def prepare(inputs: Inputs) -> Timed:
@@ -129,9 +129,8 @@ def flash(name: str | None) -> Callable[[Inputs], Timed]:
         function = _import(FLASH[name or newest]).flash_attn_func
 
         def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return _first(function(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)).transpose(
-                1, 2
-            )
+            rows = (x.transpose(1, 2) for x in (q, k, v))
+            return _first(function(*rows, causal=True, **options)).transpose(1, 2)
 
         return autograd(inputs, run)
 
@@ -337,6 +336,7 @@ METHODS: dict[str, Callable[[Inputs], Timed]] = {
     "flex-flash": flex("FLASH"),
     "flash-attn": flash(None),
     **{name: flash(name) for name in FLASH},
+    "flash-attn-4-deterministic": flash("flash-attn-4", deterministic=True),
     "flash-varlen": flash_varlen,
     "cudnn-frontend": cudnn_frontend,
     "xformers": xformers,

@@ -245,7 +245,7 @@ def default_methods(case: Case, with_original: bool) -> list[str]:
 
 def show(row: dict[str, Any]) -> None:
     """Print one row as it comes."""
-    head = f"{row['case']:22s} {row['method']:16s} {row['mode']:9s}"
+    head = f"{row['case']:22s} {row['method']:26s} {row['mode']:9s}"
     if "reason" in row:
         print(f"{head} not run: {row['reason']}", flush=True)
         return

@@ -9,7 +9,10 @@ import torch
 FLASH_SOURCE = """
 from torch.nn import functional
 
-def flash_attn_func(q, k, v, causal):
+asked = []
+
+def flash_attn_func(q, k, v, causal, deterministic=False):
+    asked.append(deterministic)
     rows = (x.transpose(1, 2) for x in (q, k, v))
     out = functional.scaled_dot_product_attention(*rows, is_causal=causal, enable_gqa=True)
     return WRAP(out.transpose(1, 2))

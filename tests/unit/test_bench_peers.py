@@ -203,7 +203,23 @@ def test_the_fourth_generation_of_flash_attn_alone_is_no_second(tmp_path, monkey
         METHODS["flash-attn-2"](None)
 
 
-@pytest.mark.parametrize("name", [*PEERS, "flash-attn", "sdpa-math", "sdpa-flash"])
+def test_the_fourth_generation_is_asked_for_a_fixed_order_by_name(fake_peers):
+    import importlib
+
+    from bench.cases import Case
+    from bench.inputs import make_inputs
+    from bench.methods import METHODS
+
+    inputs = make_inputs(Case("x", 1, 1, 1, 64, 32, "dense", "bfloat16", "cpu"))
+    for name in ("flash-attn-4", "flash-attn-4-deterministic"):
+        METHODS[name](inputs)
+    assert importlib.import_module("flash_attn.cute").asked == [False, True]
+
+
+DENSE_PEERS = (*PEERS, "flash-attn-4-deterministic", "flash-attn", "sdpa-math", "sdpa-flash")
+
+
+@pytest.mark.parametrize("name", DENSE_PEERS)
 def test_a_dense_peer_computes_causal_attention(fake_peers, name):
     from bench.cases import Case
     from bench.inputs import as_dense, make_inputs, sampled_error, sampled_key_error
