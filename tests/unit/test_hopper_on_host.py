@@ -70,6 +70,15 @@ def test_scores_far_below_those_of_another_block(kernels, head_dim):
     assert all(verdict.ok for verdict in testing.judge(case, got))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_row_of_one_key_is_that_key(kernels, head_dim, dtype):
+    """Its weight is 1 whatever the sign of its score: a reference off its maximum is rounded."""
+    sizes = (1, 2, 2, 200, 200, head_dim, head_dim, dtype)
+    case = testing.build(Spec(*sizes, parts=(Part("window", number=1),), seed=3))
+    assert np.array_equal(run(kernels, case).out, testing.widen(case.v, dtype))
+
+
 # Scores of one block after another as the forward kernel meets them, for a row of weight 1.
 OF_EITHER_SIGN = {
     "below zero": (-5.0, -4.0, -6.0),

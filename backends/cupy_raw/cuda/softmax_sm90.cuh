@@ -88,10 +88,10 @@ __device__ __forceinline__ void mask_block(float (&scores)[kCount], const RowExt
 
 // A row's reference moves to its maximum so far only once a weight would grow beyond 2^kSlack; until then
 // nothing is exchanged between threads, and earlier results need not shrink. Scores stay as they came
-// until they become weights: differences of large scores are exact. A maximum that lies less than kDip
-// below zero counts as zero, because references that are not negative are cheaper to watch.
+// until they become weights: differences of large scores are exact. What goes beyond a reference that is
+// not negative is cheaper to see, so one below zero moves as soon as its row has a score above.
 struct OnlineSoftmax {
-  static constexpr float kSlack = 8.0f, kDip = 2.0f;
+  static constexpr float kSlack = 8.0f;
   float maximum[2] = {-SCFA_INFINITY, -SCFA_INFINITY};  // the reference: of the row when it moved
   float sum[2] = {0.0f, 0.0f};  // this thread's columns only, until finalize()
   bool positive = false;        // no reference of the warp's rows is below zero
@@ -101,9 +101,13 @@ struct OnlineSoftmax {
   template <int kCount>
   __device__ __forceinline__ bool update(float (&scores)[kCount], float (&decay)[2],
                                          float scale_log2) {
-    float top[2] = {maximum[0], maximum[1]}, shift[2];
+    float top[2] = {maximum[0], maximum[1]}, shift[2], growth;
+    // Infinite at the first key that a row sees; NaN, which fmaxf does not take, until then.
+    const auto beyond = [&]() {
+      return fmaxf(top[0] - maximum[0], top[1] - maximum[1]) * scale_log2;
+    };
     if (positive) {
-      // Above such a reference floats compare as integers do, and those three at a time.
+      // What lies above such a reference compares as integers do, and those three at a time.
 #pragma unroll
       for (int i = 0; i < kCount; i += 2) {
         const int pair = max(__float_as_int(scores[i]), __float_as_int(scores[i + 1]));
@@ -111,19 +115,21 @@ struct OnlineSoftmax {
       }
       shift[0] = maximum[0] * scale_log2;
       shift[1] = maximum[1] * scale_log2;
+      growth = beyond();
     } else {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) top[half_of(i)] = fmaxf(top[half_of(i)], scores[i]);
+      const bool rises =
+          (maximum[0] < 0.0f & top[0] > 0.0f) | (maximum[1] < 0.0f & top[1] > 0.0f);
+      growth = rises ? SCFA_INFINITY : beyond();
       shift[0] = shift_of(maximum[0], scale_log2);
       shift[1] = shift_of(maximum[1], scale_log2);
     }
-    // Infinite at the first key that a row sees; NaN, which fmaxf does not take, until then.
-    const float growth = fmaxf(top[0] - maximum[0], top[1] - maximum[1]) * scale_log2;
     const bool moves = __any_sync(0xFFFFFFFFu, growth > kSlack);
     if (moves) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        top[half] = reference_of(quad_max(top[half]), scale_log2);
+        top[half] = quad_max(top[half]);
         shift[half] = shift_of(top[half], scale_log2);
         decay[half] = exp2_fast(maximum[half] * scale_log2 - shift[half]);
         maximum[half] = top[half];
@@ -146,11 +152,6 @@ struct OnlineSoftmax {
     sum[0] += even[0] + odd[0];
     sum[1] += even[1] + odd[1];
     return moves;
-  }
-
-  // Weights are smaller where it is not the maximum itself, not less exact.
-  __device__ __forceinline__ static float reference_of(float maximum, float scale_log2) {
-    return maximum <= 0.0f && maximum * scale_log2 > -kDip ? 0.0f : maximum;
   }
 
   // A row that has seen no key yet has maximum -inf: shift by 0, so that its weights are
