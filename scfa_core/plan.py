@@ -147,7 +147,7 @@ class Plan:
                     f"the plan holds arrays of {type(x).__module__}, q is a "
                     f"{framework.name} array; make a plan with arrays of that library"
                 )
-        for name, x in zip(PlanArrays._fields, self.arrays, strict=False):
+        for name, x in zip(PlanArrays._fields[:-1], self.arrays, strict=True):
             if not framework.owns(x):
                 raise DeviceError(
                     f"plan.{name} must be a {framework.name} array like q, got "

@@ -240,10 +240,10 @@ def is_flag(value: Any) -> bool:
 def as_size(name: str, value: Any, least: int = 0, error: type[ScfaError] = ShapeError) -> int:
     """Read an integer size, refusing floats and flags of any library."""
     try:
-        size = operator.index(value)
+        size = None if is_flag(value) else operator.index(value)
     except TypeError:
-        raise error(f"{name} must be an int, got {value!r}") from None
-    if is_flag(value):
+        size = None
+    if size is None:
         raise error(f"{name} must be an int, got {value!r}")
     if size < least:
         raise error(f"{name} must be at least {least}, got {size}")

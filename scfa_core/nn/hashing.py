@@ -21,7 +21,6 @@ _RIDGE = 0.01  # of the mean variance, added to every variance: no axis is stret
 _TINY = 1e-20
 MOST_SUM = 1e30  # of a block: sums of all blocks stay finite
 PAST_START = 16  # rows that the start of a sequence counts for
-_BMM_TO_FLOAT = hasattr(torch.ops.aten.bmm, "dtype")  # torch 2.8: out_dtype of 16-bit products
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -74,7 +73,7 @@ def second_moments(x: Tensor) -> Tensor:
     """
     x = x.transpose(0, 1).flatten(1, 2)
     half = x.dtype in (torch.float16, torch.bfloat16)
-    if half and x.is_cuda and _BMM_TO_FLOAT and not hasattr(x, "device_mesh"):
+    if half and x.is_cuda and not hasattr(x, "device_mesh"):
         found: Tensor = torch.bmm(x.transpose(1, 2), x, out_dtype=torch.float32)
         return found
     x = x.float()
@@ -217,7 +216,7 @@ class AngularHash(nn.Module):
                 directions = self.turn.float() @ directions.float()
         if len(rows) > len(self.centers):
             raise PatternError(f"an adapting hash takes queries and keys, got {len(rows)} tensors")
-        pairs = list(zip(rows, self.centers, strict=False))
+        pairs = list(zip(rows, list(self.centers)[: len(rows)], strict=True))
         for x, center in pairs:
             if (x.shape[1], x.shape[3]) != center.place.shape:
                 raise ShapeError(

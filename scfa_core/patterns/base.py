@@ -149,10 +149,10 @@ def require_bool(name: str, value: Any) -> bool:
 def require_count(name: str, value: Any) -> int:
     """Read a number of keys, refusing floats, negative numbers and flags of any library."""
     try:
-        count = operator.index(value)
+        count = -1 if is_flag(value) else operator.index(value)
     except (TypeError, RuntimeError):  # a tensor of no known value
         count = -1
-    if is_flag(value) or count < 0:
+    if count < 0:
         raise PatternError(f"{name} must be an int >= 0 (a number of keys), got {value!r}")
     return count
 

@@ -92,7 +92,7 @@ MISTAKES = {
     ),
     "masked hashes": (
         scfa.DeviceError,
-        "must be a numpy array like q, got numpy.ma.MaskedArray",
+        "must be a numpy array like q, got numpy.ma",
         lambda: attend(pattern=scfa.HashSparse(np.ma.masked_equal(IDS, 0), IDS)),
     ),
     "an int beyond any float": (
