@@ -171,11 +171,11 @@ class AngularHash(nn.Module):
         self.rounds = rounds
         self.redraw = redraw
         self._shape = (rounds, heads, head_dim, buckets // 2)
-        if seed is None:
-            seed = int(torch.randint(2**62, (), device="cpu"))
-        drawn = random_directions(heads, head_dim, buckets, rounds=rounds, seed=seed)
+        self.seed = seed
+        # torch.tensor, unlike from_numpy, minds `with torch.device(...)`, where a model is made.
+        drawn = torch.tensor(self._drawn())
         self.directions: Tensor | None
-        self.register_buffer("directions", None if redraw else torch.from_numpy(drawn))
+        self.register_buffer("directions", None if redraw else drawn)
         heads_q = heads
         if query_heads is not None:
             heads_q = as_size("query_heads", query_heads, 1, PatternError)
@@ -189,6 +189,27 @@ class AngularHash(nn.Module):
         self.turn: Tensor | None
         none_turned = torch.eye(head_dim, dtype=torch.float32).repeat(heads, 1, 1)
         self.register_buffer("turn", none_turned if whiten else None)
+
+    def _drawn(self) -> Any:
+        """Directions as NumPy draws them, of `seed` or of a lot of torch's."""
+        rounds, heads, head_dim, half = self._shape
+        seed = self.seed
+        if seed is None:
+            seed = int(torch.randint(2**62, (), device="cpu"))
+        return random_directions(heads, head_dim, 2 * half, rounds=rounds, seed=seed)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the directions (those of `seed`, if given) and forget every batch.
+
+        For a module that was made on "meta" and got its memory by ``to_empty``.
+        """
+        if self.directions is not None:
+            _local(self.directions).copy_(torch.from_numpy(self._drawn()))
+        for buffer in self.centers.buffers():
+            _local(buffer).zero_()
+        if self.turn is not None:
+            _local(self.turn).copy_(torch.eye(self._shape[2], device="cpu"))
 
     def forward(self, *rows: Tensor) -> tuple[Tensor, ...]:
         """Hash tensors (batch, heads, seqlen, head_dim), all by the same directions.

@@ -222,6 +222,29 @@ def test_whitening_travels_with_the_state_and_is_told_of_mistakes():
             nn.AngularHash(2, DIM, BUCKETS, **wrong)
 
 
+@pytest.mark.parametrize("adapt", nn.hashing.ADAPTS)
+def test_a_hash_is_made_where_torch_makes_tensors_and_gets_its_values_there(adapt):
+    with torch.device("meta"):
+        own = nn.AngularHash(2, DIM, BUCKETS, seed=3, adapt=adapt)
+    assert all(buffer.is_meta for buffer in own.buffers())
+    own.to_empty(device="cpu").apply(lambda module: getattr(module, "reset_parameters", list)())
+    right = nn.AngularHash(2, DIM, BUCKETS, seed=3, adapt=adapt)
+    torch.testing.assert_close(own.state_dict(), right.state_dict(), rtol=0, atol=0)
+    own(skewed(0, heads=2))
+    if adapt != "none":
+        own.move_centers()
+    own.reset_parameters()
+    torch.testing.assert_close(own.state_dict(), right.state_dict(), rtol=0, atol=0)
+
+
+def test_without_a_seed_other_directions_are_drawn():
+    own = nn.AngularHash(2, DIM, BUCKETS)
+    before = own.directions.clone()
+    own.reset_parameters()
+    assert not torch.equal(own.directions, before)
+    torch.testing.assert_close(own.directions.norm(dim=2), torch.ones(1, 2, BUCKETS // 2))
+
+
 @pytest.mark.parametrize("adapt", ["whiten", "past"])
 @pytest.mark.parametrize("redraw", [True, False])
 def test_a_layer_adapts_and_compiles_whole(redraw, adapt):
