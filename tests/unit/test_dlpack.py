@@ -131,9 +131,9 @@ def test_jax_arrays_on_the_host(name):
 
 
 def test_the_papers_function_takes_any_head_dim():
+    pytest.importorskip("torch", reason="the paper's functions need torch")
     from scfa_core import compat
 
-    pytest.importorskip("torch")
     q, k, v = (floats(1, 30, 2, 20) for _ in range(3))
     hashes = RNG.integers(0, 3, (1, 30, 2))
     right = compat.dynamic_sparse_attention(q, k, v, hashes, hashes)
