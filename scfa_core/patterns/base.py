@@ -21,6 +21,7 @@ class Pattern:
     """
 
     __slots__ = ()
+    __array_ufunc__ = None  # NumPy leaves `array & pattern` to us, not to the array's elements
 
     @property
     def parts(self) -> tuple[Pattern, ...]:
@@ -28,9 +29,16 @@ class Pattern:
         return (self,)
 
     def __and__(self, other: Pattern) -> Intersection:
+        if hasattr(other, "shape") and not isinstance(other, Pattern):
+            raise self._no_such(
+                "& takes patterns, not a mask or flags: kept rows are QKSparse(q_keep, k_keep, "
+                "causal=False), ranges of keys KeyRanges(start, end)"
+            )
         if not isinstance(other, Pattern):
             return NotImplemented
         return Intersection(*self.parts, *other.parts)
+
+    __rand__ = __and__
 
     def __or__(self, other: object) -> NoReturn:
         raise self._no_such(

@@ -165,3 +165,11 @@ def test_an_intersection_of_nothing_has_a_name():
     assert repr(scfa.Intersection(scfa.Causal())) == repr(scfa.Causal())
     with pytest.raises(scfa.PatternError, match=r"got Intersection\(\)$"):
         bool(scfa.Intersection())
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (0,)])
+def test_arrays_are_no_patterns(shape):
+    mask = np.ones(shape, bool)
+    for intersect in (lambda: scfa.Causal() & mask, lambda: mask & scfa.Causal()):
+        with pytest.raises(scfa.PatternError, match="& takes patterns, not a mask"):
+            intersect()
