@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scfa_core import __version__
-from scfa_core.cli_verify import run_soak, run_verify
+from scfa_core.cli_verify import INTERRUPTED, run_soak, run_verify
 from scfa_core.dispatch import (
     AUTO,
     BACKEND_NAMES,
@@ -216,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         print(f"scfa {options.command}: interrupted", file=sys.stderr)
-        return 130  # as a shell has it
+        return INTERRUPTED
     return code
 
 

@@ -16,9 +16,11 @@ from scfa_core.errors import ScfaError
 from scfa_core.terminal import Terminal
 from scfa_core.versions import PACKAGES, version_of
 
+INTERRUPTED = 130  # as a shell has it
+
 
 def run_verify(options: argparse.Namespace, terminal: Terminal) -> int:
-    """Run random problems; 1 if one failed."""
+    """Run random problems; 1 if one failed, 130 if Ctrl-C ended them."""
     if options.coverage:
         return run_coverage(options, terminal)
     from scfa_core.verify import verify
@@ -39,14 +41,17 @@ def run_verify(options: argparse.Namespace, terminal: Terminal) -> int:
         changed=options.changed,
         repeat=options.repeat,
     )
-    seen, start = Summary(), time.monotonic()
+    seen, start, interrupted = Summary(), time.monotonic(), False
     name = options.backend + (f" against {options.against}" if options.against else "")
     with terminal.progress(f"verify {name}", options.count) as progress:
-        for finding in findings:
-            seen.add(finding)
-            progress.advance(
-                f"{len(seen.failed)} failed, largest error {seen.worst:.2f} of the allowed"
-            )
+        try:
+            for finding in findings:
+                seen.add(finding)
+                progress.advance(
+                    f"{len(seen.failed)} failed, largest error {seen.worst:.2f} of the allowed"
+                )
+        except KeyboardInterrupt:
+            interrupted = True
     for finding in seen.failed:
         terminal.print(f"FAILED {finding.spec}")
         for complaint in finding.complaints:
@@ -66,9 +71,18 @@ def run_verify(options: argparse.Namespace, terminal: Terminal) -> int:
             "card": card_name(options.backend)
             or (card_name(options.against) if options.against else None),
             "seconds": round(time.monotonic() - start, 1),
+            "interrupted": interrupted,
         }
         write_json(options.json, content | seen.as_json())
-    return 1 if seen.failed else 0
+    return ended(terminal, interrupted, bool(seen.failed))
+
+
+def ended(terminal: Terminal, interrupted: bool, failed: bool) -> int:
+    """The exit code; an interruption is told in a last line."""
+    if interrupted:
+        terminal.print("interrupted: this is what was done until then")
+        return INTERRUPTED
+    return int(failed)
 
 
 def run_coverage(options: argparse.Namespace, terminal: Terminal) -> int:
@@ -132,7 +146,7 @@ def _settings(*backends: str | None) -> str:
 
 
 def run_soak(options: argparse.Namespace, terminal: Terminal) -> int:
-    """Run many steps; 1 if something did not hold still."""
+    """Run many steps; 1 if something did not hold still, 130 if Ctrl-C ended them."""
     from scfa_core.soak import soak
 
     found = soak(
@@ -165,4 +179,4 @@ def run_soak(options: argparse.Namespace, terminal: Terminal) -> int:
         terminal.print(f"FAILED {complaint}")
     if options.json:
         write_json(options.json, found)
-    return 1 if found["complaints"] else 0
+    return ended(terminal, found["interrupted"], bool(found["complaints"]))

@@ -10,31 +10,21 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import os
 import random
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from scfa_core import patterns as pt
 from scfa_core.api import attention, attention_backward, make_plan
 from scfa_core.dispatch import check_name, load_backend, unavailable_reason
 from scfa_core.errors import BackendUnavailable, UnknownBackend
+from scfa_core.soak_memory import JUDGED_FROM, Marks
 
 PATTERNS = ("hash", "wide-hash", "keep", "causal", "window", "documents", "ranges", "hash-window")
 PROBE_EVERY = 50  # steps between two looks at memory and at the fixed problems
-# Caches of calls are bounded and emptied when full: before they have been, memory does grow.
-JUDGED_FROM = 20_000  # steps
-ALLOWED = {  # growth of the highest mark from the middle to the last third of the steps
-    "host bytes": 32 << 20,
-    "host objects": 50_000,
-    "torch allocated bytes": 16 << 20,  # the smallest block of every other step
-    "torch reserved bytes": 64 << 20,
-    "cupy pool bytes": 0,
-}
 
 
 @dataclass(frozen=True)
@@ -55,54 +45,6 @@ CUDA_SIZES = (Sizes("bfloat16", 64), Sizes("float16", 128), Sizes("float32", 64)
 # Fixed problems of their own, causal: ranges so long that backward goes another way on Hopper.
 CUDA_LONG = (Sizes("bfloat16", 64, 1, 2, 1), Sizes("float16", 128, 1, 2, 1))
 CUDA_LONG_ROWS = 16384
-
-
-@dataclass
-class Marks:
-    """Memory at one look after another."""
-
-    steps: list[int] = field(default_factory=list)
-    values: dict[str, list[int]] = field(default_factory=dict)
-
-    def look(self, step: int, cuda: bool) -> None:
-        """Take down where memory stands."""
-        self.steps.append(step)
-        for name, value in memory(cuda).items():
-            self.values.setdefault(name, []).append(value)
-
-    def growth(self, name: str) -> int:
-        """How much higher the highest mark of the last third is than that of the middle third."""
-        marks = self.values[name]
-        third = len(marks) // 3
-        return max(marks[-third:]) - max(marks[third : len(marks) - third]) if third else 0
-
-    def complaints(self) -> list[str]:
-        """What grew by more than it may; nothing is said of a run too short for that."""
-        if not self.steps or self.steps[-1] < JUDGED_FROM:
-            return []
-        return [
-            f"{name} grew by {self.growth(name)} in the last {self.steps[-1] // 3} steps"
-            for name in self.values
-            if self.growth(name) > ALLOWED[name]
-        ]
-
-
-def memory(cuda: bool) -> dict[str, int]:
-    """Bytes and objects that this process holds, as far as this system tells."""
-    held = {"host objects": sys.getallocatedblocks()}
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            held["host bytes"] = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # only Linux tells
-        pass
-    if cuda:
-        import torch
-
-        held["torch allocated bytes"] = torch.cuda.memory_allocated()
-        held["torch reserved bytes"] = torch.cuda.memory_reserved()
-        if "cupy" in sys.modules:
-            held["cupy pool bytes"] = sys.modules["cupy"].get_default_memory_pool().total_bytes()
-    return held
 
 
 def compiled_kernels(backend: str) -> int:
@@ -166,6 +108,11 @@ class Soak:
         self.pools = [self._pool(sizes, 2 * self.rows) for sizes in self.sizes]
         self.drawn: Counter[str] = Counter()
         self.lengths: set[tuple[int, int]] = set()
+        self.marks = Marks()
+        self.done = self.compared = self.changed = 0
+        self.kernels: int | None = None  # after the warm-up
+        self.began: float | None = None
+        self.graph: dict[str, Any] = {}
 
     def _pool(self, sizes: Sizes, rows: int) -> tuple[Any, ...]:
         """q, k, v and dout, so many rows of each: problems are windows into them."""
@@ -235,11 +182,13 @@ class Soak:
 
     def warm_up(self) -> None:
         """Meet every pattern and kind of problem, with the shortest and the longest lists."""
-        for lengths in ((self.rows, self.rows), (1, self.rows), (self.rows, 1)):
-            for number in range(len(self.sizes) * len(PATTERNS)):
-                self.step(number, *lengths)
-        self.drawn.clear()
-        self.lengths.clear()
+        try:
+            for lengths in ((self.rows, self.rows), (1, self.rows), (self.rows, 1)):
+                for number in range(len(self.sizes) * len(PATTERNS)):
+                    self.step(number, *lengths)
+        finally:
+            self.drawn.clear()
+            self.lengths.clear()
 
     def fixed_problems(self) -> list[Callable[[], tuple[Any, ...]]]:
         """Calls whose results, plans included, must never change by a bit."""
@@ -275,50 +224,44 @@ class Soak:
         ]
         return self.torch.stack(equal).all()
 
-    def run_steps(self, steps: int, deadline: float) -> dict[str, Any]:
-        """Take the steps; what was seen, with the complaints."""
+    def run_steps(self, steps: int, deadline: float) -> None:
+        """Take the steps."""
         fixed = self.fixed_problems()
         self.warm_up()
         right = [run() for run in fixed]
-        marks, start, done, changed, probes = Marks(), time.monotonic(), 0, 0, 0
-        kernels = compiled_kernels(self.backend)
-        while done < steps and time.monotonic() < deadline:
-            self.step(done, *self.draw_lengths())
-            done += 1
-            if done % PROBE_EVERY == 0 or done == steps:
-                marks.look(done, self.cuda)
-                changed += sum(
-                    not self.same_bits(run(), expected)
-                    for run, expected in zip(fixed, right, strict=True)
-                )
-                probes += len(fixed)
+        self.kernels, self.began = compiled_kernels(self.backend), time.monotonic()
+        while self.done < steps and time.monotonic() < deadline:
+            self.step(self.done, *self.draw_lengths())
+            self.done += 1
+            if self.done % PROBE_EVERY == 0 or self.done == steps:
+                self.marks.look(self.done, self.cuda)
+                for run, expected in zip(fixed, right, strict=True):
+                    self.changed += not self.same_bits(run(), expected)
+                    self.compared += 1
+
+    def seen(self) -> dict[str, Any]:
+        """What was seen in the steps taken so far, with the complaints."""
+        kernels = compiled_kernels(self.backend) if self.kernels is None else self.kernels
         added = compiled_kernels(self.backend) - kernels
-        complaints = marks.complaints()
-        if changed:
-            complaints.append(f"{changed} of {probes} results of fixed problems changed")
+        complaints = self.marks.complaints()
+        if self.changed:
+            text = f"{self.changed} of {self.compared} results of fixed problems changed"
+            complaints.append(text)
         if added:
             complaints.append(f"{added} kernels more than the {kernels} after the warm-up")
         return {
-            "steps": done,
-            "seconds": round(time.monotonic() - start, 1),
+            "steps": self.done,
+            "seconds": 0.0 if self.began is None else round(time.monotonic() - self.began, 1),
             "pairs of lengths": len(self.lengths),
             "patterns": dict(self.drawn),
-            "fixed problems": {"compared": probes, "changed": changed},
+            "fixed problems": {"compared": self.compared, "changed": self.changed},
             "kernels": {"after the warm-up": kernels, "added": added},
-            "memory": {
-                name: {
-                    "first": values[0],
-                    "highest": max(values),
-                    "last": values[-1],
-                    "growth": marks.growth(name),
-                }
-                for name, values in marks.values.items()
-            },
-            "growth is judged": done >= JUDGED_FROM,
+            "memory": self.marks.as_json(),
+            "growth is judged": self.done >= JUDGED_FROM,
             "complaints": complaints,
         }
 
-    def run_graph(self, replays: int, deadline: float) -> dict[str, Any]:
+    def run_graph(self, replays: int, deadline: float) -> None:
         """Replay one captured step with new hashes and values, each time held against eager."""
         torch, start = self.torch, time.monotonic()
         sizes = self.sizes[0]
@@ -334,25 +277,27 @@ class Soak:
             captured = run()
         different = torch.zeros((), dtype=torch.int64, device=self.device)
         done = 0
-        while done < replays and time.monotonic() < deadline:
-            groups = self.random.randint(1, 64)
-            for x in hashes:
-                x.random_(0, groups)
-            tensors[done % 4].normal_()
-            for x in captured:
-                x.fill_(7)
-            graph.replay()
-            different += ~self.same_bits(run(), captured)
-            done += 1
-            if done % 256 == 0:
-                torch.cuda.synchronize()  # the clock counts work done, not work asked for
-        count = int(different)
-        return {
-            "replays": done,
-            "seconds": round(time.monotonic() - start, 1),
-            "different from eager": count,
-            "complaints": [f"{count} of {done} replays differ from eager"] if count else [],
-        }
+        try:
+            while done < replays and time.monotonic() < deadline:
+                groups = self.random.randint(1, 64)
+                for x in hashes:
+                    x.random_(0, groups)
+                tensors[done % 4].normal_()
+                for x in captured:
+                    x.fill_(7)
+                graph.replay()
+                different += ~self.same_bits(run(), captured)
+                done += 1
+                if done % 256 == 0:
+                    torch.cuda.synchronize()  # the clock counts work done, not work asked for
+        finally:  # Ctrl-C is one way to end
+            count = int(different)
+            self.graph = {
+                "replays": done,
+                "seconds": round(time.monotonic() - start, 1),
+                "different from eager": count,
+                "complaints": [f"{count} of {done} replays differ from eager"] if count else [],
+            }
 
 
 def soak(
@@ -365,6 +310,8 @@ def soak(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Run it all and return what was seen; ``["complaints"]`` is empty if all is well.
+
+    Ctrl-C ends it as its time does: what was seen until then is returned, as ``["interrupted"]``.
 
     Parameters
     ----------
@@ -388,12 +335,17 @@ def soak(
     run = Soak(backend, rows, seed)
     steps = steps or (CUDA_STEPS if run.cuda else HOST_STEPS)
     found: dict[str, Any] = {"backend": backend, "rows": run.rows, "seed": seed}
+    found["interrupted"] = False
     if run.cuda:
         found["card"] = run.torch.cuda.get_device_name()
     end = start + (float("inf") if seconds is None else seconds)
-    graph = {}
-    if run.cuda and replays:  # first, as they take seconds: steps have all the time that is left
-        graph = run.run_graph(replays, start + (end - start) / 5)
-    found |= run.run_steps(steps, end)
+    try:
+        if run.cuda and replays:  # first, as they take seconds: steps have all the time left
+            run.run_graph(replays, start + (end - start) / 5)
+        run.run_steps(steps, end)
+    except KeyboardInterrupt:
+        found["interrupted"] = True
+    found |= run.seen()
+    graph = dict(run.graph)
     found["complaints"] += graph.pop("complaints", [])
     return found | ({"graph": graph} if graph else {})

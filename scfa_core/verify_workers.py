@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections import deque
@@ -44,6 +45,7 @@ def _one_thread_each() -> Iterator[None]:
 
 def _begin() -> None:
     """What each process does first."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches them too, and they say nothing
     # Compilers make very many objects that live on: looking for garbage among them takes long.
     gc.set_threshold(100_000, 50, 100)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -69,8 +71,13 @@ def processes(workers: int) -> Iterator[Pool]:
     """Processes to be used by `in_processes`, several times if need be."""
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
+    others = set(multiprocessing.active_children())
     try:
         yield Pool(executor, workers)
+    except (KeyboardInterrupt, GeneratorExit):  # nobody waits for what they are at
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        raise
     finally:
         executor.shutdown(cancel_futures=True)
 

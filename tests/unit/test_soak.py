@@ -16,6 +16,7 @@ from scfa_core.reference.backend import BACKEND
 
 from scfa_core import cli, dispatch, soak
 from scfa_core.errors import BackendUnavailable, UnknownBackend
+from scfa_core.soak_memory import ALLOWED, Marks
 
 
 def test_a_short_run_holds_still():
@@ -37,6 +38,7 @@ def test_the_command_writes_what_was_seen(tmp_path, capsys):
     assert "reference: 60 steps" in capsys.readouterr().out
     written = json.loads(path.read_text())
     assert written["steps"] == 60
+    assert not written["interrupted"]
     assert written["versions"]["torch"]
 
 
@@ -85,9 +87,7 @@ def test_every_specialisation_counts():
 
 
 def marks_of(values, name="host bytes", steps=30_000):
-    return soak.Marks(
-        [(i + 1) * steps // len(values) for i in range(len(values))], {name: list(values)}
-    )
+    return Marks([(i + 1) * steps // len(values) for i in range(len(values))], {name: list(values)})
 
 
 def test_growth_is_seen_and_a_sawtooth_is_none():
@@ -100,9 +100,9 @@ def test_growth_is_seen_and_a_sawtooth_is_none():
     assert marks_of(leak, steps=5_000).complaints() == []
 
 
-@pytest.mark.parametrize("name", sorted(soak.ALLOWED))
+@pytest.mark.parametrize("name", sorted(ALLOWED))
 def test_every_kind_of_memory_has_its_limit(name):
-    limit = soak.ALLOWED[name]
+    limit = ALLOWED[name]
     assert marks_of([0, 0, limit], name).complaints() == []
     assert len(marks_of([0, 0, limit + 1], name).complaints()) == 1
 
@@ -125,11 +125,14 @@ def test_steps_have_the_time_that_replays_leave(monkeypatch):
 
         def run_graph(self, replays, deadline):
             calls.append(("replays", deadline))
-            return {"replays": replays, "complaints": ["one replay differs"]}
+            self.graph = {"replays": replays, "complaints": ["one replay differs"]}
 
         def run_steps(self, steps, deadline):
             calls.append(("steps", deadline))
-            return {"steps": steps, "complaints": []}
+            self.done = steps
+
+        def seen(self):
+            return {"steps": self.done, "complaints": []}
 
     monkeypatch.setattr(soak, "Soak", lambda *_: Run())
     monkeypatch.setattr(soak.time, "monotonic", lambda: 1000.0)
@@ -169,10 +172,35 @@ def test_replays_are_held_against_eager_calls(monkeypatch, stale):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
     monkeypatch.setattr(torch.cuda, "graph", graph)
-    found = run.run_graph(5, float("inf"))
+    run.run_graph(5, float("inf"))
+    found = run.graph
     assert found["replays"] == 5
     assert found["different from eager"] == (5 if stale else 0)
     assert found["complaints"] == (["5 of 5 replays differ from eager"] if stale else [])
+
+
+@pytest.mark.parametrize("at", [0, 10, 48 + 57])
+def test_ctrl_c_writes_what_was_seen(monkeypatch, tmp_path, capsys, at):
+    """At the first step, while warming up, and at the 57th step of the run."""
+    step, calls = soak.Soak.step, []
+
+    def interrupted(self, *arguments):
+        calls.append(arguments)
+        if len(calls) > at:
+            raise KeyboardInterrupt
+        step(self, *arguments)
+
+    monkeypatch.setattr(soak.Soak, "step", interrupted)
+    path = tmp_path / "soak.json"
+    options = ["--steps", "60", "--rows", "20", "--json", str(path)]
+    assert cli.main(["soak", "--backend", "reference", *options]) == 130
+    assert capsys.readouterr().out.endswith("interrupted: this is what was done until then\n")
+    written = json.loads(path.read_text())
+    done = max(0, at - 48)
+    assert written["interrupted"]
+    assert (written["steps"], sum(written["patterns"].values())) == (done, done)
+    assert written["fixed problems"]["compared"] == (4 if done >= 50 else 0)
+    assert written["complaints"] == []
 
 
 def test_what_cannot_run_is_refused(monkeypatch):

@@ -121,6 +121,7 @@ def test_counts_are_written_as_json(tmp_path, monkeypatch, capsys):
     assert "8 problems from seed 2, 1 failed" in capsys.readouterr().out
     written = json.loads(path.read_text())
     assert written["problems"] == 8
+    assert not written["interrupted"]
     assert written["seeds"] == [2, 9]
     assert [x["seed"] for x in written["failed"]] == [4]
     assert written["dtypes"]["float32"]["passed"] == 7
@@ -132,12 +133,79 @@ def test_counts_are_written_as_json(tmp_path, monkeypatch, capsys):
     assert written["command"].startswith("scfa verify --backend reference --seed 2 --count 8")
 
 
+def states():
+    """State and group of every process."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, group, *_ = path.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):  # it has ended
+            continue
+        yield int(path.parent.name), state, int(group)
+
+
 def runs(pid):
     """Whether a process is there, and is not merely waiting for somebody to ask how it ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    return any(number == pid and state != "Z" for number, state, _ in states())
+
+
+def of_group(group):
+    """Processes of a group that run."""
+    return [number for number, state, other in states() if other == group and state != "Z"]
+
+
+@pytest.mark.parametrize("seed", [2, 5])
+def test_ctrl_c_writes_what_was_found(tmp_path, monkeypatch, capsys, seed):
+    right = verify.verify_seed
+
+    def interrupted_at(at, **options):
+        if at == seed:
+            raise KeyboardInterrupt
+        return right(at, **options)
+
+    monkeypatch.setattr(verify, "verify_seed", interrupted_at)
+    path = tmp_path / "found.json"
+    options = ["--backend", "reference", "--rows", "40", "--dtype", "float32"]
+    code = cli.main(["verify", *options, "--seed", "2", "--count", "8", "--json", str(path)])
+    out = capsys.readouterr().out
+    assert code == 130
+    assert f"{seed - 2} problems from seed 2, 0 failed" in out
+    assert out.endswith("interrupted: this is what was done until then\n")
+    written = json.loads(path.read_text())
+    assert written["interrupted"]
+    assert written["problems"] == seed - 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_ctrl_c_ends_the_processes_too(tmp_path, everywhere):
+    """As ``kill`` sends it, to one process, and as a terminal does, to all."""
+    path = tmp_path / "found.json"
+    command = [sys.executable, "-m", "scfa_core", "verify", "--backend", "reference", "--deep"]
+    command += ["--count", "1000000", "--workers", "2", "--rows", "40", "--json", str(path)]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as run:
+        assert run.stdout.readline().startswith("verify reference")  # a line of progress
+        if everywhere:
+            os.killpg(run.pid, signal.SIGINT)
+        else:
+            run.send_signal(signal.SIGINT)
+        out, errors = run.communicate(timeout=60)
+    assert run.returncode == 130, errors
+    assert errors == ""
+    assert out.endswith("interrupted: this is what was done until then\n")
+    written = json.loads(path.read_text())
+    assert written["interrupted"]
+    assert written["problems"] > 0
+    end = time.monotonic() + 30
+    while of_group(run.pid) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not of_group(run.pid)
 
 
 ENDLESS = """
