@@ -22,13 +22,13 @@ except ModuleNotFoundError as error:
 from scfa_core.api import attention
 from scfa_core.array_kinds import adopt, is_torch_tensor, restore_kind
 from scfa_core.dropping import drawn_by, random_keep
-from scfa_core.errors import DTypeError, OptionError, PatternError, ShapeError
+from scfa_core.errors import DeviceError, OptionError, PatternError, ShapeError
 from scfa_core.hashing import angular_hash
 from scfa_core.hashing_checks import check_buckets
 from scfa_core.merging import namespace
 from scfa_core.patterns import HashSparse, Pattern, QKSparse
 from scfa_core.problem import HEAD_DIM_STEP, MAX_HEAD_DIM, MIN_HEAD_DIM, check_share
-from scfa_core.torch_checks import check_tensor
+from scfa_core.torch_checks import check_index, check_tensor
 
 __all__ = [
     "compact",
@@ -204,7 +204,7 @@ def compact(
         Differentiable.
     index : Tensor, optional, (batch, rows, heads), int64
         What an earlier call returned, to take the same rows of another tensor; `keep_tensor` is
-        not looked at then.
+        not looked at then. Rows of x; one that is named twice is taken twice.
 
     Returns
     -------
@@ -217,14 +217,17 @@ def compact(
 
     Raises
     ------
-    ShapeError, DTypeError
-        Arguments that are no tensors of these shapes.
+    ShapeError, DTypeError, DeviceError
+        Arguments that are no tensors of these shapes on one device.
+    PatternError
+        An index that names rows which x has not.
 
     Notes
     -----
-    Waits for the device, because `rows` is a number on the host.
+    Waits for the device, because `rows` is a number on the host. So does the look at the values of
+    an `index`, which is left out while a CUDA graph is captured and while torch traces.
     """
-    batch, _, heads, _ = check_tensor("x", x, *_ROWS_FIRST).shape
+    check_tensor("x", x, *_ROWS_FIRST)
     count = None
     if index is None:
         if check_tensor("keep_tensor", keep_tensor, *_ROWS_FIRST[:3]).shape != x.shape[:3]:
@@ -232,17 +235,14 @@ def compact(
                 "keep_tensor must have a flag for each row and head of x, got "
                 f"{tuple(keep_tensor.shape)} for x.shape={tuple(x.shape)}"
             )
+        if keep_tensor.device != x.device:
+            raise DeviceError(f"keep_tensor must be on {x.device} like x, got {keep_tensor.device}")
         kept = keep_tensor.detach() != 0
         count = kept.sum(dim=1)
         rows = int(count.max()) if count.numel() else 0
         index = torch.argsort((~kept).to(torch.uint8), dim=1, stable=True)[:, :rows]
-    elif check_tensor("index", index, "batch", "rows", "heads").dtype is not torch.int64:
-        raise DTypeError(f"index must be int64, as compact returns it, got {index.dtype}")
-    elif (index.shape[0], index.shape[2]) != (batch, heads):
-        raise ShapeError(
-            f"index must be (batch, rows, heads) = ({batch}, rows, {heads}) for "
-            f"x.shape={tuple(x.shape)}, got {tuple(index.shape)}"
-        )
+    else:
+        check_index(index, x)
     return torch.take_along_dim(x, index.unsqueeze(-1), dim=1), index, count
 
 

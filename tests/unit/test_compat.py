@@ -320,6 +320,13 @@ COUNT = torch.ones(2, 3, dtype=torch.int64)
         ("compact", (FLAGS.numpy(), ROWS), scfa.DTypeError, "must be a torch tensor .*got ndarray"),
         ("compact", (FLAGS, ROWS, INDEX.int()), scfa.DTypeError, "int64, as compact returns it"),
         ("compact", (FLAGS, ROWS, INDEX[..., :1]), scfa.ShapeError, r"rows, 3\) for x.shape"),
+        ("compact", (FLAGS, ROWS, INDEX - 1), scfa.PatternError, r"rows 0 to 4 of .* got -1; what"),
+        ("compact", (FLAGS, ROWS, INDEX + 5), scfa.PatternError, r"rows 0 to 4 of .* got 5; what"),
+        ("compact", (FLAGS, ROWS[:, :0], INDEX), scfa.PatternError, "rows 0 to -1 of .* got 0"),
+        ("compact", (FLAGS, ROWS, INDEX.float()), scfa.DTypeError, "int64, .* got torch.float32"),
+        ("compact", (FLAGS, ROWS, INDEX.numpy()), scfa.DTypeError, "index must be a torch tensor"),
+        ("compact", (FLAGS, ROWS, INDEX.to("meta")), scfa.DeviceError, "on cpu like x, got meta"),
+        ("compact", (FLAGS.to("meta"), ROWS), scfa.DeviceError, "on cpu like x, got meta"),
         ("pad_index", (INDEX[0], COUNT), scfa.ShapeError, "index must have 3 axes"),
         ("pad_index", (INDEX, COUNT[:1]), scfa.ShapeError, r"\(2, 3\) for .*got \(1, 3\)"),
         ("pad_index", (INDEX, COUNT[0]), scfa.ShapeError, "indices_per_head must have 2 axes"),
@@ -337,6 +344,27 @@ COUNT = torch.ones(2, 3, dtype=torch.int64)
 def test_what_is_held_wrong_is_told(function, arguments, error, words):
     with pytest.raises(error, match=words):
         getattr(compat, function)(*arguments)
+
+
+def test_compact_by_an_index_compiles_and_traces_without_a_look_at_it():
+    x, index = torch.randn(2, 5, 3, 16), torch.randint(0, 5, (2, 4, 3))
+
+    def call(x, index):
+        return compat.compact(FLAGS, x, index)[0]
+
+    right = call(x, index)
+    assert torch.equal(torch.compile(call, fullgraph=True, backend="eager")(x, index), right)
+    assert torch.equal(torch.func.vmap(call)(x[None], index[None])[0], right)
+    assert call(x.to("meta"), index.to("meta")).shape == right.shape
+
+
+def test_rows_named_twice_are_taken_twice():
+    x = torch.randn(2, 5, 3, 16, requires_grad=True)
+    rows, _, count = compat.compact(FLAGS, x, INDEX + 4)
+    assert count is None
+    assert torch.equal(rows, x[:, 4:].expand(2, 4, 3, 16))
+    rows.sum().backward()
+    assert torch.equal(x.grad[:, 4], torch.full((2, 3, 16), 4.0))
 
 
 @pytest.mark.slow
