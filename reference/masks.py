@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scfa_core.errors import PatternError, ShapeError
+from scfa_core.array_kinds import check_dense, dtype_name
+from scfa_core.arrays import INT_DTYPES, ITEMSIZE
+from scfa_core.errors import DeviceError, DTypeError, PatternError, ShapeError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,7 +30,16 @@ def to_host(x: Any) -> NDArray[Any]:
     return np.asarray(x)
 
 
-def _spread(x: Any, shape: tuple[int, ...], name: str) -> NDArray[Any]:
+def _spread(
+    x: Any, shape: tuple[int, ...], name: str, dtypes: Container[str] = INT_DTYPES
+) -> NDArray[Any]:
+    """An array of a pattern on the host, broadcast; what `attention` refuses is refused here."""
+    check_dense(name, x)
+    if dtype_name(x) not in dtypes:
+        wanted = "integers" if dtypes is INT_DTYPES else "bools or real numbers"
+        raise DTypeError(f"{name} must be an array of {wanted}, got {dtype_name(x)}; cast it")
+    if str(getattr(x, "device", "")) == "meta":
+        raise DeviceError(f"{name} is on the device meta and has no values: give those to look at")
     try:
         return np.broadcast_to(to_host(x), shape)
     except ValueError as error:
@@ -64,8 +76,8 @@ def _part_mask(part: Any, batch: int, heads: int, heads_kv: int, tq: int, tk: in
         if part.causal:
             allowed = allowed & (j <= i if part.include_self else j < i)
     elif kind == "QKSparse":
-        q_keep = _spread(part.q_keep, q_shape, "q_keep") != 0
-        k_keep = per_query_head(_spread(part.k_keep, k_shape, "k_keep") != 0)
+        q_keep = _spread(part.q_keep, q_shape, "q_keep", ITEMSIZE) != 0
+        k_keep = per_query_head(_spread(part.k_keep, k_shape, "k_keep", ITEMSIZE) != 0)
         allowed = q_keep[..., :, None] & k_keep[..., None, :]
         if part.causal:
             allowed = allowed & (j <= i)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from scfa_core.arrays import ITEMSIZE, CupyFramework, Framework, NumpyFramework
-from scfa_core.errors import DeviceError, DTypeError
+from scfa_core.errors import DeviceError, DTypeError, LayoutError
 
 
 @cache
@@ -36,6 +36,33 @@ def is_torch_tensor(x: Any) -> bool:
     if kind.__module__ == "torch" and kind.__name__ == "Tensor":
         return True
     return any(base.__module__ == "torch" and base.__name__ == "Tensor" for base in kind.__mro__)
+
+
+def check_dense(name: str, x: Any) -> None:
+    """Refuse torch tensors that are no arrays: nested and sparse ones.
+
+    Raises
+    ------
+    LayoutError
+        `x` is one; of such tensors even the shape or the strides may raise.
+    """
+    if not is_torch_tensor(x):
+        return
+    if x.is_nested:
+        raise LayoutError(
+            f"{name} must be one array, and nested tensors have no batch axis: pack the sequences "
+            "into one, (1, heads, rows of all, head_dim), with Documents(ids), ids the sequence of "
+            "each row"
+        )
+    import torch
+
+    if x.layout is not torch.strided:
+        raise LayoutError(f"{name} must be dense (torch.strided), got {x.layout}; call .to_dense()")
+
+
+def dtype_name(x: Any) -> str:
+    """NumPy's spelling of an array's dtype, whatever its library."""
+    return getattr(x.dtype, "name", None) or str(x.dtype).removeprefix("torch.")
 
 
 def is_numba_device_array(x: Any) -> bool:
@@ -61,7 +88,7 @@ def framework_of(name: str, x: Any) -> Framework:
 
     Raises
     ------
-    DTypeError
+    DTypeError, LayoutError
         `x` is no array that this package can read.
     """
     if isinstance(x, np.ndarray):
@@ -72,6 +99,7 @@ def framework_of(name: str, x: Any) -> Framework:
             )
         return _numpy_framework()
     if is_torch_tensor(x):
+        check_dense(name, x)
         from scfa_core.torch_bridge import TORCH_FRAMEWORK
 
         return TORCH_FRAMEWORK

@@ -20,15 +20,16 @@ except ModuleNotFoundError as error:
     raise missing("scfa_core.compat", "torch", error) from error
 
 from scfa_core.api import attention
-from scfa_core.array_kinds import adopt, is_torch_tensor, restore_kind
+from scfa_core.array_kinds import adopt, check_dense, dtype_name, is_torch_tensor, restore_kind
+from scfa_core.arrays import FLOAT_DTYPES
 from scfa_core.dropping import drawn_by, random_keep
-from scfa_core.errors import DeviceError, OptionError, PatternError, ShapeError
+from scfa_core.errors import OptionError, PatternError, ShapeError
 from scfa_core.hashing import angular_hash
 from scfa_core.hashing_checks import check_buckets
 from scfa_core.merging import namespace
 from scfa_core.patterns import HashSparse, Pattern, QKSparse
 from scfa_core.problem import HEAD_DIM_STEP, MAX_HEAD_DIM, MIN_HEAD_DIM, check_share
-from scfa_core.torch_checks import check_index, check_tensor
+from scfa_core.torch_checks import check_device, check_dtype, check_index, check_tensor
 
 __all__ = [
     "compact",
@@ -40,6 +41,8 @@ __all__ = [
     "qk_sparse_attention",
 ]
 
+# What torch gathers: no wider unsigned integers.
+_GATHERED = (*FLOAT_DTYPES, *("bool", "uint8", "int8", "int16", "int32", "int64", "complex64"))
 _MODES = ("hash", "qk")
 _HEADS_FIRST = ("batch", "heads", "seqlen", "head_dim")
 _ROWS_FIRST = ("batch", "seqlen", "heads", "head_dim")
@@ -129,6 +132,8 @@ def _attend(
     q: Any, k: Any, v: Any, pattern: Pattern, sm_scale: float | None, layout: str = "bthd"
 ) -> Any:
     """Attention with any head_dim: columns of zeros change no score, and are cut off again."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_dense(name, x)
     shapes: list[Any] = [getattr(x, "shape", ()) for x in (q, k, v)]
     if any(shape and shape[-1] > MAX_HEAD_DIM for shape in shapes):
         raise ShapeError(
@@ -155,6 +160,8 @@ def _check_head_dims(q: Any, k: Any) -> None:
 def _widened(x: Any) -> Any:
     """`x`, or a copy with zeros up to the next head_dim that is served."""
     head_dim = x.shape[-1]
+    if dtype_name(x) not in FLOAT_DTYPES:
+        return x  # `attention` says so
     missing = max(MIN_HEAD_DIM, -(-head_dim // HEAD_DIM_STEP) * HEAD_DIM_STEP) - head_dim
     if missing == 0:
         return x
@@ -166,6 +173,8 @@ def _widened(x: Any) -> Any:
 def _heads_before_rows(q: Any, k: Any, **indices: Any) -> tuple[Any, ...]:
     """Views (batch, heads, seqlen) of indices (batch, seqlen, heads) of q and of k."""
     for (name, x), of, array in zip(indices.items(), "qk", (q, k), strict=True):
+        check_dense(name, x)
+        check_dense(of, array)
         if len(getattr(x, "shape", ())) != 3:
             raise ShapeError(
                 f"{name} must be an array (batch, seqlen, heads), got "
@@ -227,7 +236,7 @@ def compact(
     Waits for the device, because `rows` is a number on the host. So does the look at the values of
     an `index`, which is left out while a CUDA graph is captured and while torch traces.
     """
-    check_tensor("x", x, *_ROWS_FIRST)
+    check_dtype("x", check_tensor("x", x, *_ROWS_FIRST), _GATHERED)
     count = None
     if index is None:
         if check_tensor("keep_tensor", keep_tensor, *_ROWS_FIRST[:3]).shape != x.shape[:3]:
@@ -235,8 +244,8 @@ def compact(
                 "keep_tensor must have a flag for each row and head of x, got "
                 f"{tuple(keep_tensor.shape)} for x.shape={tuple(x.shape)}"
             )
-        if keep_tensor.device != x.device:
-            raise DeviceError(f"keep_tensor must be on {x.device} like x, got {keep_tensor.device}")
+        check_device("keep_tensor", keep_tensor, "x", x)
+        check_dtype("keep_tensor", keep_tensor)
         kept = keep_tensor.detach() != 0
         count = kept.sum(dim=1)
         rows = int(count.max()) if count.numel() else 0
@@ -272,14 +281,17 @@ def pad_index(index: Tensor, indices_per_head: Tensor, pad_idx: float = -1) -> T
     """
     batch, _, heads = check_tensor("index", index, "batch", "rows", "heads").shape
     counts = check_tensor("indices_per_head", indices_per_head, "batch", "heads")
+    check_dtype("index", index)
+    check_dtype("indices_per_head", counts)
     if counts.shape != (batch, heads):
         raise ShapeError(
             f"indices_per_head must be (batch, heads) = ({batch}, {heads}) for "
             f"index.shape={tuple(index.shape)}, got {tuple(counts.shape)}"
         )
+    check_device("indices_per_head", counts, "index", index)
     filler = _as_int32("pad_idx", pad_idx)
     place = torch.arange(index.shape[1], device=index.device).view(1, -1, 1)
-    return index.to(torch.int32).masked_fill(place >= counts.unsqueeze(1), filler)
+    return index.to(torch.int32).masked_fill(place >= counts.long().unsqueeze(1), filler)
 
 
 def _as_int32(name: str, value: Any) -> int:
@@ -330,7 +342,7 @@ def hash_attention_fn(
         Arguments that are no tensors of these shapes.
     """
     for name, x in (("Q", Q), ("K", K), ("V", V)):
-        check_tensor(name, x, *_HEADS_FIRST)
+        check_dtype(name, check_tensor(name, x, *_HEADS_FIRST), FLOAT_DTYPES)
     _check_head_dims(Q, K)
     heads = K.shape[1] if hashes_per_head else 1
     shape = (1, heads, Q.shape[3], check_buckets(nb_hash, "nb_hash") // 2)
@@ -379,7 +391,7 @@ def qk_attention_fn(
     """
     check_share("sparsity", sparsity)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check_tensor(name, x, *_ROWS_FIRST)
+        check_dtype(name, check_tensor(name, x, *_ROWS_FIRST), FLOAT_DTYPES)
     q_keep, k_keep = (
         ~random_keep(x.shape[:3], sparsity, device=x.device, generator=generator) for x in (q, k)
     )

@@ -23,12 +23,13 @@ from scfa_core.arrays import FLOAT_DTYPES
 from scfa_core.errors import DeviceError, DTypeError, OptionError, PatternError, ShapeError
 from scfa_core.patterns import Causal, Pattern, QKSparse
 from scfa_core.problem import as_size, check_flag, check_layout, check_share
-from scfa_core.torch_checks import check_tensor
+from scfa_core.torch_checks import broadcasts, check_dtype, check_fits, check_tensor
 from scfa_core.torch_framework import dtype_name
 
 __all__ = ["drop_attention", "random_keep", "straight_through", "threshold_keep", "top_k_keep"]
 
 _OPTIONS = ("softmax_scale", "deterministic", "backend")  # of `attention`, passed on
+_WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 _MOST = 2**63 - 1  # the largest number of int64
 
 
@@ -131,19 +132,19 @@ def top_k_keep(
     A causal model must not choose by comparing with later rows if it is to generate text: what a
     row sees then depends on the future. Use `threshold_keep` there.
     """
-    check_real("scores", scores, scores)
+    check_fits("scores", scores, scores)
     if scores.ndim == 0:
         raise ShapeError("scores must be (..., seqlen), got a single number")
     if isinstance(k, Tensor):
-        check_real("k", k, scores, PatternError)
+        check_fits("k", k, scores, PatternError)
         whole = k.long()  # torch compares no wider unsigned integers with others
         k = whole.where(whole >= 0, _MOST) if k.dtype == torch.uint64 else whole
     else:
         k = min(as_size("k", k, error=PatternError), _MOST)
     if among is not None:
-        check_real("among", among, scores)
+        check_fits("among", among, scores)
     if groups is not None:
-        check_real("groups", groups, scores, DTypeError)
+        check_fits("groups", groups, scores, DTypeError)
     place, _ = places(scores, among, () if groups is None else (groups,))
     return place <= k if among is None else (place <= k) & (among != 0)
 
@@ -198,14 +199,19 @@ def threshold_keep(scores: Tensor, threshold: float | Tensor = 0.0) -> Tensor:
     PatternError
         A threshold that is no number.
     """
-    check_real("scores", scores, scores)
+    check_fits("scores", scores, scores)
     if isinstance(threshold, Tensor):
-        check_real("threshold", threshold, scores)
+        check_fits("threshold", threshold, scores)
     elif isinstance(threshold, Real):
         threshold = as_compared(threshold)
     else:
         raise PatternError(f"threshold must be a number, got {threshold!r}")
-    return scores.detach() > threshold
+    return _comparable(scores.detach()) > _comparable(threshold)
+
+
+def _comparable(x: Any) -> Any:
+    """A number or tensor that torch compares; wider unsigned integers it compares with none."""
+    return x.double() if isinstance(x, Tensor) and x.dtype in _WIDE_UNSIGNED else x
 
 
 def as_compared(number: Any) -> Any:
@@ -216,31 +222,6 @@ def as_compared(number: Any) -> Any:
         return float(number)
     except OverflowError:
         return float("inf" if number > 0 else "-inf")
-
-
-def check_real(
-    name: str, x: Any, scores: Tensor, error: type[PatternError | DTypeError] | None = None
-) -> None:
-    """Refuse what is no real numbers that broadcast to the scores; with `error`, no integers."""
-    check_tensor(name, x)
-    if not broadcasts(x.shape, scores.shape):
-        raise ShapeError(
-            f"{name} must broadcast to scores.shape={tuple(scores.shape)}, got "
-            f"{name}.shape={tuple(x.shape)}"
-        )
-    if x.device != scores.device and x.ndim:
-        raise DeviceError(f"{name} must be on {scores.device} like scores, got {x.device}")
-    if x.is_complex():
-        raise DTypeError(f"{name} must be real numbers, got {x.dtype}")
-    if error is not None and (x.is_floating_point() or x.dtype == torch.bool):
-        raise error(f"{name} must be integers, got {x.dtype}")
-
-
-def broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
-    """Whether a tensor of `shape` expands to another."""
-    return len(shape) <= len(to) and all(
-        size in (1, wanted) for size, wanted in zip(reversed(shape), reversed(to), strict=False)
-    )
 
 
 def straight_through(keep: Tensor, scores: Tensor) -> Tensor:
@@ -279,7 +260,8 @@ def check_gate(keep_name: str, keep: Any, name: str, scores: Any) -> None:
     """Refuse flags and scores that make no gate."""
     check_tensor(keep_name, keep)
     check_tensor(name, scores)
-    if not scores.is_floating_point():
+    check_dtype(keep_name, keep)
+    if dtype_name(scores.dtype) not in FLOAT_DTYPES:
         raise DTypeError(
             f"{name} must be floating-point numbers, which have gradients; got {scores.dtype}"
         )
@@ -377,7 +359,8 @@ def drop_attention(
 
 def takes_gate(x: Any, keep: Tensor, swap: bool) -> bool:
     """Whether `gated` leaves shape and dtype of `x` as they are, which may be anything yet."""
-    if not isinstance(x, Tensor) or x.is_nested or x.ndim != 4 or keep.ndim != 3:
+    dense = isinstance(x, Tensor) and not x.is_nested and x.layout is torch.strided
+    if not dense or x.ndim != 4 or keep.ndim != 3:
         return False
     rows = (x.shape[0], x.shape[2], x.shape[1]) if swap else x.shape[:3]
     fits = broadcasts(keep.shape, rows) and x.device == keep.device

@@ -5,8 +5,8 @@ from __future__ import annotations
 from numbers import Integral
 from typing import Any
 
-from scfa_core.array_kinds import adopt, framework_of, is_torch_tensor
-from scfa_core.arrays import INT_DTYPES
+from scfa_core.array_kinds import adopt, check_dense, dtype_name, framework_of, is_torch_tensor
+from scfa_core.arrays import INT_DTYPES, ITEMSIZE
 from scfa_core.errors import DeviceError, DTypeError, PatternError, ShapeError
 
 __all__ = [
@@ -36,6 +36,8 @@ def of_one_library(**given: Any) -> list[Any]:
                     f"{name} must come from the library of {first}, {_kind(named[first])}, got "
                     f"{_kind(x)}; convert one of them (torch.from_numpy, cupy.asarray)"
                 )
+    for name, x in named.items():
+        check_dense(name, x)
     place = getattr(named[first], "device", None)
     for name, x in named.items():
         if getattr(x, "device", None) != place:
@@ -60,18 +62,18 @@ def check_buckets(buckets: Any, name: str = "buckets") -> int:
 
 def check_integers(name: str, x: Any) -> None:
     """Refuse buckets that are no integers."""
-    kind = str(x.dtype).removeprefix("torch.")
+    kind = dtype_name(x)
     if kind not in INT_DTYPES:
         raise DTypeError(f"{name} must hold integers, as angular_hash returns them, got {kind}")
 
 
 def check_real(**arrays: Any) -> None:
-    """Refuse complex numbers, of which a projection would take one part."""
+    """Refuse complex numbers, of which a projection would take one part, and what is no number."""
     for name, x in arrays.items():
-        if x is not None and "complex" in str(x.dtype):
-            raise DTypeError(
-                f"{name} must be real numbers, got {x.dtype}; hash x.real, or both parts"
-            )
+        kind = "" if x is None else dtype_name(x)
+        if x is not None and kind not in ITEMSIZE and not kind.startswith(("float8", "float128")):
+            cure = "hash x.real, or both parts" if "complex" in kind else "cast it to float32"
+            raise DTypeError(f"{name} must be real numbers, got {x.dtype}; {cure}")
 
 
 def check_shapes(x: Any, directions: Any, center: Any) -> None:

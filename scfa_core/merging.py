@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from scfa_core.api import attention
-from scfa_core.array_kinds import is_torch_tensor
+from scfa_core.array_kinds import check_dense, dtype_name, is_torch_tensor
+from scfa_core.arrays import FLOAT_DTYPES
 from scfa_core.errors import DeviceError, DTypeError, PatternError, ShapeError
 from scfa_core.patterns import Pattern
 from scfa_core.plan import Plan
@@ -86,6 +87,10 @@ def merge_attention(
         )
     swap = check_layout(layout)
     xp = namespace(outs[0])
+    for x in outs:
+        check_dense("each out", x)
+    for x in lses:
+        check_dense("each lse", x)
     for x in (*outs[1:], *lses):
         if namespace(x) is not xp:
             raise PatternError(
@@ -126,11 +131,7 @@ def _check_kinds(**lists: list[Any]) -> None:
     home = lists["outs"][0]
     for name, parts in lists.items():
         for at, x in enumerate(parts):
-            if is_torch_tensor(x):
-                floats = x.is_floating_point()
-            else:
-                floats = x.dtype.kind == "f" or x.dtype.name == "bfloat16"
-            if not floats:
+            if dtype_name(x) not in FLOAT_DTYPES:
                 raise DTypeError(
                     f"{name} must be floating-point, as attention gives them, got {x.dtype}"
                 )

@@ -23,7 +23,7 @@ from scfa_core.dispatch import (
     choose_for_plan,
     requested_backend,
 )
-from scfa_core.errors import LayoutError, ScaleError
+from scfa_core.errors import ScaleError
 from scfa_core.patterns import Pattern
 from scfa_core.patterns.base import kind_of
 from scfa_core.plan import Plan
@@ -41,10 +41,8 @@ from scfa_core.torch_calls import (
     NativePlan,
     Seven,
     check_backward,
-    count_changes,
     find_call,
     native_plan,
-    refuse_changed,
     run_backward,
     run_forward,
 )
@@ -52,7 +50,7 @@ from scfa_core.torch_framework import TORCH_FRAMEWORK, device_name, dtype_name
 from scfa_core.torch_ops import BACKWARD, FORWARD, MAKE_PLAN, refuse_forward_mode
 from scfa_core.torch_patterns import encode, is_monotone
 from scfa_core.torch_plans import native_own_plan, new_plan, own_plan, own_plan_tensors
-from scfa_core.torch_saved import call_of_saved
+from scfa_core.torch_saved import call_of_saved, count_changes, refuse_changed
 from scfa_core.torch_transforms import forward_in_functorch, functorch_is_active
 
 __all__ = ["TORCH_FRAMEWORK", "attention", "attention_backward", "make_plan"]
@@ -343,11 +341,6 @@ def _traced_plan(
     check_layout(layout)
     if backend is not None:
         check_name(backend)
-    if q.is_nested or v.is_nested:
-        raise LayoutError(
-            "nested tensors have no batch axis: pack the sequences into one, (1, heads, rows of "
-            "all, head_dim), with Documents(ids), ids the sequence of each row"
-        )
     facts = (index(q.shape[-1]), index(v.shape[-1]), dtype_name(q.dtype), device_name(q.device))
     if isinstance(pattern, Plan):
         pattern.check_library(TORCH_FRAMEWORK)

@@ -15,9 +15,16 @@ import torch
 from scfa_core import dispatch
 from scfa_core.arrays import HostContext, cuda_ordinal, stride_order, strides_in_order
 from scfa_core.dispatch import Backend, Bound, choose_backend, choose_for_plan
-from scfa_core.errors import DeviceError, DTypeError, GradientError, LayoutError, ShapeError
+from scfa_core.errors import DeviceError, DTypeError, LayoutError, ShapeError
 from scfa_core.plan import Plan, PlanAddresses, PlanArrays
-from scfa_core.problem import Problem, build_problem, check_layout, check_like, check_scale
+from scfa_core.problem import (
+    Problem,
+    build_problem,
+    check_layout,
+    check_like,
+    check_scale,
+    one_framework,
+)
 from scfa_core.torch_bound import Facts, Shape, bind_attention
 from scfa_core.torch_framework import (
     TORCH_FRAMEWORK,
@@ -127,7 +134,11 @@ def find_call(
     if softmax_scale is not None and type(softmax_scale) is not float:
         softmax_scale = check_scale(softmax_scale, 1, dtype_name(q.dtype))
     maker = None if plan is None else plan.backend
-    key = (*look_at(q, k, v), softmax_scale, layout, deterministic, requested, maker)
+    try:
+        key = (*look_at(q, k, v), softmax_scale, layout, deterministic, requested, maker)
+    except RuntimeError:  # some sparse tensors have no strides
+        one_framework(q, k=k, v=v)
+        raise
     call = _calls.get(key)
     if call is not None and dispatch.load_backend(call.backend.name) is call.backend:
         return call
@@ -212,33 +223,6 @@ def native_plan(plan: Plan, call: Call) -> NativePlan:
     arrays = checked_plan_arrays(plan.arrays, plan.monotone, call)
     _plans[plan] = (use, arrays)
     return arrays
-
-
-def count_changes(plan: Plan) -> int:
-    """How often torch has changed the arrays of a plan in place: any such change raises it.
-
-    Kernels write through addresses and so uncounted. 0.35 us; only gradients need it.
-    """
-    try:
-        return (
-            plan.q_index._version
-            + plan.q_count._version
-            + plan.k_index._version
-            + plan.k_count._version
-            + plan.key_start._version
-            + plan.key_end._version
-        )
-    except RuntimeError:  # tensors of `torch.inference_mode` are not counted
-        return 0
-
-
-def refuse_changed(plan: Plan, changes: int) -> None:
-    """Raise if a plan was changed since `count_changes` gave `changes`."""
-    if count_changes(plan) != changes:
-        raise GradientError(
-            "the plan was changed in place after the forward pass that now needs its gradient; "
-            "keep it until backward has run, or make another plan with make_plan"
-        )
 
 
 def checked_plan_arrays(tensors: Sequence[torch.Tensor], monotone: bool, call: Call) -> NativePlan:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from scfa_core.array_kinds import check_dense
 from scfa_core.arrays import (
     FLOAT_DTYPES,
     INT_DTYPES,
@@ -23,7 +24,7 @@ from scfa_core.arrays import (
     stride_order,
     strides_in_order,
 )
-from scfa_core.errors import DeviceError, LayoutError
+from scfa_core.errors import DeviceError
 from scfa_core.torch_counters import WORDS, take_counters
 
 Shape = tuple[int, ...]
@@ -132,10 +133,7 @@ class TorchFramework:
 
     def info(self, x: torch.Tensor) -> ArrayInfo:
         """Describe `x`."""
-        if x.layout is not torch.strided:
-            raise LayoutError(
-                f"tensors must be dense (torch.strided), got {x.layout}; call .to_dense()"
-            )
+        check_dense("each tensor", x)
         return ArrayInfo(tuple(x.shape), x.stride(), dtype_name(x.dtype), device_name(x.device))
 
     def swap_heads(self, x: torch.Tensor) -> torch.Tensor:

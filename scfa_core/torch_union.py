@@ -21,7 +21,7 @@ from scfa_core.torch_bridge import (
     _is_plain,
     _traced_plan,
 )
-from scfa_core.torch_calls import count_changes, refuse_changed
+from scfa_core.torch_saved import count_changes, refuse_changed
 from scfa_core.torch_transforms import functorch_is_active
 from scfa_core.torch_union_ops import ATTEND_UNION, add_gradients, merge_in_place
 

@@ -254,10 +254,11 @@ def applied(projection: nn.Module, x: Tensor) -> Tensor:
         out: Tensor = projection(x)
     except RuntimeError as error:
         weight = getattr(projection, "weight", None)
-        told = re.search("dtype|scalar type", str(error))
+        told = re.search("dtype|scalar type|Quantized", str(error))
         if not told or not isinstance(weight, Tensor) or weight.dtype == x.dtype:
             raise
         cure = "cast x, or the layer by .to" if x.is_floating_point() else "embed tokens first"
+        cure = "x.dequantize()" if x.is_quantized else cure
         raise DTypeError(
             f"x must be {dtype_name(weight.dtype)} like the layer's weights, got "
             f"{dtype_name(x.dtype)}; {cure}"

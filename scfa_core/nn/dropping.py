@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from scfa_core.dropping import broadcasts, gated, places, random_keep, threshold_keep
+from scfa_core.dropping import gated, places, random_keep, threshold_keep
 from scfa_core.errors import PatternError
 from scfa_core.nn.attention import SparseSelfAttention
 from scfa_core.patterns import Causal, Documents, Pattern, QKSparse
 from scfa_core.plan import Plan
 from scfa_core.problem import check_flag, check_share
+from scfa_core.torch_checks import broadcasts
 
 
 class DropSelfAttention(SparseSelfAttention):

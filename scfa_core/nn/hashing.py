@@ -11,7 +11,7 @@ from torch.nn.functional import normalize, pad
 
 from scfa_core.errors import PatternError, ShapeError
 from scfa_core.hashing import angular_hash, random_directions
-from scfa_core.hashing_checks import CENTER_ROWS, check_buckets
+from scfa_core.hashing_checks import CENTER_ROWS, check_buckets, check_real
 from scfa_core.problem import as_size, check_flag, check_share
 from scfa_core.torch_checks import check_tensor
 from scfa_core.torch_hashing import BLOCK_SUMS
@@ -224,6 +224,7 @@ class AngularHash(nn.Module):
             )
         for x in rows:
             check_tensor("each tensor to hash", x, "batch", "heads", "seqlen", "head_dim")
+            check_real(**{"each tensor to hash": x})
         directions = self.directions
         if directions is None:
             drawn = torch.randn(self._shape, dtype=torch.float32, device=rows[0].device)

@@ -86,6 +86,8 @@ class Pattern:
         ShapeError
             A size that is no int of at least 0, `heads_kv` does not divide `heads`, or an array of
             the pattern does not broadcast to these sizes.
+        DTypeError, LayoutError, DeviceError
+            Arrays that `attention` takes no pattern of, or that have no values.
 
         Notes
         -----
