@@ -338,15 +338,15 @@ def hash_attention_fn(
     ------
     PatternError
         An `nb_hash` that is no even int of at least 2.
-    ShapeError, DTypeError
-        Arguments that are no tensors of these shapes.
+    ShapeError, DTypeError, OptionError, DeviceError
+        Arguments that are no tensors of these shapes, a generator that is none or elsewhere.
     """
     for name, x in (("Q", Q), ("K", K), ("V", V)):
         check_dtype(name, check_tensor(name, x, *_HEADS_FIRST), FLOAT_DTYPES)
     _check_head_dims(Q, K)
     heads = K.shape[1] if hashes_per_head else 1
     shape = (1, heads, Q.shape[3], check_buckets(nb_hash, "nb_hash") // 2)
-    options = {"dtype": torch.float32} | drawn_by(generator)  # whatever torch's default
+    options = {"dtype": torch.float32} | drawn_by(generator, Q.device)  # whatever torch's default
     directions = normalize(torch.randn(shape, device=Q.device, **options), dim=2)
     pattern = HashSparse(
         angular_hash(Q, directions)[0], angular_hash(K, directions)[0], include_self=False
@@ -386,8 +386,8 @@ def qk_attention_fn(
     ------
     PatternError
         A `sparsity` that is no number from 0 to 1.
-    ShapeError, DTypeError
-        Arguments that are no tensors of these shapes.
+    ShapeError, DTypeError, OptionError, DeviceError
+        Arguments that are no tensors of these shapes, a generator that is none or elsewhere.
     """
     check_share("sparsity", sparsity)
     for name, x in (("q", q), ("k", k), ("v", v)):

@@ -64,7 +64,7 @@ def random_keep(
     ShapeError
         `shape` is no sequence of sizes.
     DeviceError, OptionError
-        A device that torch does not know, a generator that is none.
+        A device that torch does not know, a generator that is none or of another device.
     """
     check_share("keep", keep)
     if not isinstance(shape, torch.Size):
@@ -78,18 +78,27 @@ def random_keep(
             raise DeviceError(
                 f"device must be a torch.device or a name of one ('cpu', 'cuda:0'), got {device!r}"
             ) from None
-    options = drawn_by(generator)  # float32 whatever torch's default: bfloat16 has few numbers
+    options = drawn_by(generator, device)  # float32 whatever the default: bfloat16 has few numbers
     return torch.rand(tuple(shape), dtype=torch.float32, device=device, **options) < keep
 
 
-def drawn_by(generator: torch.Generator | None) -> dict[str, Any]:
+def drawn_by(generator: torch.Generator | None, device: torch.device | None) -> dict[str, Any]:
     """Options of torch's draws: beside ``generator=None`` no size that is traced compiles."""
     if not isinstance(generator, (torch.Generator, type(None))):
         raise OptionError(
             f"generator must be a torch.Generator or None, got {generator!r}; a seed goes as "
             "torch.Generator(device).manual_seed(seed)"
         )
-    return {} if generator is None else {"generator": generator}
+    if generator is None:
+        return {}
+    own, place = generator.device, torch.get_default_device() if device is None else device
+    indices = {own.index, place.index} - {None}
+    if place.type != "meta" and (own.type != place.type or len(indices) > 1):
+        raise DeviceError(
+            f"generator must be of the device drawn on, {place}, got one of {own}: "
+            f"torch.Generator({str(place)!r})"
+        )
+    return {"generator": generator}
 
 
 def top_k_keep(

@@ -36,6 +36,11 @@ MISTAKES = {
         scfa.OptionError,
         "must be a torch.Generator or None, got 3",
     ),
+    "generator of another device": (
+        lambda: dropping.random_keep((2, 3), 0.5, device="cuda:1", generator=torch.Generator()),
+        scfa.DeviceError,
+        r"of the device drawn on, cuda:1, got one of cpu: torch.Generator\('cuda:1'\)",
+    ),
     "device": (
         lambda: dropping.random_keep((2, 3), 0.5, device="foo"),
         scfa.DeviceError,
@@ -246,3 +251,17 @@ def test_limits_of_a_layer_that_do_not_fit_are_told_as_by_others():
     ):
         with pytest.raises(error, match=words):
             layer(x, **limits)
+
+
+def test_generators_of_the_right_device_or_of_none():
+    drawn = [
+        dropping.random_keep((2, 3), 0.5, device=device, generator=torch.Generator().manual_seed(3))
+        for device in (None, "cpu", "cpu:0", torch.device("cpu"))
+    ]
+    assert all(torch.equal(x, drawn[0]) for x in drawn)
+    assert dropping.random_keep((2,), 0.5, device="meta", generator=torch.Generator()).is_meta
+
+
+def test_a_generator_is_held_against_the_default_device():
+    with torch.device("cuda:1"), pytest.raises(scfa.DeviceError, match=r"drawn on, cuda:1, got"):
+        dropping.random_keep((2, 3), 0.5, generator=torch.Generator("cpu"))
