@@ -24,6 +24,7 @@ except ModuleNotFoundError as error:
 
 import scfa_core.distributed_rules  # noqa: F401  (registers them)
 from scfa_core.api import attention
+from scfa_core.distributed_agreement import agreed, is_checked
 from scfa_core.distributed_exchange import from_all, to_heads, to_rows
 from scfa_core.distributed_patterns import (
     check_rows,
@@ -82,35 +83,44 @@ def ulysses_attention(
     Raises
     ------
     ShapeError
-        Heads that the number of ranks does not divide, other axes than these.
+        Heads that the number of ranks does not divide, other axes than these, or other shares on
+        another rank.
     DTypeError
         What is no torch tensor.
 
     Notes
     -----
+    On the host an error of one rank is raised on all, and unequal shares are told: two small
+    all-gathers. On GPUs, where they would wait for the device, only with the environment variable
+    ``TORCH_DISTRIBUTED_DEBUG=INFO`` (or DETAIL); without it the other ranks wait.
+
     Two all-to-alls forward, of q, k and v together and of out, and two backward; v goes apart where
     its head_dim is another one, as does q where its length is. Every pattern works unchanged,
     because no sequence is cut while attention runs. Source: arXiv 2309.14509.
     """
-    _refuse_options("ulysses_attention", options)
-    if not isinstance(pattern, Pattern) and not callable(pattern):
-        raise PatternError(
-            "ulysses_attention takes the pattern of the whole sequence, or a function of q and k, "
-            f"got {type(pattern).__name__}"
-        )
-    _check_shapes(q, k, v)
-    ranks = dist.get_world_size(group)
-    if q.shape[1] % ranks or k.shape[1] % ranks:
-        raise ShapeError(
-            f"{ranks} ranks must divide heads={q.shape[1]} and heads_kv={k.shape[1]}; use "
-            "gathered_attention for fewer heads"
-        )
+    checked = is_checked(q, group)
+    with agreed(group, checked, q=q, k=k, v=v):
+        _refuse_options("ulysses_attention", options)
+        if not isinstance(pattern, Pattern) and not callable(pattern):
+            raise PatternError(
+                "ulysses_attention takes the pattern of the whole sequence, or a function of q and "
+                f"k, got {type(pattern).__name__}"
+            )
+        _check_shapes(q, k, v)
+        ranks = dist.get_world_size(group)
+        if q.shape[1] % ranks or k.shape[1] % ranks:
+            raise ShapeError(
+                f"{ranks} ranks must divide heads={q.shape[1]} and heads_kv={k.shape[1]}; use "
+                "gathered_attention for fewer heads"
+            )
     q, k, v = to_heads((q, k, v), group)
-    if isinstance(pattern, Pattern):
-        pattern = heads_of(pattern, dist.get_rank(group), ranks)
-    else:
-        pattern = pattern(q, k)
-    (out,) = to_rows((attention(q, k, v, pattern, **options),), group)
+    with agreed(group, checked):
+        if isinstance(pattern, Pattern):
+            pattern = heads_of(pattern, dist.get_rank(group), ranks)
+        else:
+            pattern = pattern(q, k)
+        out: Tensor = attention(q, k, v, pattern, **options)
+    (out,) = to_rows((out,), group)
     return out
 
 
@@ -152,27 +162,28 @@ def gathered_attention(
     PatternError
         No pattern.
     DTypeError, ShapeError
-        Rows that are no integer tensor, or not as many as q and k have; other axes than these.
+        Rows that are no integer tensor, or not as many as q and k have; other axes than these, or
+        other shares on another rank.
 
     Notes
     -----
     Memory: k and v of the whole sequence on every rank. One all-gather of both, and one
-    reduce-scatter of their gradients; `rows` are gathered as well. Any number of heads.
+    reduce-scatter of their gradients; `rows` are gathered as well. Any number of heads. Ranks tell
+    each other of errors as in `ulysses_attention`.
     """
-    _refuse_options("gathered_attention", options)
-    require_pattern("gathered_attention", pattern)
-    _check_shapes(q, k, v)
-    if rows is not None:
-        rows = check_rows(rows)
-        for name, x in (("q", q), ("k", k)):
-            if len(rows) != x.shape[2]:
-                raise ShapeError(f"rows must name the {x.shape[2]} rows of {name}, got {len(rows)}")
+    checked = is_checked(q, group)
+    with agreed(group, checked, q=q, k=k, v=v):
+        _refuse_options("gathered_attention", options)
+        require_pattern("gathered_attention", pattern)
+        _check_shapes(q, k, v)
+        rows = None if rows is None else _check_rows(rows, q, k)
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     k, v = from_all((k, v), rows, group)
     if rows is None:
         rows = torch.arange(rank * q.shape[2], (rank + 1) * q.shape[2], device=q.device)
-    local = queries_of(pattern, rows, q.shape[2] * ranks, k.shape[2])
-    out: Tensor = attention(q, k, v, local, **options)
+    with agreed(group, checked):
+        local = queries_of(pattern, rows, q.shape[2] * ranks, k.shape[2])
+        out: Tensor = attention(q, k, v, local, **options)
     return out
 
 
@@ -182,6 +193,14 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
         check_tensor(name, x, "batch", "heads", "seqlen", "head_dim")
     if k.shape[:3] != v.shape[:3]:
         raise ShapeError(f"k and v must agree in all but the last axis, got {k.shape=}, {v.shape=}")
+
+
+def _check_rows(rows: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    rows = check_rows(rows)
+    for name, x in (("q", q), ("k", k)):
+        if len(rows) != x.shape[2]:
+            raise ShapeError(f"rows must name the {x.shape[2]} rows of {name}, got {len(rows)}")
+    return rows
 
 
 def _refuse_options(name: str, options: dict[str, Any]) -> None:

@@ -1,0 +1,94 @@
+"""What one rank refuses, all refuse: else the others wait for it until the process group gives up.
+
+Ranks tell each other of errors and of the sizes they hold before they exchange rows. On a GPU that
+would wait for the device at every call, so there it is done where torch debugs distributed work
+(``TORCH_DISTRIBUTED_DEBUG``), on the host always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scfa_core import errors
+from scfa_core.distributed_exchange import Group, gather
+from scfa_core.errors import ScfaError, ShapeError
+from scfa_core.torch_framework import DTYPES, dtype_name
+
+__all__ = ["agreed", "is_checked"]
+
+_DTYPES = (*DTYPES, "another dtype")
+
+
+def is_checked(q: Any, group: Group) -> bool:
+    """Whether ranks tell each other; the same on all of them."""
+    if torch.compiler.is_compiling() or not dist.is_initialized() or dist.get_world_size(group) < 2:
+        return False
+    if dist.get_debug_level() is not dist.DebugLevel.OFF:
+        return True
+    backend = dist.get_backend(group)
+    known = backend == "undefined" or "gloo" in backend  # others may have nothing for the host
+    return known and getattr(getattr(q, "device", None), "type", "cpu") == "cpu"
+
+
+@contextmanager
+def agreed(group: Group, checked: bool, **tensors: Any) -> Iterator[None]:
+    """Raise on every rank what one of them raises in here, and refuse shares that are not equal.
+
+    The shares are `tensors` of 4 axes. Without `checked`, a rank raises alone.
+    """
+    if not checked:
+        yield
+        return
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    facts = [int(error is not None)]
+    for x in tensors.values():
+        facts += [0] * 5 if error else [*x.shape, _number(x.dtype)]
+    place = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    held = gather(torch.tensor([facts], device=place), 0, group).tolist()
+    if any(of_rank[0] for of_rank in held):
+        _raise_on_all(error, group)
+    for rank, of_rank in enumerate(held):
+        if of_rank != held[0]:
+            raise ShapeError(
+                f"ranks must hold equal shares, got {_told(held[0], tensors)} on rank 0 and "
+                f"{_told(of_rank, tensors)} on rank {rank}; fill the sequence up to a multiple of "
+                "the number of ranks, and keep what was added from being seen by QKSparse or "
+                "Documents"
+            )
+
+
+def _number(dtype: torch.dtype) -> int:
+    name = dtype_name(dtype)
+    return _DTYPES.index(name) if name in _DTYPES else len(_DTYPES) - 1
+
+
+def _raise_on_all(error: Exception | None, group: Group) -> None:
+    """Raise this rank's own error, or that of the first rank that has one."""
+    told: list[Any] = [None] * dist.get_world_size(group)
+    own = None if error is None else (type(error).__name__, str(error))
+    dist.all_gather_object(told, own, group=group)
+    if error is not None:
+        raise error
+    rank, (name, text) = next((rank, x) for rank, x in enumerate(told) if x is not None)
+    kind = getattr(errors, name, None)
+    if kind is None:
+        kind, text = ScfaError, f"{name}: {text}"
+    raise kind(f"rank {rank} of {len(told)} cannot go on, and so none can: {text}")
+
+
+def _told(facts: list[int], tensors: dict[str, Tensor]) -> str:
+    """Shapes and dtypes as one rank has sent them."""
+    own = [facts[at : at + 5] for at in range(1, len(facts), 5)]
+    return ", ".join(
+        f"{name} {tuple(x[:4])} {_DTYPES[x[4]]}" for name, x in zip(tensors, own, strict=True)
+    )
