@@ -72,7 +72,7 @@ def union_attention(
     if transformed or len(names) > 1:
         return _merged(q, k, v, plans, options)
     tensors = [x for plan in plans for x in plan.arrays]
-    monotone = [plan.monotone for plan in plans]
+    monotone = [int(plan.monotone) for plan in plans]
     scale, deterministic = options["softmax_scale"], options["deterministic"]
     how = (scale, deterministic, layout, next(iter(names)))
     out, lse = ATTEND_UNION(q, k, v, tensors, monotone, *how)

@@ -28,7 +28,9 @@ from scfa_core.torch_calls import (
 )
 from scfa_core.torch_ops import LIBRARY, PLAN_SIZE, Tensors, refuse_double_backward, register
 
-_PLANS = "Tensor[] plans, bool[] monotone"  # the seven tensors of every part, one after another
+# The seven tensors of every part, one after another; flags as 0 and 1, as torch.jit.trace takes no
+# list of bools.
+_PLANS = "Tensor[] plans, int[] monotone"
 _OPTIONS = "float? softmax_scale, bool deterministic, str layout, str backend"
 
 LIBRARY.define(
@@ -81,13 +83,13 @@ def add_gradients(gradients: Iterable[Tensors], parts: int) -> Tensors:
 
 
 def _prepare(
-    q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Tensor], monotone: Sequence[bool], *rest: Any
+    q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Tensor], monotone: Sequence[int], *rest: Any
 ) -> tuple[Call, list[NativePlan]]:
     """Check the call, and hand the plan of every part to the backend."""
     scale, deterministic, layout, backend = rest
     call = find_call(q, k, v, scale, layout, deterministic, backend or AUTO)
     arrays = [
-        checked_plan_arrays(plans[PLAN_SIZE * at : PLAN_SIZE * (at + 1)], flag, call)
+        checked_plan_arrays(plans[PLAN_SIZE * at : PLAN_SIZE * (at + 1)], bool(flag), call)
         for at, flag in enumerate(monotone)
     ]
     return call, arrays

@@ -263,7 +263,7 @@ def operator_arguments(layout):
     how = {"layout": layout, "backend": BACKEND}
     plans = [scfa.make_plan(p, *inputs[:2], **how) for p in near_and_far(23)]
     arrays = [x for plan in plans for x in plan.arrays]
-    return (*inputs, arrays, [p.monotone for p in plans], None, True, layout, BACKEND)
+    return (*inputs, arrays, [int(p.monotone) for p in plans], None, True, layout, BACKEND)
 
 
 @pytest.mark.parametrize("layout", ["bhtd", "bthd"])
@@ -356,3 +356,43 @@ def test_narrow_gradients_are_rounded_once():
         mine = add_gradients((tuple(x.clone()) for x in grads), parts)
         torch.testing.assert_close(torch.stack(mine), right, rtol=2**-8, atol=0)
         assert (torch.stack(mine) == right).float().mean() > 0.99
+
+
+class Attending(torch.nn.Module):
+    """A module, as torch.jit.trace and a saved program have it."""
+
+    def __init__(self, patterns, **options):
+        super().__init__()
+        self.patterns, self.options = patterns, options
+
+    def forward(self, q, k, v):
+        return attention_over(q, k, v, self.patterns(q, k), backend=BACKEND, **self.options)
+
+
+def by_sign(q, k):
+    """Hashes of what is given: ranges of any order and others, made while tracing."""
+    bucket = [(x[..., 0] > 0).long() for x in (q, k)]
+    rows = torch.arange(q.shape[2], device=q.device).view(1, 1, -1)
+    near = scfa.KeyRanges(rows - 2, rows + 1)
+    return [near, scfa.HashSparse(*bucket) & scfa.Causal(lag=3)]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("wants_lse", [False, True])
+def test_jit_trace_keeps_all_parts(wants_lse):
+    """The program, after saving and loading too, gives the values and gradients of eager calls."""
+    module = Attending(by_sign, return_lse=wants_lse)
+    inputs, others = tensors(), [x.detach().flip(2).requires_grad_() for x in tensors()]
+    with torch.no_grad():
+        traced = torch.jit.trace(module, tuple(inputs))
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    for program in (traced, torch.jit.load(file)):
+        for given in (inputs, others):
+            got, right = program(*given), module(*given)
+            got, right = (got, right) if wants_lse else ((got,), (right,))
+            torch.testing.assert_close(got, right, rtol=0, atol=1e-6)
+            both = [torch.autograd.grad(x[0].square().sum(), given) for x in (got, right)]
+            torch.testing.assert_close(*both, rtol=1e-5, atol=1e-5)
+    assert str(traced.inlined_graph).count("scfa::attend_union") == 1
