@@ -230,6 +230,11 @@ def one_framework(q: Any, **others: Any) -> Framework:
     return framework
 
 
+def is_symbolic(value: Any) -> bool:
+    """Whether this is a torch.SymInt, a length left open; torch.compile shows its own as ints."""
+    return type(value).__module__ == "torch" and type(value).__name__ == "SymInt"
+
+
 def is_flag(value: Any) -> bool:
     """Whether this is a bool, of Python, NumPy or torch, all of which count as ints somewhere."""
     if isinstance(value, int):  # among them the symbolic ones of a compiler, which lack a dtype

@@ -44,7 +44,7 @@ def encode(pattern: Pattern) -> tuple[str, list[torch.Tensor], list[int]]:
                 fields.append(f"{field}=@{known[0]}")
             elif isinstance(value, (bool, str)):
                 fields.append(f"{field}={value}")
-            elif isinstance(value, int):
+            elif isinstance(value, (int, torch.SymInt)):
                 fields.append(f"{field}=#{len(ints)}")
                 ints.append(min(value, _FURTHEST))
             else:

@@ -6,7 +6,7 @@ import operator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from scfa_core.errors import PatternError, ShapeError
-from scfa_core.problem import is_flag
+from scfa_core.problem import is_flag, is_symbolic
 
 if TYPE_CHECKING:
     import numpy as np
@@ -158,8 +158,11 @@ def require_bool(name: str, value: Any) -> bool:
 
 def require_count(name: str, value: Any) -> int:
     """Read a number of keys, refusing floats, negative numbers and flags of any library."""
-    try:
-        count = -1 if is_flag(value) else operator.index(value)
+    try:  # a length that is traced stays open: as an int it would be the length of this call
+        if is_flag(value):
+            count = -1
+        else:
+            count = value if type(value) is int or is_symbolic(value) else operator.index(value)
     except (TypeError, RuntimeError):  # a tensor of no known value
         count = -1
     if count < 0:

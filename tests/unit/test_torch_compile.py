@@ -78,6 +78,29 @@ def test_lengths_can_be_dynamic(dynamic, graphs):
     assert counter.frame_count == graphs
 
 
+OF_LENGTH = {
+    "window": lambda n: scfa.SlidingWindow(n),
+    "half": lambda n: scfa.SlidingWindow(n // 2),
+    "both ways": lambda n: scfa.SlidingWindow(n // 4, causal=False),
+    "lag": lambda n: scfa.Causal(lag=n // 3),
+    "far": lambda n: scfa.SlidingWindow(n // 2) & scfa.Causal(False, lag=n // 8),
+}
+
+
+@pytest.mark.parametrize("name", OF_LENGTH)
+def test_windows_may_depend_on_the_length(name):
+    """The number stays open with the length: there is one graph for all."""
+
+    def attend(q, k, v, *_):
+        pattern = OF_LENGTH[name](q.shape[2])
+        return scfa.attention(q, k, v, pattern, backend=BACKEND)
+
+    compiled, counter = counted(attend, dynamic=True)
+    for seed, seqlen in enumerate((9, 13, 17, 30)):
+        same(compiled, attend, batch(seed, seqlen))
+    assert counter.frame_count == 1
+
+
 def test_lengths_can_be_dynamic_where_heads_are_broadcast():
     """Which strides are 0 is then a question to the guards."""
 

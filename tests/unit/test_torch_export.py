@@ -91,3 +91,23 @@ def test_a_pattern_made_from_queries_and_keys():
     x, _ = example(2, 20)
     program = torch.export.export(layer, (x,))
     torch.testing.assert_close(program.module()(-x), layer(-x))
+
+
+class OfLength(torch.nn.Module):
+    """A window and a lag that depend on the length."""
+
+    def forward(self, q):
+        n = q.shape[2]
+        pattern = scfa.SlidingWindow(n // 2 + 1) & scfa.Causal(lag=n // 8)
+        return scfa.attention(q, q, q, pattern)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_windows_of_the_length_stay_open(strict):
+    length = {2: torch.export.Dim("length", min=4, max=4096)}
+    program = torch.export.export(
+        OfLength(), (torch.randn(1, 2, 24, 16),), dynamic_shapes=(length,), strict=strict
+    )
+    for seqlen in (20, 33, 64):
+        q = torch.randn(1, 2, seqlen, 16)
+        torch.testing.assert_close(program.module()(q), OfLength()(q))
