@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 
+from scfa_core.array_kinds import check_dense
 from scfa_core.arrays import FLOAT_DTYPES
 from scfa_core.dispatch import (
     AUTO,
@@ -314,6 +315,7 @@ class ScfaAttention(torch.autograd.Function):
         plain = _is_plain(dout, q, out) and _is_plain(k, v, lse)
         plain = plain and _has_storage(dout) and (dlse is None or _has_storage(dlse))
         if torch.is_grad_enabled() or not plain:
+            check_dense("the gradient of out", dout)
             plan = own_plan_tensors(own, call) if given is None else given.arrays
             scale, deterministic = call.problem.softmax_scale, call.problem.deterministic
             layout = "bthd" if call.swap else "bhtd"

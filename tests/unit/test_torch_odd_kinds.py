@@ -275,3 +275,12 @@ def test_a_quantized_input_of_a_layer_is_told_the_cure():
 def test_a_mask_of_no_values_says_so():
     with pytest.raises(scfa.DeviceError, match="on the device meta and has no values"):
         scfa.Documents(IDS[:, 0].to("meta")).mask(ROWS, ROWS)
+
+
+def test_a_sparse_gradient_is_refused_in_words():
+    q = Q.clone().requires_grad_()
+    out = scfa.attention(q, Q, Q, backend="numba-cpu")
+    with pytest.raises(
+        scfa.LayoutError, match=r"the gradient of out must be dense .*call .to_dense\(\)"
+    ):
+        torch.autograd.grad(out, q, torch.ones_like(out).to_sparse())
