@@ -25,6 +25,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 AHEAD = 64  # seeds given out for each process: one that compiles must not stop the others
+LOOK_EVERY = 0.1  # seconds between two looks whether Ctrl-C has come
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -45,7 +46,7 @@ def _one_thread_each() -> Iterator[None]:
 
 def _begin() -> None:
     """What each process does first."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches them too, and they say nothing
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the parent ends the others
     # Compilers make very many objects that live on: looking for garbage among them takes long.
     gc.set_threshold(100_000, 50, 100)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -64,6 +65,22 @@ class Pool(NamedTuple):
 
     executor: ProcessPoolExecutor
     workers: int
+    interrupted: threading.Event = threading.Event()
+
+
+@contextmanager
+def _ctrl_c_as_event() -> Iterator[threading.Event]:
+    """An exception amid the locks of a pool could leave one held, and the pool would never end."""
+    event = threading.Event()
+    raises = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not raises or threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    signal.signal(signal.SIGINT, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
@@ -73,10 +90,12 @@ def processes(workers: int) -> Iterator[Pool]:
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
     others = set(multiprocessing.active_children())
     try:
-        yield Pool(executor, workers)
-    except (KeyboardInterrupt, GeneratorExit):  # nobody waits for what they are at
+        with _ctrl_c_as_event() as interrupted:
+            yield Pool(executor, workers, interrupted)
+    except KeyboardInterrupt:  # nobody waits for what they are at
         for process in set(multiprocessing.active_children()) - others:
             process.terminate()
+        executor.shutdown()
         raise
     finally:
         executor.shutdown(cancel_futures=True)
@@ -104,6 +123,8 @@ def in_processes(
     ------
     ScfaError
         A process died; the message names the seeds among which the cause is.
+    KeyboardInterrupt
+        Ctrl-C has come since the last result.
     """
     remaining = iter(seeds)
     waiting: deque[tuple[S, Future[T]]] = deque()
@@ -118,11 +139,14 @@ def in_processes(
             if not waiting:
                 return
             future = waiting[0][1]
-            left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-            if wait([future], left).done:
+            left = LOOK_EVERY if deadline is None else max(deadline - time.monotonic(), 0.0)
+            done = wait([future], min(left, LOOK_EVERY)).done
+            if pool.interrupted.is_set():
+                raise KeyboardInterrupt
+            if done:
                 yield future.result()
                 waiting.popleft()
-            else:
+            elif left < LOOK_EVERY:
                 remaining, deadline = iter(()), None
                 waiting = deque(entry for entry in waiting if not entry[1].cancel())
     except BrokenProcessPool as error:
@@ -135,5 +159,6 @@ def in_processes(
             )
         raise ScfaError(f"a process died {where} ({error})") from error
     finally:
-        for _, future in waiting:
-            future.cancel()
+        if not pool.interrupted.is_set():  # an executor that ends trips over cancelled ones
+            for _, future in waiting:
+                future.cancel()

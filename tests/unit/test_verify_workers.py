@@ -175,6 +175,19 @@ def test_ctrl_c_writes_what_was_found(tmp_path, monkeypatch, capsys, seed):
     assert written["problems"] == seed - 2
 
 
+def test_ctrl_c_waits_until_no_lock_of_the_pool_is_held(pool):
+    """An exception amid them left one held now and then, and the pool never ended."""
+    signal.raise_signal(signal.SIGINT)  # raises nothing here
+    with pytest.raises(KeyboardInterrupt):
+        list(in_processes(abs, range(3), pool))
+
+
+def test_ctrl_c_is_python_s_again_after_the_pool():
+    with processes(1):
+        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("everywhere", [False, True])
@@ -195,7 +208,10 @@ def test_ctrl_c_ends_the_processes_too(tmp_path, everywhere):
             os.killpg(run.pid, signal.SIGINT)
         else:
             run.send_signal(signal.SIGINT)
-        out, errors = run.communicate(timeout=60)
+        try:
+            out, errors = run.communicate(timeout=60)
+        finally:
+            run.kill()
     assert run.returncode == 130, errors
     assert errors == ""
     assert out.endswith("interrupted: this is what was done until then\n")
