@@ -39,7 +39,8 @@ def _card(stem: str) -> Page:
             f"{stem}-goal": "What a key tile needs is known before",
             f"{stem}-latest": "A steady softmax, tiles in turn: beside flash-attn",
             f"{stem}-choice": "Heads that are alike go one way",
-            f"{stem}-prepared": "Rows prepared a tile ahead, on a busy host",
+            f"{stem}-integers": "Scores watched as integers",
+            f"{stem}-both": "Beside flash-attn and FlexAttention, a training step's attention too",
             f"{stem}-original": "Beside the original, and numba-cuda",
             f"{stem}-flex": "Beside FlexAttention",
             f"{stem}-peers": "Beside flash-attn, xformers and cuDNN's frontend",
@@ -56,7 +57,7 @@ PAGES = (
     Page("cpu", {"cpu-epyc": "", "cpu-epyc-jit": "First use on a machine"}),
     Page("accuracy", dict.fromkeys(ACCURACY, "")),
 )
-README = {"h200-choice": ["goal"], "h100-original": ["goal"], "cpu-epyc": ["cpu"]}  # files: sets
+README = {"h200-integers": ["goal"], "h100-original": ["goal"], "cpu-epyc": ["cpu"]}  # files: sets
 
 
 def intro(name: str) -> str:
