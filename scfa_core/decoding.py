@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from scfa_core.api import attention
-from scfa_core.array_kinds import adopt, is_torch_tensor
+from scfa_core.array_kinds import adopt, check_dense, is_torch_tensor
 from scfa_core.errors import DTypeError, PatternError, ShapeError
 from scfa_core.merging import as_list, merge_attention, namespace
 from scfa_core.patterns import (
@@ -61,7 +61,7 @@ def at_end(pattern: Pattern, q: Any, k: Any, *, layout: str = "bhtd") -> Pattern
     LayoutError
         An unknown layout.
     DTypeError, ShapeError
-        What is no array, or has other than 4 axes.
+        What is no array, or has other than 4 axes. A nested or sparse tensor is a LayoutError.
 
     Notes
     -----
@@ -85,6 +85,7 @@ def at_end(pattern: Pattern, q: Any, k: Any, *, layout: str = "bhtd") -> Pattern
 def _length(name: str, x: Any, layout: str) -> int:
     """Rows of an array of four axes."""
     rows = 1 if check_layout(layout) else 2
+    check_dense(name, x)
     if not hasattr(x, "shape"):
         raise DTypeError(f"{name} must be an array, got {type(x).__name__}")
     if len(x.shape) != 4:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from scfa_core.array_kinds import framework_of
 from scfa_core.arrays import INT_DTYPES, ITEMSIZE, Framework
 from scfa_core.errors import DeviceError, DTypeError, PatternError, ShapeError
 from scfa_core.patterns import (
@@ -119,6 +120,7 @@ class _Lowering:
         """Check device and shape of one pattern array and broadcast it by strides of 0."""
         framework = self.framework
         if not framework.owns(x):
+            framework_of(name, x)  # what is no array at all, or has a mask, is told as such
             raise DeviceError(
                 f"{name} must be a {framework.name} array like q, got {type(x).__module__}."
                 f"{type(x).__name__}; convert one of them (torch.from_numpy, .numpy(), "

@@ -91,8 +91,8 @@ MISTAKES = {
         lambda: attend(np.ma.masked_less(X, 0)),
     ),
     "masked hashes": (
-        scfa.DeviceError,
-        "must be a numpy array like q, got numpy.ma",
+        scfa.DTypeError,
+        "must be a plain array, got a masked one",
         lambda: attend(pattern=scfa.HashSparse(np.ma.masked_equal(IDS, 0), IDS)),
     ),
     "an int beyond any float": (

@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch", reason="the torch bridge needs torch (extra
 
 import scfa_core as scfa  # noqa: E402
 from scfa_core import compat, dropping, hashing, nn  # noqa: E402
+from scfa_core.decoding import at_end, attention_in_parts  # noqa: E402
 from scfa_core.merging import attention_over, merge_attention  # noqa: E402
 
 pytestmark = [
@@ -115,6 +116,12 @@ CALLS = {
         UNSIGNED,
     ),
     "seen ranges": (lambda **x: scfa.KeyRanges(**x).mask(ROWS, ROWS, **SIZES), RANGES, UNSIGNED),
+    "at_end": (
+        lambda q, k: at_end(RIGHT, q, k),  # which reads shapes
+        {"q": Q, "k": Q},
+        KINDS.keys() - {"sparse", "sparse rows", "nested", "jagged"},
+    ),
+    "attention_in_parts": (lambda q, k, v: attention_in_parts(q, [(k, v, None)]), QKV, set()),
     "attention_over": (lambda **x: attention_over(**x, patterns=[RIGHT, PLAN]), QKV, set()),
     "merge_attention": (
         lambda out, lse: merge_attention([out, OUT], [lse, LSE]),
