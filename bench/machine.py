@@ -39,7 +39,8 @@ def machine(device: str, commit: str | None = None) -> dict[str, Any]:
         "scfa_core": scfa_core.__version__,
         "libraries": libraries(),
         "commit": commit or _output("git", "rev-parse", "--short", "HEAD"),
-        "changed": not commit and bool(_output("git", "status", "--porcelain", "-uno")),
+        # Of a commit that was only said nobody knows.
+        "changed": None if commit else bool(_output("git", "status", "--porcelain", "-uno")),
     }
     if device == "cuda":
         query = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu"

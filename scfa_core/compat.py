@@ -42,7 +42,8 @@ __all__ = [
 ]
 
 # What torch gathers: no wider unsigned integers.
-_GATHERED = (*FLOAT_DTYPES, *("bool", "uint8", "int8", "int16", "int32", "int64", "complex64"))
+_INTEGERS, _COMPLEX = ("uint8", "int8", "int16", "int32", "int64"), ("complex64", "complex128")
+_GATHERED = (*FLOAT_DTYPES, "bool", *_INTEGERS, *_COMPLEX)
 _MODES = ("hash", "qk")
 _HEADS_FIRST = ("batch", "heads", "seqlen", "head_dim")
 _ROWS_FIRST = ("batch", "seqlen", "heads", "head_dim")

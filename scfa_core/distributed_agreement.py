@@ -23,15 +23,19 @@ from scfa_core.torch_framework import DTYPES, dtype_name
 __all__ = ["agreed", "is_checked"]
 
 _DTYPES = (*DTYPES, "another dtype")
+_DEVICES = ("cpu", "cuda", "meta", "another device")
+_FACTS = 6  # of a tensor: four sizes, dtype, device
 
 
 def is_checked(q: Any, group: Group) -> bool:
-    """Whether ranks tell each other; the same on all of them."""
+    """Whether ranks tell each other: the same on all of them but where one has q elsewhere."""
     if torch.compiler.is_compiling() or not dist.is_initialized() or dist.get_world_size(group) < 2:
         return False
     if dist.get_debug_level() is not dist.DebugLevel.OFF:
         return True
-    backend = dist.get_backend(group)
+    backend = str(dist.get_backend(group))
+    if backend in ("gloo", "cpu:gloo"):  # which goes through the host whatever the device
+        return True
     known = backend == "undefined" or "gloo" in backend  # others may have nothing for the host
     return known and getattr(getattr(q, "device", None), "type", "cpu") == "cpu"
 
@@ -40,7 +44,8 @@ def is_checked(q: Any, group: Group) -> bool:
 def agreed(group: Group, checked: bool, **tensors: Any) -> Iterator[None]:
     """Raise on every rank what one of them raises in here, and refuse shares that are not equal.
 
-    The shares are `tensors` of 4 axes. Without `checked`, a rank raises alone.
+    The shares are `tensors` of 4 axes. Without `checked`, a rank raises alone. What is told is read
+    on the host, so that no CUDA graph can hold it.
     """
     if not checked:
         yield
@@ -52,8 +57,10 @@ def agreed(group: Group, checked: bool, **tensors: Any) -> Iterator[None]:
         error = caught
     facts = [int(error is not None)]
     for x in tensors.values():
-        facts += [0] * 5 if error else [*x.shape, _number(x.dtype)]
-    place = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+        known = () if error else (*x.shape, _number(_DTYPES, dtype_name(x.dtype)))
+        facts += [*known, _number(_DEVICES, x.device.type)] if known else [0] * _FACTS
+    backend = str(dist.get_backend(group))
+    place = "cuda" if "nccl" in backend and "gloo" not in backend else "cpu"
     held = gather(torch.tensor([facts], device=place), 0, group).tolist()
     if any(of_rank[0] for of_rank in held):
         _raise_on_all(error, group)
@@ -67,9 +74,8 @@ def agreed(group: Group, checked: bool, **tensors: Any) -> Iterator[None]:
             )
 
 
-def _number(dtype: torch.dtype) -> int:
-    name = dtype_name(dtype)
-    return _DTYPES.index(name) if name in _DTYPES else len(_DTYPES) - 1
+def _number(names: tuple[str, ...], name: str) -> int:
+    return names.index(name) if name in names else len(names) - 1
 
 
 def _raise_on_all(error: Exception | None, group: Group) -> None:
@@ -87,8 +93,9 @@ def _raise_on_all(error: Exception | None, group: Group) -> None:
 
 
 def _told(facts: list[int], tensors: dict[str, Tensor]) -> str:
-    """Shapes and dtypes as one rank has sent them."""
-    own = [facts[at : at + 5] for at in range(1, len(facts), 5)]
+    """Shapes, dtypes and devices as one rank has sent them."""
+    own = [facts[at : at + _FACTS] for at in range(1, len(facts), _FACTS)]
     return ", ".join(
-        f"{name} {tuple(x[:4])} {_DTYPES[x[4]]}" for name, x in zip(tensors, own, strict=True)
+        f"{name} {tuple(x[:4])} {_DTYPES[x[4]]}" + (f" on {_DEVICES[x[5]]}" if x[5] else "")
+        for name, x in zip(tensors, own, strict=True)
     )

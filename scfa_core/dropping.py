@@ -196,6 +196,7 @@ def threshold_keep(scores: Tensor, threshold: float | Tensor = 0.0) -> Tensor:
     scores : Tensor, (..., seqlen)
     threshold : float or Tensor
         A tensor broadcasts against the scores, e.g. one for each head. A NaN score exceeds none.
+        Wider unsigned scores than uint8 are compared as float64.
 
     Returns
     -------

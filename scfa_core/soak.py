@@ -277,6 +277,16 @@ class Soak:
             captured = run()
         different = torch.zeros((), dtype=torch.int64, device=self.device)
         done = 0
+
+        def note() -> None:
+            count = int(different)
+            self.graph = {
+                "replays": done,
+                "seconds": round(time.monotonic() - start, 1),
+                "different from eager": count,
+                "complaints": [f"{count} of {done} replays differ from eager"] if count else [],
+            }
+
         try:
             while done < replays and time.monotonic() < deadline:
                 groups = self.random.randint(1, 64)
@@ -290,14 +300,10 @@ class Soak:
                 done += 1
                 if done % 256 == 0:
                     torch.cuda.synchronize()  # the clock counts work done, not work asked for
-        finally:  # Ctrl-C is one way to end
-            count = int(different)
-            self.graph = {
-                "replays": done,
-                "seconds": round(time.monotonic() - start, 1),
-                "different from eager": count,
-                "complaints": [f"{count} of {done} replays differ from eager"] if count else [],
-            }
+        except KeyboardInterrupt:
+            note()
+            raise
+        note()
 
 
 def soak(

@@ -81,7 +81,7 @@ def attention(
     backend: str | None = None,
 ) -> Any:
     """`scfa_core.attention` on torch tensors; gradients flow to q, k and v, from out and lse."""
-    eager = _is_plain(q, k, v) and _holds_plain(pattern)
+    eager = is_plain(q, k, v) and _holds_plain(pattern)
     if not eager:
         one_framework(q, k=k, v=v)
     kind = "cuda" if q.is_cuda else q.device.type
@@ -118,7 +118,7 @@ def attention_backward(
     Under autocast, where `attention` gave a narrow out, q, k, v and dout are narrowed as it did
     with q, k and v, and gradients come in the dtypes of the q, k and v that are given.
     """
-    plain = _is_plain(q, k, v) and _is_plain(dout, out, lse) and _holds_plain(pattern)
+    plain = is_plain(q, k, v) and is_plain(dout, out, lse) and _holds_plain(pattern)
     plain = plain and _has_storage(dout)
     if not plain:
         one_framework(q, k=k, v=v, dout=dout, out=out, lse=lse)
@@ -142,14 +142,14 @@ def make_plan(
     pattern: Pattern, q: Any, k: Any, *, layout: str = "bhtd", backend: str | None = None
 ) -> Plan:
     """`scfa_core.make_plan` for torch tensors."""
-    if not (_is_plain(q, k, k) and _holds_plain(pattern)):
+    if not (is_plain(q, k, k) and _holds_plain(pattern)):
         one_framework(q, k=k)
         return _traced_plan(q, k, k, pattern, layout, backend)[1]
     call = find_call(q, k, k, None, layout, True, requested_backend(backend))
     return new_plan(pattern, call.problem, call.backend)
 
 
-def _is_plain(q: Any, k: Any, v: Any) -> bool:
+def is_plain(q: Any, k: Any, v: Any) -> bool:
     """Whether all three are ordinary tensors and nobody is watching."""
     if torch.compiler.is_compiling():
         return False
@@ -312,10 +312,12 @@ class ScfaAttention(torch.autograd.Function):
         call, given = ctx.call, ctx.given
         if given is not None:
             refuse_changed(given, ctx.changes)
-        plain = _is_plain(dout, q, out) and _is_plain(k, v, lse)
+        plain = is_plain(dout, q, out) and is_plain(k, v, lse)
         plain = plain and _has_storage(dout) and (dlse is None or _has_storage(dlse))
         if torch.is_grad_enabled() or not plain:
             check_dense("the gradient of out", dout)
+            if dlse is not None:
+                check_dense("the gradient of lse", dlse)
             plan = own_plan_tensors(own, call) if given is None else given.arrays
             scale, deterministic = call.problem.softmax_scale, call.problem.deterministic
             layout = "bthd" if call.swap else "bhtd"

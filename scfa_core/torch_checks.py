@@ -11,7 +11,7 @@ from torch import Tensor
 from scfa_core.array_kinds import check_dense
 from scfa_core.arrays import ITEMSIZE
 from scfa_core.errors import DeviceError, DTypeError, PatternError, ShapeError
-from scfa_core.torch_bridge import _is_plain
+from scfa_core.torch_bridge import is_plain
 from scfa_core.torch_framework import dtype_name
 
 __all__ = [
@@ -86,7 +86,7 @@ def check_index(index: Any, x: Tensor) -> None:
             f"x.shape={tuple(x.shape)}, got {tuple(index.shape)}"
         )
     check_device("index", index, "x", x)
-    if not _is_plain(index, x, x) or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not is_plain(index, x, x) or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     least, most = index.aminmax() if index.numel() else (0, -1)
     if least < 0 or most >= seqlen:

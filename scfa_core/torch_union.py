@@ -18,8 +18,8 @@ from scfa_core.torch_bridge import (
     _autocast,
     _check_scale_kind,
     _holds_plain,
-    _is_plain,
     _traced_plan,
+    is_plain,
 )
 from scfa_core.torch_saved import count_changes, refuse_changed
 from scfa_core.torch_transforms import functorch_is_active
@@ -41,7 +41,7 @@ def union_attention(
     neither, and the backward of the reference, like every one in float64, does not use the lse it
     is given; in those cases every part is an ordinary call, differentiated through its own lse.
     """
-    eager = _is_plain(q, k, v)
+    eager = is_plain(q, k, v)
     for pattern in patterns:
         eager = eager and _holds_plain(pattern)
     if not eager:

@@ -65,20 +65,18 @@ class Pool(NamedTuple):
 
     executor: ProcessPoolExecutor
     workers: int
-    interrupted: threading.Event = threading.Event()
 
 
 @contextmanager
-def _ctrl_c_as_event() -> Iterator[threading.Event]:
+def _ctrl_c_as(event: threading.Event) -> Iterator[None]:
     """An exception amid the locks of a pool could leave one held, and the pool would never end."""
-    event = threading.Event()
     raises = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if not raises or threading.current_thread() is not threading.main_thread():
-        yield event
+        yield
         return
     signal.signal(signal.SIGINT, lambda *_: event.set())
     try:
-        yield event
+        yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -88,12 +86,10 @@ def processes(workers: int) -> Iterator[Pool]:
     """Processes to be used by `in_processes`, several times if need be."""
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
-    others = set(multiprocessing.active_children())
     try:
-        with _ctrl_c_as_event() as interrupted:
-            yield Pool(executor, workers, interrupted)
+        yield Pool(executor, workers)
     except KeyboardInterrupt:  # nobody waits for what they are at
-        for process in set(multiprocessing.active_children()) - others:
+        for process in list((executor._processes or {}).values()):
             process.terminate()
         executor.shutdown()
         raise
@@ -124,32 +120,35 @@ def in_processes(
     ScfaError
         A process died; the message names the seeds among which the cause is.
     KeyboardInterrupt
-        Ctrl-C has come since the last result.
+        Ctrl-C has come while a result was waited for.
     """
+    interrupted = threading.Event()
     remaining = iter(seeds)
     waiting: deque[tuple[S, Future[T]]] = deque()
     try:
         while True:
-            with _one_thread_each():
+            left = LOOK_EVERY if deadline is None else max(deadline - time.monotonic(), 0.0)
+            with _ctrl_c_as(interrupted), _one_thread_each():
                 while len(waiting) < AHEAD * pool.workers:
                     seed = next(remaining, None)
                     if seed is None:
                         break
                     waiting.append((seed, pool.executor.submit(task, seed)))
+                first = [future for _, future in waiting][:1]
+                done = wait(first, min(left, LOOK_EVERY)).done
+            if interrupted.is_set():
+                raise KeyboardInterrupt
             if not waiting:
                 return
-            future = waiting[0][1]
-            left = LOOK_EVERY if deadline is None else max(deadline - time.monotonic(), 0.0)
-            done = wait([future], min(left, LOOK_EVERY)).done
-            if pool.interrupted.is_set():
-                raise KeyboardInterrupt
             if done:
-                yield future.result()
+                yield first[0].result()
                 waiting.popleft()
             elif left < LOOK_EVERY:
                 remaining, deadline = iter(()), None
                 waiting = deque(entry for entry in waiting if not entry[1].cancel())
     except BrokenProcessPool as error:
+        if interrupted.is_set():
+            raise KeyboardInterrupt from None
         begun = [seed for seed, future in waiting if not future.done() or future.exception()]
         where = f"while it had nothing to do, after some of the {what}"
         if begun:
@@ -159,6 +158,6 @@ def in_processes(
             )
         raise ScfaError(f"a process died {where} ({error})") from error
     finally:
-        if not pool.interrupted.is_set():  # an executor that ends trips over cancelled ones
+        if not interrupted.is_set():  # an executor that ends trips over cancelled ones
             for _, future in waiting:
                 future.cancel()

@@ -56,6 +56,13 @@ MISTAKES = {
         scfa.ShapeError,
         r"float64 on rank 0 and q \(2, 4, 12, 16\) float32",
     ),
+    "another device": (
+        lambda q, k, v: (q.to("meta"), k.to("meta"), v.to("meta")),
+        HASH,
+        {},
+        scfa.ShapeError,
+        r"float64 on rank 0 and q \(2, 4, 12, 16\) float64 on meta",
+    ),
     "a dtype of no name": (
         lambda q, k, v: (q + 0j, k + 0j, v + 0j),
         HASH,
@@ -159,7 +166,7 @@ def test_all_ranks_raise_what_one_refuses(found, name):
             of_rank[name, "next"],
             scfa.attention(*draw()[:3], HASH).chunk(RANKS, 2)[rank],
             rtol=0,
-            atol=1e-6,
+            atol=1e-13,
         )
 
 
@@ -177,7 +184,7 @@ def test_gpus_are_not_waited_for(monkeypatch):
         ("nccl", dist.DebugLevel.OFF, False, False),
         ("cpu:gloo,cuda:nccl", dist.DebugLevel.OFF, True, False),
         ("undefined", dist.DebugLevel.OFF, True, False),
-        ("gloo", dist.DebugLevel.OFF, True, False),
+        ("gloo", dist.DebugLevel.OFF, True, True),
         ("nccl", dist.DebugLevel.INFO, True, True),
         ("nccl", dist.DebugLevel.DETAIL, True, True),
     ):

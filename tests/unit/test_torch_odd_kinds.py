@@ -291,3 +291,10 @@ def test_a_sparse_gradient_is_refused_in_words():
         scfa.LayoutError, match=r"the gradient of out must be dense .*call .to_dense\(\)"
     ):
         torch.autograd.grad(out, q, torch.ones_like(out).to_sparse())
+
+
+def test_a_sparse_gradient_of_lse_is_refused_in_words():
+    q = Q.clone().requires_grad_()
+    _, lse = scfa.attention(q, Q, Q, return_lse=True, backend="numba-cpu")
+    with pytest.raises(scfa.LayoutError, match="the gradient of lse must be dense"):
+        torch.autograd.grad(lse, q, torch.ones_like(lse).to_sparse())

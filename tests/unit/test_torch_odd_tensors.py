@@ -27,9 +27,9 @@ def test_subclasses_and_views_take_the_operator():
         scfa.attention(parameter, K, V, backend="reference"),
         scfa.attention(Q, K, V, backend="reference"),
     )
-    assert not torch_bridge._is_plain(parameter, K, V)
-    assert not torch_bridge._is_plain(negative, K, V)
-    assert torch_bridge._is_plain(Q, K, V)
+    assert not torch_bridge.is_plain(parameter, K, V)
+    assert not torch_bridge.is_plain(negative, K, V)
+    assert torch_bridge.is_plain(Q, K, V)
 
 
 class Wrapper(torch.Tensor):

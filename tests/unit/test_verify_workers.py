@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -175,17 +176,25 @@ def test_ctrl_c_writes_what_was_found(tmp_path, monkeypatch, capsys, seed):
     assert written["problems"] == seed - 2
 
 
-def test_ctrl_c_waits_until_no_lock_of_the_pool_is_held(pool):
-    """An exception amid them left one held now and then, and the pool never ended."""
-    signal.raise_signal(signal.SIGINT)  # raises nothing here
+def test_ctrl_c_while_a_result_is_waited_for_ends_the_processes():
+    """An exception amid the locks of a pool left one held now and then, and it never ended."""
+
+    def wait_for_ten_minutes():
+        with processes(1) as pool:
+            threading.Timer(2.0, signal.raise_signal, [signal.SIGINT]).start()
+            list(in_processes(time.sleep, [600, 600], pool))
+
+    start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        list(in_processes(abs, range(3), pool))
+        wait_for_ten_minutes()
+    assert time.monotonic() - start < 60
 
 
-def test_ctrl_c_is_python_s_again_after_the_pool():
-    with processes(1):
-        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+def test_ctrl_c_is_python_s_between_results(pool):
+    results = in_processes(abs, range(3), pool)
+    assert next(results) == 0
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    results.close()
 
 
 @pytest.mark.slow
