@@ -202,7 +202,8 @@ class AngularHash(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the directions (those of `seed`, if given) and forget every batch.
 
-        For a module that was made on "meta" and got its memory by ``to_empty``.
+        For a module that was made on "meta" and got its memory by ``to_empty``. Without a seed each
+        process draws its own: give one, or seed torch alike on all ranks.
         """
         if self.directions is not None:
             _local(self.directions).copy_(torch.from_numpy(self._drawn()))

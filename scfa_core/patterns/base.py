@@ -46,6 +46,8 @@ class Pattern:
             "scfa_core.merging attends over disjoint ones"
         )
 
+    __ror__ = __or__
+
     def __invert__(self) -> NoReturn:
         raise self._no_such("a pattern has no complement: say what is seen, e.g. by KeyRanges")
 

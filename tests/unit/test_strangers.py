@@ -43,6 +43,11 @@ MISTAKES = {
     "and in words": (scfa.PatternError, "write a & b", lambda: BUCKETS and WINDOW),
     "a pattern for a flag": (scfa.PatternError, "`pattern is not None`", lambda: not WINDOW),
     "a union": (scfa.PatternError, "attention_over(q, k, v, [a, b])", lambda: BUCKETS | WINDOW),
+    "a union with an array": (
+        scfa.PatternError,
+        "attention_over(q, k, v, [a, b])",
+        lambda: IDS | WINDOW,
+    ),
     "a complement": (scfa.PatternError, "say what is seen", lambda: ~WINDOW),
     "a plan narrowed": (
         scfa.PatternError,
