@@ -139,7 +139,7 @@ def test_of_torch_calls(name, way, monkeypatch):
     if way == "compiled":
         attend = torch.compile(scfa.attention, backend="eager")
     if way == "operator":
-        monkeypatch.setattr(torch_bridge, "_is_plain", lambda *tensors: False)
+        monkeypatch.setattr(torch_bridge, "is_plain", lambda *tensors: False)
     refuses(mistakes(x, attend)[name])
 
 

@@ -73,7 +73,7 @@ def dense(q, k, v, pattern):
 def way(request, monkeypatch):
     """Straight to the backend, or through the operators as tracing and subclasses go."""
     if request.param == "operator":
-        monkeypatch.setattr(torch_bridge, "_is_plain", lambda *tensors: False)
+        monkeypatch.setattr(torch_bridge, "is_plain", lambda *tensors: False)
 
 
 def attend(q, k, v, pattern=PATTERNS["hash"], backend=BACKEND, **options):
@@ -317,7 +317,7 @@ def test_backward_by_hand_in_autocast(dtype, way, monkeypatch):
     if way == "compiled":
         backward = torch.compile(backward, backend="eager", fullgraph=True)
     if way == "operator":
-        monkeypatch.setattr(torch_bridge, "_is_plain", lambda *tensors: False)
+        monkeypatch.setattr(torch_bridge, "is_plain", lambda *tensors: False)
     q, k, v = tensors(torch.float32)
     k = k.detach().to(dtype).requires_grad_()
     pattern = PATTERNS["hash"]
