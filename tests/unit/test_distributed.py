@@ -1,10 +1,10 @@
 """Two and four processes equal one: sharded batches, heads and sequences, results and gradients."""
 
 import os
-import subprocess
 import sys
 
 import pytest
+from ranks import run_ranks
 
 torch = pytest.importorskip("torch", reason="distributed attention needs torch")
 if not torch.distributed.is_available():
@@ -229,30 +229,20 @@ def in_a_line(rank, ranks):
     return results
 
 
-def run_ranks(folder, ranks):
+def first_of(folder, ranks):
     """What the first of `ranks` processes wrote down."""
-    workers = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(ranks), str(folder)])
-        for rank in range(ranks)
-    ]
-    try:
-        codes = [worker.wait(timeout=300) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-    assert codes == [0] * ranks
+    run_ranks(__file__, ranks, ranks, folder)
     return torch.load(folder / "results.pt")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return run_ranks(tmp_path_factory.mktemp("line"), 2)
+    return first_of(tmp_path_factory.mktemp("line"), 2)
 
 
 @pytest.fixture(scope="module")
 def square(tmp_path_factory):
-    return run_ranks(tmp_path_factory.mktemp("square"), 4)
+    return first_of(tmp_path_factory.mktemp("square"), 4)
 
 
 WAYS = [str(Shard(0)), str(Shard(1)), str(Replicate()), "ulysses", "consecutive", "zigzag"]

@@ -2,10 +2,10 @@
 
 import os
 import re
-import subprocess
 import sys
 
 import pytest
+from ranks import run_ranks
 
 torch = pytest.importorskip("torch", reason="distributed attention needs torch")
 if not torch.distributed.is_available():
@@ -131,20 +131,7 @@ def work(rank, folder):
 def found(tmp_path_factory, request):
     """What each rank got, as a user has it and as one who looks for a mistake."""
     folder = tmp_path_factory.mktemp("ranks")
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=os.environ | {"TORCH_DISTRIBUTED_DEBUG": request.param},
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        codes = [worker.wait(timeout=120) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-    assert codes == [0] * RANKS
+    run_ranks(__file__, RANKS, folder, timeout=120, TORCH_DISTRIBUTED_DEBUG=request.param)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

@@ -1,10 +1,10 @@
 """Data parallel over processes: gradients of two halves, averaged, are those of the whole."""
 
 import os
-import subprocess
 import sys
 
 import pytest
+from ranks import run_ranks
 
 torch = pytest.importorskip("torch", reason="the torch bridge needs torch (extra 'torch')")
 
@@ -44,16 +44,7 @@ def work(rank, folder):
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
-    workers = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in range(2)
-    ]
-    try:
-        codes = [worker.wait(timeout=120) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-    assert codes == [0, 0]
+    run_ranks(__file__, 2, tmp_path, timeout=120)
     layer = Layer()
     layer(data()).square().mean().backward()
     gradients = torch.load(tmp_path / "gradients.pt")

@@ -1,9 +1,9 @@
 """DTensor: `attention_over` spread over batch or heads, eager and compiled, as one operator."""
 
-import subprocess
 import sys
 
 import pytest
+from ranks import run_ranks
 
 torch = pytest.importorskip("torch", reason="the torch bridge needs torch (extra 'torch')")
 dist = pytest.importorskip("torch.distributed", reason="needs torch built with distributed")
@@ -82,17 +82,7 @@ def work(rank, folder):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    workers = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(folder)])
-        for rank in range(RANKS)
-    ]
-    try:
-        codes = [worker.wait(timeout=300) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-    assert codes == [0] * RANKS
+    run_ranks(__file__, RANKS, folder)
     return torch.load(folder / "results.pt")
 
 
