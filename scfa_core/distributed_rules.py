@@ -15,7 +15,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from scfa_core.problem import check_layout
-from scfa_core.torch_hashing import ANGULAR_HASH, BLOCK_SUMS
+from scfa_core.torch_hashing import ANGULAR_HASH, PAST_HASH
 from scfa_core.torch_ops import BACKWARD, FORWARD, MAKE_PLAN
 from scfa_core.torch_union_ops import ATTEND_UNION, ATTEND_UNION_BACKWARD
 
@@ -145,7 +145,17 @@ def _shard_angular_hash(x: Any, directions: Any, center: Any) -> Sequence[Rule]:
     return rules
 
 
-@register_sharding(BLOCK_SUMS)
-def _shard_block_sums(x: Any, rows: int) -> Sequence[Rule]:
-    """Shardings of ``scfa::block_sums``: sequences and heads are independent."""
-    return [([p], [p, None]) for p in (Replicate(), Shard(0), Shard(1))]
+@register_sharding(PAST_HASH)
+def _shard_past_hash(x: Any, directions: Any, start: Any) -> Sequence[Rule]:
+    """Shardings of ``scfa::past_hash``: sequences and heads are independent, rows are not."""
+    whole = Replicate()
+    rules: list[Rule] = [
+        ([whole] * 2, [whole] * 3),
+        ([Shard(1), Shard(0)], [Shard(0), whole, whole]),
+    ]
+    tables = [(directions, 1), (start, 0)]  # and the axis of heads
+    own = [y.shape[axis] for y, axis in tables]
+    if all(n in (1, x.shape[1]) or _splits_evenly(n, x.mesh.shape) for n in own):
+        held = [Shard(axis) if y.shape[axis] > 1 else whole for y, axis in tables]
+        rules.append(([Shard(2), Shard(1)], [Shard(1), *held]))
+    return rules

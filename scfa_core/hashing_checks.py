@@ -11,6 +11,8 @@ from scfa_core.errors import DeviceError, DTypeError, PatternError, ShapeError
 
 __all__ = [
     "CENTER_ROWS",
+    "MOST_SUM",
+    "PAST_START",
     "centers_from",
     "check_buckets",
     "check_integers",
@@ -20,6 +22,8 @@ __all__ = [
 ]
 
 CENTER_ROWS = 64  # that share a center, where a sequence has several
+MOST_SUM = 1e30  # of such rows: sums of all of them stay finite
+PAST_START = 16  # rows that the start of a sequence counts for
 
 
 def of_one_library(**given: Any) -> list[Any]:

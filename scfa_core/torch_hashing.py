@@ -3,8 +3,7 @@
 Tracing sees one call with an int32 result, so that compiled graphs, exported programs and captured
 CUDA graphs hold it whole. `scfa_core.hashing.angular_hash` has checked the arguments.
 
-And ``scfa::block_sums``, for means of the rows before: torch's own sum, which takes half the time
-of the kernel that torch.compile (2.11) would write for it where rows of heads lie side by side.
+And ``scfa::past_hash``, about means of the rows before, which it finds in the same pass.
 """
 
 from __future__ import annotations
@@ -13,24 +12,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from scfa_core.dispatch import load_backend
 from scfa_core.hashing import rows_at_once
-from scfa_core.hashing_checks import CENTER_ROWS, centers_from
+from scfa_core.hashing_checks import CENTER_ROWS, MOST_SUM, PAST_START, centers_from
 from scfa_core.torch_fakes import register_fake
 from scfa_core.torch_framework import TORCH_FRAMEWORK, dtype_name, raw_stream
 from scfa_core.torch_ops import batched
 
-__all__ = ["ANGULAR_HASH", "BLOCK_SUMS", "hash_rows", "kernel_reason"]
+__all__ = ["ANGULAR_HASH", "PAST_HASH", "hash_rows", "kernel_reason", "past_mean", "past_rows"]
 
 LIBRARY = torch.library.Library("scfa", "FRAGMENT")
 LIBRARY.define("angular_hash(Tensor x, Tensor directions, Tensor? center) -> Tensor")
-LIBRARY.define("block_sums(Tensor x, SymInt rows) -> Tensor")
+LIBRARY.define("past_hash(Tensor x, Tensor directions, Tensor start) -> (Tensor, Tensor)")
 ANGULAR_HASH = torch.ops.scfa.angular_hash.default
-BLOCK_SUMS = torch.ops.scfa.block_sums.default
+PAST_HASH = torch.ops.scfa.past_hash.default
 
 
-def kernel_reason(x: torch.Tensor, directions: torch.Tensor) -> str | None:
+def kernel_reason(x: torch.Tensor, directions: torch.Tensor, *, past: bool = False) -> str | None:
     """None if the kernel hashes `x`, otherwise why plain torch does."""
     backend = load_backend("cupy")
     if isinstance(backend, str):
@@ -38,7 +38,8 @@ def kernel_reason(x: torch.Tensor, directions: torch.Tensor) -> str | None:
     from scfa_core.backends.cupy_raw.hashing import reason_against
 
     ordinal = x.device.index if x.device.index is not None else torch.cuda.current_device()
-    return reason_against(dtype_name(x.dtype), x.shape[3], directions.shape[3], ordinal)
+    sizes = x.shape[3], directions.shape[3]
+    return reason_against(dtype_name(x.dtype), *sizes, ordinal, past=past)
 
 
 def hash_rows(
@@ -108,17 +109,24 @@ def _on_cuda(
         return hash_rows(x, directions, center)
     from scfa_core.backends.cupy_raw.hashing import run_angular_hash
 
-    x = x.detach() if x.stride(3) == 1 or x.shape[3] == 1 else x.detach().contiguous()
-    tables = [
-        None if y is None else y.detach().to(x.device, torch.float32).contiguous()
-        for y in (directions, center)
-    ]
     bucket = _result(x, directions)
-    arrays = (x, *tables, bucket)
-    native: list[Any] = [None if y is None else TORCH_FRAMEWORK.native(y, "cuda") for y in arrays]
-    rows, columns, middle, out = native
-    run_angular_hash(rows, columns, middle, out, raw_stream(out.device))
+    native = _native(_readable(x), _table(x, directions), _table(x, center), bucket)
+    run_angular_hash(*native, raw_stream(native[0].device))
     return bucket
+
+
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """Rows whose elements lie side by side."""
+    return x.detach() if x.stride(3) == 1 or x.shape[3] == 1 else x.detach().contiguous()
+
+
+def _table(x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor | None:
+    """Directions or centers as kernels read them."""
+    return None if y is None else y.detach().to(x.device, torch.float32).contiguous()
+
+
+def _native(*arrays: torch.Tensor | None) -> list[Any]:
+    return [None if y is None else TORCH_FRAMEWORK.native(y, "cuda") for y in arrays]
 
 
 def _result(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
@@ -137,32 +145,76 @@ def _batched(
     return bucket, 0
 
 
-def _block_sums(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """Sums of each `rows` rows, whole blocks alone, in float32.
+def past_mean(x: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """Mean of the rows before, for every `CENTER_ROWS` rows (batch, heads, seqlen, head_dim).
 
-    x (batch, heads, seqlen, head_dim); result (batch, heads, seqlen // rows, head_dim).
+    (batch, heads, ceil(seqlen / CENTER_ROWS), head_dim), float32: of rows in earlier blocks, and of
+    `start` (heads or a divisor, head_dim) as `PAST_START` rows more, so that no row knows a later
+    one. A block that holds a NaN, an infinity or a sum beyond 1e30 counts for nothing.
     """
-    blocks = x.shape[2] // rows
-    return x[:, :, : blocks * rows].unflatten(2, (blocks, rows)).sum(3, dtype=torch.float32)
-
-
-def _fake_block_sums(x: torch.Tensor, rows: int) -> torch.Tensor:
     batch, heads, seqlen, head_dim = x.shape
-    return x.new_empty((batch, heads, seqlen // rows, head_dim), dtype=torch.float32)
+    if not seqlen:
+        return x.new_empty((batch, heads, 0, head_dim), dtype=torch.float32)
+    x, start = x.detach(), start.detach().float()
+    if start.shape[0] < heads:
+        start = start.repeat_interleave(heads // start.shape[0], dim=0)
+    blocks = (seqlen - 1) // CENTER_ROWS  # that a row comes after
+    whole = x[:, :, : blocks * CENTER_ROWS].unflatten(2, (blocks, CENTER_ROWS))
+    sums = whole.sum(3, dtype=torch.float32)
+    known = (sums.abs() < MOST_SUM).all(-1, keepdim=True)  # no NaN is
+    total = _running_sum(sums.where(known, 0.0))
+    rows = _running_sum(CENTER_ROWS * known.float())
+    total, rows = (pad(y, (0, 0, 1, 0)) for y in (total, rows))
+    return (total + PAST_START * start[:, None]) / (rows + PAST_START)
 
 
-def _batched_block_sums(
-    info: Any, in_dims: Sequence[int | None], x: torch.Tensor, rows: int
-) -> tuple[torch.Tensor, int]:
-    """`torch.func.vmap` rule: slices are sequences more."""
-    slices = x.movedim(in_dims[0] or 0, 0)
-    return BLOCK_SUMS(slices.flatten(0, 1), rows).unflatten(0, slices.shape[:2]), 0
+def _running_sum(x: torch.Tensor) -> torch.Tensor:
+    """Sums along axis 2 up to each place."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return x.cumsum(2)
+    step = 1  # cumsum raises then, on CUDA
+    while step < x.shape[2]:
+        x = x + pad(x[:, :, :-step], (0, 0, step, 0))
+        step *= 2
+    return x
 
 
-for _device in ("CPU", "CUDA"):
-    LIBRARY.impl("block_sums", _block_sums, _device)
-register_fake("block_sums", _fake_block_sums, LIBRARY)
-torch.library.register_vmap(BLOCK_SUMS, _batched_block_sums, lib=LIBRARY)
+def past_rows(
+    x: torch.Tensor, directions: torch.Tensor, start: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Buckets about the mean of the rows before, and those means, by plain torch."""
+    mean = past_mean(x, start)
+    return hash_rows(x, directions, mean), mean
+
+
+def _past_on_cuda(
+    x: torch.Tensor, directions: torch.Tensor, start: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if kernel_reason(x, directions, past=True) is not None:
+        return past_rows(x, directions, start)
+    from scfa_core.backends.cupy_raw.hashing import past_room, run_past_hash
+
+    bucket, mean = _past_fake(x, directions, start)
+    words = past_room(*x.shape, directions.shape[3])
+    room = torch.zeros(words, dtype=torch.int32, device=x.device)
+    tables = (_table(x, directions), _table(x, start))
+    native = _native(_readable(x), *tables, bucket, mean, room)
+    run_past_hash(*native, raw_stream(native[0].device))
+    return bucket, mean
+
+
+def _past_fake(
+    x: torch.Tensor, directions: torch.Tensor, start: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, heads, seqlen, head_dim = x.shape
+    shape = (batch, heads, (seqlen - 1) // CENTER_ROWS + 1, head_dim)
+    return _result(x, directions), x.new_empty(shape, dtype=torch.float32)
+
+
+LIBRARY.impl("past_hash", past_rows, "CPU")
+LIBRARY.impl("past_hash", _past_on_cuda, "CUDA")
+register_fake("past_hash", _past_fake, LIBRARY)
+torch.library.register_vmap(PAST_HASH, batched(PAST_HASH), lib=LIBRARY)
 LIBRARY.impl("angular_hash", _on_cpu, "CPU")
 LIBRARY.impl("angular_hash", _on_cuda, "CUDA")
 register_fake("angular_hash", _fake, LIBRARY)

@@ -1,7 +1,8 @@
-"""Angular hashing in one kernel: rows in, buckets out, nothing between them in memory.
+"""Angular hashing in one kernel: rows in, buckets out, no products between them in memory.
 
-Mirrors the argument of cuda/hash_angular.cu field by field. No backend verb: whoever hashes asks
-`reason_against` first, and computes in its own library where there is a reason.
+About given centers (`run_angular_hash`) or means of the rows before (`run_past_hash`). Mirrors the
+arguments of cuda/hash_angular.cu and cuda/hash_past.cu field by field. No backend verb: whoever
+hashes asks `reason_against` first, and computes in its own library where there is a reason.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ Constants = tuple[tuple[str, int], ...]
 
 NAME = "scfa_hash_angular"
 SOURCE = "hash_angular.cu"
+PAST_NAME = "scfa_hash_past"
+PAST_SOURCE = "hash_past.cu"
 THREADS = 128
 MOST_DIRECTIONS = 64  # per round: what the accumulators hold
 MOST_HEAD_DIM = 256
@@ -29,6 +32,8 @@ _MOST_TILE, _LEAST_TILE = 1024, 128  # rows of a block
 _MOST_GRID = 2**31 - 1
 CENTER_ROWS = 64  # that share a center, where a list has several
 _PARAMS = struct.Struct("<QQQQqqq11i4x")
+_PAST_PARAMS = struct.Struct("<QQQQQQQqqq10i")
+_GROUP = 16  # kGroup: tiles
 
 
 def constants(dtype: str, head_dim: int, n_directions: int, *, aligned: bool) -> Constants:
@@ -50,6 +55,21 @@ def shared_bytes(head_dim: int, n_directions: int, rows: int) -> int:
     return 48 * width * blocks + 32 * blocks * (rows // CENTER_ROWS)
 
 
+def past_tile_rows(n_directions: int) -> int:
+    """Rows of a block (kTileRows): they alone decide in which order sums are added."""
+    return 512 if n_directions <= 16 else 256
+
+
+def past_shared_bytes(head_dim: int, n_directions: int) -> int:
+    """Sizeof(Shared) of that kernel."""
+    width, blocks = -(-head_dim // _CHUNK) * _CHUNK, -(-n_directions // 8)
+    rows = past_tile_rows(n_directions)
+    centers = rows // CENTER_ROWS
+    size = 48 * width * blocks + 32 * rows * blocks
+    size += centers * (4 * width + 32 * blocks + 4) + 8
+    return -(-size // 16) * 16
+
+
 def shipped_constants() -> list[Constants]:
     """What a compile test must build: each element, alignment, one and many blocks and chunks."""
     cases = [("bfloat16", 64, 8, True), ("bfloat16", 20, 3, False), ("bfloat16", 256, 64, True)]
@@ -58,7 +78,9 @@ def shipped_constants() -> list[Constants]:
     return [constants(*case[:3], aligned=case[3]) for case in cases]
 
 
-def reason_against(dtype: str, head_dim: int, n_directions: int, device: int) -> str | None:
+def reason_against(
+    dtype: str, head_dim: int, n_directions: int, device: int, *, past: bool = False
+) -> str | None:
     """None if the kernel serves such rows on CUDA device `device`, otherwise why not."""
     from scfa_core.backends.cupy_raw import BACKEND, _card_reason
 
@@ -71,6 +93,8 @@ def reason_against(dtype: str, head_dim: int, n_directions: int, device: int) ->
         )
     reason = BACKEND.availability() or _card_reason(device)
     least = shared_bytes(head_dim, n_directions, _LEAST_TILE)
+    if past:
+        least = past_shared_bytes(head_dim, n_directions)
     if reason is None and least > shared_limit(device):
         reason = "its directions do not fit the shared memory of this card"
     return reason
@@ -118,9 +142,45 @@ def pack(
     return rounds * tiles * batch * heads, params
 
 
+def past_room(batch: int, heads: int, seqlen: int, head_dim: int, n_directions: int) -> int:
+    """Words of 4 bytes that `run_past_hash` needs: sums of tiles and groups, flags, a ticket."""
+    tiles = -(-seqlen // past_tile_rows(n_directions))
+    records = batch * heads * (tiles + -(-tiles // _GROUP))
+    return records * (-(-head_dim // _CHUNK) * _CHUNK + 1) + 1
+
+
+def pack_past(
+    x: DeviceArray,
+    directions: DeviceArray,
+    start: DeviceArray,
+    bucket: int,
+    mean: int,
+    room: int,
+) -> tuple[int, bytes]:
+    """Blocks of the grid, and PastParams; `bucket`, `mean` and `room` are addresses."""
+    batch, heads, seqlen, head_dim = x.shape
+    rounds, own_heads, _, n_directions = directions.shape
+    tiles = -(-seqlen // past_tile_rows(n_directions))
+    groups = -(-tiles // _GROUP)
+    records = batch * heads * (tiles + groups)
+    params = _PAST_PARAMS.pack(
+        *(x.pointer, directions.pointer, start.pointer, bucket, mean),
+        *(room, room + 4 * records * (-(-head_dim // _CHUNK) * _CHUNK)),
+        *(stride * _BYTES[x.dtype] for stride in x.strides[:3]),
+        *(batch, heads, own_heads, start.shape[0]),
+        *(seqlen, head_dim, n_directions, rounds, tiles, groups),
+    )
+    return tiles * batch * heads, params
+
+
 @cache
-def _kernel(values: Constants, device: int) -> Kernel:
-    return get_kernel(NAME, SOURCE, values, device)
+def _kernel(name: str, source: str, values: Constants, device: int) -> Kernel:
+    return get_kernel(name, source, values, device)
+
+
+def _check_grid(x: DeviceArray, blocks: int) -> None:
+    if blocks > _MOST_GRID:
+        raise ValueError(f"{x.shape=} needs {blocks} blocks, at most {_MOST_GRID} can be launched")
 
 
 def run_angular_hash(
@@ -154,8 +214,42 @@ def run_angular_hash(
     while shared_bytes(head_dim, n_directions, rows) > shared_limit(x.device):
         rows //= 2
     blocks, params = pack(x, directions, center, bucket.pointer, rows)
-    if blocks > _MOST_GRID:
-        raise ValueError(f"{x.shape=} needs {blocks} blocks, at most {_MOST_GRID} can be launched")
+    _check_grid(x, blocks)
     values = constants(x.dtype, head_dim, n_directions, aligned=is_aligned(x))
+    kernel = _kernel(NAME, SOURCE, values, x.device)
     shared = shared_bytes(head_dim, n_directions, rows)
-    _kernel(values, x.device).launch((blocks, 1, 1), THREADS, shared, stream, params)
+    kernel.launch((blocks, 1, 1), THREADS, shared, stream, params)
+
+
+def run_past_hash(
+    x: DeviceArray,
+    directions: DeviceArray,
+    start: DeviceArray,
+    bucket: DeviceArray,
+    mean: DeviceArray,
+    room: DeviceArray,
+    stream: int,
+) -> None:
+    """Enqueue buckets about the mean of the rows before, and those means; never waits.
+
+    Parameters
+    ----------
+    x, directions, bucket, stream
+        As for `run_angular_hash`; `reason_against` with `past` said None.
+    start : DeviceArray, (heads or a divisor, head_dim), float32
+        Contiguous: what a sequence begins with.
+    mean : DeviceArray, (batch, heads, ceil(seqlen / CENTER_ROWS), head_dim), float32
+        Contiguous; every element is written.
+    room : DeviceArray, (`past_room`,), int32
+        Zeros; of no use afterwards.
+    """
+    batch, heads, seqlen, head_dim = x.shape
+    rounds, _, _, n_directions = directions.shape
+    if batch * heads * seqlen * rounds == 0:
+        return
+    blocks, params = pack_past(x, directions, start, bucket.pointer, mean.pointer, room.pointer)
+    _check_grid(x, blocks)
+    values = constants(x.dtype, head_dim, n_directions, aligned=is_aligned(x))
+    kernel = _kernel(PAST_NAME, PAST_SOURCE, values, x.device)
+    shared = past_shared_bytes(head_dim, n_directions)
+    kernel.launch((blocks, 1, 1), THREADS, shared, stream, params)

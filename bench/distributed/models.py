@@ -23,8 +23,8 @@ from scfa_core import distributed
 from scfa_core.distributed_exchange import gather
 from scfa_core.errors import ShapeError
 from scfa_core.hashing import angular_hash
-from scfa_core.hashing_checks import CENTER_ROWS
-from scfa_core.nn.hashing import MOST_SUM, PAST_START, past_mean
+from scfa_core.hashing_checks import CENTER_ROWS, MOST_SUM, PAST_START
+from scfa_core.nn.hashing import past_hash
 
 VOCABULARY = 64
 LOSS_ROWS = 8192  # logits of so many rows are in memory at once
@@ -95,9 +95,9 @@ def _pattern(config: Config, bucket: Tensor | None) -> scfa.Pattern:
 
 
 def past_mean_of_all(x: Tensor, start: Tensor, rows: Tensor) -> Tensor:
-    """`past_mean` of a sequence of which this rank holds `rows`, whole blocks of them.
+    """The mean that `past_hash` hashes about, of a sequence of which this rank holds whole blocks.
 
-    Ranks exchange the sum of each block, 1 / 64 of the rows. A block that `past_mean`
+    Ranks exchange the sum of each block, 1 / 64 of the rows. A block that `past_hash`
     does not count counts for nothing here either.
     """
     if len(rows) % CENTER_ROWS:
@@ -134,8 +134,8 @@ def sharded_attend(config: Config, way: str, rows: Tensor) -> Attend:
             if own is None:
                 return _pattern(config, None)
             start = None if center is None else center.chunk(ranks)[rank]
-            about = None if start is None else past_mean(q, start)
-            return _pattern(config, angular_hash(q, own, about)[0])
+            bucket = angular_hash(q, own) if start is None else past_hash(q, own, start)[0]
+            return _pattern(config, bucket[0])
 
         return distributed.ulysses_attention(q, k, v, pattern, **options)
 

@@ -14,7 +14,8 @@ from bench.lm.config import Config
 from scfa_core.hashing import angular_hash
 from scfa_core.merging import attention_over
 
-# q, k, v, what is hashed, the hash's directions and center, documents
+# q, k, v, what is hashed (its buckets, where there are no directions), the hash's directions and
+# center, documents
 Attend = Callable[
     [Tensor, Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", "Tensor | None"], Tensor
 ]
@@ -33,7 +34,7 @@ def _part(
 ) -> scfa.Pattern:
     """One pattern."""
     if kind == "hash":
-        bucket = angular_hash(q, directions, center)[0]
+        bucket = q if directions is None else angular_hash(q, directions, center)[0]
         return scfa.HashSparse(bucket, bucket, include_self=False)
     if kind == "drop":
         keep = torch.rand((2, *q.shape[:3]), device=q.device) * 100 >= number

@@ -18,7 +18,7 @@ from bench.lm.config import Config
 from bench.lm.data import document_ids
 from scfa_core.hashing import angular_hash
 from scfa_core.hashing_checks import CENTER_ROWS
-from scfa_core.nn.hashing import past_mean, second_moments
+from scfa_core.nn.hashing import past_hash, second_moments
 
 ROTARY_BASE = 10000.0
 SAMPLED = 2048  # about so many queries of a batch count for mean and covariance
@@ -75,16 +75,24 @@ class Mix(nn.Module):
         q, v = self.project(x)
         k = functional.normalize(q, dim=-1).to(q.dtype)
         turned = (rotate(q), rotate(k)) if self.rotary else (q, k)
-        center = self.hashed_about(q, center)
-        out = self.attend(*turned, v, q.detach(), directions, center, documents)
+        hashed = q.detach()
+        if self.follows_past and directions is not None:
+            hashed, center = self.buckets(hashed, directions, center)
+            directions = None
+        out = self.attend(*turned, v, hashed, directions, center, documents)
         self._note(q.detach(), center)
         out = out.transpose(1, 2).flatten(2)
         mixed_back: Tensor = self.output(out)
         return mixed_back
 
-    def hashed_about(self, q: Tensor, center: Tensor | None) -> Tensor | None:
-        """The center that queries are hashed about, or those of their rows."""
-        return past_mean(q, center) if center is not None and self.follows_past else center
+    def buckets(
+        self, q: Tensor, directions: Tensor, center: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Buckets of queries (batch, heads, seqlen), and what they were hashed about."""
+        if center is None or not self.follows_past:
+            return angular_hash(q, directions, center)[0], center
+        bucket, about = past_hash(q, directions, center)
+        return bucket[0], about
 
     def _note(self, q: Tensor, center: Tensor | None) -> None:
         """Store moments of a batch; overwritten, not added up, so that it may be recomputed.
@@ -96,15 +104,15 @@ class Mix(nn.Module):
         with torch.autocast(q.device.type, enabled=False):
             each = max(q.shape[0] * q.shape[2] // SAMPLED, 1)
             about = rows = q[:, :, ::each]
-            rows = rows.float()
             if center is not None and self.follows_past:
                 own = torch.arange(0, q.shape[2], each, device=q.device) // CENTER_ROWS
-                about = (rows - center[:, :, own]).to(q.dtype)
-            sums = rows.sum(2) + about.sum(2, dtype=torch.float32)
-            known = sums.isfinite().all(-1)[..., None, None]
+                about = (rows.float() - center[:, :, own]).to(q.dtype)
+            sums = rows.sum(2, dtype=torch.float32)
+            squares = second_moments(about.flatten(0, 1)[None]).unflatten(0, q.shape[:2])
+            known = (sums.isfinite() & squares.isfinite().all(-1)).all(-1, keepdim=True)
             number = rows.shape[2] * known.sum(0)
-            rows, about = (x.where(known, 0.0) for x in (rows, about))
-            mean, square = rows.sum((0, 2)) / number[:, 0], second_moments(about) / number
+            mean = sums.where(known, 0.0).sum(0) / number
+            square = squares.where(known[..., None], 0.0).sum(0) / number[..., None]
             for buffer, found in ((self.mean, mean), (self.square, square)):
                 buffer.copy_(found.where(found.isfinite(), buffer))  # NaN is 0 / 0: none is finite
 
@@ -315,9 +323,10 @@ class LanguageModel(nn.Module):
         costs = []
         for layer, q in enumerate(self.queries(text, directions)):
             drawn, center = self._hash_of(layer, directions)
-            if isinstance(self.blocks[layer].mix, Mix):
-                center = self.blocks[layer].mix.hashed_about(q, center)
-            bucket = angular_hash(q, drawn, center)[0].long()
+            mix = self.blocks[layer].mix
+            plain = not isinstance(mix, Mix)
+            bucket = angular_hash(q, drawn)[0] if plain else mix.buckets(q, drawn, center)[0]
+            bucket = bucket.long()
             count = functional.one_hot(bucket, self.config.buckets).sum(2).double()
             share = count / bucket.shape[-1]
             costs.append(float((share**2).sum(-1).mean()) * self.config.buckets)

@@ -7,20 +7,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import normalize
 
 from scfa_core.errors import PatternError, ShapeError
 from scfa_core.hashing import angular_hash, random_directions
-from scfa_core.hashing_checks import CENTER_ROWS, check_buckets, check_real
+from scfa_core.hashing_checks import (
+    CENTER_ROWS,
+    check_buckets,
+    check_real,
+    check_shapes,
+    of_one_library,
+)
 from scfa_core.problem import as_size, check_flag, check_share
 from scfa_core.torch_checks import check_tensor
-from scfa_core.torch_hashing import BLOCK_SUMS
+from scfa_core.torch_hashing import PAST_HASH, past_rows
 
 ADAPTS = ("none", "center", "whiten", "past")
 _RIDGE = 0.01  # of the mean variance, added to every variance: no axis is stretched beyond tenfold
 _TINY = 1e-20
-MOST_SUM = 1e30  # of a block: sums of all blocks stay finite
-PAST_START = 16  # rows that the start of a sequence counts for
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -28,41 +32,49 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def past_mean(x: Tensor, start: Tensor) -> Tensor:
-    """Mean of the rows before, for every `CENTER_ROWS` rows (batch, heads, seqlen, head_dim).
+def past_hash(x: Tensor, directions: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """`angular_hash` about the mean of the rows before, and that mean, in one pass over the rows.
 
-    (batch, heads, ceil(seqlen / CENTER_ROWS), head_dim), float32: of rows in earlier blocks, and of
-    `start` (heads, head_dim) as `PAST_START` rows more, so that no row knows a later one. A block
-    that holds a NaN, an infinity or a sum beyond 1e30 counts for nothing.
+    Parameters
+    ----------
+    x : Tensor, (batch, heads, seqlen, head_dim)
+        Whole sequences.
+    directions : Tensor, (rounds, heads or a divisor, head_dim, n)
+        See `angular_hash`.
+    start : Tensor, (heads or a divisor, head_dim)
+        What a sequence begins with; counts for 16 rows.
+
+    Returns
+    -------
+    bucket : int32 Tensor, (rounds, batch, heads, seqlen)
+    mean : float32 Tensor, (batch, heads, ceil(seqlen / 64), head_dim)
+        Of all rows before each block of 64, and of `start`. A block that holds a NaN, an infinity
+        or a sum beyond 1e30 counts for nothing.
+
+    Raises
+    ------
+    DeviceError, DTypeError, ShapeError
+        As `angular_hash`.
+
+    Notes
+    -----
+    On a GPU that ``cupy`` serves, one kernel. Sums are added in an order that seqlen alone decides,
+    so that a sequence's buckets do not depend on what else is in the batch.
     """
-    batch, heads, seqlen, head_dim = x.shape
-    if not seqlen:
-        return x.new_empty((batch, heads, 0, head_dim), dtype=torch.float32)
-    x = x.detach()
-    with _without_autocast(x.device):
-        sums = BLOCK_SUMS(x[:, :, :-1], CENTER_ROWS)  # of blocks that a row comes after
-        known = (sums.abs() < MOST_SUM).all(-1, keepdim=True)  # no NaN is
-        total = _running_sum(sums.where(known, 0.0))
-        rows = _running_sum(CENTER_ROWS * known.float())
-        total, rows = (pad(y, (0, 0, 1, 0)) for y in (total, rows))
-        return (total + PAST_START * start[:, None]) / (rows + PAST_START)
+    x, directions, start = of_one_library(x=x, directions=directions, start=start)
+    check_real(x=x, directions=directions, start=start)
+    check_shapes(x, directions, start)
+    if hasattr(x, "placements"):  # a DTensor
+        import scfa_core.distributed_rules  # noqa: F401  (registers them)
+    hashed = PAST_HASH if x.device.type in ("cpu", "cuda", "meta") else past_rows
+    found: tuple[Tensor, Tensor] = hashed(x.detach(), directions.detach(), start.detach())
+    return found
 
 
 def less_past(x: Tensor, mean: Tensor) -> Tensor:
     """Rows (batch, heads, seqlen, head_dim) less what `past_mean` says of them."""
     of_row = mean.unsqueeze(3).expand(-1, -1, -1, CENTER_ROWS, -1).flatten(2, 3)
     return (x.detach().float() - of_row[:, :, : x.shape[2]]).to(x.dtype)
-
-
-def _running_sum(x: Tensor) -> Tensor:
-    """Sums along axis 2 up to each place."""
-    if not torch.are_deterministic_algorithms_enabled():
-        return x.cumsum(2)
-    step = 1  # cumsum raises then, on CUDA
-    while step < x.shape[2]:
-        x = x + pad(x[:, :, :-step], (0, 0, step, 0))
-        step *= 2
-    return x
 
 
 def second_moments(x: Tensor) -> Tensor:
@@ -249,10 +261,14 @@ class AngularHash(nn.Module):
                 )
         found = []
         for x, center in pairs:
-            place = past_mean(x, center.place) if center.past else center.place
+            place = center.place
+            if center.past:
+                bucket, place = past_hash(x, directions, place)
+            else:
+                bucket = angular_hash(x, directions, place)
+            found.append(bucket)
             if self.training:
                 center.note(x, place)
-            found.append(angular_hash(x, directions, place))
         return tuple(found)
 
     @torch.no_grad()

@@ -83,25 +83,92 @@ def test_a_center_for_every_64_rows(torch, head_dim, seqlen):
     assert float((lost == 0).double().mean()) > 0.999
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # its compiler imports torch.jit
-@pytest.mark.parametrize("turned", [False, True])
-def test_the_mean_of_the_past_and_what_is_hashed_about_it(torch, turned):
-    from scfa_core import nn
-    from scfa_core.nn.hashing import less_past, past_mean
+def mean_before(torch, x, start):
+    """Mean of the rows before each block of 64, and of 16 times `start`, in float64."""
+    blocks = -(-x.shape[2] // 64)
+    padded = torch.nn.functional.pad(x.double(), (0, 0, 0, 64 * blocks - x.shape[2]))
+    sums = padded.unflatten(2, (blocks, 64)).sum(3)
+    before = torch.nn.functional.pad(sums.cumsum(2), (0, 0, 1, 0))[:, :, :-1]
+    each = start.double().repeat_interleave(x.shape[1] // start.shape[0], 0)
+    rows = 64 * torch.arange(blocks, device=x.device)[:, None]
+    return (before + 16 * each[:, None]) / (rows + 16)
 
-    x = 3 + (drawn(torch, 2, 700, 4, 64).transpose(1, 2) if turned else drawn(torch, 2, 4, 700, 64))
-    start = drawn(torch, 4, 64, dtype="float32", seed=1)
-    mean = past_mean(x, start)
-    for block in range(mean.shape[2]):
-        total = x[:, :, : 64 * block].double().sum(2) + 16 * start.double()
-        assert float((mean[:, :, block] - total / (64 * block + 16)).abs().max()) < 1e-5
-    compiled = torch.compile(past_mean, fullgraph=True)(x, start)
-    assert float((compiled - mean).abs().max()) < 1e-5
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    ("head_dim", "buckets", "own", "starts", "rounds", "seqlen"),
+    [
+        (64, 16, 4, 4, 1, 8192),
+        (64, 16, 2, 1, 2, 700),
+        (64, 8, 1, 2, 1, 100_000),  # several groups of tiles
+        (128, 32, 4, 4, 1, 1100),
+        (20, 6, 4, 1, 1, 65),
+        (33, 2, 2, 4, 3, 1),
+        (256, 64, 4, 4, 1, 1025),
+        (200, 128, 2, 1, 1, 512),
+    ],
+)
+def test_rows_are_hashed_about_the_mean_of_those_before(
+    torch, dtype, head_dim, buckets, own, starts, rounds, seqlen
+):
+    from scfa_core.nn.hashing import past_hash
+    from scfa_core.torch_hashing import kernel_reason
+
+    x = (3 + drawn(torch, 2, 4, seqlen, head_dim)).to(getattr(torch, dtype))
+    start = drawn(torch, starts, head_dim, dtype="float32", seed=1)
+    directions = table(torch, own, head_dim, buckets, rounds)
+    assert kernel_reason(x, directions, past=True) is None
+    bucket, mean = past_hash(x, directions, start)
+    right = mean_before(torch, x, start)
+    assert float((mean - right).abs().max()) < 1e-5
+    lost = loss_of_buckets(torch, bucket, x, directions, right)
+    assert float(lost.max()) < 1e-4
+    assert float((lost == 0).double().mean()) > 0.998
+    for _ in range(20):  # whoever comes first
+        again = past_hash(x, directions, start)
+        assert torch.equal(again[0], bucket)
+        assert torch.equal(again[1], mean)
+    alone = past_hash(x[1:], directions, start)
+    assert torch.equal(alone[0], bucket[:, 1:])
+    assert torch.equal(alone[1], mean[1:])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # its compiler imports torch.jit
+def test_the_past_by_layer_by_graph_and_compiled(torch):
+    from scfa_core import nn
+    from scfa_core.nn.hashing import past_hash
+
+    x, start = 3 + drawn(torch, 2, 700, 4, 64).transpose(1, 2), drawn(torch, 4, 64, dtype="float32")
     own = nn.AngularHash(4, 64, 16, seed=0, adapt="past").cuda()
     own.centers[0].place.copy_(start)
     bucket = own.eval()(x)[0]
-    lost = loss_of_buckets(torch, bucket, less_past(x.double(), mean), own.directions)
-    assert float(lost.max()) < 1e-4
+    found, mean = past_hash(x, own.directions, start)
+    assert torch.equal(bucket, found)
+    compiled = torch.compile(past_hash, fullgraph=True)(x, own.directions, start)
+    assert torch.equal(compiled[0], found)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = past_hash(x, own.directions, start)
+    for _ in range(3):  # flags are zeroed at every replay
+        captured[0].fill_(-1)
+        graph.replay()
+        assert torch.equal(captured[0], found)
+        assert torch.equal(captured[1], mean)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 4e36])
+def test_blocks_with_bad_rows_count_for_nothing(torch, bad):
+    from scfa_core.nn.hashing import past_hash
+
+    x = drawn(torch, 1, 2, 3000, 64)
+    x[0, 1, 70, 3] = bad
+    directions, start = table(torch, 2, 64, 16), torch.ones(2, 64, device="cuda")
+    bucket, mean = past_hash(x, directions, start)
+    assert bool(((bucket >= 0) & (bucket < 16)).all())
+    known = [block for block in range(40) if block != 1]
+    rows = torch.cat([x[0, 1, 64 * block : 64 * block + 64] for block in known]).double()
+    right = (rows.sum(0) + 16) / (len(rows) + 16)
+    assert float((mean[0, 1, 40] - right).abs().max()) < 1e-5
 
 
 def test_strides_and_odd_starts(torch):

@@ -92,6 +92,14 @@ inline void order_shared_accesses() {}
 inline int thread_here() { return threadIdx.x; }
 inline int block_here() { return blockIdx.x; }
 
+// Blocks run one after the other: what one waits for has been written, or never will be.
+inline int wait_for_flag(const int* flag) {
+  if (*flag == 0) std::fprintf(stderr, "block %u waits for one that has not run\n", blockIdx.x), std::abort();
+  return *flag;
+}
+inline void release_flag(int* flag, int value) { *flag = value; }
+inline float load_of_others(const float* address) { return *address; }
+
 struct PendingCopy {
   void* target;
   const void* source;

@@ -10,7 +10,7 @@ from scfa_core.backends.cupy_raw import hashing, nvrtc
 
 from scfa_core.arrays import DeviceArray
 from scfa_core.hashing import random_directions
-from scfa_core.hashing_checks import CENTER_ROWS
+from scfa_core.hashing_checks import CENTER_ROWS, MOST_SUM, PAST_START
 
 SOURCE = """
 #include "cuda_on_host.hpp"
@@ -25,6 +25,16 @@ extern "C" void run(const HashParams* p, int blocks, int threads, int shared_byt
   host::launch(scfa_hash_angular, *p, blocks, threads, shared_bytes, order);
 }
 """
+
+PAST_RUN = """
+#include "hash_past.cu"
+extern "C" void run(const PastParams* p, int blocks, int threads, int shared_bytes, int order) {
+  static_assert(sizeof(PastParams) == 120, "as hashing.py packs it");
+  if (shared_bytes != (int)sizeof(Shared)) std::abort();
+  host::launch(scfa_hash_past, *p, blocks, threads, shared_bytes, order);
+}
+"""
+PAST = SOURCE[: SOURCE.index('#include "hash_angular.cu"')] + PAST_RUN
 
 pytestmark = host_build.NEEDS_COMPILER
 
@@ -61,6 +71,39 @@ def run(compiler, x, dtype, directions, center=None, rows=hashing._LEAST_TILE, o
     shared = hashing.shared_bytes(dim, count, rows)
     compiler.start(SOURCE, values).result()(params, blocks, hashing.THREADS, shared, order)
     return bucket
+
+
+def run_past(compiler, x, dtype, directions, start, order=0):
+    batch, heads, seqlen, dim = x.shape
+    rounds, _, _, count = directions.shape
+    bucket = np.full((rounds, *x.shape[:3]), -9, np.int32)
+    mean = np.full((batch, heads, -(-seqlen // 64), dim), np.nan, np.float32)
+    words = hashing.past_room(*x.shape, count)
+    room = np.zeros(words + 1, np.int32)
+    room[-1] = 77
+    arrays = (device_array(x, dtype), *(device_array(y, "float32") for y in (directions, start)))
+    results = (y.ctypes.data for y in (bucket, mean, room))
+    blocks, params = hashing.pack_past(*arrays, *results)
+    values = hashing.constants(dtype, dim, count, aligned=hashing.is_aligned(arrays[0]))
+    shared = hashing.past_shared_bytes(dim, count)
+    compiler.start(PAST, values).result()(params, blocks, hashing.THREADS, shared, order)
+    assert room[-1] == 77  # nothing behind the room
+    return bucket, mean
+
+
+def mean_before(exact, start):
+    """Mean of the rows before each block of 64, and of 16 times `start`, in float64."""
+    seqlen = exact.shape[2]
+    start = start.astype(np.float64).repeat(exact.shape[1] // len(start), 0)
+    means = []
+    for block in range(-(-seqlen // CENTER_ROWS)):
+        total, rows = 16 * start + 0 * exact[:, :, 0], np.full((*exact.shape[:2], 1), 16.0)
+        for other in range(block):
+            own = exact[:, :, CENTER_ROWS * other : CENTER_ROWS * (other + 1)].sum(2)
+            counts = np.all(np.abs(own) < 1e30, -1, keepdims=True)
+            total, rows = total + np.where(counts, own, 0), rows + CENTER_ROWS * counts
+        means.append(total / rows)
+    return np.stack(means, 2)
 
 
 def products(x, directions, center):
@@ -123,6 +166,72 @@ def test_a_center_for_every_64_rows(compiler, case, rows):
     assert (mine == right.argmax(-1)).mean() > 0.99
 
 
+PAST_CASES = [
+    # dtype, head_dim, directions, heads, own heads, start heads, seqlen, rounds
+    ("bfloat16", 64, 8, 2, 2, 2, 1, 1),
+    ("bfloat16", 64, 8, 2, 1, 1, 65, 2),
+    ("bfloat16", 20, 3, 2, 2, 1, 1100, 1),
+    ("bfloat16", 64, 16, 1, 1, 1, 512, 1),
+    ("bfloat16", 32, 24, 1, 1, 1, 700, 2),
+    ("float16", 33, 2, 1, 1, 1, 1030, 1),
+    ("float32", 7, 40, 1, 1, 1, 300, 1),
+]
+
+
+@pytest.mark.parametrize("case", PAST_CASES, ids=str)
+def test_rows_are_hashed_about_the_mean_of_those_before(compiler, case):
+    dtype, dim, count, heads, own, start_heads, seqlen, rounds = case
+    rng = np.random.default_rng(seqlen)
+    x = rng.standard_normal((2, heads, seqlen, dim), np.float32) + rng.standard_normal(dim)
+    x, exact = narrow(x.astype(np.float32), dtype)
+    directions = random_directions(own, dim, 2 * count, rounds=rounds, seed=1)
+    start = rng.standard_normal((start_heads, dim), np.float32)
+    wanted = mean_before(exact, start)
+    mine, mean = run_past(compiler, x, dtype, directions, start)
+    assert np.abs(mean - wanted).max() < 1e-5
+    right = products(exact, directions, wanted)
+    lost = right.max(-1) - np.take_along_axis(right, mine[..., None], -1)[..., 0]
+    assert lost.max() < 2e-5
+    assert (mine == right.argmax(-1)).mean() > 0.99
+
+
+@pytest.mark.parametrize("seqlen", [8192, 8193, 8192 + 700, 3 * 8192 + 1])
+def test_sums_of_many_tiles_are_added_by_groups(compiler, seqlen):
+    rng = np.random.default_rng(seqlen)
+    x, exact = narrow(rng.standard_normal((1, 1, seqlen, 8), np.float32) + 1, "bfloat16")
+    directions, start = random_directions(1, 8, 4, seed=1), np.zeros((1, 8), np.float32)
+    _, mean = run_past(compiler, x, "bfloat16", directions, start)
+    assert np.abs(mean - mean_before(exact, start)).max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 4e36])
+def test_blocks_with_bad_rows_count_for_nothing(compiler, dtype, bad):
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((1, 2, 800, 32), np.float32)
+    x[0, 1, 70, 3] = bad
+    x[0, 0, 600, 31] = bad
+    with np.errstate(over="ignore"):
+        x, exact = narrow(x, dtype)
+    start, directions = np.ones((1, 32), np.float32), random_directions(1, 32, 8, seed=1)
+    mine, mean = run_past(compiler, x, dtype, directions, start)
+    with np.errstate(invalid="ignore"):
+        wanted = mean_before(exact, start)
+    assert np.abs(mean - wanted).max() < 1e-5
+    assert ((mine >= 0) & (mine < 8)).all()
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_means_in_any_order_of_threads_and_beside_any_sequence(compiler, order):
+    rng = np.random.default_rng(6)
+    x, _ = narrow(rng.standard_normal((3, 2, 1200, 64), np.float32), "bfloat16")
+    start, directions = np.ones((2, 64), np.float32), random_directions(2, 64, 16, seed=1)
+    both = run_past(compiler, x, "bfloat16", directions, start, order)
+    last = run_past(compiler, x[2:], "bfloat16", directions, start)
+    np.testing.assert_array_equal(both[0][:, 2:], last[0])
+    np.testing.assert_array_equal(both[1][2:], last[1])
+
+
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_threads_in_any_order_and_tiles_of_any_size_give_the_same(compiler, order):
     rng = np.random.default_rng(3)
@@ -163,7 +272,14 @@ def test_ties_take_the_lowest_and_bad_rows_some_valid_bucket(compiler, dtype):
 
 def test_kernel_and_package_agree_on_the_rows_of_a_center():
     assert hashing.CENTER_ROWS == CENTER_ROWS
-    assert f"kCenterRows = {CENTER_ROWS};" in nvrtc.read_sources()["hash_angular.cu"]
+    assert hashing._GROUP == 16
+    for name, line in (
+        ("hash_rows.cuh", f"kCenterRows = {CENTER_ROWS};"),
+        ("hash_past.cu", f"kStartRows = {PAST_START}.0f;"),
+        ("hash_past.cu", f"kMostSum = {MOST_SUM:.0e}f;".replace("e+", "e")),
+        ("hash_past.cu", f"kGroup = {hashing._GROUP};"),
+    ):
+        assert line in nvrtc.read_sources()[name]
 
 
 def test_what_is_not_served_has_a_reason():

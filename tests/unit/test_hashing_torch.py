@@ -11,8 +11,8 @@ torch = pytest.importorskip("torch", reason="about torch tensors")
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import scfa_core as scfa  # noqa: E402
-from scfa_core import hashing, nn  # noqa: E402
-from scfa_core.torch_hashing import ANGULAR_HASH, BLOCK_SUMS, kernel_reason  # noqa: E402
+from scfa_core import hashing, hashing_checks, nn  # noqa: E402
+from scfa_core.torch_hashing import ANGULAR_HASH, PAST_HASH, kernel_reason, past_mean  # noqa: E402
 
 BUCKETS, DIM = 8, 16
 
@@ -43,16 +43,21 @@ def test_opcheck_and_strides(middle):
         assert bucket.is_contiguous()
 
 
-def test_block_sums():
-    x = rows(0, 2, 20, 3, DIM).transpose(1, 2)
-    torch.library.opcheck(BLOCK_SUMS, (x, 8))
-    want = x[:, :, :16].unflatten(2, (2, 8)).sum(3)
-    torch.testing.assert_close(BLOCK_SUMS(x, 8), want)
-    narrow = 100 + x.to(torch.bfloat16)
-    mine = BLOCK_SUMS(narrow, 8)  # sums of 16 bits would be off by units
-    torch.testing.assert_close(mine, narrow.float()[:, :, :16].unflatten(2, (2, 8)).sum(3))
-    mapped = torch.func.vmap(lambda y: BLOCK_SUMS(y, 8), in_dims=3)(x[None].movedim(0, 3))
-    torch.testing.assert_close(mapped[0], want)
+def test_the_operator_that_hashes_about_the_past():
+    start = rows(1, 4, DIM)
+    for x in (rows(0, 2, 4, 70, DIM), rows(0, 2, 70, 4, DIM).transpose(1, 2)):
+        torch.library.opcheck(PAST_HASH, (x, directions(2, 3), start))
+        bucket, mean = nn.hashing.past_hash(x, directions(2, 3), start)
+        assert torch.equal(bucket, hashing.angular_hash(x, directions(2, 3), mean))
+    both = torch.stack((x, x + 1), 3)
+    mapped = torch.func.vmap(lambda y: nn.hashing.past_hash(y, directions(2, 3), start), in_dims=3)
+    slices, means = mapped(both)
+    assert (slices[0] == bucket).float().mean() > 0.99  # strides decide how torch sums
+    torch.testing.assert_close(means[0], mean)
+    narrow = 100 + x.to(torch.bfloat16)  # sums of 16 bits would be off by units
+    torch.testing.assert_close(past_mean(narrow, start), past_mean(narrow.float(), start))
+    shared = past_mean(x, start[:2])
+    torch.testing.assert_close(shared, past_mean(x, start[:2].repeat_interleave(2, 0)))
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 7, DIM), (2, 4, 0, DIM)])
@@ -172,7 +177,7 @@ class Seen(TorchDispatchMode):
 def test_the_past_is_known_where_only_deterministic_sums_are(deterministic):
     x, start = rows(0, 2, 3, 700, 4), rows(1, 3, 4)
     with Seen() as seen:
-        nn.hashing.past_mean(x, start)
+        past_mean(x, start)
     assert ("cumsum" in seen.names) is not deterministic
 
 
@@ -180,13 +185,13 @@ def test_the_past_is_known_where_only_deterministic_sums_are(deterministic):
 @pytest.mark.parametrize("seqlen", [0, 1, 40, 64, 200, 700])
 def test_rows_less_the_mean_of_those_before(seqlen):
     x, start = rows(0, 2, 3, seqlen, 4) + 5, rows(1, 3, 4)
-    less = nn.hashing.less_past(x, nn.hashing.past_mean(x, start))
+    less = nn.hashing.less_past(x, past_mean(x, start))
     assert less.shape == x.shape
     assert not less.requires_grad
     for row in range(seqlen):
         known = row - row % hashing.CENTER_ROWS  # rows of earlier blocks
-        total = x[:, :, :known].sum(2) + nn.hashing.PAST_START * start
-        mean = total / (known + nn.hashing.PAST_START)
+        total = x[:, :, :known].sum(2) + hashing_checks.PAST_START * start
+        mean = total / (known + hashing_checks.PAST_START)
         torch.testing.assert_close(less[:, :, row], x[:, :, row] - mean, rtol=1e-4, atol=1e-4)
 
 

@@ -212,11 +212,10 @@ def test_the_model_hashes_as_the_public_module_does(variant, adapt, monkeypatch)
     for layer, q in enumerate(model.queries(text, directions)):
         own[layer].directions.copy_(drawn[layer])
         own_directions, center = model._hash_of(layer, directions)
-        center = model.blocks[layer].mix.hashed_about(q, center)
-        mine = angular_hash(q, own_directions, center)
-        (public,) = own[layer].eval()(q)
+        mine, _ = model.blocks[layer].mix.buckets(q, own_directions, center)
+        public = own[layer].eval()(q)[0][0]
         assert (mine == public).float().mean() > 0.999  # moments are summed in another order
-        plain = angular_hash(q, drawn[layer])
+        plain = angular_hash(q, drawn[layer])[0]
         assert torch.equal(mine, plain) is (adapt == "none")
 
 
@@ -233,7 +232,8 @@ def test_a_bad_query_does_not_stay_in_the_moments(monkeypatch, variant, bad):
     start = torch.zeros(config.heads, config.head_dim)
 
     def moments(q):
-        mix._note(q, mix.hashed_about(q, start))
+        directions = torch.randn(1, config.heads, config.head_dim, 2)
+        mix._note(q, mix.buckets(q, directions, start)[1])
         return mix.mean.clone(), mix.square.clone()
 
     q = torch.randn(2, config.heads, 96, config.head_dim)
@@ -253,7 +253,6 @@ def test_no_bucket_knows_a_later_token(monkeypatch, name):
     monkeypatch.syspath_prepend(str(ROOT))
     from bench.lm.config import PRESETS
     from bench.lm.model import LanguageModel
-    from scfa_core.hashing import angular_hash
 
     torch.manual_seed(0)
     config = dataclasses.replace(PRESETS["tiny"], attention=name, seqlen=200)
@@ -271,8 +270,7 @@ def test_no_bucket_knows_a_later_token(monkeypatch, name):
         found = []
         for layer, q in enumerate(model.queries(tokens, directions)):
             drawn, center = model._hash_of(layer, directions)
-            center = model.blocks[layer].mix.hashed_about(q, center)
-            found.append(angular_hash(q, drawn, center))
+            found.append(model.blocks[layer].mix.buckets(q, drawn, center)[0])
         return torch.stack(found)
 
     first, second = buckets(text), buckets(other)

@@ -75,6 +75,27 @@ SCFA_DEVICE void copies_wait() {
 // Keeps ordinary shared stores of this thread before the ldmatrix that follow them in program order.
 SCFA_DEVICE void order_shared_accesses() { asm volatile("" ::: "memory"); }
 
+// What other blocks of the grid wrote before they released a flag, once it is no longer 0. Who waits must have started after
+// those it waits for.
+SCFA_DEVICE int wait_for_flag(const int* flag) {
+  int value;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  } while (value == 0);
+  return value;
+}
+
+SCFA_DEVICE void release_flag(int* flag, int value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
+// Not from L1, which knows nothing of other blocks.
+SCFA_DEVICE float load_of_others(const float* address) {
+  float value;
+  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(address) : "memory");
+  return value;
+}
+
 // threadIdx.x, read anew: what is computed from it inside a loop stays there, instead of holding registers all the way.
 SCFA_DEVICE int thread_here() {
   int thread;
