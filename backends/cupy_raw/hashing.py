@@ -22,7 +22,7 @@ NAME = "scfa_hash_angular"
 SOURCE = "hash_angular.cu"
 PAST_NAME = "scfa_hash_past"
 PAST_SOURCE = "hash_past.cu"
-THREADS = 128
+THREADS = 128  # of a block
 MOST_DIRECTIONS = 64  # per round: what the accumulators hold
 MOST_HEAD_DIM = 256
 _ELEMENTS = {"float32": 0, "float16": 1, "bfloat16": 2}
@@ -36,7 +36,9 @@ _PAST_PARAMS = struct.Struct("<QQQQQQQqqq10i")
 _GROUP = 16  # kGroup: tiles
 
 
-def constants(dtype: str, head_dim: int, n_directions: int, *, aligned: bool) -> Constants:
+def constants(
+    dtype: str, head_dim: int, n_directions: int, *, aligned: bool, threads: int = THREADS
+) -> Constants:
     """What the kernel is compiled with; parts are bfloat16 (ELEMENT 2) whatever `dtype` is."""
     width = -(-head_dim // _CHUNK) * _CHUNK
     return (
@@ -46,6 +48,7 @@ def constants(dtype: str, head_dim: int, n_directions: int, *, aligned: bool) ->
         ("X_ELEMENT", _ELEMENTS[dtype]),
         ("BLOCKS", -(-n_directions // 8)),
         ("ALIGNED", int(aligned)),
+        ("THREADS", threads),
     )
 
 
@@ -57,7 +60,12 @@ def shared_bytes(head_dim: int, n_directions: int, rows: int) -> int:
 
 def past_tile_rows(n_directions: int) -> int:
     """Rows of a block (kTileRows): they alone decide in which order sums are added."""
-    return 512 if n_directions <= 16 else 256
+    return 1024 if n_directions <= 8 else 512 if n_directions <= 16 else 256
+
+
+def past_threads(n_directions: int) -> int:
+    """Threads of such a block: twice as many for a long tile."""
+    return 2 * THREADS if n_directions <= 8 else THREADS
 
 
 def past_shared_bytes(head_dim: int, n_directions: int) -> int:
@@ -70,12 +78,15 @@ def past_shared_bytes(head_dim: int, n_directions: int) -> int:
     return -(-size // 16) * 16
 
 
-def shipped_constants() -> list[Constants]:
+def shipped_constants(*, past: bool = False) -> list[Constants]:
     """What a compile test must build: each element, alignment, one and many blocks and chunks."""
     cases = [("bfloat16", 64, 8, True), ("bfloat16", 20, 3, False), ("bfloat16", 256, 64, True)]
     cases += [("float16", 64, 8, True), ("float16", 128, 32, False), ("float32", 128, 32, True)]
     cases += [("float32", 256, 64, False), ("float32", 64, 8, True), ("bfloat16", 128, 16, True)]
-    return [constants(*case[:3], aligned=case[3]) for case in cases]
+    return [
+        constants(*case[:3], aligned=case[3], threads=past_threads(case[2]) if past else THREADS)
+        for case in cases
+    ]
 
 
 def reason_against(
@@ -249,7 +260,8 @@ def run_past_hash(
         return
     blocks, params = pack_past(x, directions, start, bucket.pointer, mean.pointer, room.pointer)
     _check_grid(x, blocks)
-    values = constants(x.dtype, head_dim, n_directions, aligned=is_aligned(x))
+    threads = past_threads(n_directions)
+    values = constants(x.dtype, head_dim, n_directions, aligned=is_aligned(x), threads=threads)
     kernel = _kernel(PAST_NAME, PAST_SOURCE, values, x.device)
     shared = past_shared_bytes(head_dim, n_directions)
-    kernel.launch((blocks, 1, 1), THREADS, shared, stream, params)
+    kernel.launch((blocks, 1, 1), threads, shared, stream, params)

@@ -50,7 +50,7 @@ _SUM_BYTES_PER_ROW = 8  # and so many more for each query row
 # head_dim -> keys of an average pair's query tile from which "auto" takes the fused kernel, faster
 # then (bwd_choose_sm90.cu; hopper.md); a head_dim that is not here goes the split way unless told
 # otherwise
-_LONG_KEYS = {64: 640, 128: 440}
+_LONG_KEYS = {64: 580, 128: 440}
 _HEADS_IN_TURN = 4  # at most, at the end of a forward (tiles_sm90.cuh)
 _RECORD_BLOCKS = 8  # of the kernel that looks at key tiles, for each multiprocessor
 _PREPARE_BLOCKS = {64: 5, 128: 3}  # of that which prepares rows: as many as have registers
@@ -72,7 +72,7 @@ _NO_SUMS = Sums(0, 0, 1, 1)
 
 def _record_words(problem: Problem) -> int:
     """Words of a key tile's record (bwd_fused_sm90_tiles.cuh): seen keys, bounds of its heads."""
-    return 4 + 2 * problem.group_size
+    return 4 + 4 * problem.group_size
 
 
 def _unserved(shapes: Shapes, problem: Problem, *arrays: DeviceArray) -> str | None:

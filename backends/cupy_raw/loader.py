@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import addressof, c_char_p
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from typing import Any
 
@@ -321,12 +321,15 @@ def side_by_side(what: Hashable, makers: Sequence[Callable[[], object]]) -> None
 
     A kernel takes seconds to compile, and NVRTC lets other threads run meanwhile.
     """
-    if what in _met:
-        return
-    with ThreadPoolExecutor(len(makers)) as pool:
+    if what not in _met:
+        _call_all(makers, len(makers))
+        _met.add(what)
+
+
+def _call_all(makers: Iterable[Callable[[], object]], threads: int) -> None:
+    with ThreadPoolExecutor(threads) as pool:
         for job in [pool.submit(make) for make in makers]:
             job.result()
-    _met.add(what)
 
 
 def preload(
@@ -336,10 +339,8 @@ def preload(
 
     Each request is (name, source, constants, arch_suffix) as for `get_kernel`.
     """
-    with ThreadPoolExecutor(threads) as pool:
-        jobs = [
-            pool.submit(get_kernel, name, source, constants, device, arch_suffix=suffix)
-            for name, source, constants, suffix in requests
-        ]
-        for job in jobs:
-            job.result()
+    makers = [
+        partial(get_kernel, name, source, constants, device, arch_suffix=suffix)
+        for name, source, constants, suffix in requests
+    ]
+    _call_all(makers, threads)

@@ -113,7 +113,7 @@ def _fused_shared(head_dim: int, shape: Shape) -> int:
     tiles = 2 * head_dim * (2 * 2 * rows + 2 * shape.stages * shape.block_n)
     changes = change_buffers * (2 * rows * shape.block_n + 32)
     sums = 2 * (4 * shape.block_n * head_dim + 8)
-    data = 16 * shape.stages * shape.block_n + 16 * MAX_GROUP + 16
+    data = 16 * shape.stages * shape.block_n + 32 * MAX_GROUP + 16
     barriers = 2 * (2 + change_buffers + 2 + shape.stages)
     return tiles + changes + sums + data + 8 * barriers + _SHARED_SLACK
 
@@ -124,7 +124,7 @@ def _fused128_shared(head_dim: int, shape: Shape) -> int:
     tiles = 2 * head_dim * (2 * rows + shape.stages * shape.block_n)
     changes = change_buffers * 2 * rows * shape.block_n
     sums = 4 * shape.block_n * head_dim
-    data = 3 * 16 * shape.block_n + 16 * MAX_GROUP + 2 * 16 + 16
+    data = 3 * 16 * shape.block_n + 32 * MAX_GROUP + 2 * 16 + 16
     barriers = 2 + 2 * change_buffers + 4 * 2 + 1 + 2 * shape.stages
     return tiles + changes + sums + data + 8 * barriers + _SHARED_SLACK
 

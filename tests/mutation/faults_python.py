@@ -218,7 +218,7 @@ FAULTS = (
         "outs[-1], shares[-1], out=outs[0])", "outs[-1], shares[0], out=outs[0])",
         "the last part of a union is weighted like the first", "torch-union",
     ),
-    Fault("past-knows-itself", "scfa_core/nn/hashing.py",
+    Fault("past-knows-itself", "scfa_core/torch_hashing.py",
         "(0, 0, 1, 0))", "(0, 0, 0, 1))",
         "rows are hashed less a mean that holds them and later ones", "torch-hash",
     ),

@@ -114,8 +114,9 @@ def portable_builds() -> list[Build]:
         Build(f"{name}.cu", (), arch) for name in planner.KERNEL_NAMES for arch in ARCHITECTURES
     ]
     for arch in ARCHITECTURES:
-        for source in (hashing.SOURCE, hashing.PAST_SOURCE):
-            builds += [Build(source, v, arch) for v in hashing.shipped_constants()]
+        builds += [Build(hashing.SOURCE, v, arch) for v in hashing.shipped_constants()]
+        past = hashing.shipped_constants(past=True)
+        builds += [Build(hashing.PAST_SOURCE, v, arch) for v in past]
         limit = SMALLEST_SHARED if arch in ("86", "89", "120") else 160 * 1024
         builds += [Build(v.source, v.constants, arch) for v in shipped_variants(limit)]
     return builds

@@ -113,7 +113,7 @@ def test_query_heads_of_a_key_head_decide_together_and_other_heads_do_not(kernel
     keys = ids[:, ::2].copy()
     keys[:, 2], ids[:, 4], ids[:, 5] = 0, 1, 0  # the first head of this group sees nothing
     plan = planned(scfa.HashSparse(ids.astype(np.int32), keys.astype(np.int32)), 6, 3, seqlen)
-    choice = chosen(kernels, plan, 640)
+    choice = chosen(kernels, plan, launch_sm90._LONG_KEYS[64])
     assert choice[HEADS_AT:].tolist() == [SPLIT, FUSED, FUSED]
     assert choice[:2].tolist() == [SOME, SOME]
 

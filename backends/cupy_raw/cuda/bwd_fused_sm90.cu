@@ -59,13 +59,19 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) grad_k[i] = grad_v[i] = 0.0f;
     async_proxy_fence();
+    // As much of both as registers take beside the rest: 16 columns.
+    unsigned keys[4], values[4];
+    load_fragments<kBlockN, 16>(keys, key_tile, warp, lane);
+    load_fragments<kBlockN, 16>(values, value_tile, warp, lane);
 
     // Issue S^T = K Q^T and dP^T - delta = V dO^T - delta of a slot, as two groups; load_columns(slot)
     // comes before.
     const auto issue_scores = [&](unsigned slot) {
-      new_product_of_rows<kBlockN, kBlockM, kHeadDim>(scores, key_tile, shared.query(slot));
+      product_of_held_rows<kBlockN, kBlockM, kHeadDim, false>(scores, keys, key_tile,
+                                                              shared.query(slot));
       wgmma_commit();
-      add_product_of_rows<kBlockN, kBlockM, kHeadDim>(slopes, value_tile, shared.dout(slot));
+      product_of_held_rows<kBlockN, kBlockM, kHeadDim, true>(slopes, values, value_tile,
+                                                             shared.dout(slot));
       wgmma_commit();
     };
     QueryColumns columns;
@@ -99,6 +105,18 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       barrier_release(shared.changes_full(change.slot), lane);
       change.advance();
     };
+    // A block whose queries see none of this warpgroup's keys: dS of zeros, for the other half's dq.
+    const auto pass_over = [&](int query_tile) {
+      barrier_wait(shared.query_full(query.slot), query.parity);
+      first_start = shared_load(shared.starts(query.slot));
+      last_end = shared_load(shared.ends(query.slot) + 4 * (kBlockM - 1));
+#pragma unroll
+      for (int i = 0; i < kBlockM / 4; ++i) changes[i] = 0;
+      store_changes(query_tile);
+      send_changes();
+      barrier_release(shared.query_empty(query.slot), lane);
+      query.advance();
+    };
     const auto pin_operands = [&]() {
       pin(grad_v);
       pin(grad_k);
@@ -112,44 +130,52 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
           (uniform(shared_load(shared.bound(buffer, member, 1))) + kBlockM - 1) / kBlockM;
       if (low >= high) continue;
       const int z = at.b * p.heads + at.h_kv * p.group_size + member;
-      const int first = z * p.query_tiles + low;  // query tile, of all heads
-      const int last = z * p.query_tiles + high;
-
-      unsigned slot = query.slot, before = 0;
-      barrier_wait(shared.query_full(slot), query.parity);
-      async_proxy_fence();
-      load_columns(slot);
-      wgmma_fence();
-      issue_scores(slot);
-      for (int block = first;;) {
-        query.advance();
-        wgmma_wait<1>();  // dV and dK of the step before, and S of this one
-        pin_operands();
-        pin(scores);
-        if (block > first) barrier_release(shared.query_empty(before), lane);
-        weigh(slot);
-        store_changes(block);
-        before = slot;
-        if (++block == last) break;
-        // The next scores run behind these products.
-        slot = query.slot;
+      // Query tiles, of all heads: those that this warpgroup's keys are seen by, among those of the tile.
+      const int head_first = z * p.query_tiles;
+      const int begin = head_first + low, end = head_first + high;
+      const int bound = uniform(shared_load(shared.bound(buffer, member, 3 - group)));
+      const int upper_first = max(begin, min(end, head_first + bound / kBlockM));
+      const int lower_last = max(begin, min(end, head_first + (bound + kBlockM - 1) / kBlockM));
+      const int first = group == 0 ? begin : upper_first, last = group == 0 ? lower_last : end;
+      for (int block = begin; block < first; ++block) pass_over(block);
+      if (first < last) {
+        unsigned slot = query.slot, before = 0;
         barrier_wait(shared.query_full(slot), query.parity);
-        send_changes();
+        async_proxy_fence();
         load_columns(slot);
+        wgmma_fence();
+        issue_scores(slot);
+        for (int block = first;;) {
+          query.advance();
+          wgmma_wait<1>();  // dV and dK of the step before, and S of this one
+          pin_operands();
+          pin(scores);
+          if (block > first) barrier_release(shared.query_empty(before), lane);
+          weigh(slot);
+          store_changes(block);
+          before = slot;
+          if (++block == last) break;
+          // The next scores run behind these products.
+          slot = query.slot;
+          barrier_wait(shared.query_full(slot), query.parity);
+          send_changes();
+          load_columns(slot);
+          pin_operands();
+          pin(scores);
+          pin(slopes);
+          wgmma_fence();
+          accumulate(before);
+          issue_scores(slot);
+        }
+        send_changes();
         pin_operands();
-        pin(scores);
-        pin(slopes);
         wgmma_fence();
         accumulate(before);
-        issue_scores(slot);
+        wgmma_wait<0>();
+        pin_operands();
+        barrier_release(shared.query_empty(before), lane);
       }
-      send_changes();
-      pin_operands();
-      wgmma_fence();
-      accumulate(before);
-      wgmma_wait<0>();
-      pin_operands();
-      barrier_release(shared.query_empty(before), lane);
+      for (int block = max(first, last); block < end; ++block) pass_over(block);
     }
     announce_end(kTileDone);
     barrier_release(shared.key_empty(key.slot), lane);

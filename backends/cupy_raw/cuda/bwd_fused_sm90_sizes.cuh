@@ -28,4 +28,4 @@ constexpr int kChangeBytes = kBlockN * kBlockM * 2;
 constexpr int kSumFloats = kBlockM * kHeadDim;  // of one dq tile
 constexpr int kSumBytes = 4 * kSumFloats;
 constexpr int kDataBytes = query_data_bytes(kBlockM);
-constexpr int kBounds = 2;  // of one query head (bwd_fused_sm90_tiles.cuh)
+constexpr int kBounds = 4;  // of one query head (bwd_fused_sm90_tiles.cuh)

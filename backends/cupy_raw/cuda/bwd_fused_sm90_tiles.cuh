@@ -15,15 +15,16 @@ __device__ __forceinline__ KeyTile locate_key_tile(const Params& p, int tile) {
   return {z, (z + 1) * p.tiles_per_head - 1 - tile, b, z - b * p.heads_kv};
 }
 
-// A tile's record in Params::key_tiles: a bit for each of its keys that some query sees, then two
+// A tile's record in Params::key_tiles: a bit for each of its keys that some query sees, then four
 // bounds for each query head: rows [first, beyond) may see one of its keys, and the 64-row query
-// tiles they lie in are visited (first is kSeesNothing if there are none). So key tile j visits query
+// tiles they lie in are visited (first is kSeesNothing if there are none). Of them, rows from the
+// third bound on may see a key of its upper half, rows before the fourth one of its lower half. So key tile j visits query
 // tile i exactly if i's last kept row ends beyond key kTileKeys * j and its first starts before key
 // kTileKeys * (j + 1): the visitors of i are a range of key tiles, which bwd_fused_sm90.cu and
 // bwd_prepare_sm90.cu know from these two numbers. First, which is looked at by query tiles only, is
 // odd where rows first and beyond - 1 are as far apart as those of a run (runs_sm90.cuh).
 constexpr int kSeenWords = kTileKeys / 32;
-constexpr int kTileBounds = 2;
+constexpr int kTileBounds = 4;
 
 __device__ __forceinline__ int* key_tile_record(const Params& p, int tile) {
   return p.key_tiles + static_cast<long long>(tile) * (kSeenWords + kTileBounds * p.group_size);

@@ -70,18 +70,24 @@ __device__ __forceinline__ void record_key_tile(const Params& p, int share, int 
     const int *starts = p.key_start + list, *ends = p.key_end + list;
     // Nobody sees keys beyond those that are kept, so nothing is searched for them.
     const int count = key0 < p.k_count[at.z] ? p.q_count[z] : 0;
-    Search first{ends, key0, 0, count}, beyond{starts, key0 + kTileKeys - 1, 0, count};
-    search_both(first, beyond, lane);
+    constexpr int kHalf = kTileKeys / 2;
+    Search searches[] = {{ends, key0, 0, count},
+                         {starts, key0 + kTileKeys - 1, 0, count},
+                         {ends, key0 + kHalf, 0, count},
+                         {starts, key0 + kHalf - 1, 0, count}};
+    if (count > 0) search_all(searches, lane);
+    const int first = searches[0].high, beyond = searches[1].high;
     if (lane == 0) {
       int* bounds = record + kSeenWords + kTileBounds * member;
-      const int *rows = p.q_index + list, last = beyond.high - 1;
-      const bool may_run =
-          first.high <= last && rows[last] - rows[first.high] == last - first.high;
-      bounds[0] = first.high == count ? kSeesNothing : (first.high & ~1) | may_run;
-      bounds[1] = beyond.high;
+      const int *rows = p.q_index + list, last = beyond - 1;
+      const bool may_run = first <= last && rows[last] - rows[first] == last - first;
+      bounds[0] = first == count ? kSeesNothing : (first & ~1) | may_run;
+      bounds[1] = beyond;
+      bounds[2] = searches[2].high;
+      bounds[3] = searches[3].high;
     }
     unsigned unseen[kSeenWords] = {};
-    find_gaps(unseen, starts, ends, first.high, count, key0, lane);
+    find_gaps(unseen, starts, ends, first, count, key0, lane);
 #pragma unroll
     for (int i = 0; i < kSeenWords; ++i) seen[i] |= ~unseen[i];
   }

@@ -3,7 +3,7 @@
 // computes       mean of block j (kCenterRows rows) = (sum of the rows of blocks before j + kStartRows * start) / (their number +
 //                kStartRows); a block with a sum that is not below kMostSum counts for nothing. Then bucket = argmax [y, -y],
 //                y = x @ R - mean @ R; of equals the lowest index
-// grid/block     one block of 128 threads per kTileRows rows of one (batch, head), which takes all rounds one after the other;
+// grid/block     one block of 128 or 256 threads per kTileRows rows of one (batch, head), which takes all rounds one after the other;
 //                blocks get their tiles in the order in which they start, so that whoever waits for an earlier tile waits for a
 //                block that runs. A warp takes whole blocks of kCenterRows rows.
 // memory         each tile writes the sum of its rows and says how many blocks count; a tile adds the sums of the up to kGroup - 1
@@ -15,18 +15,18 @@
 // version        tensor cores on exact parts (hash_rows.cuh)
 #include "hash_rows.cuh"
 
-constexpr int kTileRows = kBlocks <= 2 ? 512 : 256;
+constexpr int kTileRows = kBlocks == 1 ? 1024 : kBlocks == 2 ? 512 : 256;
 constexpr int kTileCenters = kTileRows / kCenterRows;
 constexpr int kGroup = 16;  // tiles
 constexpr float kStartRows = 16.0f;
 constexpr float kMostSum = 1e30f;
-// Blocks of a multiprocessor: as many as spill nothing.
+// Threads of a multiprocessor, in blocks: as many as spill nothing.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-constexpr int kMostResident = 6;
+constexpr int kMostResident = 768;
 #else
-constexpr int kMostResident = 4;
+constexpr int kMostResident = 512;
 #endif
-constexpr int kResident = SCFA_X_ELEMENT != 2 || kBlocks > 2 ? 3 : kBlocks == 2 ? 4 : kMostResident;
+constexpr int kResident = (SCFA_X_ELEMENT != 2 || kBlocks > 2 ? 384 : kBlocks == 2 ? 512 : kMostResident) / kThreads;
 static_assert(kTileCenters <= 16, "one product makes those of all means of a tile");
 
 struct PastParams {

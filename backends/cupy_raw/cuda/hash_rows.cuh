@@ -8,12 +8,15 @@
 #ifndef SCFA_BLOCKS
 #error "SCFA_BLOCKS (groups of 8 directions): set by hashing.py"
 #endif
+#ifndef SCFA_THREADS
+#error "SCFA_THREADS (of a block): set by hashing.py"
+#endif
 #ifndef SCFA_X_ELEMENT
 #error "SCFA_X_ELEMENT (0 float32, 1 float16, 2 bfloat16): set by hashing.py"
 #endif
 
 constexpr int kBlocks = SCFA_BLOCKS;
-constexpr int kThreads = 128;
+constexpr int kThreads = SCFA_THREADS;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kChunk = 32;  // columns that four lanes load at once
 constexpr int kChunks = kHeadDim / kChunk;

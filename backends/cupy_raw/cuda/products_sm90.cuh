@@ -60,16 +60,23 @@ __device__ __forceinline__ void new_product_of_rows(float (&d)[32], unsigned til
   }
 }
 
-// d += A B^T, likewise.
-template <int kRowsA, int kRowsB, int kHeadDim>
-__device__ __forceinline__ void add_product_of_rows(float (&d)[32], unsigned tile_a,
-                                                    unsigned tile_b) {
+// The same, added to d with kSum, of an A whose first kHeld steps of columns are in registers as well
+// (load_fragments): they are not read from shared memory again.
+template <int kRowsA, int kRowsB, int kHeadDim, bool kSum, int kHeld>
+__device__ __forceinline__ void product_of_held_rows(float (&d)[32], const unsigned (&held)[kHeld],
+                                                     unsigned tile_a, unsigned tile_b) {
   const unsigned long long a = tile_descriptor(tile_a), b = tile_descriptor(tile_b);
 #pragma unroll
   for (int step = 0; step < kHeadDim / kStepColumns; ++step) {
-    wgmma_issue<ReduceOver::kColumns, true>(
-        d, a + (step_offset<kRowsA, ReduceOver::kColumns>(step) >> 4),
-        b + (step_offset<kRowsB, ReduceOver::kColumns>(step) >> 4));
+    const unsigned long long right = b + (step_offset<kRowsB, ReduceOver::kColumns>(step) >> 4);
+    if (4 * step < kHeld) {
+      wgmma_registers<ReduceOver::kColumns>(d, held[4 * step], held[4 * step + 1],
+                                            held[4 * step + 2], held[4 * step + 3], right,
+                                            kSum || step != 0);
+    } else {
+      wgmma_issue<ReduceOver::kColumns, true>(
+          d, a + (step_offset<kRowsA, ReduceOver::kColumns>(step) >> 4), right);
+    }
   }
 }
 

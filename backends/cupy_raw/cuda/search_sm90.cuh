@@ -29,12 +29,18 @@ __device__ __forceinline__ int first_greater(const int* values, int count, int b
   return search.high;
 }
 
-// Two searches among as many values, whose loads are waited for together.
-__device__ __forceinline__ void search_both(Search& a, Search& b, int lane) {
-#pragma unroll 1
-  while (!a.done() || !b.done()) {
-    const int value_a = a.probe(lane), value_b = b.probe(lane);
-    if (!a.done()) a.narrow(value_a, lane);
-    if (!b.done()) b.narrow(value_b, lane);
+// Several searches, whose loads are waited for together.
+template <int kCount>
+__device__ __forceinline__ void search_all(Search (&searches)[kCount], int lane) {
+  for (bool done = false; !done;) {
+    int values[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = searches[i].probe(lane);
+    done = true;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (!searches[i].done()) searches[i].narrow(values[i], lane);
+      done &= searches[i].done();
+    }
   }
 }

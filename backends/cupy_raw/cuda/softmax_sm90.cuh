@@ -89,7 +89,7 @@ __device__ __forceinline__ void mask_block(float (&scores)[kCount], const RowExt
 // A row's reference moves to its maximum so far only once a weight would grow beyond 2^kSlack; until then
 // nothing is exchanged between threads, and earlier results need not shrink. Scores stay as they came
 // until they become weights: differences of large scores are exact. What goes beyond a reference that is
-// not negative is cheaper to see, so one below zero moves as soon as its row has a score above.
+// not negative is cheaper to see, so one below zero moves as soon as its row has a score above zero.
 struct OnlineSoftmax {
   static constexpr float kSlack = 8.0f;
   float maximum[2] = {-SCFA_INFINITY, -SCFA_INFINITY};  // the reference: of the row when it moved
@@ -101,6 +101,7 @@ struct OnlineSoftmax {
   template <int kCount>
   __device__ __forceinline__ bool update(float (&scores)[kCount], float (&decay)[2],
                                          float scale_log2) {
+    static_assert(kCount % 4 == 0, "two scores of each row at a time");
     float top[2] = {maximum[0], maximum[1]}, shift[2], growth;
     // Infinite at the first key that a row sees; NaN, which fmaxf does not take, until then.
     const auto beyond = [&]() {
