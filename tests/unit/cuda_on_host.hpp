@@ -20,6 +20,7 @@
 #define __grid_constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define SCFA_INLINE inline __attribute__((always_inline))  // also under -Og: small, and called without end
 
 struct Index3 {
   unsigned x, y, z;

@@ -13,6 +13,7 @@ import struct
 import host_build
 import numpy as np
 import pytest
+from once import shared_folder
 from scfa_core.backends.cupy_raw import launch_sm90, nvrtc, shapes_sm90
 from scfa_core.backends.cupy_raw.tensor_maps import NO_MAPS
 
@@ -145,7 +146,7 @@ class Kernels(host_build.HostCompiler):
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    kernels = Kernels(tmp_path_factory.mktemp("hopper"))
+    kernels = Kernels(shared_folder(tmp_path_factory))
     yield kernels
     kernels.close()
 

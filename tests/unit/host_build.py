@@ -1,6 +1,7 @@
 """CUDA sources compiled as C++ of this machine, to run on the fibers of cuda_on_host.hpp."""
 
 import ctypes
+import hashlib
 import os
 import platform
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from once import locked
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -29,43 +31,56 @@ class HostCompiler:
     """Compiles each source once, several at a time; of each library, the function `run`."""
 
     def __init__(self, folder, sources):
-        """`sources`: texts of headers and kernels by name, over those of this folder."""
-        self.folder = folder
-        for header in HERE.glob("*_on_host.hpp"):
-            shutil.copy(header, folder)
-        for name, text in sources.items():
-            (folder / name).write_text(text)
+        """`sources`: texts of headers and kernels by name, over those of this folder.
+
+        Who has the same sources in the same `folder`, in this process or another, shares what is
+        compiled.
+        """
+        texts = {header.name: header.read_text() for header in HERE.glob("*_on_host.hpp")} | sources
+        self.folder = folder / _digest(
+            *OPTIONS, *(x for pair in sorted(texts.items()) for x in pair)
+        )
         self._pool = ThreadPoolExecutor(os.cpu_count())
         self._started: dict[tuple, Future] = {}
         # Every source begins with it: it is parsed once.
-        first = folder / "cuda_on_host.hpp"
-        self._call(*OPTIONS, "-x", "c++-header", "-o", f"{first}.gch", first)
+        first = self.folder / "cuda_on_host.hpp"
+        with locked(self.folder):
+            if not self.folder.exists():
+                self.folder.mkdir()
+                for name, text in texts.items():
+                    (self.folder / name).write_text(text)
+                self._call(*OPTIONS, "-x", "c++-header", "-o", f"{first}.gch", first)
 
     def _call(self, *arguments):
         command = [COMPILER, *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[:4000]
 
-    def _compile(self, number, text, constants):
-        source = self.folder / f"{number}.cpp"
-        source.write_text(text)
+    def _compile(self, text, constants):
         defines = [f"-DSCFA_{key}={value}" for key, value in constants]
-        first = ("-include", self.folder / "cuda_on_host.hpp")
+        source = self.folder / f"{_digest(text, *defines)}.cpp"
         target = source.with_suffix(".so")
-        self._call(*OPTIONS, "-shared", *first, *defines, "-o", target, source)
+        with locked(target):
+            if not target.exists():
+                source.write_text(text)
+                first = ("-include", self.folder / "cuda_on_host.hpp")
+                self._call(*OPTIONS, "-shared", *first, *defines, "-o", target, source)
         return ctypes.CDLL(str(target)).run
 
     def start(self, text, constants):
         """Promise of the function `run` of this source under these constants."""
         key = text, constants
         if key not in self._started:
-            number = len(self._started)
-            self._started[key] = self._pool.submit(self._compile, number, text, constants)
+            self._started[key] = self._pool.submit(self._compile, text, constants)
         return self._started[key]
 
     def close(self):
         """Wait for what is being compiled."""
         self._pool.shutdown(cancel_futures=True)
+
+
+def _digest(*parts):
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
 def aligned_copy(x, alignment=16):

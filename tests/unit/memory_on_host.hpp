@@ -54,9 +54,9 @@ constexpr int kReaders = 12;  // the last generic and the last asynchronous one 
 struct Word {
   Access writer, readers[kReaders];
   bool by_copies = false;  // by a bulk copy
-  unsigned time = 0;       // when it was last written
 };
 static std::vector<Word> words;
+static std::vector<unsigned> times;  // of each word: when it was last written
 static unsigned now;
 static int faults;
 static unsigned in_vain, in_vain_end;  // where products may read, and forget, what others overwrite meanwhile
@@ -87,9 +87,17 @@ inline void fault(const char* what, unsigned address, int other) {
   say(what, address, other);
 }
 
-inline Word& word(unsigned address) {
-  if (address / 4 >= words.size()) words.resize(address / 4 + 1024);
+inline void make_room(unsigned address) {
+  words.resize(address / 4 + 1024);
+  times.resize(words.size());
+}
+SCFA_INLINE Word& word(unsigned address) {
+  if (address / 4 >= words.size()) make_room(address);
   return words[address / 4];
+}
+SCFA_INLINE unsigned& time_of(unsigned address) {
+  if (address / 4 >= times.size()) make_room(address);
+  return times[address / 4];
 }
 
 inline Clocks& mine() { return of_thread[host::current]; }
@@ -165,7 +173,7 @@ inline void note_writer(unsigned address, int actor, unsigned clock, bool by_cop
   Word& at = word(address);
   at.writer = {clock, (short)actor};
   at.by_copies = by_copies;
-  at.time = ++now;
+  time_of(address) = ++now;
 }
 
 // A store of this thread.
@@ -207,6 +215,7 @@ inline void start_block(int count, int shared_bytes) {
   copies_begun.assign(threads, 1);
   meetings.clear();
   words.assign(shared_bytes / 4 + 1, Word());
+  times.assign(words.size(), 0);
   host::told = release;
   host::heard = acquire;
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 import host_build
 import numpy as np
 import pytest
+from once import locked, shared_folder
 from scfa_core.backends.cupy_raw import nvrtc, planner
 from scfa_core.reference.planner import plan_lists
 
@@ -82,12 +83,20 @@ extern "C" int binary_search(int length, int answer) {
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """All of the planner's kernels, compiled once for every file of tests that takes them."""
-    return _compile(tmp_path_factory.getbasetemp() / "planner_on_host")
+    return _load(shared_folder(tmp_path_factory) / "planner_on_host")
 
 
 @cache
-def _compile(folder: Path) -> ctypes.CDLL:
-    folder.mkdir()
+def _load(folder: Path) -> ctypes.CDLL:
+    library = folder / "driver.so"
+    with locked(folder):
+        if not library.exists():
+            folder.mkdir()
+            _compile(folder)
+    return ctypes.CDLL(str(library))
+
+
+def _compile(folder: Path) -> None:
     parts = ['#include "cuda_on_host.hpp"']
     for name, text in nvrtc.read_sources().items():
         if name.startswith("plan_") or name == "sort.cuh":
@@ -125,7 +134,6 @@ def _compile(folder: Path) -> ctypes.CDLL:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr, done.stderr
-    return ctypes.CDLL(str(folder / "driver.so"))
 
 
 class HostKernel:

@@ -7,6 +7,7 @@ shipped source: gathers, swizzle, pipelines, masks, softmax, schedules, the exac
 import host_build
 import numpy as np
 import pytest
+from once import shared_folder
 from scfa_core.backends.cupy_raw import nvrtc, params, variants
 
 import scfa_core as scfa
@@ -50,7 +51,7 @@ class Kernels(host_build.HostCompiler):
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    kernels = Kernels(tmp_path_factory.mktemp("kernels"))
+    kernels = Kernels(shared_folder(tmp_path_factory))
     yield kernels
     kernels.close()
 

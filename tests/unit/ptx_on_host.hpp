@@ -28,13 +28,13 @@ inline int max(int a, int b) { return a > b ? a : b; }
 using std::fmaxf;
 
 template <class To, class From>
-To bits_of(From x) {
+SCFA_INLINE To bits_of(From x) {
   To y;
   std::memcpy(&y, &x, sizeof(To));
   return y;
 }
 inline float __int_as_float(int x) { return bits_of<float>(x); }
-inline float __uint_as_float(unsigned x) { return bits_of<float>(x); }
+SCFA_INLINE float __uint_as_float(unsigned x) { return bits_of<float>(x); }
 inline unsigned __float_as_uint(float x) { return bits_of<unsigned>(x); }
 
 inline bool __all_sync(unsigned lanes, bool vote) { return __ballot_sync(lanes, vote) == lanes; }
@@ -74,9 +74,9 @@ inline u16 float_to_16(float x) {
   if (x != x) return 0x7fff;
   return u16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
-inline float float_of_16(u16 x) { return kIsBf16 ? __uint_as_float(u32(x) << 16) : half_to_float(x); }
+SCFA_INLINE float float_of_16(u16 x) { return kIsBf16 ? __uint_as_float(u32(x) << 16) : half_to_float(x); }
 
-inline void unpack_pair(u32 word, float& low, float& high) { low = float_of_16(u16(word)), high = float_of_16(u16(word >> 16)); }
+SCFA_INLINE void unpack_pair(u32 word, float& low, float& high) { low = float_of_16(u16(word)), high = float_of_16(u16(word >> 16)); }
 inline u32 pack_pair(float low, float high) { return u32(float_to_16(low)) | u32(float_to_16(high)) << 16; }
 // To the nearest of 10 mantissa bits, ties away from 0; NaN and Inf stay what they are.
 inline float round_tf32(float x) {

@@ -4,6 +4,7 @@ import os
 import sys
 
 import pytest
+from once import made_once
 from ranks import run_ranks
 
 torch = pytest.importorskip("torch", reason="distributed attention needs torch")
@@ -237,12 +238,12 @@ def first_of(folder, ranks):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return first_of(tmp_path_factory.mktemp("line"), 2)
+    return made_once(tmp_path_factory, "line", lambda folder: first_of(folder, 2))
 
 
 @pytest.fixture(scope="module")
 def square(tmp_path_factory):
-    return first_of(tmp_path_factory.mktemp("square"), 4)
+    return made_once(tmp_path_factory, "square", lambda folder: first_of(folder, 4))
 
 
 WAYS = [str(Shard(0)), str(Shard(1)), str(Replicate()), "ulysses", "consecutive", "zigzag"]

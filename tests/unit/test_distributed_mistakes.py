@@ -5,6 +5,7 @@ import re
 import sys
 
 import pytest
+from once import made_once
 from ranks import run_ranks
 
 torch = pytest.importorskip("torch", reason="distributed attention needs torch")
@@ -130,9 +131,12 @@ def work(rank, folder):
 @pytest.fixture(scope="module", params=["OFF", "INFO"])
 def found(tmp_path_factory, request):
     """What each rank got, as a user has it and as one who looks for a mistake."""
-    folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(__file__, RANKS, folder, timeout=120, TORCH_DISTRIBUTED_DEBUG=request.param)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+    def run(folder):
+        run_ranks(__file__, RANKS, folder, timeout=120, TORCH_DISTRIBUTED_DEBUG=request.param)
+        return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+    return made_once(tmp_path_factory, f"mistakes_{request.param}", run)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ Tensor cores are played by ptx_on_host.hpp; all else is the shipped source.
 import host_build
 import numpy as np
 import pytest
+from once import shared_folder
 from scfa_core.backends.cupy_raw import hashing, nvrtc
 
 from scfa_core.arrays import DeviceArray
@@ -43,7 +44,7 @@ pytestmark = host_build.NEEDS_COMPILER
 def compiler(tmp_path_factory):
     played = (host_build.HERE / "ptx_on_host.hpp").read_text()
     sources = {**nvrtc.read_sources(), "ptx.cuh": played}
-    compiler = host_build.HostCompiler(tmp_path_factory.mktemp("hashing"), sources)
+    compiler = host_build.HostCompiler(shared_folder(tmp_path_factory), sources)
     yield compiler
     compiler.close()
 

@@ -216,9 +216,9 @@ def test_a_hash_is_compiled_from_the_first_call(dynamic):
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=dynamic)
     calls = [{"input_ids": tokens()}, {"input_ids": tokens(3, 33)}, padded()]
     results = []
-    for seed in (0, 1):
+    for seed, some in ((0, calls), (1, calls[-1:])):  # each call of another kind is a trace
         model.config.scfa_seed = seed
-        for inputs in calls:
+        for inputs in some:
             both = [call(**inputs, use_cache=False).logits for call in (compiled, model)]
             torch.testing.assert_close(*both, rtol=0, atol=1e-5)
             grads = (torch.autograd.grad(x.square().sum(), model.parameters()) for x in both)

@@ -1,6 +1,7 @@
 """The Hopper kernels on fibers (hopper_host.py) against the truth: ranges in any order."""
 
 import ctypes
+import itertools
 from dataclasses import replace
 
 import hopper_host
@@ -66,12 +67,18 @@ extern "C" void run(const int* starts, const int* ends, const int* indices, int 
 """
 
 
-@pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
-@pytest.mark.parametrize("style", ["random", "narrow", "reversed", "outside", "empty"])
+@pytest.mark.parametrize(
+    ("style", "head_dim"),
+    [
+        ("random", 40),  # the kernels of 64, but for columns that are zeros
+        *itertools.product(("random", "narrow", "reversed", "outside", "empty"), (64, 128, 256)),
+    ],
+)
 def test_ranges_in_any_order(kernels, head_dim, style):
     """Grouped heads, and more rows in the last tile than there are queries."""
     parts = (Part("ranges", style),)
-    sizes = (1, 4, 2, 210, 333, head_dim, head_dim, "bfloat16")
+    heads = (2, 1) if head_dim == 128 else (4, 2)  # a second group takes the same way everywhere
+    sizes = (1, *heads, 210, 333, head_dim, head_dim, "bfloat16")
     check(kernels, Spec(*sizes, parts=parts, poison=True, seed=head_dim), order=1, blocks=2)
 
 

@@ -88,7 +88,7 @@ from bench.lm.data import load_corpus
 from bench.lm.train import Trainer, World
 
 corpus = load_corpus(pathlib.Path("bench/lm/model.py"))
-tiny = dataclasses.replace(PRESETS["tiny"], seqlen=64, tokens_per_step=128, layers=3)
+tiny = dataclasses.replace(PRESETS["tiny"], seqlen=64, tokens_per_step=128, layers=2)
 for scope, graphs in (("blocks", 3), ("model", 1)):
     for name in ("hash4", "hash4w", "hash4r", "drop50", "hash4+window16"):
         config = dataclasses.replace(tiny, attention=name, compile=scope)

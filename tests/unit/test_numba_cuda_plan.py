@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from once import made_once
 from simulated import report_of
 
 from scfa_core.arrays import HostContext
@@ -208,8 +209,8 @@ def main():
 
 
 @pytest.fixture(scope="module")
-def report():
-    return report_of(__file__)
+def report(tmp_path_factory):
+    return made_once(tmp_path_factory, "numba_cuda_plan", lambda _: report_of(__file__))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -8,6 +8,7 @@ import json
 import sys
 
 import pytest
+from once import made_once
 from simulated import report_of
 
 from scfa_core.testing import Part, Spec
@@ -176,8 +177,8 @@ def main():
 
 
 @pytest.fixture(scope="module")
-def report():
-    return report_of(__file__)
+def report(tmp_path_factory):
+    return made_once(tmp_path_factory, "numba_cuda_sim", lambda _: report_of(__file__))
 
 
 def test_simulator_is_available(report):

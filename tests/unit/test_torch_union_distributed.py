@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+from once import made_once
 from ranks import run_ranks
 
 torch = pytest.importorskip("torch", reason="the torch bridge needs torch (extra 'torch')")
@@ -81,9 +82,11 @@ def work(rank, folder):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(__file__, RANKS, folder)
-    return torch.load(folder / "results.pt")
+    def run(folder):
+        run_ranks(__file__, RANKS, folder)
+        return torch.load(folder / "results.pt")
+
+    return made_once(tmp_path_factory, "union_of_ranks", run)
 
 
 @pytest.mark.slow

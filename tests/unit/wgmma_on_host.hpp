@@ -64,7 +64,7 @@ inline void read_sum(BulkSum& sum) {
   sum.read = true;
   for (size_t i = 0; i < sum.values.size(); ++i) {
     const unsigned address = sum.source + 4 * i;
-    if (memory::word(address).time > sum.issued) {
+    if (memory::time_of(address) > sum.issued) {
       memory::fault("a sum reads what was written after it began", address, memory::word(address).writer.actor);
     }
   }
@@ -251,7 +251,7 @@ inline void copy_box(unsigned target, const void* map_at, int column, int row, i
       const char* source = map.address + r * map.strides[0] + h * map.strides[1] + b * map.strides[2] + 2 * c;
       u16* place = (u16*)(dynamic_shared + (plain ^ (plain >> 7 & 7) << 4));
       *place = there ? *(const u16*)source : 0;
-      memory::word(plain).time = ++memory::now;
+      memory::time_of(plain) = ++memory::now;
     }
   });
 }
@@ -270,29 +270,29 @@ struct Operand {
   bool stale = false;   // has read what was written later
 
   // `row` counts the tile's stored rows, `column` what lies along them.
-  unsigned address(int row, int column) const {
+  SCFA_INLINE unsigned address(int row, int column) const {
     const unsigned start = (descriptor & 0x3FFF) << 4, panel = (descriptor >> 16 & 0x3FFF) << 4,
                    group = (descriptor >> 32 & 0x3FFF) << 4;
     const unsigned plain = start + row / 8 * group + row % 8 * 128 + column / 64 * panel + column % 64 * 2;
     return plain ^ (plain >> 7 & 7) << 4;
   }
-  unsigned pair(unsigned address) {
-    stale |= memory::word(address).time > issued;
+  SCFA_INLINE unsigned pair(unsigned address) {
+    stale |= memory::time_of(address) > issued;
     return *(const unsigned*)(dynamic_shared + address);
   }
-  void read_line(float (&line)[16], int at) {
+  SCFA_INLINE void read_line(float (&line)[16], int at) {
     if (rows) {
       for (int k = 0; k < 16; ++k) line[k] = float_of_16(u16(pair(address(k, at & ~1)) >> at % 2 * 16));
       return;
     }
     for (int k = 0; k < 16; k += 2) unpack_pair(pair(address(at, k)), line[k], line[k + 1]);
   }
-  void read_lines(float (&lines)[2][16], int even) {  // and the next one
+  SCFA_INLINE void read_lines(float (&lines)[2][16], int even) {  // and the next one
     if (!rows) return read_line(lines[0], even), read_line(lines[1], even + 1);
     for (int k = 0; k < 16; ++k) unpack_pair(pair(address(k, even)), lines[0][k], lines[1][k]);
   }
   // Says that a product of the group `clock` of this warp will read a line; whether it may see it all.
-  bool look_ahead(int at, unsigned clock) const {
+  SCFA_FAST bool look_ahead(int at, unsigned clock) const {
     const int actor = memory::products_of(host::current);
     bool visible = true;
     for (int k = 0; k < 16; k += rows ? 1 : 2) {
@@ -302,6 +302,20 @@ struct Operand {
     return visible;
   }
 };
+
+// Adds to columns of two rows what they and those of `right` make; where each test spends most of its time.
+template <int kCount>
+SCFA_FAST void multiply_on_host(float (&d)[kCount], bool accumulate, const float (&rows)[2][16], Operand& right, int lane) {
+  float columns[2][16];
+  for (int first = 0; first < kCount; first += 4) {
+    right.read_lines(columns, 2 * first + 2 * (lane % 4));
+    for (int i = 0; i < 4; ++i) {
+      float sum = accumulate ? d[first + i] : 0.0f;
+      for (int k = 0; k < 16; ++k) sum = __builtin_fmaf(rows[i >> 1][k], columns[i & 1][k], sum);
+      d[first + i] = sum;
+    }
+  }
+}
 
 // Leaves a product for later. `left`, an operand or the 2 x 16 numbers of this thread's rows, is that of 64 rows.
 template <int kCount, class Left>
@@ -323,21 +337,14 @@ void issue_on_host(float (&d)[kCount], bool accumulate, Left left, Operand right
   }
   right.issued = memory::now;
   products.open.push_back([=, &d]() mutable {
-    float rows[2][16], columns[2][16];
+    float rows[2][16];
     if constexpr (kInMemory) {
       left.read_line(rows[0], row), left.read_line(rows[1], row + 8);
       right.stale |= left.stale;
     } else {
       std::memcpy(rows, left.data(), sizeof(rows));
     }
-    for (int first = 0; first < kCount; first += 4) {
-      right.read_lines(columns, 2 * first + 2 * (lane % 4));
-      for (int i = 0; i < 4; ++i) {
-        float sum = accumulate ? d[first + i] : 0.0f;
-        for (int k = 0; k < 16; ++k) sum = fmaf(rows[i >> 1][k], columns[i & 1][k], sum);
-        d[first + i] = sum;
-      }
-    }
+    multiply_on_host(d, accumulate, rows, right, lane);
     if (right.stale) memory::say("a product reads what was written after it began", 0, -1);
     if (right.stale || !visible) std::fill(d, d + kCount, __int_as_float(0x7fc00000));
   });
