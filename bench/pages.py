@@ -34,7 +34,8 @@ def _card(stem: str) -> Page:
         stem,
         {
             stem: "",
-            f"{stem}-integers": "Scores watched as integers",
+            f"{stem}-halves": "Half tiles pass over what they do not see",
+            f"{stem}-fa4": "Beside flash-attn 4, the same kernels",
             f"{stem}-both": "Beside flash-attn and FlexAttention, a training step's attention too",
             f"{stem}-now": "After a second gathering warpgroup: what changed since",
             f"{stem}-wide": "Wide heads, with a backward of two roles",
@@ -55,7 +56,7 @@ PAGES = (
     Page("cpu", {"cpu-epyc": "", "cpu-epyc-jit": "First use on a machine"}),
     Page("accuracy", dict.fromkeys(ACCURACY, "")),
 )
-README = {"h200-integers": ["goal"], "h100-original": ["goal"], "cpu-epyc": ["cpu"]}  # files: sets
+README = {"h200-halves": ["goal"], "h100-original": ["goal"], "cpu-epyc": ["cpu"]}  # files: sets
 
 
 def intro(name: str) -> str:
