@@ -153,8 +153,9 @@ def past_mean(x: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
     one. A block that holds a NaN, an infinity or a sum beyond 1e30 counts for nothing.
     """
     batch, heads, seqlen, head_dim = x.shape
-    if not seqlen:
-        return x.new_empty((batch, heads, 0, head_dim), dtype=torch.float32)
+    if not seqlen or not heads:  # whatever heads `start` has
+        shape = (batch, heads, (seqlen - 1) // CENTER_ROWS + 1, head_dim)
+        return x.new_empty(shape, dtype=torch.float32)
     x, start = x.detach(), start.detach().float()
     if start.shape[0] < heads:
         start = start.repeat_interleave(heads // start.shape[0], dim=0)
@@ -190,7 +191,8 @@ def past_rows(
 def _past_on_cuda(
     x: torch.Tensor, directions: torch.Tensor, start: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if kernel_reason(x, directions, past=True) is not None:
+    # The kernel hashes on its way to the means: without a round it would make none.
+    if not directions.shape[0] or kernel_reason(x, directions, past=True) is not None:
         return past_rows(x, directions, start)
     from scfa_core.backends.cupy_raw.hashing import past_room, run_past_hash
 

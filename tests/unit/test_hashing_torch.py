@@ -60,6 +60,33 @@ def test_the_operator_that_hashes_about_the_past():
     torch.testing.assert_close(shared, past_mean(x, start[:2].repeat_interleave(2, 0)))
 
 
+def test_what_cannot_be_hashed_about_the_past_is_refused_by_name():
+    x, table, start = rows(0, 4, 4, 70, DIM), directions(2, 3), rows(1, 4, DIM)
+    centers = rows(2, 4, 4, 2, DIM)  # which angular_hash takes
+    for bad in (start[:3], start[:0], start[:, 1:]):
+        with pytest.raises(scfa.ShapeError, match="start must be"):
+            nn.hashing.past_hash(x, table, bad)
+    with pytest.raises(scfa.ShapeError, match="start must have 2 axes"):
+        nn.hashing.past_hash(x, table, centers)
+    with pytest.raises(scfa.ShapeError, match="x must have 4 axes"):
+        nn.hashing.past_hash(x[0], table, start)
+    with pytest.raises(scfa.DTypeError, match="start must be a torch tensor"):
+        nn.hashing.past_hash(x, table, None)
+    with pytest.raises(scfa.DTypeError, match="x must be a torch tensor"):
+        nn.hashing.past_hash(x.numpy(), table, start)
+    with pytest.raises(scfa.DTypeError, match="start must be real"):
+        nn.hashing.past_hash(x, table, start + 0j)
+
+
+def test_no_heads_and_no_rounds_of_the_past():
+    x, table, start = rows(0, 2, 4, 70, DIM), directions(2, 3), rows(1, 4, DIM)
+    bucket, mean = nn.hashing.past_hash(x[:, :0], table, start)
+    assert (bucket.shape, mean.shape) == ((3, 2, 0, 70), (2, 0, 2, DIM))
+    bucket, mean = nn.hashing.past_hash(x, table[:0], start)
+    assert bucket.shape == (0, 2, 4, 70)
+    torch.testing.assert_close(mean, past_mean(x, start))
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 7, DIM), (2, 4, 0, DIM)])
 def test_nothing_to_hash(shape):
     bucket = hashing.angular_hash(torch.zeros(shape), directions())
