@@ -193,7 +193,8 @@ def _past_on_cuda(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     # The kernel hashes on its way to the means: without a round it would make none.
     if not directions.shape[0] or kernel_reason(x, directions, past=True) is not None:
-        return past_rows(x, directions, start)
+        mean = past_mean(x, start)
+        return _on_cuda(x, directions, mean), mean  # that kernel needs less shared memory
     from scfa_core.backends.cupy_raw.hashing import past_room, run_past_hash
 
     bucket, mean = _past_fake(x, directions, start)

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="about torch tensors")
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import scfa_core as scfa  # noqa: E402
-from scfa_core import hashing, hashing_checks, nn  # noqa: E402
+from scfa_core import hashing, hashing_checks, nn, torch_hashing  # noqa: E402
 from scfa_core.torch_hashing import ANGULAR_HASH, PAST_HASH, kernel_reason, past_mean  # noqa: E402
 
 BUCKETS, DIM = 8, 16
@@ -76,6 +76,24 @@ def test_what_cannot_be_hashed_about_the_past_is_refused_by_name():
         nn.hashing.past_hash(x.numpy(), table, start)
     with pytest.raises(scfa.DTypeError, match="start must be real"):
         nn.hashing.past_hash(x, table, start + 0j)
+
+
+def test_rows_that_the_kernel_of_centers_alone_takes(monkeypatch):
+    """Directions that fit the shared memory of a card, but not beside the products of a tile."""
+    x, table, start = rows(0, 2, 4, 70, DIM), directions(2, 3), rows(1, 4, DIM)
+    seen = []
+
+    def kernel(*arguments):
+        seen.append(arguments)
+        return torch_hashing.hash_rows(*arguments)
+
+    monkeypatch.setattr(
+        torch_hashing, "kernel_reason", lambda *_, past: "too many" if past else None
+    )
+    monkeypatch.setattr(torch_hashing, "_on_cuda", kernel)
+    found = torch_hashing._past_on_cuda(x, table, start)
+    assert len(seen) == 1
+    assert all(map(torch.equal, found, nn.hashing.past_hash(x, table, start)))
 
 
 def test_no_heads_and_no_rounds_of_the_past():
