@@ -110,8 +110,9 @@ def _on_cuda(
     from scfa_core.backends.cupy_raw.hashing import run_angular_hash
 
     bucket = _result(x, directions)
-    native = _native(_readable(x), _table(x, directions), _table(x, center), bucket)
-    run_angular_hash(*native, raw_stream(native[0].device))
+    tables = (_table(x, directions), _table(x, center))
+    rows, columns, middle, out = _native(_readable(x), *tables, bucket)
+    run_angular_hash(rows, columns, middle, out, raw_stream(out.device))
     return bucket
 
 
@@ -198,11 +199,13 @@ def _past_on_cuda(
     from scfa_core.backends.cupy_raw.hashing import past_room, run_past_hash
 
     bucket, mean = _past_fake(x, directions, start)
-    words = past_room(*x.shape, directions.shape[3])
+    batch, heads, seqlen, head_dim = x.shape
+    words = past_room(batch, heads, seqlen, head_dim, directions.shape[3])
     room = torch.zeros(words, dtype=torch.int32, device=x.device)
     tables = (_table(x, directions), _table(x, start))
-    native = _native(_readable(x), *tables, bucket, mean, room)
-    run_past_hash(*native, raw_stream(native[0].device))
+    rows, columns, begin = _native(_readable(x), *tables)
+    out, middle, space = _native(bucket, mean, room)
+    run_past_hash(rows, columns, begin, out, middle, space, raw_stream(out.device))
     return bucket, mean
 
 
