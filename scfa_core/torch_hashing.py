@@ -110,8 +110,8 @@ def _on_cuda(
     from scfa_core.backends.cupy_raw.hashing import run_angular_hash
 
     bucket = _result(x, directions)
-    tables = (_table(x, directions), _table(x, center))
-    rows, columns, middle, out = _native(_readable(x), *tables, bucket)
+    held = (_readable(x), _table(x, directions), _table(x, center))  # until the launch
+    rows, columns, middle, out = _native(*held, bucket)
     run_angular_hash(rows, columns, middle, out, raw_stream(out.device))
     return bucket
 
@@ -202,8 +202,8 @@ def _past_on_cuda(
     batch, heads, seqlen, head_dim = x.shape
     words = past_room(batch, heads, seqlen, head_dim, directions.shape[3])
     room = torch.zeros(words, dtype=torch.int32, device=x.device)
-    tables = (_table(x, directions), _table(x, start))
-    rows, columns, begin = _native(_readable(x), *tables)
+    held = (_readable(x), _table(x, directions), _table(x, start))  # until the launch
+    rows, columns, begin = _native(*held)
     out, middle, space = _native(bucket, mean, room)
     run_past_hash(rows, columns, begin, out, middle, space, raw_stream(out.device))
     return bucket, mean

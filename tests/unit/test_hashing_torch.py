@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,6 +96,31 @@ def test_rows_that_the_kernel_of_centers_alone_takes(monkeypatch):
     found = torch_hashing._past_on_cuda(x, table, start)
     assert len(seen) == 1
     assert all(map(torch.equal, found, nn.hashing.past_hash(x, table, start)))
+
+
+@pytest.mark.parametrize("launch", ["run_angular_hash", "run_past_hash"])
+def test_what_a_kernel_reads_is_there_when_it_is_launched(monkeypatch, launch):
+    """Copies of what it cannot read as it is: an address keeps nothing alive."""
+    from scfa_core.backends.cupy_raw import hashing as kernels
+
+    seen, alive = [], []
+
+    def native(y, memory):
+        seen.append(weakref.ref(y))
+        return y.view_as(y).data  # another tensor, as an address is
+
+    def launched(*arguments):
+        alive.extend(ref() is not None for ref in seen)
+
+    monkeypatch.setattr(torch_hashing, "kernel_reason", lambda *_, past=False: None)
+    monkeypatch.setattr(torch_hashing, "raw_stream", lambda device: 0)
+    monkeypatch.setattr(torch_hashing, "TORCH_FRAMEWORK", SimpleNamespace(native=native))
+    monkeypatch.setattr(kernels, launch, launched)
+    x = rows(0, 2, 4, DIM, 70).transpose(2, 3)
+    run = {"run_angular_hash": torch_hashing._on_cuda, "run_past_hash": torch_hashing._past_on_cuda}
+    run[launch](x, directions(2, 3).double(), rows(1, 4, DIM).half())
+    assert len(alive) >= 4
+    assert all(alive)
 
 
 def test_no_heads_and_no_rounds_of_the_past():
