@@ -110,8 +110,9 @@ def _on_cuda(
     from scfa_core.backends.cupy_raw.hashing import run_angular_hash
 
     bucket = _result(x, directions)
-    native = _native(_readable(x), _table(x, directions), _table(x, center), bucket)
-    run_angular_hash(*native, raw_stream(native[0].device))
+    held = (_readable(x), _table(x, directions), _table(x, center))  # until the launch
+    rows, columns, middle, out = _native(*held, bucket)
+    run_angular_hash(rows, columns, middle, out, raw_stream(out.device))
     return bucket
 
 
@@ -153,8 +154,9 @@ def past_mean(x: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
     one. A block that holds a NaN, an infinity or a sum beyond 1e30 counts for nothing.
     """
     batch, heads, seqlen, head_dim = x.shape
-    if not seqlen:
-        return x.new_empty((batch, heads, 0, head_dim), dtype=torch.float32)
+    if not seqlen or not heads:  # whatever heads `start` has
+        shape = (batch, heads, (seqlen - 1) // CENTER_ROWS + 1, head_dim)
+        return x.new_empty(shape, dtype=torch.float32)
     x, start = x.detach(), start.detach().float()
     if start.shape[0] < heads:
         start = start.repeat_interleave(heads // start.shape[0], dim=0)
@@ -190,16 +192,20 @@ def past_rows(
 def _past_on_cuda(
     x: torch.Tensor, directions: torch.Tensor, start: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if kernel_reason(x, directions, past=True) is not None:
-        return past_rows(x, directions, start)
+    # The kernel hashes on its way to the means: without a round it would make none.
+    if not directions.shape[0] or kernel_reason(x, directions, past=True) is not None:
+        mean = past_mean(x, start)
+        return _on_cuda(x, directions, mean), mean  # that kernel needs less shared memory
     from scfa_core.backends.cupy_raw.hashing import past_room, run_past_hash
 
     bucket, mean = _past_fake(x, directions, start)
-    words = past_room(*x.shape, directions.shape[3])
+    batch, heads, seqlen, head_dim = x.shape
+    words = past_room(batch, heads, seqlen, head_dim, directions.shape[3])
     room = torch.zeros(words, dtype=torch.int32, device=x.device)
-    tables = (_table(x, directions), _table(x, start))
-    native = _native(_readable(x), *tables, bucket, mean, room)
-    run_past_hash(*native, raw_stream(native[0].device))
+    held = (_readable(x), _table(x, directions), _table(x, start))  # until the launch
+    rows, columns, begin = _native(*held)
+    out, middle, space = _native(bucket, mean, room)
+    run_past_hash(rows, columns, begin, out, middle, space, raw_stream(out.device))
     return bucket, mean
 
 

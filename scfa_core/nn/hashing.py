@@ -58,12 +58,20 @@ def past_hash(x: Tensor, directions: Tensor, start: Tensor) -> tuple[Tensor, Ten
 
     Notes
     -----
-    On a GPU that ``cupy`` serves, one kernel. Sums are added in an order that seqlen alone decides,
-    so that a sequence's buckets do not depend on what else is in the batch.
+    On a GPU that ``cupy`` serves, one kernel. It adds sums in an order that the number of buckets
+    alone decides, so that a sequence's buckets do not depend on what else is in the batch.
     """
-    x, directions, start = of_one_library(x=x, directions=directions, start=start)
+    check_tensor("x", x, "batch", "heads", "seqlen", "head_dim")
+    check_tensor("start", start, "heads", "head_dim")
+    of_one_library(x=x, directions=directions, start=start)
     check_real(x=x, directions=directions, start=start)
-    check_shapes(x, directions, start)
+    check_shapes(x, directions, None)
+    own, head_dim = start.shape
+    if head_dim != x.shape[3] or not own or x.shape[1] % own:
+        raise ShapeError(
+            f"start must be (heads or a divisor, head_dim) for x.shape={tuple(x.shape)}, got "
+            f"{tuple(start.shape)}"
+        )
     if hasattr(x, "placements"):  # a DTensor
         import scfa_core.distributed_rules  # noqa: F401  (registers them)
     hashed = PAST_HASH if x.device.type in ("cpu", "cuda", "meta") else past_rows
@@ -72,7 +80,7 @@ def past_hash(x: Tensor, directions: Tensor, start: Tensor) -> tuple[Tensor, Ten
 
 
 def less_past(x: Tensor, mean: Tensor) -> Tensor:
-    """Rows (batch, heads, seqlen, head_dim) less what `past_mean` says of them."""
+    """Rows (batch, heads, seqlen, head_dim) less the mean that `past_hash` says of them."""
     of_row = mean.unsqueeze(3).expand(-1, -1, -1, CENTER_ROWS, -1).flatten(2, 3)
     return (x.detach().float() - of_row[:, :, : x.shape[2]]).to(x.dtype)
 

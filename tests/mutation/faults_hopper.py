@@ -85,7 +85,7 @@ FAULTS = (
     ),
     Fault("hopper-upper-late", CUDA + "bwd_fused_sm90.cu",
         "head_first + bound / kBlockM));", "head_first + (bound + kBlockM - 1) / kBlockM));",
-        "the block where queries begin to see a tile's upper half is passed over", "hopper-one-pass",
+        "the block where queries begin to see a tile's upper half is left out", "hopper-one-pass",
     ),
     Fault("hopper-lower-early", CUDA + "bwd_fused_sm90.cu",
         "head_first + (bound + kBlockM - 1) / kBlockM));", "head_first + bound / kBlockM));",

@@ -44,17 +44,21 @@ class HostCompiler:
         self._started: dict[tuple, Future] = {}
         # Every source begins with it: it is parsed once.
         first = self.folder / "cuda_on_host.hpp"
+        parsed = first.with_name(f"{first.name}.gch")
         with locked(self.folder):
-            if not self.folder.exists():
-                self.folder.mkdir()
+            if not parsed.exists():
+                self.folder.mkdir(exist_ok=True)
                 for name, text in texts.items():
                     (self.folder / name).write_text(text)
-                self._call(*OPTIONS, "-x", "c++-header", "-o", f"{first}.gch", first)
+                self._make(parsed, "-x", "c++-header", first)
 
-    def _call(self, *arguments):
-        command = [COMPILER, *map(str, arguments)]
+    def _make(self, target, *arguments):
+        """Whole or not there, should this process be killed."""
+        part = target.with_name(f"{target.name}.part")
+        command = [COMPILER, *OPTIONS, "-o", str(part), *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[:4000]
+        part.replace(target)
 
     def _compile(self, text, constants):
         defines = [f"-DSCFA_{key}={value}" for key, value in constants]
@@ -64,7 +68,7 @@ class HostCompiler:
             if not target.exists():
                 source.write_text(text)
                 first = ("-include", self.folder / "cuda_on_host.hpp")
-                self._call(*OPTIONS, "-shared", *first, *defines, "-o", target, source)
+                self._make(target, "-shared", *first, *defines, source)
         return ctypes.CDLL(str(target)).run
 
     def start(self, text, constants):

@@ -21,7 +21,9 @@ Made = TypeVar("Made")
 def shared_folder(factory: pytest.TempPathFactory) -> Path:
     """Folder of this run of the tests that all of its processes have."""
     base = factory.getbasetemp()
-    return base.parent if fcntl and "PYTEST_XDIST_WORKER" in os.environ else base
+    # A run within a test has the variable as well, but a folder of its own.
+    mine = base.name == f"popen-{os.environ.get('PYTEST_XDIST_WORKER')}"
+    return base.parent if fcntl and mine else base
 
 
 @contextlib.contextmanager
@@ -31,7 +33,11 @@ def locked(path: Path) -> Iterator[None]:
     with path.with_name(f"{path.name}.lock").open("w") as lock:
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:
+            if fcntl:  # closed is not enough: a fork made meanwhile holds it open
+                fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Made]) -> Made:
@@ -42,5 +48,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
         if not result.exists():
             shutil.rmtree(folder, ignore_errors=True)  # of one that failed
             folder.mkdir()
-            result.write_bytes(pickle.dumps(make(folder)))
+            part = folder / "made.part"
+            part.write_bytes(pickle.dumps(make(folder)))
+            part.replace(result)  # whole or not there, should this process be killed
     return pickle.loads(result.read_bytes())

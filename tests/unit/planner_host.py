@@ -91,7 +91,7 @@ def _load(folder: Path) -> ctypes.CDLL:
     library = folder / "driver.so"
     with locked(folder):
         if not library.exists():
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)
             _compile(folder)
     return ctypes.CDLL(str(library))
 
@@ -130,10 +130,11 @@ def _compile(folder: Path) -> None:
         "-Wall",
         "-Wno-unknown-pragmas",
     ]
-    command += [f"-I{host_build.HERE}", f"-I{folder}", "driver.cpp", "-o", "driver.so"]
+    command += [f"-I{host_build.HERE}", f"-I{folder}", "driver.cpp", "-o", "driver.part"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr, done.stderr
+    (folder / "driver.part").replace(folder / "driver.so")
 
 
 class HostKernel:

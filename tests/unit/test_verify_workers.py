@@ -20,6 +20,14 @@ from scfa_core.verify_findings import Finding
 from scfa_core.verify_workers import ONE_THREAD, Pool, in_processes, processes
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_as_python_has_it():
+    """Who ignores SIGINT, as background jobs of a shell do, has children that ignore it too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def pool():
     with processes(2) as pool:
