@@ -24,7 +24,7 @@ from scfa_core.distributed_exchange import gather
 from scfa_core.errors import ShapeError
 from scfa_core.hashing import angular_hash
 from scfa_core.hashing_checks import CENTER_ROWS, MOST_SUM, PAST_START
-from scfa_core.nn.hashing import past_hash
+from scfa_core.nn.past import past_hash
 
 VOCABULARY = 64
 LOSS_ROWS = 8192  # logits of so many rows are in memory at once

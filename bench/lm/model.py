@@ -18,7 +18,8 @@ from bench.lm.config import Config
 from bench.lm.data import document_ids
 from scfa_core.hashing import angular_hash
 from scfa_core.hashing_checks import CENTER_ROWS
-from scfa_core.nn.hashing import past_hash, second_moments
+from scfa_core.nn.hashing import second_moments
+from scfa_core.nn.past import past_hash
 
 ROTARY_BASE = 10000.0
 SAMPLED = 2048  # about so many queries of a batch count for mean and covariance

@@ -111,7 +111,7 @@ def mean_before(torch, x, start):
 def test_rows_are_hashed_about_the_mean_of_those_before(
     torch, dtype, head_dim, buckets, own, starts, rounds, seqlen
 ):
-    from scfa_core.nn.hashing import past_hash
+    from scfa_core.nn.past import past_hash
     from scfa_core.torch_hashing import kernel_reason
 
     x = (3 + drawn(torch, 2, 4, seqlen, head_dim)).to(getattr(torch, dtype))
@@ -136,7 +136,7 @@ def test_rows_are_hashed_about_the_mean_of_those_before(
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # its compiler imports torch.jit
 def test_the_past_by_layer_by_graph_and_compiled(torch):
     from scfa_core import nn
-    from scfa_core.nn.hashing import past_hash
+    from scfa_core.nn.past import past_hash
 
     x, start = 3 + drawn(torch, 2, 700, 4, 64).transpose(1, 2), drawn(torch, 4, 64, dtype="float32")
     own = nn.AngularHash(4, 64, 16, seed=0, adapt="past").cuda()
@@ -158,7 +158,7 @@ def test_the_past_by_layer_by_graph_and_compiled(torch):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 4e36])
 def test_blocks_with_bad_rows_count_for_nothing(torch, bad):
-    from scfa_core.nn.hashing import past_hash
+    from scfa_core.nn.past import past_hash
 
     x = drawn(torch, 1, 2, 3000, 64)
     x[0, 1, 70, 3] = bad

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch", reason="about torch tensors")
 import scfa_core as scfa  # noqa: E402
 from scfa_core import nn  # noqa: E402
 from scfa_core.hashing_checks import CENTER_ROWS, PAST_START  # noqa: E402
-from scfa_core.nn.hashing import less_past  # noqa: E402
+from scfa_core.nn.past import less_past  # noqa: E402
 from scfa_core.torch_hashing import past_mean  # noqa: E402
 
 BUCKETS, DIM, HEADS, SEQLEN = 8, 16, 4, 400

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import scfa_core as scfa  # noqa: E402
 from scfa_core import hashing, hashing_checks, nn, torch_hashing  # noqa: E402
+from scfa_core.nn.past import less_past, past_hash  # noqa: E402
 from scfa_core.torch_hashing import ANGULAR_HASH, PAST_HASH, kernel_reason, past_mean  # noqa: E402
 
 BUCKETS, DIM = 8, 16
@@ -49,10 +50,10 @@ def test_the_operator_that_hashes_about_the_past():
     start = rows(1, 4, DIM)
     for x in (rows(0, 2, 4, 70, DIM), rows(0, 2, 70, 4, DIM).transpose(1, 2)):
         torch.library.opcheck(PAST_HASH, (x, directions(2, 3), start))
-        bucket, mean = nn.hashing.past_hash(x, directions(2, 3), start)
+        bucket, mean = past_hash(x, directions(2, 3), start)
         assert torch.equal(bucket, hashing.angular_hash(x, directions(2, 3), mean))
     both = torch.stack((x, x + 1), 3)
-    mapped = torch.func.vmap(lambda y: nn.hashing.past_hash(y, directions(2, 3), start), in_dims=3)
+    mapped = torch.func.vmap(lambda y: past_hash(y, directions(2, 3), start), in_dims=3)
     slices, means = mapped(both)
     assert (slices[0] == bucket).float().mean() > 0.99  # strides decide how torch sums
     torch.testing.assert_close(means[0], mean)
@@ -67,17 +68,17 @@ def test_what_cannot_be_hashed_about_the_past_is_refused_by_name():
     centers = rows(2, 4, 4, 2, DIM)  # which angular_hash takes
     for bad in (start[:3], start[:0], start[:, 1:]):
         with pytest.raises(scfa.ShapeError, match="start must be"):
-            nn.hashing.past_hash(x, table, bad)
+            past_hash(x, table, bad)
     with pytest.raises(scfa.ShapeError, match="start must have 2 axes"):
-        nn.hashing.past_hash(x, table, centers)
+        past_hash(x, table, centers)
     with pytest.raises(scfa.ShapeError, match="x must have 4 axes"):
-        nn.hashing.past_hash(x[0], table, start)
+        past_hash(x[0], table, start)
     with pytest.raises(scfa.DTypeError, match="start must be a torch tensor"):
-        nn.hashing.past_hash(x, table, None)
+        past_hash(x, table, None)
     with pytest.raises(scfa.DTypeError, match="x must be a torch tensor"):
-        nn.hashing.past_hash(x.numpy(), table, start)
+        past_hash(x.numpy(), table, start)
     with pytest.raises(scfa.DTypeError, match="start must be real"):
-        nn.hashing.past_hash(x, table, start + 0j)
+        past_hash(x, table, start + 0j)
 
 
 def test_rows_that_the_kernel_of_centers_alone_takes(monkeypatch):
@@ -95,7 +96,7 @@ def test_rows_that_the_kernel_of_centers_alone_takes(monkeypatch):
     monkeypatch.setattr(torch_hashing, "_on_cuda", kernel)
     found = torch_hashing._past_on_cuda(x, table, start)
     assert len(seen) == 1
-    assert all(map(torch.equal, found, nn.hashing.past_hash(x, table, start)))
+    assert all(map(torch.equal, found, past_hash(x, table, start)))
 
 
 @pytest.mark.parametrize("launch", ["run_angular_hash", "run_past_hash"])
@@ -125,9 +126,9 @@ def test_what_a_kernel_reads_is_there_when_it_is_launched(monkeypatch, launch):
 
 def test_no_heads_and_no_rounds_of_the_past():
     x, table, start = rows(0, 2, 4, 70, DIM), directions(2, 3), rows(1, 4, DIM)
-    bucket, mean = nn.hashing.past_hash(x[:, :0], table, start)
+    bucket, mean = past_hash(x[:, :0], table, start)
     assert (bucket.shape, mean.shape) == ((3, 2, 0, 70), (2, 0, 2, DIM))
-    bucket, mean = nn.hashing.past_hash(x, table[:0], start)
+    bucket, mean = past_hash(x, table[:0], start)
     assert bucket.shape == (0, 2, 4, 70)
     torch.testing.assert_close(mean, past_mean(x, start))
 
@@ -257,7 +258,7 @@ def test_the_past_is_known_where_only_deterministic_sums_are(deterministic):
 @pytest.mark.parametrize("seqlen", [0, 1, 40, 64, 200, 700])
 def test_rows_less_the_mean_of_those_before(seqlen):
     x, start = rows(0, 2, 3, seqlen, 4) + 5, rows(1, 3, 4)
-    less = nn.hashing.less_past(x, past_mean(x, start))
+    less = less_past(x, past_mean(x, start))
     assert less.shape == x.shape
     assert not less.requires_grad
     for row in range(seqlen):
