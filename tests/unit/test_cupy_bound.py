@@ -170,7 +170,7 @@ def test_hopper_arguments_are_those_packed_anew(launched, monkeypatch, monotone,
     second, third, fourth = (WORKSPACE + (i << 20) for i in (1, 2, 3))
     if backward == "fused" and monotone:
         assert launched.pop(0) == ("zero", second, 8, STREAM, 0)
-        records = third, third + 4 * 12 * (4 + 2 * 2)  # of key tiles, and what comes after them
+        records = third, third + 4 * 12 * (4 + 4 * 2)  # of key tiles, and what comes after them
         sums = launch_sm90.Sums(fourth, records[1], launch_sm90._sum_slots(sizes), 2)
         fields = (sizes, native, given, lse, stats, second, (3, 12), 2, sums)
         want = launch_sm90._params(*fields, key_tiles=records[0], maps=tensor_maps(q, dout))
@@ -248,11 +248,11 @@ def test_where_ranges_can_be_long_the_gpu_chooses(launched, monkeypatch):
     without = [x._replace(pointer=0) for x in arrays]
     bound_sm90.bind_backward(sizes, True, *without)(PLAN, at, Context())
     counted, choice, records, room = (WORKSPACE + (i << 20) for i in (1, 2, 3, 4))
-    added = records + 4 * 32 * (4 + 2 * 2)
+    added = records + 4 * 28 * (4 + 4 * 2)
     sums = launch_sm90.Sums(room, added, launch_sm90._sum_slots(sizes), 2)
     stats = (WORKSPACE + 4, WORKSPACE + 4 + 4 * 2 * 4 * 90)
     first = choice + 4 * launch_sm90._CHOICE_COUNTERS
-    key_tiles = (8, 32)  # of 961 keys, two batch entries of two key heads
+    key_tiles = (7, 28)  # of 871 keys, two batch entries of two key heads
     given = (q, k, v, out, dout, dq, dk, dv)
 
     def want(counter, tiles, heads):
