@@ -2,8 +2,6 @@
 
 import subprocess
 import sys
-import weakref
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +11,9 @@ torch = pytest.importorskip("torch", reason="about torch tensors")
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import scfa_core as scfa  # noqa: E402
-from scfa_core import hashing, hashing_checks, nn, torch_hashing  # noqa: E402
-from scfa_core.nn.past import less_past, past_hash  # noqa: E402
-from scfa_core.torch_hashing import ANGULAR_HASH, PAST_HASH, kernel_reason, past_mean  # noqa: E402
+from scfa_core import hashing, hashing_checks, nn  # noqa: E402
+from scfa_core.nn.past import less_past  # noqa: E402
+from scfa_core.torch_hashing import ANGULAR_HASH, kernel_reason, past_mean  # noqa: E402
 
 BUCKETS, DIM = 8, 16
 
@@ -44,93 +42,6 @@ def test_opcheck_and_strides(middle):
         bucket = hashing.angular_hash(x, directions(2, 3), center)
         assert bucket.shape == (3, 2, 4, 7)
         assert bucket.is_contiguous()
-
-
-def test_the_operator_that_hashes_about_the_past():
-    start = rows(1, 4, DIM)
-    for x in (rows(0, 2, 4, 70, DIM), rows(0, 2, 70, 4, DIM).transpose(1, 2)):
-        torch.library.opcheck(PAST_HASH, (x, directions(2, 3), start))
-        bucket, mean = past_hash(x, directions(2, 3), start)
-        assert torch.equal(bucket, hashing.angular_hash(x, directions(2, 3), mean))
-    both = torch.stack((x, x + 1), 3)
-    mapped = torch.func.vmap(lambda y: past_hash(y, directions(2, 3), start), in_dims=3)
-    slices, means = mapped(both)
-    assert (slices[0] == bucket).float().mean() > 0.99  # strides decide how torch sums
-    torch.testing.assert_close(means[0], mean)
-    narrow = 100 + x.to(torch.bfloat16)  # sums of 16 bits would be off by units
-    torch.testing.assert_close(past_mean(narrow, start), past_mean(narrow.float(), start))
-    shared = past_mean(x, start[:2])
-    torch.testing.assert_close(shared, past_mean(x, start[:2].repeat_interleave(2, 0)))
-
-
-def test_what_cannot_be_hashed_about_the_past_is_refused_by_name():
-    x, table, start = rows(0, 4, 4, 70, DIM), directions(2, 3), rows(1, 4, DIM)
-    centers = rows(2, 4, 4, 2, DIM)  # which angular_hash takes
-    for bad in (start[:3], start[:0], start[:, 1:]):
-        with pytest.raises(scfa.ShapeError, match="start must be"):
-            past_hash(x, table, bad)
-    with pytest.raises(scfa.ShapeError, match="start must have 2 axes"):
-        past_hash(x, table, centers)
-    with pytest.raises(scfa.ShapeError, match="x must have 4 axes"):
-        past_hash(x[0], table, start)
-    with pytest.raises(scfa.DTypeError, match="start must be a torch tensor"):
-        past_hash(x, table, None)
-    with pytest.raises(scfa.DTypeError, match="x must be a torch tensor"):
-        past_hash(x.numpy(), table, start)
-    with pytest.raises(scfa.DTypeError, match="start must be real"):
-        past_hash(x, table, start + 0j)
-
-
-def test_rows_that_the_kernel_of_centers_alone_takes(monkeypatch):
-    """Directions that fit the shared memory of a card, but not beside the products of a tile."""
-    x, table, start = rows(0, 2, 4, 70, DIM), directions(2, 3), rows(1, 4, DIM)
-    seen = []
-
-    def kernel(*arguments):
-        seen.append(arguments)
-        return torch_hashing.hash_rows(*arguments)
-
-    monkeypatch.setattr(
-        torch_hashing, "kernel_reason", lambda *_, past: "too many" if past else None
-    )
-    monkeypatch.setattr(torch_hashing, "_on_cuda", kernel)
-    found = torch_hashing._past_on_cuda(x, table, start)
-    assert len(seen) == 1
-    assert all(map(torch.equal, found, past_hash(x, table, start)))
-
-
-@pytest.mark.parametrize("launch", ["run_angular_hash", "run_past_hash"])
-def test_what_a_kernel_reads_is_there_when_it_is_launched(monkeypatch, launch):
-    """Copies of what it cannot read as it is: an address keeps nothing alive."""
-    from scfa_core.backends.cupy_raw import hashing as kernels
-
-    seen, alive = [], []
-
-    def native(y, memory):
-        seen.append(weakref.ref(y))
-        return y.view_as(y).data  # another tensor, as an address is
-
-    def launched(*arguments):
-        alive.extend(ref() is not None for ref in seen)
-
-    monkeypatch.setattr(torch_hashing, "kernel_reason", lambda *_, past=False: None)
-    monkeypatch.setattr(torch_hashing, "raw_stream", lambda device: 0)
-    monkeypatch.setattr(torch_hashing, "TORCH_FRAMEWORK", SimpleNamespace(native=native))
-    monkeypatch.setattr(kernels, launch, launched)
-    x = rows(0, 2, 4, DIM, 70).transpose(2, 3)
-    run = {"run_angular_hash": torch_hashing._on_cuda, "run_past_hash": torch_hashing._past_on_cuda}
-    run[launch](x, directions(2, 3).double(), rows(1, 4, DIM).half())
-    assert len(alive) >= 4
-    assert all(alive)
-
-
-def test_no_heads_and_no_rounds_of_the_past():
-    x, table, start = rows(0, 2, 4, 70, DIM), directions(2, 3), rows(1, 4, DIM)
-    bucket, mean = past_hash(x[:, :0], table, start)
-    assert (bucket.shape, mean.shape) == ((3, 2, 0, 70), (2, 0, 2, DIM))
-    bucket, mean = past_hash(x, table[:0], start)
-    assert bucket.shape == (0, 2, 4, 70)
-    torch.testing.assert_close(mean, past_mean(x, start))
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 7, DIM), (2, 4, 0, DIM)])
