@@ -135,8 +135,8 @@ def _ways(problem: Problem, asked: str | None, monotone: bool = True) -> tuple[b
         return True, False
     if way == "fused":
         return False, True
-    # Where keys are few there is nothing to ask: of causal rows an average pair's sees two thirds.
-    return True, 2 * problem.seqlen_k > 3 * sm90._LONG_KEYS.get(problem.head_dim, problem.seqlen_k)
+    # Where keys are few there is nothing to ask, which takes time.
+    return True, problem.seqlen_k > sm90._FEW_KEYS.get(problem.head_dim, problem.seqlen_k)
 
 
 class _Backward:
@@ -217,6 +217,7 @@ class _Backward:
             (0, 0) if self.monotone else (starts, ends),
             records if self.slots else 0,
             self.maps or NO_MAPS,
+            sm90._fused_in_turn(self.problem, self.slots),
         )
 
     def _key_tiles(self, shape: Shape) -> tuple[int, int]:

@@ -49,8 +49,13 @@ _SUM_ROOM = 1 << 17
 _SUM_BYTES_PER_ROW = 8  # and so many more for each query row
 # head_dim -> keys of an average pair's query tile from which "auto" takes the fused kernel, faster
 # then (bwd_choose_sm90.cu; hopper.md); a head_dim that is not here goes the split way unless told
-# otherwise
-_LONG_KEYS = {64: 580, 128: 440}
+# otherwise, and so does one with no more keys than this in all
+_LONG_KEYS = {64: 340, 128: 440}
+_FEW_KEYS = {64: 960, 128: 660}
+# Keys of an average pair's query tile up to which the fused kernel takes tiles of several heads in
+# turn (bwd_choose_sm90.cu), and how many heads at most.
+_TURN_KEYS = 2304
+_FUSED_IN_TURN = 16
 _HEADS_IN_TURN = 4  # at most, at the end of a forward (tiles_sm90.cuh)
 _RECORD_BLOCKS = 8  # of the kernel that looks at key tiles, for each multiprocessor
 _PREPARE_BLOCKS = {64: 5, 128: 3}  # of that which prepares rows: as many as have registers
@@ -162,7 +167,7 @@ def _params(
     is the address of the words of choice_sm90.cuh, 0 where there is no choice; `envelopes` are
     those of starts and of ends, where ranges lie in any order; `key_tiles` is that of the fused
     kernels' records of key tiles; `maps` are those of `tensor_maps`; `in_turn` is what `_in_turn`
-    says (forward).
+    or `_fused_in_turn` says.
     """
     lists = (plan.q_index, plan.q_count, plan.k_index, plan.k_count, plan.key_start, plan.key_end)
     scale, per_head = problem.softmax_scale, tiles[0]
@@ -260,7 +265,7 @@ def _key_tiles_kernel(device: int) -> Kernel:
 @cache
 def _choose_kernel(device: int, head_dim: int) -> Kernel:
     """The kernel that chooses between the two ways of the backward."""
-    constants = (("LONG_KEYS", _LONG_KEYS[head_dim]),)
+    constants = (("LONG_KEYS", _LONG_KEYS[head_dim]), ("TURN_KEYS", _TURN_KEYS))
     return get_kernel(
         "scfa_bwd_choose_sm90", "bwd_choose_sm90.cu", constants, device, arch_suffix="a"
     )
@@ -278,6 +283,18 @@ def _persistent(
 def _in_turn(heads: int) -> int:
     """Binary logarithm of how many heads at the end have their tiles handed out in turn."""
     return min(heads, _HEADS_IN_TURN).bit_length() - 1
+
+
+def _fused_in_turn(problem: Problem, slots: int) -> int:
+    """Binary logarithm of how many key heads' tiles the fused kernel may hand out in turn.
+
+    No more than have sums at a time, `slots` query heads: a head's room is that of a head before
+    it, all tiles of which must have been handed out earlier.
+    """
+    if problem.head_dim != 64 or slots == 0:
+        return 0
+    heads = min(problem.batch * problem.heads_kv, slots // problem.group_size)
+    return min(heads, _FUSED_IN_TURN).bit_length() - 1
 
 
 def _sum_heads(head_dim: int, seqlen_q: int, heads: int) -> int:

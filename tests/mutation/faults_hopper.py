@@ -9,6 +9,7 @@ SUITES["hopper"] = (
     (f"{HOPPER}::test_keys_that_a_tile_sees",),
     (f"{HOPPER}::test_ranges_that_begin_and_end_beside_blocks",),
 )
+SUITES["hopper-ends"] = (("tests/unit/test_hopper_on_host.py::test_who_says_that_a_tile_ends",),)
 SUITES["hopper-turns"] = (("tests/unit/test_hopper_on_host.py::test_two_gathering_warpgroups",),)
 SUITES["hopper-wide"] = (
     ("tests/unit/test_hopper_on_host.py", "-k", "wide"),
@@ -95,6 +96,14 @@ FAULTS = (
         "for (int i = 0; i < kBlockM / 4; ++i) changes[i] = 0;",
         "for (int i = 0; i < kBlockM / 4; ++i) changes[i] = weights[i];",
         "a block that is passed over adds what was there before to dq", "hopper-one-pass",
+    ),
+    Fault("hopper-ends-early", CUDA + "bwd_fused_sm90.cu",
+        "ended = member + 1 == p.group_size;", "ended = true;",
+        "keys are let go of by the first query head that sees them", "hopper-ends",
+    ),
+    Fault("hopper-ends-unsaid", CUDA + "bwd_fused_sm90.cu",
+        "if (!ended) announce_end(kTileDone);", "",
+        "keys that the last query head does not see are never let go of", "hopper-ends",
     ),
     Fault("hopper-half-bounds", KEY_TILES,
         "{ends, key0 + kHalf, 0, count},", "{ends, key0 + kHalf + 1, 0, count},",

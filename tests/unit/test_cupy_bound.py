@@ -173,7 +173,12 @@ def test_hopper_arguments_are_those_packed_anew(launched, monkeypatch, monotone,
         records = third, third + 4 * 12 * (4 + 4 * 2)  # of key tiles, and what comes after them
         sums = launch_sm90.Sums(fourth, records[1], launch_sm90._sum_slots(sizes), 2)
         fields = (sizes, native, given, lse, stats, second, (3, 12), 2, sums)
-        want = launch_sm90._params(*fields, key_tiles=records[0], maps=tensor_maps(q, dout))
+        want = launch_sm90._params(
+            *fields,
+            key_tiles=records[0],
+            maps=tensor_maps(q, dout),
+            in_turn=launch_sm90._fused_in_turn(sizes, sums.slots),
+        )
         assert [x[1].get("RUNS") for x in launched] == [None, 0, 1]
         names = ["key_tiles", "prepare", "fused"]
         assert [x[0] for x in launched] == [f"scfa_bwd_{name}_sm90" for name in names]
@@ -242,17 +247,17 @@ def test_where_ranges_can_be_long_the_gpu_chooses(launched, monkeypatch):
     """All kernels are launched, with the words of the choice, a counter each, and room for sums."""
     monkeypatch.delenv("SCFA_CUPY_BACKWARD", raising=False)
     native = PlanArrays.of([described(at) for at in PLAN[:7]], True)
-    sizes, arrays = problem(seqlen_k=launch_sm90._LONG_KEYS[64] * 3 // 2 + 1), backward_arrays()
+    sizes, arrays = problem(seqlen_k=launch_sm90._FEW_KEYS[64] + 1), backward_arrays()
     dout, q, k, v, out, lse, dq, dk, dv = arrays
     at = tuple(x.pointer for x in arrays)
     without = [x._replace(pointer=0) for x in arrays]
     bound_sm90.bind_backward(sizes, True, *without)(PLAN, at, Context())
     counted, choice, records, room = (WORKSPACE + (i << 20) for i in (1, 2, 3, 4))
-    added = records + 4 * 28 * (4 + 4 * 2)
+    added = records + 4 * 32 * (4 + 4 * 2)
     sums = launch_sm90.Sums(room, added, launch_sm90._sum_slots(sizes), 2)
     stats = (WORKSPACE + 4, WORKSPACE + 4 + 4 * 2 * 4 * 90)
     first = choice + 4 * launch_sm90._CHOICE_COUNTERS
-    key_tiles = (7, 28)  # of 871 keys, two batch entries of two key heads
+    key_tiles = (8, 32)  # of 961 keys, two batch entries of two key heads
     given = (q, k, v, out, dout, dq, dk, dv)
 
     def want(counter, tiles, heads):
@@ -260,6 +265,7 @@ def test_where_ranges_can_be_long_the_gpu_chooses(launched, monkeypatch):
             *(sizes, native, given, lse, stats, counter, tiles, heads, sums, choice),
             key_tiles=records,
             maps=tensor_maps(q, dout),
+            in_turn=launch_sm90._fused_in_turn(sizes, sums.slots),
         )
 
     assert launched[0] == ("zero", counted, 8, STREAM, 0)

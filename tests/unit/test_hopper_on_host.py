@@ -1,14 +1,16 @@
 """The Hopper kernels on fibers (hopper_host.py) against the truth: ranges in order."""
 
+import dataclasses
 import itertools
 
 import hopper_host
 import host_build
 import numpy as np
 import pytest
-from hopper_host import HASH, IN_ONE_PASS, WINDOW, check, run
+from hopper_host import HASH, IN_ONE_PASS, WINDOW, check, check_case, run
 from scfa_core.backends.cupy_raw import shapes_sm90
 
+import scfa_core as scfa
 from scfa_core import testing
 from scfa_core.testing import Part, Spec
 
@@ -115,6 +117,9 @@ def test_scores_of_either_sign(kernels, head_dim, name):
     assert all(verdict.ok for verdict in testing.judge(case, got))
 
 
+UPWARDS, DOWNWARDS = 3, 4  # of cuda_on_host.hpp: those who fetch run far ahead, or far behind
+
+
 @pytest.mark.parametrize("seqlen", [1, 129, 450])
 @pytest.mark.parametrize("name", ["causal", "all together", "keep none"])
 def test_two_gathering_warpgroups(kernels, name, seqlen):
@@ -142,6 +147,35 @@ def test_patterns_in_one_pass(kernels, head_dim, name):
     check(kernels, spec, fused=True, order=2, blocks=2, slots=2)
 
 
+@pytest.mark.parametrize("name", IN_ONE_PASS)
+@pytest.mark.parametrize("order", [0, 2])
+def test_tiles_of_heads_in_turn(kernels, name, order):
+    """Of two at a time, and of one left over; the bits are those of heads one after the other."""
+    parts = IN_ONE_PASS[name]
+    spec = Spec(1, 6, 3, 277, 277, 64, 64, "bfloat16", parts=parts, poison=True, seed=3)
+    case = testing.build(spec)
+    got = run(kernels, case, fused=True, order=order, blocks=2, slots=4, in_turn=1)
+    assert not [verdict for verdict in testing.judge(case, got) if not verdict.ok]
+    after = run(kernels, case, fused=True, slots=4)
+    for x in ("dq", "dk", "dv"):
+        np.testing.assert_array_equal(getattr(got, x), getattr(after, x))
+
+
+@pytest.mark.parametrize("blind", [0, 1, 2])
+@pytest.mark.parametrize("order", [UPWARDS, DOWNWARDS])
+def test_who_says_that_a_tile_ends(kernels, blind, order):
+    """Of three query heads to a key head one sees nothing; keys stay until the last has done."""
+    spec = Spec(1, 6, 2, 400, 400, 64, 64, "float16", parts=(Part("causal", number=0),), seed=4)
+    case = testing.build(spec)
+    keep = np.ones((1, 6, 400), bool)
+    keep[:, blind::3, 100:] = False
+    keep[:, 3 + blind] = False
+    pattern = case.pattern & scfa.QKSparse(keep, np.ones((1, 2, 400), bool))
+    mask = case.mask & keep[..., None]
+    case = dataclasses.replace(case, pattern=pattern, mask=mask)
+    check_case(kernels, case, fused=True, order=order, slots=3)
+
+
 @pytest.mark.parametrize("head_dim", sorted(shapes_sm90.FUSED))
 def test_keys_between_rows_in_one_pass(kernels, head_dim):
     """Rows of one key and few more: what one row alone sees is fetched, in every 32 of them."""
@@ -165,9 +199,6 @@ def test_the_build_for_the_sanitizer(kernels, head_dim, fused):
     parts = (Part("window", number=200),)
     spec = Spec(1, 2, 2, 270, 270, head_dim, head_dim, "bfloat16", parts=parts, seed=6)
     check(kernels, spec, fused=fused, order=1, slots=1, sanitize=True)
-
-
-UPWARDS, DOWNWARDS = 3, 4  # of cuda_on_host.hpp: those who fetch run far ahead, or far behind
 
 
 @pytest.mark.parametrize("order", [UPWARDS, DOWNWARDS])

@@ -1,6 +1,7 @@
-"""In which order query tiles are handed out (tiles_sm90.cuh)."""
+"""In which order tiles are handed out (tiles_sm90.cuh, choice_sm90.cuh)."""
 
 import ctypes
+import dataclasses
 
 import hopper_host
 import host_build
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 from hopper_host import TILE_HEADERS, source_of
 from scfa_core.backends.cupy_raw import launch_sm90
+
+from scfa_core.problem import Problem
 
 pytestmark = host_build.NEEDS_COMPILER
 kernels = hopper_host.kernels
@@ -50,3 +53,48 @@ def test_each_tile_once_and_the_last_heads_in_turn(kernels, batch, heads, group,
     before = [(list_, tile) for list_ in range(lists - together) for tile in range(per_head)]
     after = [(lists - together + i, tile) for tile in range(per_head) for i in range(together)]
     assert list(zip(z, number, strict=True)) == before + after
+
+
+KEY_TILES = """
+extern "C" void run(int tiles, int per_head, int in_turn, const Divisor* divisor, int* found) {
+  Params p{};
+  p.tiles = tiles, p.tiles_per_head = per_head, p.by_tiles = *divisor;
+  for (int n = 0; n < tiles; ++n) found[n] = tile_in_turn(p, n, in_turn);
+}
+"""
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 8, 9, 31])
+@pytest.mark.parametrize("in_turn", range(4))
+@pytest.mark.parametrize("per_head", [1, 2, 7])
+def test_key_tiles_of_so_many_heads_in_turn(kernels, heads, in_turn, per_head):
+    """Groups of heads, and those left over one after the other; each head's tiles in order."""
+    headers = ("products_sm90.cuh", "params_sm90.cuh", "choice_sm90.cuh")
+    function = kernels.start(source_of(headers, KEY_TILES), (("BFLOAT16", 1),))
+    found = np.full(heads * per_head, -7, np.int32)
+    divisor = np.array(launch_sm90._divisor(per_head), np.uint32)
+    pointers = (ctypes.c_void_p(x.ctypes.data) for x in (divisor, found))
+    function.result()(len(found), per_head, in_turn, *pointers)
+    together = 1 << in_turn
+    whole = heads // together * together
+    groups = [range(first, first + together) for first in range(0, whole, together)]
+    groups += [range(head, head + 1) for head in range(whole, heads)]
+    expected = [z * per_head + n for group in groups for n in range(per_head) for z in group]
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "group", "seqlen_q", "most"),
+    [(4, 12, 1, 8192, 4), (4, 48, 1, 16384, 3), (1, 12, 1, 32768, 2), (1, 8, 8, 4096, 0),
+     (2, 8, 4, 16384, 1), (1, 4, 1, 1024, 2), (1, 1, 1, 131072, 0)],
+)  # fmt: skip
+def test_no_more_heads_in_turn_than_have_sums(batch, heads, group, seqlen_q, most):
+    """A head's room must be free of a head whose tiles were all handed out before."""
+    sizes = (batch, heads, heads // group, seqlen_q, seqlen_q, 64, 64, "bfloat16", "cuda:0", 1.0)
+    problem = Problem(*sizes)
+    slots = launch_sm90._sum_slots(problem)
+    assert launch_sm90._fused_in_turn(problem, slots) == most
+    assert group << most <= slots
+    assert launch_sm90._fused_in_turn(problem, 0) == 0
+    wide = dataclasses.replace(problem, head_dim=128, head_dim_v=128)
+    assert launch_sm90._fused_in_turn(wide, launch_sm90._sum_slots(wide)) == 0

@@ -167,8 +167,9 @@ def test_which_kernels_fetch_runs(monkeypatch, monotone, mapped):
 
 @pytest.mark.parametrize("head_dim", sorted(launch_sm90._LONG_KEYS))
 def test_few_keys_are_not_asked_about(head_dim):
-    for keys, asks in ((launch_sm90._LONG_KEYS[head_dim] * 3 // 2, False),
-                       (launch_sm90._LONG_KEYS[head_dim] * 3 // 2 + 1, True)):  # fmt: skip
+    few = launch_sm90._FEW_KEYS[head_dim]
+    assert few > launch_sm90._LONG_KEYS[head_dim]
+    for keys, asks in ((few, False), (few + 1, True)):
         sizes = (1, 1, 300, keys, head_dim, head_dim)
         problem = Problem(1, *sizes, "bfloat16", "cuda:0", 0.1)
         assert bound_sm90._ways(problem, "auto") == (True, asks)

@@ -30,17 +30,17 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
   Ring<kStages> query;
   Ring<kChanges> change;
   unsigned buffer = 0;  // of tile number and bounds, by the parity of the tile
-  // Tell the warpgroup that makes dq about a step, or the end of a tile, once its buffer is free.
-  const auto announce = [&](int query_tile, int number, int lowest, int beyond) {
+  // Tell the warpgroup that makes dq about a step, once its buffer is free; `keys` are its tile's.
+  const auto announce = [&](int query_tile, int number, int lowest, int beyond, int keys) {
     if (group == 0 && warp == 0) {  // all lanes write the same
       const unsigned job = shared.job(change.slot);
       shared_store_four(job, query_tile, number, lowest, beyond);
-      shared_store(job + 16, key.slot);
+      shared_store(job + 16, keys);
     }
   };
   const auto announce_end = [&](int kind) {
     barrier_wait(shared.changes_empty(change.slot), change.parity ^ 1);
-    announce(kind, 0, 0, 0);
+    announce(kind, 0, 0, 0, key.slot);
     barrier_release(shared.changes_full(change.slot), lane);
     change.advance();
   };
@@ -64,8 +64,8 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
     load_fragments<kBlockN, 16>(keys, key_tile, warp, lane);
     load_fragments<kBlockN, 16>(values, value_tile, warp, lane);
 
-    // Issue S^T = K Q^T and dP^T - delta = V dO^T - delta of a slot, as two groups; load_columns(slot)
-    // comes before.
+    // Issue S^T = K Q^T and dP^T - delta = V dO^T - delta of a slot, as two groups;
+    // load_columns(slot) comes before.
     const auto issue_scores = [&](unsigned slot) {
       product_of_held_rows<kBlockN, kBlockM, kHeadDim, false>(scores, keys, key_tile,
                                                               shared.query(slot));
@@ -95,9 +95,10 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
     };
     // dS^T to shared memory, and then to the warpgroup that makes dq. One fence for what this warp
     // wrote and for the queries that it is about to multiply.
-    const auto store_changes = [&](int query_tile) {
+    const auto store_changes = [&](int query_tile, bool ends) {
       barrier_wait(shared.changes_empty(change.slot), change.parity ^ 1);
-      announce(query_tile, at.number, first_start / kBlockN, (last_end + kBlockN - 1) / kBlockN);
+      announce(query_tile, at.number, first_start / kBlockN, (last_end + kBlockN - 1) / kBlockN,
+               key.slot | (ends ? kTileEnds : 0));
       store_fragments(shared.changes(change.slot) + group * 64 * kRowBytes, changes, warp, lane);
     };
     const auto send_changes = [&]() {
@@ -106,13 +107,13 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       change.advance();
     };
     // A block whose queries see none of this warpgroup's keys: dS of zeros, for the other half's dq.
-    const auto pass_over = [&](int query_tile) {
+    const auto pass_over = [&](int query_tile, bool ends) {
       barrier_wait(shared.query_full(query.slot), query.parity);
       first_start = shared_load(shared.starts(query.slot));
       last_end = shared_load(shared.ends(query.slot) + 4 * (kBlockM - 1));
 #pragma unroll
       for (int i = 0; i < kBlockM / 4; ++i) changes[i] = 0;
-      store_changes(query_tile);
+      store_changes(query_tile, ends);
       send_changes();
       barrier_release(shared.query_empty(query.slot), lane);
       query.advance();
@@ -124,20 +125,24 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       pin(changes);
     };
 
+    bool ended = false;  // has the last step of the tile said so?
     for (int member = 0; member < p.group_size; ++member) {
       const int low = uniform(shared_load(shared.bound(buffer, member, 0))) / kBlockM;
       const int high =
           (uniform(shared_load(shared.bound(buffer, member, 1))) + kBlockM - 1) / kBlockM;
       if (low >= high) continue;
       const int z = at.b * p.heads + at.h_kv * p.group_size + member;
-      // Query tiles, of all heads: those that this warpgroup's keys are seen by, among those of the tile.
+      // Query tiles, of all heads: those that see this warpgroup's keys, among those of the tile.
       const int head_first = z * p.query_tiles;
       const int begin = head_first + low, end = head_first + high;
       const int bound = uniform(shared_load(shared.bound(buffer, member, 3 - group)));
       const int upper_first = max(begin, min(end, head_first + bound / kBlockM));
       const int lower_last = max(begin, min(end, head_first + (bound + kBlockM - 1) / kBlockM));
       const int first = group == 0 ? begin : upper_first, last = group == 0 ? lower_last : end;
-      for (int block = begin; block < first; ++block) pass_over(block);
+      // The tile's last step, unless further heads have none.
+      ended = member + 1 == p.group_size;
+      const auto ends = [&](int block) { return ended && block + 1 == end; };
+      for (int block = begin; block < first; ++block) pass_over(block, ends(block));
       if (first < last) {
         unsigned slot = query.slot, before = 0;
         barrier_wait(shared.query_full(slot), query.parity);
@@ -152,7 +157,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
           pin(scores);
           if (block > first) barrier_release(shared.query_empty(before), lane);
           weigh(slot);
-          store_changes(block);
+          store_changes(block, ends(block));
           before = slot;
           if (++block == last) break;
           // The next scores run behind these products.
@@ -175,9 +180,9 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
         pin_operands();
         barrier_release(shared.query_empty(before), lane);
       }
-      for (int block = max(first, last); block < end; ++block) pass_over(block);
+      for (int block = max(first, last); block < end; ++block) pass_over(block, ends(block));
     }
-    announce_end(kTileDone);
+    if (!ended) announce_end(kTileDone);
     barrier_release(shared.key_empty(key.slot), lane);
     key.advance();
 

@@ -5,7 +5,8 @@
 #include "bwd_fused_sm90_sums.cuh"
 
 constexpr int kQueryThreads = 128;
-// In place of a query tile: this key tile is done; there are no more.
+constexpr int kTileEnds = 1 << 8;  // beside a step's buffer of keys: it is the last of its key tile
+// In place of a query tile: this key tile is done, no step of it having said so; there are no more.
 constexpr int kTileDone = -1;
 constexpr int kAllDone = -2;
 constexpr int kSumRead = -1;  // in place of the tiles before: the sum is complete and has been read
@@ -56,7 +57,8 @@ __device__ __forceinline__ void sum_queries(const Params& p, Shared shared) {
     if (tile == kAllDone) break;
     const int number = uniform(shared_load(job + 4));  // of the key tile
     const int lowest = uniform(shared_load(job + 8)), beyond = uniform(shared_load(job + 12));
-    const unsigned keys = uniform(shared_load(job + 16));  // buffer
+    const int keys_of_step = uniform(shared_load(job + 16));
+    const unsigned keys = keys_of_step & (kTileEnds - 1);  // buffer
     if (tile == kTileDone) {
       barrier_release(shared.changes_empty(change.slot), lane);
       barrier_release(shared.key_empty(keys), lane);
@@ -97,6 +99,7 @@ __device__ __forceinline__ void sum_queries(const Params& p, Shared shared) {
     pin(grad);
     barrier_release(shared.changes_empty(change.slot), lane);
     change.advance();
+    if (keys_of_step & kTileEnds) barrier_release(shared.key_empty(keys), lane);
 
     if (!finishes || joins) {
       barrier_wait(shared.sum_empty(sum.slot), sum.parity ^ 1);

@@ -50,6 +50,7 @@ struct Shared : QueryData<kBlockM, kDataBase, kBounds, kBoundsBase> {
     return base + kTileBase + 4 * buffer;
   }
   __device__ __forceinline__ unsigned share() const { return base + kTileBase + 8; }
+  __device__ __forceinline__ unsigned in_turn() const { return base + kTileBase + 12; }
   __device__ __forceinline__ unsigned barrier(unsigned i) const {
     return base + kBarrierBase + 8 * i;
   }
@@ -132,7 +133,10 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
   const int lane_bytes = (thread % kLanesPerRow) * 16;
   Ring<kKeyBuffers> key;
   Ring<kStages> query;
-  if (thread == 0) shared_store(shared.share(), share_of(p, kFused));
+  if (thread == 0) {
+    shared_store(shared.share(), share_of(p, kFused));
+    shared_store(shared.in_turn(), p.choice == nullptr ? 0 : p.choice[kChoiceInTurn]);
+  }
   unsigned buffer = 0;  // of tile number and bounds, by the parity of the tile
   for (;; buffer ^= 1) {
     barrier_wait(shared.key_empty(key.slot), key.parity ^ 1);

@@ -10,7 +10,9 @@ __device__ __forceinline__ int take_tile(const Params& p, Shared shared, unsigne
                                          int thread) {
   if (thread == 0) {
     const int next = atomicAdd(p.counter, 1);
-    shared_store(shared.tile(buffer), own_tile<false>(p, kFused, shared.share(), next, 0));
+    int tile = own_tile<false>(p, kFused, shared.share(), next, 0);
+    if (kInTurn && tile < p.tiles) tile = tile_in_turn(p, tile, shared_load(shared.in_turn()));
+    shared_store(shared.tile(buffer), tile);
   }
   named_barrier_sync(kProducerBarrier, kRowThreads);  // the tile number is written
   __syncwarp();  // thread 0 is back: or ptxas writes all that follows twice

@@ -20,6 +20,8 @@ constexpr int kBlockM = SCFA_BLOCK_N;         // queries of a step
 constexpr int kChanges = SCFA_QUERY_BUFFERS;  // buffers of dS
 constexpr int kRowThreads = 64;  // two warps gather; the other two of their warpgroup carry sums
 constexpr int kCarriers = 2;
+// Are tiles of several heads handed out in turn where ranges are short? At 128 it gains nothing.
+constexpr bool kInTurn = kHeadDim == 64;
 constexpr int kProducerBarrier = 1;  // named barrier of those that gather
 
 constexpr int kKeyBytes = kBlockN * kHeadDim * 2;

@@ -52,10 +52,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident) scfa_hash_angu
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const char* x = p.x + batch * p.x_batch + head * p.x_head;
   u32 words[kMi][2][EightOfX::kWords];  // of rows g and g + 8, loaded a chunk ahead
-  const auto load_chunk = [&](int first, int chunk) { load_rows(words, x, p.x_row, first, tile_end, chunk, p.head_dim, lane); };
   constexpr int kStep = kWarps * kMi * 16;
   int first = tile_start + warp * kMi * 16;
-  load_chunk(first, 0);
+  load_rows(words, x, p.x_row, first, tile_end, 0, p.head_dim, lane);
   block_load_directions(shared.operands, p.directions + own_head * p.head_dim * p.n_directions, p.head_dim, p.n_directions);
   __syncthreads();  // operands are complete
   if (warp == 0) multiply_centers(shared.moved(), shared.operands, center, centers, p.head_dim, p.head_dim, lane);
@@ -67,14 +66,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident) scfa_hash_angu
 #pragma unroll kChunksAtOnce
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       u32 present[kMi][2][EightOfX::kWords];
-#pragma unroll
-      for (int mi = 0; mi < kMi; ++mi)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-#pragma unroll
-          for (int i = 0; i < EightOfX::kWords; ++i) present[mi][half][i] = words[mi][half][i];
-      const bool ends = chunk + 1 == kChunks;
-      load_chunk(ends ? first + kStep : first, ends ? 0 : chunk + 1);
+      load_ahead(present, words, x, p.x_row, first, first + kStep, tile_end, chunk, p.head_dim, lane);
       multiply_chunk<SCFA_X_ELEMENT, kMi>(acc, present, shared.operands, chunk, lane);
     }
 

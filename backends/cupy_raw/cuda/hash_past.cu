@@ -106,14 +106,7 @@ SCFA_DEVICE void multiply_tile(Shared& shared, const PastParams& p, u32 (&words)
 #pragma unroll kChunksAtOnce
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       u32 present[kMi][2][EightOfX::kWords];
-#pragma unroll
-      for (int mi = 0; mi < kMi; ++mi)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-#pragma unroll
-          for (int i = 0; i < EightOfX::kWords; ++i) present[mi][half][i] = words[mi][half][i];
-      const bool ends = chunk + 1 == kChunks;
-      load_rows(words, x, p.x_row, ends ? next_rows(row) : row, rows, ends ? 0 : chunk + 1, p.head_dim, lane);
+      load_ahead(present, words, x, p.x_row, row, next_rows(row), rows, chunk, p.head_dim, lane);
       if constexpr (kSums) {
         float& sum = shared.means[row / kCenterRows][chunk * kChunk + column_of_sum(lane)];
         const float part = sum_of_rows(present, lane);

@@ -91,6 +91,21 @@ SCFA_DEVICE void load_rows(u32 (&words)[kRowBlocks][2][EightOfX::kWords], const 
     }
 }
 
+// `present` becomes the chunk in `words`, of rows from `first` on; then the chunk after it is loaded there, after the last the
+// first one of the rows from `next` on.
+template <int kRowBlocks>
+SCFA_DEVICE void load_ahead(u32 (&present)[kRowBlocks][2][EightOfX::kWords], u32 (&words)[kRowBlocks][2][EightOfX::kWords],
+                            const char* x, i64 x_row, int first, int next, int end, int chunk, int head_dim, int lane) {
+#pragma unroll
+  for (int mi = 0; mi < kRowBlocks; ++mi)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int i = 0; i < EightOfX::kWords; ++i) present[mi][half][i] = words[mi][half][i];
+  const bool ends = chunk + 1 == kChunks;
+  load_rows(words, x, x_row, ends ? next : first, end, ends ? 0 : chunk + 1, head_dim, lane);
+}
+
 // Eight elements as parts: parts[i] holds the i-th bfloat16 of each, two to a word.
 template <int kElement>
 SCFA_DEVICE void split(u32 (&parts)[Eight<kElement>::kParts][4], const u32 (&words)[Eight<kElement>::kWords]) {

@@ -60,8 +60,8 @@ __device__ __forceinline__ void new_product_of_rows(float (&d)[32], unsigned til
   }
 }
 
-// The same, added to d with kSum, of an A whose first kHeld steps of columns are in registers as well
-// (load_fragments): they are not read from shared memory again.
+// The same, added to d with kSum, of an A whose first columns, kHeld / 4 steps of 16, are in
+// registers as well (load_fragments): they are not read from shared memory again.
 template <int kRowsA, int kRowsB, int kHeadDim, bool kSum, int kHeld>
 __device__ __forceinline__ void product_of_held_rows(float (&d)[32], const unsigned (&held)[kHeld],
                                                      unsigned tile_a, unsigned tile_b) {
