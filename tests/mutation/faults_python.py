@@ -184,7 +184,7 @@ FAULTS = (
         "some NaN become infinity or 0 in bfloat16", "cpu-convert",
     ),
     Fault("helpers-not-awaited", "backends/numba_cpu/threads.py",
-        "                future.result()", "                pass",
+        "errors = [future.exception() for future in begun]", "errors = []",
         "a call returns while other threads still write, and their errors are lost", "cpu-runtime",
     ),
     Fault("cache-blind", "backends/numba_cpu/compiling.py",

@@ -3,6 +3,7 @@ right answer or a clear error, and the next call is right."""
 
 import errno
 import hashlib
+import itertools
 import os
 import shutil
 import signal
@@ -72,6 +73,52 @@ def test_a_call_waits_for_its_helpers(monkeypatch):
 
     threads.run_tiles(kernel, 10)
     assert done == [1]
+
+
+def test_an_error_on_one_helper_is_raised_when_the_others_have_ended(monkeypatch):
+    monkeypatch.setattr(threads, "thread_count", lambda: 5)
+    number, done, all_started = itertools.count(), [], threading.Barrier(5)
+
+    def kernel(counter):
+        first = threading.current_thread() is not threading.main_thread() and next(number) == 0
+        all_started.wait(10)
+        if first:
+            raise ZeroDivisionError("on a helper")
+        time.sleep(0.2)
+        done.append(1)
+
+    with pytest.raises(ZeroDivisionError, match="on a helper"):
+        threads.run_tiles(kernel, 10)
+    assert len(done) == 4
+
+
+def test_helpers_are_awaited_where_no_more_threads_are_to_be_had(monkeypatch):
+    """Of two helpers one has a thread. The other must neither run later nor hide the first."""
+    monkeypatch.setattr(threads, "thread_count", lambda: 3)
+    monkeypatch.setattr(threads, "_pool", None)
+    monkeypatch.setattr(threads, "_pool_size", 0)
+    start, attempts = threading.Thread.start, itertools.count()
+    started, ran = threading.Event(), []
+
+    def limited(thread):
+        if next(attempts):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def kernel(counter):
+        if threading.current_thread() is threading.main_thread():
+            assert started.wait(10)
+            return
+        started.set()
+        time.sleep(0.2)
+        ran.append(1)
+
+    with monkeypatch.context() as limit:
+        limit.setattr(threading.Thread, "start", limited)
+        threads.run_tiles(kernel, 10)
+    assert ran == [1]
+    threads._pool.shutdown()  # the one thread ends when it has met all that is queued
+    assert ran == [1]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see the timer
