@@ -122,7 +122,13 @@ def heads_of(pattern: Pattern, rank: int, ranks: int) -> Pattern:
             raise ShapeError(f"{ranks} ranks must divide the {x.shape[1]} heads of a pattern")
         return x.chunk(ranks, dim=1)[rank]
 
-    return _rebuilt(pattern, share, share)
+    # Documents have no heads, and stay.
+    return Intersection(
+        *(
+            part if isinstance(part, Documents) else _rebuilt_part(part, share, share)
+            for part in pattern.parts
+        )
+    )
 
 
 def queries_of(pattern: Pattern, rows: Tensor, seqlen_q: int, seqlen_k: int) -> Pattern:
@@ -186,18 +192,6 @@ def queries_of(pattern: Pattern, rows: Tensor, seqlen_q: int, seqlen_k: int) -> 
     for other in others:
         narrowed = narrowed & other
     return narrowed
-
-
-def _rebuilt(pattern: Pattern, on_q: Callable[..., Any], on_k: Callable[..., Any]) -> Pattern:
-    """Rebuild every part with its arrays mapped; documents have no heads and stay."""
-    parts = [
-        part if isinstance(part, Documents) else _rebuilt_part(part, on_q, on_k)
-        for part in pattern.parts
-    ]
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = whole & part
-    return whole
 
 
 def _rebuilt_part(
