@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import copy
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,8 @@ from scfa_core.arrays import Framework
 from scfa_core.dispatch import Backend, choose_backend, choose_for_plan, requested_backend
 from scfa_core.errors import PatternError
 from scfa_core.lowering import lower
-from scfa_core.patterns import Causal, Intersection, KeyRanges, Pattern, QKSparse
+from scfa_core.patterns import Causal, KeyRanges, Pattern, QKSparse
+from scfa_core.patterns.base import map_arrays
 from scfa_core.plan import Plan
 from scfa_core.problem import (
     Problem,
@@ -23,17 +23,6 @@ from scfa_core.problem import (
     one_framework,
 )
 from scfa_core.runner import run_backward, run_forward, run_make_plan
-
-_ARRAY_FIELDS = (
-    "q_hash",
-    "k_hash",
-    "q_keep",
-    "k_keep",
-    "q_ids",
-    "k_ids",
-    "start",
-    "end",
-)
 
 
 def attention(
@@ -298,19 +287,7 @@ def adopt_pattern(pattern: Any) -> Any:
 
     Every call views them anew, for a view of a GPU array waits for what its library does to it.
     """
-    if not isinstance(pattern, Pattern):
-        return pattern
-    parts = []
-    for part in pattern.parts:
-        given = {name: getattr(part, name, None) for name in _ARRAY_FIELDS}
-        views = {name: adopt(x) for name, x in given.items()}
-        if any(views[name] is not x for name, x in given.items()):
-            part = copy(part)
-            for name, x in given.items():
-                if x is not None:
-                    setattr(part, name, views[name])
-        parts.append(part)
-    return parts[0] if len(parts) == 1 else Intersection(*parts)
+    return map_arrays(pattern, adopt) if isinstance(pattern, Pattern) else pattern
 
 
 def _heads_first(framework: Framework, x: Any, layout: str) -> Any:

@@ -197,6 +197,11 @@ class _Lowering:
         self.arrays[into].append(view)
 
 
+def is_monotone(pattern: Pattern) -> bool:
+    """What `Clauses.monotone` will say, before lowering."""
+    return not any(isinstance(part, KeyRanges) for part in pattern.parts)
+
+
 def lower(pattern: Pattern, problem: Problem, framework: Framework) -> Clauses:
     """Lower `pattern` for `problem`; arrays of the result are `framework`'s.
 

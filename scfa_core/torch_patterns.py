@@ -13,7 +13,7 @@ import torch
 
 import scfa_core.patterns as patterns
 from scfa_core.errors import DeviceError, PatternError
-from scfa_core.patterns import Intersection, KeyRanges, Pattern
+from scfa_core.patterns import Intersection, Pattern
 from scfa_core.patterns.base import kind_of
 
 _FURTHEST = 2**62  # keys: an operator's integers have 64 bits, and no sequence is as long
@@ -54,11 +54,6 @@ def encode(pattern: Pattern) -> tuple[str, list[torch.Tensor], list[int]]:
                 )
         parts.append(f"{kind.__name__}({','.join(fields)})")
     return "&".join(parts), tensors, ints
-
-
-def is_monotone(pattern: Pattern) -> bool:
-    """What `Clauses.monotone` will say, before lowering."""
-    return not any(isinstance(part, KeyRanges) for part in pattern.parts)
 
 
 @lru_cache(maxsize=256)

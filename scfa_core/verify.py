@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from scfa_core import testing
 from scfa_core.api import attention, attention_backward, make_plan
 from scfa_core.dispatch import check_name, load_backend, unavailable_reason
 from scfa_core.errors import BackendUnavailable, ScfaError, UnknownBackend
+from scfa_core.patterns.base import map_arrays
 from scfa_core.verify_against import (
     Fields,
     Rule,
@@ -36,6 +37,7 @@ from scfa_core.verify_findings import Finding
 if TYPE_CHECKING:
     from scfa_core.campaign import Drawn
     from scfa_core.campaign_blocks import Answers
+    from scfa_core.patterns import Pattern
 
 HOST_DTYPES = ("float32", "float64", "float16", "bfloat16")
 CUDA_DTYPES = ("float16", "bfloat16", "float32")
@@ -364,33 +366,35 @@ def _run(
     case: testing.Case, backend: str, to_device: Any, to_host: Any
 ) -> tuple[testing.Results, Fields]:
     """Carry a case over to a library, call, and bring everything back."""
-    spec = case.spec
+    tensors = [to_device(x) for x in (case.q, case.k, case.v, case.dout)]
+    return call(case.spec, backend, tensors, map_arrays(case.pattern, to_device), to_host)
+
+
+def call(
+    spec: testing.Spec,
+    backend: str,
+    tensors: Sequence[Any],
+    pattern: Pattern,
+    to_host: Callable[[Any], np.ndarray],
+) -> tuple[testing.Results, Fields]:
+    """Plan, forward and backward of one problem; results and plan in NumPy, heads first.
+
+    Parameters
+    ----------
+    spec : Spec
+        Its layout and scale count.
+    tensors : (q, k, v, dout)
+        (batch, heads, rows, dim), whatever the layout.
+    to_host : callable
+        An array of their library in NumPy, float64.
+    """
     options: dict[str, Any] = {"layout": spec.layout, "backend": backend}
     swap = (lambda x: x.swapaxes(1, 2)) if spec.layout == "bthd" else (lambda x: x)
-    q, k, v, dout = (swap(to_device(x)) for x in (case.q, case.k, case.v, case.dout))
-    pattern = carried_pattern(case.pattern, to_device)
+    q, k, v, dout = map(swap, tensors)
     plan = make_plan(pattern, q, k, **options)
-    scale = spec.softmax_scale
-    out, lse = attention(q, k, v, plan, softmax_scale=scale, return_lse=True, **options)
-    grads = attention_backward(dout, q, k, v, out, lse, plan, softmax_scale=scale, **options)
-    tensors = [to_host(swap(x)) for x in (out, *grads)]
+    options["softmax_scale"] = spec.softmax_scale
+    out, lse = attention(q, k, v, plan, return_lse=True, **options)
+    grads = attention_backward(dout, q, k, v, out, lse, plan, **options)
+    wide = [to_host(swap(x)) for x in (out, *grads)]
     fields = {name: to_host(getattr(plan, name)).astype(np.int64) for name in PLAN_FIELDS}
-    return testing.Results(tensors[0], to_host(lse), *tensors[1:]), fields
-
-
-def carried_pattern(pattern: Any, to_device: Any) -> Any:
-    """The same pattern with its arrays moved: to another library, or another device."""
-    import copy
-
-    parts = []
-    for part in pattern.parts:
-        moved = copy.copy(part)
-        for name in getattr(type(part), "__slots__", ()):
-            value = getattr(part, name)
-            if hasattr(value, "shape"):
-                setattr(moved, name, to_device(value))
-        parts.append(moved)
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = whole & part
-    return whole
+    return testing.Results(wide[0], to_host(lse), *wide[1:]), fields

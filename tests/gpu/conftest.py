@@ -193,10 +193,10 @@ def call(torch, backend, arena):
     """Run a `testing.Case` on guarded, NaN-filled memory by the backend's own verbs."""
     from scfa_core.dispatch import load_backend
     from scfa_core.lowering import lower
+    from scfa_core.patterns.base import map_arrays
     from scfa_core.plan import PlanArrays, plan_shapes
     from scfa_core.problem import Problem
     from scfa_core.torch_framework import TORCH_FRAMEWORK
-    from scfa_core.verify import carried_pattern
 
     def call(case, *, strides="bhtd", gap=0, deterministic=True):
         spec = case.spec
@@ -208,7 +208,7 @@ def call(torch, backend, arena):
         assert engine.can_run(problem) is None
         native = lambda x: TORCH_FRAMEWORK.native(x, "cuda")  # noqa: E731
         context = GuardedContext(TORCH_FRAMEWORK.context("cuda:0"), arena)
-        pattern = carried_pattern(
+        pattern = map_arrays(
             case.pattern, lambda x: torch.from_numpy(np.ascontiguousarray(x)).cuda()
         )
         clauses = lower(pattern, problem, TORCH_FRAMEWORK)
