@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bench import accuracy_page, details, plots, records
+from bench import accuracy_page, details, looks, plots, records
 from bench.cases import DENSE_ONLY, every_case, select
 
 ROOT = Path(__file__).parent.parent
@@ -117,13 +117,7 @@ def page(shown: list[Shown], intro: str = "") -> str:
         mark = "###" if heading else "##"
         parts.append(markdown(record))
         for path, words in pictures:
-            parts += [
-                f"{mark} {words}",
-                f"""<picture>
-<source media="(prefers-color-scheme: dark)" srcset="{path}-dark.png">
-<img src="{path}-light.png" alt="{words}">
-</picture>""",
-            ]
+            parts += [f"{mark} {words}", looks.picture(path, words)]
         parts += filter(None, [details.sections(record, mark)])
     return "\n\n".join(parts) + "\n"
 
