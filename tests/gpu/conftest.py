@@ -212,10 +212,7 @@ def call(torch, backend, arena):
             case.pattern, lambda x: torch.from_numpy(np.ascontiguousarray(x)).cuda()
         )
         clauses = lower(pattern, problem, TORCH_FRAMEWORK)
-        fields = ("q_groups", "k_groups", "q_keeps", "k_keeps", "starts", "ends")
-        clauses_native = clauses._replace(
-            **{name: tuple(map(native, getattr(clauses, name))) for name in fields}
-        )
+        clauses_native = clauses.with_arrays(map(native, clauses.arrays))
         arrays = [arena.words(shape, torch.int32) for shape in plan_shapes(problem, "cuda")]
         plan = PlanArrays(*map(native, arrays), clauses.monotone)
         engine.make_plan(problem, clauses_native, plan, context)

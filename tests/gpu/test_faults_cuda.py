@@ -1,17 +1,14 @@
 """Faults on a card: each ends in a right answer or a clear error, and the next call is right."""
 
 import hashlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from scfa_core.reference.backend import narrow
+from scripts import python
 
 import scfa_core as scfa
 from scfa_core import testing
+from scfa_core.reference.backend import narrow
 from scfa_core.testing import Part, Spec
 
 MIB = 2**20
@@ -193,21 +190,6 @@ def test_mistakes_name_the_device_and_the_next_call_is_right(torch, backend):
 
 
 # Processes ----------------------------------------------------------------------------------
-
-
-def python(code, **environment):
-    """Run a script of its own; what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | environment,
-        cwd=Path(__file__).parent,  # not beside a scfa_core that has no backends in it
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr}"
-    return done.stdout
 
 
 SCRIPT = """if True:

@@ -18,26 +18,13 @@ import numba
 import numpy as np
 import pytest
 from scfa_core.backends.numba_cpu import compiling, threads
+from scripts import python
 
 from scfa_core.testing import Part, Spec, build, run_numpy
 
 
 def case_of(part, seqlen):
     return build(Spec(heads=4, heads_kv=2, seqlen_q=seqlen, seqlen_k=seqlen, parts=(part,)))
-
-
-def python(code, **environment):
-    """Run a script of its own; its output."""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr}"
-    return done.stdout
 
 
 # Threads, signals, processes ----------------------------------------------------------------
@@ -220,11 +207,10 @@ def test_a_forked_child_finds_the_same_bits():
 def test_another_process_finds_the_same_bits():
     """With other hashes of strings and another number of threads."""
     code = f"""if True:
-        import importlib.util
-        spec = importlib.util.spec_from_file_location("faults", {__file__!r})
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        print(module.digest())
+        import sys
+        sys.path.append({str(Path(__file__).parent)!r})
+        import test_faults_machine
+        print(test_faults_machine.digest())
     """
     assert python(code, PYTHONHASHSEED="7", NUMBA_NUM_THREADS="1").split() == [digest()]
 
@@ -319,7 +305,11 @@ def test_many_processes_fill_one_cache(tmp_path):
     code = "import probe; print(probe.add_one(1), sum(probe.add_one.stats.cache_hits.values()))"
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", code], env=os.environ | home, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", code],
+            env=os.environ | home,
+            cwd=Path(__file__).parent,  # as in `python`
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for _ in range(3)
     ]
