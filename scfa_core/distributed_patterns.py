@@ -100,7 +100,17 @@ def distribute_pattern(
 def heads_of(pattern: Pattern, rank: int, ranks: int) -> Pattern:
     """Restrict a pattern to the heads of one rank: the `rank`-th of `ranks` equal shares.
 
-    Arrays of a single head, which broadcasts, stay.
+    Parameters
+    ----------
+    pattern : Pattern
+        Of all heads.
+    rank, ranks : int
+        Which share, from 0 on, and of how many.
+
+    Returns
+    -------
+    pattern : Pattern
+        Arrays of a single head, which broadcasts, and documents, which have none, stay.
 
     Raises
     ------
@@ -108,6 +118,8 @@ def heads_of(pattern: Pattern, rank: int, ranks: int) -> Pattern:
         No pattern, or no rank of so many.
     ShapeError
         Heads that `ranks` does not divide.
+    DTypeError
+        Arrays that are no torch tensors.
     """
     require_pattern("heads_of", pattern)
     ranks = as_size("ranks", ranks, 1, PatternError)
@@ -122,7 +134,6 @@ def heads_of(pattern: Pattern, rank: int, ranks: int) -> Pattern:
             raise ShapeError(f"{ranks} ranks must divide the {x.shape[1]} heads of a pattern")
         return x.chunk(ranks, dim=1)[rank]
 
-    # Documents have no heads, and stay.
     return Intersection(
         *(
             part if isinstance(part, Documents) else _rebuilt_part(part, share, share)
