@@ -258,11 +258,7 @@ def hold(
             got, plan = run(name)
             ran.append((got, plan))
             verdicts = judge(got, plan, tf32[-1])
-            found = [
-                f"{v.name}: {_ratio(v):.2f} of the allowed error; {v.detail}"
-                for v in verdicts
-                if not v.ok
-            ]
+            found = _beyond(verdicts, "error")
             found += plan_differences(case, plan, right)
             found += changed_bits((got, plan), [run(name) for _ in range(repeat)])
             complaints += found if len(names) == 1 else [f"{name}: {text}" for text in found]
@@ -273,11 +269,7 @@ def hold(
                 device = "numpy" if on_host(*names) else "cuda"
                 answers = {x: allowances_of(case, device, tf32=x) for x in set(tf32)}
             verdicts = row_verdicts(case, one, two, [Rule(answers[x], x) for x in tf32])
-            found = [
-                f"{v.name}: {_ratio(v):.2f} of the allowed difference; {v.detail}"
-                for v in verdicts
-                if not v.ok
-            ]
+            found = _beyond(verdicts, "difference")
             found += differing_entries(one_plan, two_plan)
             complaints += [f"{names[0]} against {names[1]}: {text}" for text in found]
             apart = max(map(_ratio, verdicts))
@@ -290,6 +282,13 @@ def hold(
 
 def _ratio(verdict: testing.Verdict) -> float:
     return max(verdict.max_ratio, verdict.norm_ratio)
+
+
+def _beyond(verdicts: Sequence[testing.Verdict], what: str) -> list[str]:
+    """What is said of the verdicts that are not fine."""
+    return [
+        f"{v.name}: {_ratio(v):.2f} of the allowed {what}; {v.detail}" for v in verdicts if not v.ok
+    ]
 
 
 def crash(error: Exception, spec: testing.Spec, told: str = "") -> Finding:

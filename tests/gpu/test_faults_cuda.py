@@ -4,6 +4,7 @@ import hashlib
 
 import numpy as np
 import pytest
+from gpu_calls import assert_same, everything
 from scripts import python
 
 import scfa_core as scfa
@@ -22,17 +23,6 @@ def inputs(torch, shape=(2, 4, 700, 64), dtype="bfloat16"):
     ]
     hashes = [torch.randint(0, 5, shape[:3], device="cuda", generator=generator) for _ in range(2)]
     return tensors, hashes
-
-
-def everything(backend, tensors, pattern):
-    q, k, v, dout = tensors
-    out, lse = scfa.attention(q, k, v, pattern, return_lse=True, backend=backend)
-    return out, lse, *scfa.attention_backward(dout, q, k, v, out, lse, pattern, backend=backend)
-
-
-def assert_same(torch, left, right):
-    for mine, other in zip(left, right, strict=True):
-        assert torch.equal(mine, other)
 
 
 # Memory -------------------------------------------------------------------------------------
