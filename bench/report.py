@@ -21,11 +21,6 @@ included; backward reuses the plan. What a row computes was held against float64
 timed (a dense peer's result on dense rows only)."""
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read one result file."""
-    return records.read(path)
-
-
 def page_or_table(record: dict[str, Any]) -> str:
     """Return the Markdown of a record of whatever kind."""
     return accuracy_page.markdown(record) if is_accuracy(record) else markdown(record)
@@ -183,7 +178,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw plots, light and dark")
     parser.add_argument("--page", type=Path, help="write a page, with the plots of --plots in it")
     args = parser.parse_args(argv)
-    whole = [load(path) for path in args.files]
+    whole = [records.read(path) for path in args.files]
     for path, record in zip(args.files, whole, strict=True):
         if not is_accuracy(record):
             records.times(path)

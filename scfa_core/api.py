@@ -12,7 +12,7 @@ from scfa_core.dispatch import Backend, choose_backend, choose_for_plan, request
 from scfa_core.errors import PatternError
 from scfa_core.lowering import lower
 from scfa_core.patterns import Causal, KeyRanges, Pattern, QKSparse
-from scfa_core.patterns.base import map_arrays
+from scfa_core.patterns.base import PATTERN, map_arrays, require_pattern
 from scfa_core.plan import Plan
 from scfa_core.problem import (
     Problem,
@@ -248,7 +248,7 @@ def make_plan(
     -----
     Near-linear time and O(seqlen) memory, on the device, without host synchronisation.
     """
-    require_pattern("make_plan", pattern)
+    require_pattern(f"make_plan takes {PATTERN}", pattern)
     if is_torch_tensor(q):
         from scfa_core import torch_bridge
 
@@ -257,15 +257,6 @@ def make_plan(
     framework = one_framework(q, k=k)
     problem = build_problem(framework.info(q), framework.info(k), None, layout=layout)
     return prepare(pattern, problem, framework, backend)[1]
-
-
-def require_pattern(verb: str, pattern: Any) -> None:
-    """Refuse what is no pattern, a plan among it, where one is to be read."""
-    if not isinstance(pattern, Pattern):
-        raise PatternError(
-            f"{verb} takes a scfa_core pattern (Causal(), HashSparse(...), ...), "
-            f"got {type(pattern).__name__}"
-        )
 
 
 def prepare(
@@ -321,7 +312,7 @@ def validate(pattern: Pattern, q: Any, k: Any, *, layout: str = "bhtd") -> None:
     ShapeError, DTypeError, DeviceError
         As `attention`.
     """
-    require_pattern("validate", pattern)
+    require_pattern(f"validate takes {PATTERN}", pattern)
     q, k, pattern = adopt(q), adopt(k), adopt_pattern(pattern)
     framework = one_framework(q, k=k)
     problem = build_problem(framework.info(q), framework.info(k), None, layout=layout)

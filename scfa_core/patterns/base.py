@@ -191,6 +191,16 @@ def require_arrays(pattern: str, **arrays: Any) -> None:
             )
 
 
+PATTERN = "a scfa_core pattern (Causal(), HashSparse(...), ...)"  # in messages
+PATTERN_OR_PLAN = f"pattern must be {PATTERN} or a Plan"
+
+
+def require_pattern(wanted: str, pattern: Any) -> None:
+    """Refuse what is no pattern, a plan among it; `wanted` begins the message."""
+    if not isinstance(pattern, Pattern):
+        raise PatternError(f"{wanted}, got {type(pattern).__name__}")
+
+
 def kind_of(part: Pattern) -> type[Pattern]:
     """Return the class of this package that an atomic pattern is, or is derived from.
 
