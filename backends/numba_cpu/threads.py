@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import Any
 
@@ -84,6 +84,23 @@ def _help(helper: Future[None], job: Callable[[], Any]) -> None:
         helper.set_result(None)
 
 
+def _errors_of(begun: list[Future[None]]) -> list[BaseException]:
+    """What helpers raised, once all have ended.
+
+    Ctrl-C does not cut the wait short, and is an error like theirs: helpers are amid a tile, and
+    what they read and write is freed when the call is left.
+    """
+    errors: list[BaseException] = []
+    for helper in begun:
+        while not helper.done():
+            try:
+                wait([helper])
+            except KeyboardInterrupt as error:
+                errors.append(error)
+    found = (helper.exception() for helper in begun)
+    return errors + [error for error in found if error is not None]
+
+
 def run_tiles(
     kernel: Callable[..., Any], tiles: int, *arguments: Any, helpers: bool = True
 ) -> None:
@@ -105,8 +122,6 @@ def run_tiles(
         job()
     finally:
         counter[0] += tiles  # after an error: nobody starts another tile
-        begun = [future for future in futures if not future.cancel()]
-        errors = [future.exception() for future in begun]  # each is waited for
-    for error in errors:
-        if error is not None:
-            raise error
+        errors = _errors_of([future for future in futures if not future.cancel()])
+        if errors:
+            raise errors[0]

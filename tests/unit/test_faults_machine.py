@@ -62,6 +62,32 @@ def test_a_call_waits_for_its_helpers(monkeypatch):
     assert done == [1]
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers on this system")
+def test_ctrl_c_while_helpers_are_amid_a_tile_is_raised_when_they_have_ended(monkeypatch):
+    """What they work on is the caller's, who may free it."""
+    monkeypatch.setattr(threads, "thread_count", lambda: 3)
+    done, all_started = [], threading.Barrier(3)
+
+    def kernel(counter):
+        all_started.wait(10)
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.4)
+            done.append(1)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            threads.run_tiles(kernel, 10)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    assert done == [1, 1]
+
+
 def test_an_error_on_one_helper_is_raised_when_the_others_have_ended(monkeypatch):
     monkeypatch.setattr(threads, "thread_count", lambda: 5)
     number, done, all_started = itertools.count(), [], threading.Barrier(5)
