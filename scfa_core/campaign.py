@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -245,14 +246,7 @@ def _numpy_ways() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def _torch_ways(device: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    import torch
-
-    def to_device(x: np.ndarray, dtype: str) -> Any:
-        if dtype == "bfloat16":
-            return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).to(device)
-        return torch.from_numpy(x).to(device)
-
-    return to_device, lambda x: x.detach().double().cpu().numpy()
+    return partial(testing.as_torch, device=device), lambda x: x.detach().double().cpu().numpy()
 
 
 def verify_deep(

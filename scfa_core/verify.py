@@ -333,24 +333,15 @@ def run_case(case: testing.Case, backend: str) -> tuple[testing.Results, Fields]
         results, plan = testing.run_numpy(case, backend)
         return results, {name: getattr(plan, name) for name in PLAN_FIELDS}
     if importlib.util.find_spec("torch") is not None:
-        return _run_torch(case, backend, "cpu" if on_host else "cuda")
+        device = "cpu" if on_host else "cuda"
+        to_device = partial(testing.as_torch, dtype=case.spec.dtype, device=device)
+        return _run(case, backend, to_device, lambda x: x.detach().double().cpu().numpy())
     if on_host:
         raise BackendUnavailable(
             "bfloat16 on the host goes through torch, which is not installed; "
             "pass --dtype float32, or pip install 'scfa-core[torch]'"
         )
     return _run_cupy(case, backend)
-
-
-def _run_torch(case: testing.Case, backend: str, device: str) -> tuple[testing.Results, Fields]:
-    import torch
-
-    def tensor(x: np.ndarray) -> Any:
-        if case.spec.dtype == "bfloat16" and x.dtype == np.uint16:
-            return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).to(device)
-        return torch.from_numpy(np.ascontiguousarray(x)).to(device)
-
-    return _run(case, backend, tensor, lambda x: x.detach().double().cpu().numpy())
 
 
 def _run_cupy(case: testing.Case, backend: str) -> tuple[testing.Results, Fields]:

@@ -127,7 +127,7 @@ class Arena:
         )
         view = buffer.as_strided(shape, steps, GUARD)
         if values is not None:
-            view.copy_(as_torch(torch, values, dtype))
+            view.copy_(testing.as_torch(values, dtype, "cuda"))
         self.held.append((buffer, view, values is None))
         return view
 
@@ -175,13 +175,6 @@ class GuardedContext:
 @pytest.fixture
 def arena(torch):
     return Arena(torch)
-
-
-def as_torch(torch, x, dtype):
-    """NumPy (bfloat16 as uint16 bits) to a CUDA tensor."""
-    if dtype == "bfloat16" and x.dtype == np.uint16:
-        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).cuda()
-    return torch.from_numpy(np.ascontiguousarray(x)).cuda()
 
 
 def as_float64(x):
