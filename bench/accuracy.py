@@ -50,13 +50,9 @@ def spec_of(pattern: str, dtype: str, seqlen: int, seed: int) -> testing.Spec:
 
 def torch_composite(case: testing.Case, device: str) -> testing.Results:
     """Masked softmax and autograd in the case's dtype, back in float64."""
-
-    def tensor(x: np.ndarray) -> torch.Tensor:
-        if case.spec.dtype == "bfloat16":
-            return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).to(device)
-        return torch.from_numpy(x).to(device)
-
-    q, k, v, dout = (tensor(x) for x in (case.q, case.k, case.v, case.dout))
+    q, k, v, dout = (
+        testing.as_torch(x, case.spec.dtype, device) for x in (case.q, case.k, case.v, case.dout)
+    )
     leaves = [x.requires_grad_() for x in (q, k, v)]
     group = case.spec.heads // case.spec.heads_kv
     keys, values = (x.repeat_interleave(group, 1) for x in (k, v))

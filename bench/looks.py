@@ -39,6 +39,14 @@ def style(theme: str) -> dict[str, Any]:
     }
 
 
+def picture(path: str, words: str) -> str:
+    """Markdown of ``<path>-light.png`` and ``<path>-dark.png``, shown by the reader's theme."""
+    return f"""<picture>
+<source media="(prefers-color-scheme: dark)" srcset="{path}-dark.png">
+<img src="{path}-light.png" alt="{words}">
+</picture>"""
+
+
 def lines(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Return the look of each line named "method, pattern"; no two lines look alike.
 

@@ -121,12 +121,16 @@ def _first(out: Any) -> torch.Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
+def _newest_flash() -> str:
+    """Of the generations installed; the second, which `_import` then misses, if none is."""
+    return next((name for name in reversed(FLASH) if found(FLASH[name])), "flash-attn-2")
+
+
 def flash(name: str | None, **options: Any) -> Callable[[Inputs], Timed]:
     """Return flash-attn of one generation, or the newest installed; dense causal only."""
 
     def prepare(inputs: Inputs) -> Timed:
-        newest = next((x for x in reversed(FLASH) if found(FLASH[x])), "flash-attn-2")
-        function = _import(FLASH[name or newest]).flash_attn_func
+        function = _import(FLASH[name or _newest_flash()]).flash_attn_func
 
         def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             rows = (x.transpose(1, 2) for x in (q, k, v))
@@ -146,8 +150,7 @@ def flash_varlen(inputs: Inputs) -> Timed:
     case = inputs.case
     if case.kind != "samehash" or case.heads != case.heads_kv:
         raise CannotRun("varlen on sorted rows needs one hash for q and k, and as many key heads")
-    newest = next((x for x in reversed(FLASH) if found(FLASH[x])), "flash-attn-2")
-    function = _import(FLASH[newest]).flash_attn_varlen_func
+    function = _import(FLASH[_newest_flash()]).flash_attn_varlen_func
     lists = case.batch * case.heads
     ids = inputs.q_ids.reshape(lists, case.seqlen)
 

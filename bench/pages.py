@@ -14,6 +14,7 @@ from typing import Any
 from bench import plots, report
 from bench.cases import DENSE_ONLY, every_case
 from bench.floor import Ceilings, floor_facts
+from bench.records import read
 
 HOME = Path(__file__).parent
 RESULTS = HOME / "results"
@@ -68,7 +69,7 @@ def intro(name: str) -> str:
 def stored(page: Page) -> dict[str, dict[str, Any]]:
     """Return the page's records that are stored, floors filled in from a sibling's ceilings."""
     paths = {stem: RESULTS / f"{stem}.json" for stem in page.results}
-    records = {stem: report.load(path) for stem, path in paths.items() if path.exists()}
+    records = {stem: read(path) for stem, path in paths.items() if path.exists()}
     known = (record["machine"].get("ceilings") for record in records.values())
     ceilings = next(filter(None, known), None)
     records = {stem: with_floors(record, ceilings) for stem, record in records.items()}
@@ -109,7 +110,7 @@ def text_of(page: Page, records: dict[str, dict[str, Any]]) -> str:
 def readme_text() -> str:
     """What stands between the README's markers."""
     tables = [
-        report.markdown(report.only(report.load(RESULTS / f"{stem}.json"), sets))
+        report.markdown(report.only(read(RESULTS / f"{stem}.json"), sets))
         for stem, sets in README.items()
     ]
     return "\n\n".join([*tables, intro("readme")])

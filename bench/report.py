@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bench import accuracy_page, details, plots, records
+from bench import accuracy_page, details, looks, plots, records
 from bench.cases import DENSE_ONLY, every_case, select
 
 ROOT = Path(__file__).parent.parent
@@ -19,11 +19,6 @@ Made by `python -m bench` and `make report`, from stored JSON. A
 cell is the median of repeated calls in ms. Forward is the whole call from raw inputs, planning
 included; backward reuses the plan. What a row computes was held against float64 before it was
 timed (a dense peer's result on dense rows only)."""
-
-
-def load(path: Path) -> dict[str, Any]:
-    """Read one result file."""
-    return records.read(path)
 
 
 def page_or_table(record: dict[str, Any]) -> str:
@@ -117,13 +112,7 @@ def page(shown: list[Shown], intro: str = "") -> str:
         mark = "###" if heading else "##"
         parts.append(markdown(record))
         for path, words in pictures:
-            parts += [
-                f"{mark} {words}",
-                f"""<picture>
-<source media="(prefers-color-scheme: dark)" srcset="{path}-dark.png">
-<img src="{path}-light.png" alt="{words}">
-</picture>""",
-            ]
+            parts += [f"{mark} {words}", looks.picture(path, words)]
         parts += filter(None, [details.sections(record, mark)])
     return "\n\n".join(parts) + "\n"
 
@@ -189,7 +178,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw plots, light and dark")
     parser.add_argument("--page", type=Path, help="write a page, with the plots of --plots in it")
     args = parser.parse_args(argv)
-    whole = [load(path) for path in args.files]
+    whole = [records.read(path) for path in args.files]
     for path, record in zip(args.files, whole, strict=True):
         if not is_accuracy(record):
             records.times(path)

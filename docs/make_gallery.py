@@ -69,9 +69,8 @@ def look(patterns: list[scfa.Pattern], queries: int, rows: int) -> tuple[list[An
 
 def arrays_of(pattern: scfa.Pattern) -> list[Any]:
     """Every array of a pattern that has heads."""
-    parts = pattern.parts if isinstance(pattern, scfa.Intersection) else (pattern,)
     names = ("q_hash", "k_hash", "q_keep", "k_keep", "start", "end")
-    return [getattr(part, name) for part in parts for name in names if hasattr(part, name)]
+    return [getattr(part, name) for part in pattern.parts for name in names if hasattr(part, name)]
 
 
 def draw(entry: Entry, theme: str) -> None:

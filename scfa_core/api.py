@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import copy
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,8 @@ from scfa_core.arrays import Framework
 from scfa_core.dispatch import Backend, choose_backend, choose_for_plan, requested_backend
 from scfa_core.errors import PatternError
 from scfa_core.lowering import lower
-from scfa_core.patterns import Causal, Intersection, KeyRanges, Pattern, QKSparse
+from scfa_core.patterns import Causal, KeyRanges, Pattern, QKSparse
+from scfa_core.patterns.base import PATTERN, map_arrays, require_pattern
 from scfa_core.plan import Plan
 from scfa_core.problem import (
     Problem,
@@ -23,17 +23,6 @@ from scfa_core.problem import (
     one_framework,
 )
 from scfa_core.runner import run_backward, run_forward, run_make_plan
-
-_ARRAY_FIELDS = (
-    "q_hash",
-    "k_hash",
-    "q_keep",
-    "k_keep",
-    "q_ids",
-    "k_ids",
-    "start",
-    "end",
-)
 
 
 def attention(
@@ -259,7 +248,7 @@ def make_plan(
     -----
     Near-linear time and O(seqlen) memory, on the device, without host synchronisation.
     """
-    require_pattern("make_plan", pattern)
+    require_pattern(f"make_plan takes {PATTERN}", pattern)
     if is_torch_tensor(q):
         from scfa_core import torch_bridge
 
@@ -268,15 +257,6 @@ def make_plan(
     framework = one_framework(q, k=k)
     problem = build_problem(framework.info(q), framework.info(k), None, layout=layout)
     return prepare(pattern, problem, framework, backend)[1]
-
-
-def require_pattern(verb: str, pattern: Any) -> None:
-    """Refuse what is no pattern, a plan among it, where one is to be read."""
-    if not isinstance(pattern, Pattern):
-        raise PatternError(
-            f"{verb} takes a scfa_core pattern (Causal(), HashSparse(...), ...), "
-            f"got {type(pattern).__name__}"
-        )
 
 
 def prepare(
@@ -298,19 +278,7 @@ def adopt_pattern(pattern: Any) -> Any:
 
     Every call views them anew, for a view of a GPU array waits for what its library does to it.
     """
-    if not isinstance(pattern, Pattern):
-        return pattern
-    parts = []
-    for part in pattern.parts:
-        given = {name: getattr(part, name, None) for name in _ARRAY_FIELDS}
-        views = {name: adopt(x) for name, x in given.items()}
-        if any(views[name] is not x for name, x in given.items()):
-            part = copy(part)
-            for name, x in given.items():
-                if x is not None:
-                    setattr(part, name, views[name])
-        parts.append(part)
-    return parts[0] if len(parts) == 1 else Intersection(*parts)
+    return map_arrays(pattern, adopt) if isinstance(pattern, Pattern) else pattern
 
 
 def _heads_first(framework: Framework, x: Any, layout: str) -> Any:
@@ -344,7 +312,7 @@ def validate(pattern: Pattern, q: Any, k: Any, *, layout: str = "bhtd") -> None:
     ShapeError, DTypeError, DeviceError
         As `attention`.
     """
-    require_pattern("validate", pattern)
+    require_pattern(f"validate takes {PATTERN}", pattern)
     q, k, pattern = adopt(q), adopt(k), adopt_pattern(pattern)
     framework = one_framework(q, k=k)
     problem = build_problem(framework.info(q), framework.info(k), None, layout=layout)

@@ -125,7 +125,7 @@ def strides_in_order(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[in
 
 def cuda_ordinal(device: str) -> int:
     """Ordinal of "cuda:N"; -1 for "cpu"."""
-    return -1 if device == "cpu" else int(device.removeprefix("cuda:") or 0)
+    return -1 if device == "cpu" else int(device.removeprefix("cuda:"))
 
 
 class HostContext:

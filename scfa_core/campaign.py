@@ -10,16 +10,17 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from scfa_core import patterns as pt
 from scfa_core import testing
-from scfa_core.api import attention, attention_backward, make_plan
 from scfa_core.campaign_clauses import FAMILIES, MORE, Shapes, draw_clause, further_clause
 from scfa_core.campaign_judge import sampled_verdicts, visible
 from scfa_core.dispatch import load_backend
+from scfa_core.patterns.base import map_arrays
 from scfa_core.reference.backend import narrow
 from scfa_core.reference.masks import dense_mask
 from scfa_core.testing import Case, Part, Results, Spec
@@ -225,7 +226,7 @@ def run_in(
     numpy: bool,
 ) -> tuple[Results, dict[str, np.ndarray]]:
     """`run` with the arrays of one library: ``to_device(x, dtype)`` makes them."""
-    from scfa_core.verify import PLAN_FIELDS, carried_pattern
+    from scfa_core.verify import call
 
     case, spec = problem.case, problem.case.spec
 
@@ -236,17 +237,8 @@ def run_in(
         _view(testing.as_numpy_kind(x, spec.dtype) if numpy else x, view, typed, numpy)
         for x, view in zip((case.q, case.k, case.v, case.dout), problem.views, strict=True)
     ]
-    swap = (lambda x: x.swapaxes(1, 2)) if spec.layout == "bthd" else (lambda x: x)
-    q, k, v, dout = map(swap, tensors)
-    pattern = carried_pattern(case.pattern, lambda x: to_device(np.ascontiguousarray(x), ""))
-    options: dict[str, Any] = {"layout": spec.layout, "backend": backend}
-    plan = make_plan(pattern, q, k, **options)
-    options["softmax_scale"] = spec.softmax_scale
-    out, lse = attention(q, k, v, plan, return_lse=True, **options)
-    grads = attention_backward(dout, q, k, v, out, lse, plan, **options)
-    wide = [to_host(swap(x)) for x in (out, *grads)]
-    fields = {name: to_host(getattr(plan, name)).astype(np.int64) for name in PLAN_FIELDS}
-    return Results(wide[0], to_host(lse), *wide[1:]), fields
+    pattern = map_arrays(case.pattern, lambda x: to_device(np.ascontiguousarray(x), ""))
+    return call(spec, backend, tensors, pattern, to_host)
 
 
 def _numpy_ways() -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -254,14 +246,7 @@ def _numpy_ways() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def _torch_ways(device: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    import torch
-
-    def to_device(x: np.ndarray, dtype: str) -> Any:
-        if dtype == "bfloat16":
-            return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).to(device)
-        return torch.from_numpy(x).to(device)
-
-    return to_device, lambda x: x.detach().double().cpu().numpy()
+    return partial(testing.as_torch, device=device), lambda x: x.detach().double().cpu().numpy()
 
 
 def verify_deep(

@@ -16,7 +16,7 @@ import numpy as np
 from scfa_core import patterns as pt
 from scfa_core.campaign_judge import entries, visible
 from scfa_core.reference.backend import narrow, widen
-from scfa_core.testing import Case, Results, Spec, as_tf32, reads_stored_out
+from scfa_core.testing import Case, Results, Spec, as_tf32, as_torch, reads_stored_out
 
 ROWS = 1024  # queries whose keys are looked for together
 HOST_PAIRS, CUDA_PAIRS = 2**20, 2**23  # (query, key) pairs of one block: 1 GB on a GPU
@@ -93,10 +93,7 @@ class _TorchNumbers(Numbers):
         self.xp, self.device = torch, device
 
     def wide(self, x: np.ndarray) -> Any:
-        if self.dtype == "bfloat16":
-            bits = self.xp.from_numpy(x.view(np.int16)).to(self.device)
-            return bits.view(self.xp.bfloat16).double()
-        return self.xp.from_numpy(x).to(self.device).double()
+        return as_torch(x, self.dtype, self.device).double()
 
     def integers(self, x: np.ndarray) -> Any:
         return self.xp.from_numpy(np.ascontiguousarray(x)).to(self.device)

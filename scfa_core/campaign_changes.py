@@ -49,9 +49,7 @@ def draw_pattern(
         spec, parts = STEPS[step](rng, drawn.spec, parts, Limits(most_rows, dtypes))
         if _rows_of(spec) > max(_rows_of(drawn.spec), MOST_ROWS):
             continue
-        pattern = parts[0]
-        for part in parts[1:]:
-            pattern = pattern & part
+        pattern = pt.Intersection(*parts)
         spec = replace(spec, parts=(*spec.parts, Part(f"then {step}", "changed")))
         changed = Drawn(spec, pattern, campaign.mask_of(spec, pattern), rng)
         if spec.parts[0].kind == "empty" or campaign.shows_something(changed):

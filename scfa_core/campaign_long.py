@@ -25,6 +25,7 @@ from scfa_core.campaign_blocks import (
 )
 from scfa_core.campaign_clauses import Shapes
 from scfa_core.campaign_judge import visible
+from scfa_core.patterns.base import map_arrays
 from scfa_core.reference.backend import narrow
 from scfa_core.testing import Case, Part, Results, Spec, Verdict
 from scfa_core.verify_against import multiplies_tf32, on_host
@@ -222,7 +223,7 @@ def verify_long(
     repeat: int = 0,
 ) -> Finding:
     """Run one problem forward and backward, hold everything against truth and reference plan."""
-    from scfa_core.verify import carried_pattern, crash, hold
+    from scfa_core.verify import crash, hold
 
     names = [name for name in (backend, against) if name is not None]
     host = on_host(*names)
@@ -233,7 +234,7 @@ def verify_long(
     try:
         device = "numpy" if host else "cuda"
         numbers = numbers_on(device, spec.dtype)
-        pattern = carried_pattern(case.pattern, numbers.integers)
+        pattern = map_arrays(case.pattern, numbers.integers)
         counts, seen = count_visible(numbers, pattern, spec)
         if spec.poison:
             case = poisoned(case, counts, seen)

@@ -307,7 +307,4 @@ def named_pattern(names: Sequence[str], options: Any) -> Pattern:
             return pt.KeyRanges(start, np.minimum(start + options.window, row + 1))
         return pt.Causal()
 
-    whole = build(names[0])
-    for name in names[1:]:
-        whole = whole & build(name)
-    return whole
+    return pt.Intersection(*map(build, names))

@@ -31,7 +31,7 @@ from scfa_core.distributed_patterns import (
     distribute_pattern,
     heads_of,
     queries_of,
-    require_pattern,
+    require_whole,
 )
 from scfa_core.errors import OptionError, PatternError, ShapeError
 from scfa_core.patterns import Pattern
@@ -174,7 +174,7 @@ def gathered_attention(
     checked = is_checked(q, group)
     with agreed(group, checked, q=q, k=k, v=v):
         _refuse_options("gathered_attention", options)
-        require_pattern("gathered_attention", pattern)
+        require_whole("gathered_attention", pattern)
         _check_shapes(q, k, v)
         rows = None if rows is None else _check_rows(rows, q, k)
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)

@@ -22,20 +22,18 @@ from scfa_core.patterns import (
     QKSparse,
     SlidingWindow,
 )
+from scfa_core.patterns.base import require_pattern
 from scfa_core.problem import as_size
 from scfa_core.torch_checks import check_tensor
 
-__all__ = ["check_rows", "distribute_pattern", "heads_of", "queries_of", "require_pattern"]
+__all__ = ["check_rows", "distribute_pattern", "heads_of", "queries_of", "require_whole"]
 
 _PLACEMENTS = (Shard(0), Shard(1), Replicate())
 
 
-def require_pattern(verb: str, pattern: Any) -> None:
+def require_whole(verb: str, pattern: Any) -> None:
     """Refuse what is no pattern, a plan among it."""
-    if not isinstance(pattern, Pattern):
-        raise PatternError(
-            f"{verb} takes the pattern of the whole sequence, got {type(pattern).__name__}"
-        )
+    require_pattern(f"{verb} takes the pattern of the whole sequence", pattern)
 
 
 def check_rows(rows: Any) -> Tensor:
@@ -73,7 +71,7 @@ def distribute_pattern(
     OptionError
         No mesh.
     """
-    require_pattern("distribute_pattern", pattern)
+    require_whole("distribute_pattern", pattern)
     if not isinstance(mesh, DeviceMesh):
         raise OptionError(f"mesh must be a DeviceMesh, got {type(mesh).__name__}")
     single = isinstance(placement, Placement) or not isinstance(placement, Sequence)
@@ -100,7 +98,17 @@ def distribute_pattern(
 def heads_of(pattern: Pattern, rank: int, ranks: int) -> Pattern:
     """Restrict a pattern to the heads of one rank: the `rank`-th of `ranks` equal shares.
 
-    Arrays of a single head, which broadcasts, stay.
+    Parameters
+    ----------
+    pattern : Pattern
+        Of all heads.
+    rank, ranks : int
+        Which share, from 0 on, and of how many.
+
+    Returns
+    -------
+    pattern : Pattern
+        Arrays of a single head, which broadcasts, and documents, which have none, stay.
 
     Raises
     ------
@@ -108,8 +116,10 @@ def heads_of(pattern: Pattern, rank: int, ranks: int) -> Pattern:
         No pattern, or no rank of so many.
     ShapeError
         Heads that `ranks` does not divide.
+    DTypeError
+        Arrays that are no torch tensors.
     """
-    require_pattern("heads_of", pattern)
+    require_whole("heads_of", pattern)
     ranks = as_size("ranks", ranks, 1, PatternError)
     if as_size("rank", rank, 0, PatternError) >= ranks:
         raise PatternError(f"rank must be below ranks={ranks}, got {rank}")
@@ -122,7 +132,12 @@ def heads_of(pattern: Pattern, rank: int, ranks: int) -> Pattern:
             raise ShapeError(f"{ranks} ranks must divide the {x.shape[1]} heads of a pattern")
         return x.chunk(ranks, dim=1)[rank]
 
-    return _rebuilt(pattern, share, share)
+    return Intersection(
+        *(
+            part if isinstance(part, Documents) else _rebuilt_part(part, share, share)
+            for part in pattern.parts
+        )
+    )
 
 
 def queries_of(pattern: Pattern, rows: Tensor, seqlen_q: int, seqlen_k: int) -> Pattern:
@@ -150,7 +165,7 @@ def queries_of(pattern: Pattern, rows: Tensor, seqlen_q: int, seqlen_k: int) -> 
         Rows that are no integer tensor of one axis, sizes that are none, arrays that are no torch
         tensors or of another length.
     """
-    require_pattern("queries_of", pattern)
+    require_whole("queries_of", pattern)
     rows = check_rows(rows)
     seqlen_q, seqlen_k = as_size("seqlen_q", seqlen_q), as_size("seqlen_k", seqlen_k)
 
@@ -186,18 +201,6 @@ def queries_of(pattern: Pattern, rows: Tensor, seqlen_q: int, seqlen_k: int) -> 
     for other in others:
         narrowed = narrowed & other
     return narrowed
-
-
-def _rebuilt(pattern: Pattern, on_q: Callable[..., Any], on_k: Callable[..., Any]) -> Pattern:
-    """Rebuild every part with its arrays mapped; documents have no heads and stay."""
-    parts = [
-        part if isinstance(part, Documents) else _rebuilt_part(part, on_q, on_k)
-        for part in pattern.parts
-    ]
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = whole & part
-    return whole
 
 
 def _rebuilt_part(

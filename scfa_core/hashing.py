@@ -342,7 +342,7 @@ def disjoint_rounds(
             )
         check_integers(name, x)
     rounds = q_bucket.shape[0]
-    bits = max(1, math.ceil(math.log2(max(buckets, 2))))
+    bits = max((buckets - 1).bit_length(), 1)
     if k_bucket.shape[0] != rounds:
         raise PatternError(f"q has {rounds} rounds of buckets, k has {k_bucket.shape[0]}")
     if not rounds:

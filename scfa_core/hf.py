@@ -107,6 +107,12 @@ def register(
     names : tuple of str
         What may now be passed as ``attn_implementation``.
 
+    Raises
+    ------
+    PatternError
+        A window, `buckets`, `near` or a seed that is none; here, or in a call where the model's
+        config says it.
+
     Notes
     -----
     ``scfa_window``, ``scfa_buckets``, ``scfa_near`` and ``scfa_seed`` in a model's config take

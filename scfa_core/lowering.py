@@ -22,7 +22,7 @@ from scfa_core.patterns import (
     QKSparse,
     SlidingWindow,
 )
-from scfa_core.patterns.base import unknown_pattern
+from scfa_core.patterns.base import PATTERN_OR_PLAN, require_pattern, unknown_pattern
 from scfa_core.problem import Problem
 
 MAX_GROUP_CLAUSES = 8
@@ -197,6 +197,11 @@ class _Lowering:
         self.arrays[into].append(view)
 
 
+def is_monotone(pattern: Pattern) -> bool:
+    """What `Clauses.monotone` will say, before lowering."""
+    return not any(isinstance(part, KeyRanges) for part in pattern.parts)
+
+
 def lower(pattern: Pattern, problem: Problem, framework: Framework) -> Clauses:
     """Lower `pattern` for `problem`; arrays of the result are `framework`'s.
 
@@ -205,11 +210,7 @@ def lower(pattern: Pattern, problem: Problem, framework: Framework) -> Clauses:
     PatternError, ShapeError, DTypeError, DeviceError
         The pattern does not fit the problem; the message names the array.
     """
-    if not isinstance(pattern, Pattern):
-        raise PatternError(
-            f"pattern must be a scfa_core pattern (Causal(), HashSparse(...), ...) or a Plan, "
-            f"got {type(pattern).__name__}"
-        )
+    require_pattern(PATTERN_OR_PLAN, pattern)
     lowering = _Lowering(problem, framework)
     for part in pattern.parts:
         lowering.add(part)

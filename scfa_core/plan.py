@@ -179,8 +179,8 @@ class Plan:
 
     def _check_arrays(self, problem: Problem, framework: Framework) -> None:
         """Raise where a plan made by hand holds arrays that backends would misread."""
-        shapes = plan_shapes(problem, "host")[:-1]
-        for name, x, shape in zip(PlanArrays._fields, self.arrays, shapes, strict=False):
+        shapes = plan_shapes(problem, "host" if problem.device == "cpu" else "cuda")
+        for name, x, shape in zip(PlanArrays._fields[:-1], self.arrays, shapes, strict=True):
             info = framework.info(x)
             if info.shape != shape:
                 raise ShapeError(f"plan.{name} must have shape {shape}, got {info.shape}")

@@ -331,6 +331,13 @@ def soak(
         Of a captured graph, which only a GPU has.
     seconds : float, optional
         No replay is begun after a fifth of them, no step after all.
+    seed : int
+        Of everything drawn.
+
+    Returns
+    -------
+    found : dict
+        Plain values, as JSON takes them.
 
     Raises
     ------
@@ -339,7 +346,8 @@ def soak(
     """
     start = time.monotonic()
     run = Soak(backend, rows, seed)
-    steps = steps or (CUDA_STEPS if run.cuda else HOST_STEPS)
+    if steps is None:
+        steps = CUDA_STEPS if run.cuda else HOST_STEPS
     found: dict[str, Any] = {"backend": backend, "rows": run.rows, "seed": seed}
     found["interrupted"] = False
     if run.cuda:

@@ -156,3 +156,12 @@ def as_numpy_kind(x: np.ndarray, dtype: str) -> np.ndarray:
     import ml_dtypes
 
     return x.view(ml_dtypes.bfloat16)
+
+
+def as_torch(x: np.ndarray, dtype: str, device: str) -> Any:
+    """The same values as a torch tensor on a device: bits of bfloat16 get their type."""
+    import torch
+
+    if dtype == "bfloat16" and x.dtype == np.uint16:
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).to(device)
+    return torch.from_numpy(np.ascontiguousarray(x)).to(device)

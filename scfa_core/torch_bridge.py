@@ -25,6 +25,7 @@ from scfa_core.dispatch import (
     requested_backend,
 )
 from scfa_core.errors import ScaleError
+from scfa_core.lowering import is_monotone
 from scfa_core.patterns import Pattern
 from scfa_core.patterns.base import kind_of
 from scfa_core.plan import Plan
@@ -49,12 +50,23 @@ from scfa_core.torch_calls import (
 )
 from scfa_core.torch_framework import TORCH_FRAMEWORK, device_name, dtype_name
 from scfa_core.torch_ops import BACKWARD, FORWARD, MAKE_PLAN, refuse_forward_mode
-from scfa_core.torch_patterns import encode, is_monotone
+from scfa_core.torch_patterns import encode
 from scfa_core.torch_plans import native_own_plan, new_plan, own_plan, own_plan_tensors
 from scfa_core.torch_saved import call_of_saved, count_changes, refuse_changed
 from scfa_core.torch_transforms import forward_in_functorch, functorch_is_active
 
-__all__ = ["TORCH_FRAMEWORK", "attention", "attention_backward", "make_plan"]
+__all__ = [
+    "TORCH_FRAMEWORK",
+    "attention",
+    "attention_backward",
+    "check_scale_kind",
+    "holds_plain",
+    "in_autocast",
+    "is_plain",
+    "make_plan",
+    "narrowed",
+    "traced_plan",
+]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _TRACED_AS_TENSORS = (torch.Tensor, np.ndarray, np.generic)
@@ -81,17 +93,16 @@ def attention(
     backend: str | None = None,
 ) -> Any:
     """`scfa_core.attention` on torch tensors; gradients flow to q, k and v, from out and lse."""
-    eager = is_plain(q, k, v) and _holds_plain(pattern)
+    eager = is_plain(q, k, v) and holds_plain(pattern)
     if not eager:
         one_framework(q, k=k, v=v)
-    kind = "cuda" if q.is_cuda else q.device.type
-    if kind in _AUTOCAST_KINDS and torch.is_autocast_enabled(kind):
-        q, k, v = _autocast(q, k, v)
+    if in_autocast(q):
+        q, k, v = narrowed(q, k, v)
     if eager:
         out, lse = _eager(q, k, v, pattern, softmax_scale, layout, deterministic, backend)
     else:
-        _check_scale_kind(softmax_scale)
-        name, plan = _traced_plan(q, k, v, pattern, layout, backend)
+        check_scale_kind(softmax_scale)
+        name, plan = traced_plan(q, k, v, pattern, layout, backend)
         options = (plan.monotone, softmax_scale, deterministic, layout, name)
         transformed = not torch.compiler.is_compiling() and functorch_is_active()
         forward = forward_in_functorch if transformed else FORWARD
@@ -118,21 +129,16 @@ def attention_backward(
     Under autocast, where `attention` gave a narrow out, q, k, v and dout are narrowed as it did
     with q, k and v, and gradients come in the dtypes of the q, k and v that are given.
     """
-    plain = is_plain(q, k, v) and is_plain(dout, out, lse) and _holds_plain(pattern)
+    plain = is_plain(q, k, v) and is_plain(dout, out, lse) and holds_plain(pattern)
     plain = plain and _has_storage(dout)
     if not plain:
         one_framework(q, k=k, v=v, dout=dout, out=out, lse=lse)
     options = (softmax_scale, layout, deterministic, backend)
-    kind = "cuda" if q.is_cuda else q.device.type
-    narrowed = (
-        kind in _AUTOCAST_KINDS
-        and torch.is_autocast_enabled(kind)
-        and out.dtype == torch.get_autocast_dtype(kind)  # else it ran outside, or on float64
-    )
-    if not narrowed:
+    # a wider out is of float64, or of a forward outside the region
+    if not in_autocast(q) or out.dtype != torch.get_autocast_dtype(q.device.type):
         return _backward(plain, dout, q, k, v, out, lse, pattern, *options)
     given = (q, k, v)
-    dout, q, k, v = _autocast(dout, q, k, v)
+    dout, q, k, v = narrowed(dout, q, k, v)
     grads = _backward(plain, dout, q, k, v, out, lse, pattern, *options)
     dq, dk, dv = (grad.to(x.dtype) for grad, x in zip(grads, given, strict=True))
     return dq, dk, dv
@@ -142,9 +148,9 @@ def make_plan(
     pattern: Pattern, q: Any, k: Any, *, layout: str = "bhtd", backend: str | None = None
 ) -> Plan:
     """`scfa_core.make_plan` for torch tensors."""
-    if not (is_plain(q, k, k) and _holds_plain(pattern)):
+    if not (is_plain(q, k, k) and holds_plain(pattern)):
         one_framework(q, k=k)
-        return _traced_plan(q, k, k, pattern, layout, backend)[1]
+        return traced_plan(q, k, k, pattern, layout, backend)[1]
     call = find_call(q, k, k, None, layout, True, requested_backend(backend))
     return new_plan(pattern, call.problem, call.backend)
 
@@ -169,7 +175,7 @@ def is_plain(q: Any, k: Any, v: Any) -> bool:
     )
 
 
-def _holds_plain(pattern: Any) -> bool:
+def holds_plain(pattern: Any) -> bool:
     """Whether what `pattern` holds of tensors are ordinary ones; the door judges what is none."""
     if type(pattern) is Plan:
         return not _is_odd(pattern.q_index)
@@ -189,7 +195,7 @@ def _is_odd(x: Any) -> bool:
     return type(x) is not torch.Tensor and isinstance(x, torch.Tensor)
 
 
-def _check_scale_kind(softmax_scale: Any) -> None:
+def check_scale_kind(softmax_scale: Any) -> None:
     """Refuse what an operator would take for a number; numbers are checked where it runs."""
     if torch.compiler.is_compiling() and isinstance(softmax_scale, _TRACED_AS_TENSORS):
         raise ScaleError(
@@ -207,7 +213,13 @@ def _refuse_tangents(*tensors: Any) -> None:
             refuse_forward_mode(None)
 
 
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def in_autocast(x: torch.Tensor) -> bool:
+    """Whether a region of torch's autocast is open for the device of `x`."""
+    kind = "cuda" if x.is_cuda else x.device.type  # what is on a GPU makes no device to ask
+    return kind in _AUTOCAST_KINDS and torch.is_autocast_enabled(kind)
+
+
+def narrowed(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Cast to the dtype of the surrounding autocast region; float64 stays, as in torch."""
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(x.to(dtype) if x.dtype in _AUTOCAST_TAKES else x for x in tensors)
@@ -258,8 +270,8 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Check, plan and differentiate; without the dispatcher where all is plain."""
     if not plain or _wants_gradient(dout, q, k, v):
-        _check_scale_kind(softmax_scale)
-        name, plan = _traced_plan(q, k, v, pattern, layout, backend)
+        check_scale_kind(softmax_scale)
+        name, plan = traced_plan(q, k, v, pattern, layout, backend)
         options = (plan.monotone, softmax_scale, deterministic, layout, name)
         dq, dk, dv = BACKWARD(dout, None, q, k, v, out, lse, *plan.arrays, *options)
         return dq, dk, dv
@@ -331,7 +343,7 @@ class ScfaAttention(torch.autograd.Function):
         return (*run_backward(call, arrays, dout, dlse, q, k, v, out, lse), *nothing)
 
 
-def _traced_plan(
+def traced_plan(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,

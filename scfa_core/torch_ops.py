@@ -14,8 +14,8 @@ import torch
 
 from scfa_core.dispatch import AUTO
 from scfa_core.errors import GradientError, ShapeError
-from scfa_core.plan import WORK_COUNTERS, WORK_TILE
-from scfa_core.problem import check_layout
+from scfa_core.plan import plan_shapes
+from scfa_core.problem import Problem, check_layout
 from scfa_core.torch_calls import (
     check_backward,
     checked_plan_arrays,
@@ -36,7 +36,7 @@ _PLAN = (
     "Tensor q_index, Tensor q_count, Tensor k_index, Tensor k_count, "
     "Tensor key_start, Tensor key_end, Tensor work, bool monotone"
 )
-_OPTIONS = "float? softmax_scale, bool deterministic, str layout, str backend"
+OPTIONS = "float? softmax_scale, bool deterministic, str layout, str backend"
 _SEVEN = ", ".join(["Tensor"] * PLAN_SIZE)
 
 LIBRARY = torch.library.Library("scfa", "DEF")
@@ -44,10 +44,10 @@ LIBRARY.define(
     "make_plan(Tensor q, Tensor k, str pattern, Tensor[] arrays, SymInt[] ints, str layout, "
     f"str backend) -> ({_SEVEN})"
 )
-LIBRARY.define(f"forward(Tensor q, Tensor k, Tensor v, {_PLAN}, {_OPTIONS}) -> (Tensor, Tensor)")
+LIBRARY.define(f"forward(Tensor q, Tensor k, Tensor v, {_PLAN}, {OPTIONS}) -> (Tensor, Tensor)")
 LIBRARY.define(
     "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_PLAN}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+    f"{_PLAN}, {OPTIONS}) -> (Tensor, Tensor, Tensor)"
 )
 
 MAKE_PLAN = torch.ops.scfa.make_plan.default
@@ -108,14 +108,14 @@ def _fake_make_plan(
     swap = check_layout(layout)
     batch, heads, seqlen_q, _ = heads_first(q.shape, swap)
     _, heads_kv, seqlen_k, _ = heads_first(k.shape, swap)
-    tiles = heads * -(-seqlen_q // WORK_TILE) + heads_kv * -(-seqlen_k // WORK_TILE)
-    work = batch * tiles + WORK_COUNTERS if q.device.type == "cuda" else 0
-    q_shape, k_shape = (batch, heads, seqlen_q), (batch, heads_kv, seqlen_k)
-    shapes = (q_shape, q_shape[:2], k_shape, k_shape[:2], q_shape, q_shape, (work,))
+    sizes = (batch, heads, heads_kv, seqlen_q, seqlen_k)
+    problem = Problem(*sizes, 0, 0, "", "", 1.0)  # of the rest no shape of a plan depends
+    shapes = plan_shapes(problem, "cuda" if q.device.type == "cuda" else "host")
     return tuple(q.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 
-def _fake_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Tensors:
+def fake_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Tensors:
+    """Out and lse without values; the last but one of `rest` is the layout."""
     swap = check_layout(rest[-2])
     shape = (*q.shape[:3], v.shape[3])
     out = q.new_empty_strided(shape, like_order(q, shape))
@@ -130,7 +130,12 @@ def _fake_backward(
     v: torch.Tensor,
     *rest: Any,
 ) -> Tensors:
-    return tuple(x.new_empty_strided(x.shape, like_order(x, x.shape)) for x in (q, k, v))
+    return fake_gradients(q, k, v)
+
+
+def fake_gradients(*tensors: torch.Tensor) -> Tensors:
+    """Gradients of some tensors, without values."""
+    return tuple(x.new_empty_strided(x.shape, like_order(x, x.shape)) for x in tensors)
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
@@ -210,7 +215,7 @@ def register(name: str, real: Any, fake: Any) -> None:
 
 
 register("make_plan", _make_plan, _fake_make_plan)
-register("forward", _forward, _fake_forward)
+register("forward", _forward, fake_forward)
 register("backward", _backward, _fake_backward)
 torch.library.register_autograd(
     "scfa::forward", differentiate, setup_context=save_for_backward, lib=LIBRARY

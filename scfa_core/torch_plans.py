@@ -9,7 +9,7 @@ import torch
 
 from scfa_core.arrays import cuda_ordinal
 from scfa_core.dispatch import Backend, Bound
-from scfa_core.lowering import Clauses, lower
+from scfa_core.lowering import Clauses, is_monotone, lower
 from scfa_core.patterns import Pattern
 from scfa_core.plan import Plan, PlanAddresses, PlanArrays
 from scfa_core.problem import Problem
@@ -23,7 +23,6 @@ from scfa_core.torch_framework import (
     empty_cuda,
     raw_stream,
 )
-from scfa_core.torch_patterns import is_monotone
 from scfa_core.torch_recipes import describe_clauses, find_recipe, read_pattern
 from scfa_core.torch_storage import plan_storage
 

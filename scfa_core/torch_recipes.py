@@ -7,7 +7,6 @@ Patterns can be changed between calls, so their fields are read every time.
 
 from __future__ import annotations
 
-from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +17,12 @@ from scfa_core.patterns import (
     Causal,
     Documents,
     HashSparse,
-    Intersection,
     KeyRanges,
     Pattern,
     QKSparse,
     SlidingWindow,
 )
+from scfa_core.patterns.base import map_arrays
 from scfa_core.problem import Problem
 from scfa_core.torch_framework import TorchFramework, dtype_name
 
@@ -80,13 +79,9 @@ def find_recipe(
 ) -> Recipe | None:
     """Lower `pattern`, known to fit, once more without memory; None if a tensor is converted."""
     twins = {id(x): _without_memory(x) for x in tensors}
-    parts = []
-    for part in pattern.parts:
-        twin = copy(part)
-        for name in _FIELDS[type(part)][0]:
-            setattr(twin, name, twins[id(getattr(part, name))])
-        parts.append(twin)
-    lowered = lower(Intersection(*parts), problem, _Elsewhere(problem.device))
+    lowered = lower(
+        map_arrays(pattern, lambda x: twins[id(x)]), problem, _Elsewhere(problem.device)
+    )
     homes = [_storage_of(twins[id(x)]) for x in tensors]
     found = [_storage_of(x) for x in lowered.arrays]
     if not set(found) <= set(homes):

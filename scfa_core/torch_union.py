@@ -14,12 +14,12 @@ from scfa_core.patterns import Pattern
 from scfa_core.plan import Plan
 from scfa_core.problem import check_layout, one_framework
 from scfa_core.torch_bridge import (
-    _AUTOCAST_KINDS,
-    _autocast,
-    _check_scale_kind,
-    _holds_plain,
-    _traced_plan,
+    check_scale_kind,
+    holds_plain,
+    in_autocast,
     is_plain,
+    narrowed,
+    traced_plan,
 )
 from scfa_core.torch_saved import count_changes, refuse_changed
 from scfa_core.torch_transforms import functorch_is_active
@@ -41,14 +41,11 @@ def union_attention(
     neither, and the backward of the reference, like every one in float64, does not use the lse it
     is given; in those cases every part is an ordinary call, differentiated through its own lse.
     """
-    eager = is_plain(q, k, v)
-    for pattern in patterns:
-        eager = eager and _holds_plain(pattern)
+    eager = is_plain(q, k, v) and all(map(holds_plain, patterns))
     if not eager:
         one_framework(q, k=k, v=v)
-    kind = q.device.type
-    if kind in _AUTOCAST_KINDS and torch.is_autocast_enabled(kind):
-        q, k, v = _autocast(q, k, v)  # here, so that the node saves what the backend saw
+    if in_autocast(q):
+        q, k, v = narrowed(q, k, v)  # here, so that the node saves what the backend saw
     layout, backend = options["layout"], options["backend"]
     if eager:
         plans = [
@@ -57,8 +54,8 @@ def union_attention(
         ]
         names = {plan.backend for plan in plans}
     else:
-        _check_scale_kind(options["softmax_scale"])
-        named = [_traced_plan(q, k, v, p, layout, backend) for p in patterns]
+        check_scale_kind(options["softmax_scale"])
+        named = [traced_plan(q, k, v, p, layout, backend) for p in patterns]
         plans = [plan for _, plan in named]
         names = {name for name, _ in named}
     tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))

@@ -14,31 +14,36 @@ import torch
 from torch import Tensor
 
 from scfa_core.dispatch import AUTO
-from scfa_core.problem import check_layout
 from scfa_core.torch_calls import (
     Call,
     NativePlan,
     check_backward,
     checked_plan_arrays,
     find_call,
-    heads_first,
-    like_order,
     run_backward,
     run_forward,
 )
-from scfa_core.torch_ops import LIBRARY, PLAN_SIZE, Tensors, refuse_double_backward, register
+from scfa_core.torch_ops import (
+    LIBRARY,
+    OPTIONS,
+    PLAN_SIZE,
+    Tensors,
+    fake_forward,
+    fake_gradients,
+    refuse_double_backward,
+    register,
+)
 
 # The seven tensors of every part, one after another; flags as 0 and 1, as torch.jit.trace takes no
 # list of bools.
 _PLANS = "Tensor[] plans, int[] monotone"
-_OPTIONS = "float? softmax_scale, bool deterministic, str layout, str backend"
 
 LIBRARY.define(
-    f"attend_union(Tensor q, Tensor k, Tensor v, {_PLANS}, {_OPTIONS}) -> (Tensor, Tensor)"
+    f"attend_union(Tensor q, Tensor k, Tensor v, {_PLANS}, {OPTIONS}) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "attend_union_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_PLANS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+    f"{_PLANS}, {OPTIONS}) -> (Tensor, Tensor, Tensor)"
 )
 
 ATTEND_UNION = torch.ops.scfa.attend_union.default
@@ -112,15 +117,8 @@ def _attend_backward(
     return add_gradients(each, len(arrays))
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensors:
-    swap = check_layout(rest[-2])
-    shape = (*q.shape[:3], v.shape[3])
-    out = q.new_empty_strided(shape, like_order(q, shape))
-    return out, q.new_empty(heads_first(q.shape, swap)[:3], dtype=torch.float32)
-
-
 def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensors:
-    return tuple(x.new_empty_strided(x.shape, like_order(x, x.shape)) for x in (q, k, v))
+    return fake_gradients(q, k, v)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
@@ -140,7 +138,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Any
     return (*ATTEND_UNION_BACKWARD(dout, q, k, v, out, lse, plans, *ctx.options), *nothing)
 
 
-register("attend_union", _attend, _fake)
+register("attend_union", _attend, fake_forward)
 register("attend_union_backward", _attend_backward, _fake_backward)
 torch.library.register_autograd(
     "scfa::attend_union", _differentiate, setup_context=_save_for_backward, lib=LIBRARY

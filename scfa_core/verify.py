@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from scfa_core import testing
 from scfa_core.api import attention, attention_backward, make_plan
 from scfa_core.dispatch import check_name, load_backend, unavailable_reason
 from scfa_core.errors import BackendUnavailable, ScfaError, UnknownBackend
+from scfa_core.patterns.base import map_arrays
 from scfa_core.verify_against import (
     Fields,
     Rule,
@@ -36,6 +37,7 @@ from scfa_core.verify_findings import Finding
 if TYPE_CHECKING:
     from scfa_core.campaign import Drawn
     from scfa_core.campaign_blocks import Answers
+    from scfa_core.patterns import Pattern
 
 HOST_DTYPES = ("float32", "float64", "float16", "bfloat16")
 CUDA_DTYPES = ("float16", "bfloat16", "float32")
@@ -256,11 +258,7 @@ def hold(
             got, plan = run(name)
             ran.append((got, plan))
             verdicts = judge(got, plan, tf32[-1])
-            found = [
-                f"{v.name}: {_ratio(v):.2f} of the allowed error; {v.detail}"
-                for v in verdicts
-                if not v.ok
-            ]
+            found = _beyond(verdicts, "error")
             found += plan_differences(case, plan, right)
             found += changed_bits((got, plan), [run(name) for _ in range(repeat)])
             complaints += found if len(names) == 1 else [f"{name}: {text}" for text in found]
@@ -271,11 +269,7 @@ def hold(
                 device = "numpy" if on_host(*names) else "cuda"
                 answers = {x: allowances_of(case, device, tf32=x) for x in set(tf32)}
             verdicts = row_verdicts(case, one, two, [Rule(answers[x], x) for x in tf32])
-            found = [
-                f"{v.name}: {_ratio(v):.2f} of the allowed difference; {v.detail}"
-                for v in verdicts
-                if not v.ok
-            ]
+            found = _beyond(verdicts, "difference")
             found += differing_entries(one_plan, two_plan)
             complaints += [f"{names[0]} against {names[1]}: {text}" for text in found]
             apart = max(map(_ratio, verdicts))
@@ -288,6 +282,13 @@ def hold(
 
 def _ratio(verdict: testing.Verdict) -> float:
     return max(verdict.max_ratio, verdict.norm_ratio)
+
+
+def _beyond(verdicts: Sequence[testing.Verdict], what: str) -> list[str]:
+    """What is said of the verdicts that are not fine."""
+    return [
+        f"{v.name}: {_ratio(v):.2f} of the allowed {what}; {v.detail}" for v in verdicts if not v.ok
+    ]
 
 
 def crash(error: Exception, spec: testing.Spec, told: str = "") -> Finding:
@@ -332,24 +333,15 @@ def run_case(case: testing.Case, backend: str) -> tuple[testing.Results, Fields]
         results, plan = testing.run_numpy(case, backend)
         return results, {name: getattr(plan, name) for name in PLAN_FIELDS}
     if importlib.util.find_spec("torch") is not None:
-        return _run_torch(case, backend, "cpu" if on_host else "cuda")
+        device = "cpu" if on_host else "cuda"
+        to_device = partial(testing.as_torch, dtype=case.spec.dtype, device=device)
+        return _run(case, backend, to_device, lambda x: x.detach().double().cpu().numpy())
     if on_host:
         raise BackendUnavailable(
             "bfloat16 on the host goes through torch, which is not installed; "
             "pass --dtype float32, or pip install 'scfa-core[torch]'"
         )
     return _run_cupy(case, backend)
-
-
-def _run_torch(case: testing.Case, backend: str, device: str) -> tuple[testing.Results, Fields]:
-    import torch
-
-    def tensor(x: np.ndarray) -> Any:
-        if case.spec.dtype == "bfloat16" and x.dtype == np.uint16:
-            return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).to(device)
-        return torch.from_numpy(np.ascontiguousarray(x)).to(device)
-
-    return _run(case, backend, tensor, lambda x: x.detach().double().cpu().numpy())
 
 
 def _run_cupy(case: testing.Case, backend: str) -> tuple[testing.Results, Fields]:
@@ -364,33 +356,35 @@ def _run(
     case: testing.Case, backend: str, to_device: Any, to_host: Any
 ) -> tuple[testing.Results, Fields]:
     """Carry a case over to a library, call, and bring everything back."""
-    spec = case.spec
+    tensors = [to_device(x) for x in (case.q, case.k, case.v, case.dout)]
+    return call(case.spec, backend, tensors, map_arrays(case.pattern, to_device), to_host)
+
+
+def call(
+    spec: testing.Spec,
+    backend: str,
+    tensors: Sequence[Any],
+    pattern: Pattern,
+    to_host: Callable[[Any], np.ndarray],
+) -> tuple[testing.Results, Fields]:
+    """Plan, forward and backward of one problem; results and plan in NumPy, heads first.
+
+    Parameters
+    ----------
+    spec : Spec
+        Its layout and scale count.
+    tensors : (q, k, v, dout)
+        (batch, heads, rows, dim), whatever the layout.
+    to_host : callable
+        An array of their library in NumPy, float64.
+    """
     options: dict[str, Any] = {"layout": spec.layout, "backend": backend}
     swap = (lambda x: x.swapaxes(1, 2)) if spec.layout == "bthd" else (lambda x: x)
-    q, k, v, dout = (swap(to_device(x)) for x in (case.q, case.k, case.v, case.dout))
-    pattern = carried_pattern(case.pattern, to_device)
+    q, k, v, dout = map(swap, tensors)
     plan = make_plan(pattern, q, k, **options)
-    scale = spec.softmax_scale
-    out, lse = attention(q, k, v, plan, softmax_scale=scale, return_lse=True, **options)
-    grads = attention_backward(dout, q, k, v, out, lse, plan, softmax_scale=scale, **options)
-    tensors = [to_host(swap(x)) for x in (out, *grads)]
+    options["softmax_scale"] = spec.softmax_scale
+    out, lse = attention(q, k, v, plan, return_lse=True, **options)
+    grads = attention_backward(dout, q, k, v, out, lse, plan, **options)
+    wide = [to_host(swap(x)) for x in (out, *grads)]
     fields = {name: to_host(getattr(plan, name)).astype(np.int64) for name in PLAN_FIELDS}
-    return testing.Results(tensors[0], to_host(lse), *tensors[1:]), fields
-
-
-def carried_pattern(pattern: Any, to_device: Any) -> Any:
-    """The same pattern with its arrays moved: to another library, or another device."""
-    import copy
-
-    parts = []
-    for part in pattern.parts:
-        moved = copy.copy(part)
-        for name in getattr(type(part), "__slots__", ()):
-            value = getattr(part, name)
-            if hasattr(value, "shape"):
-                setattr(moved, name, to_device(value))
-        parts.append(moved)
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = whole & part
-    return whole
+    return testing.Results(wide[0], to_host(lse), *wide[1:]), fields

@@ -16,6 +16,7 @@ import numpy as np
 from scfa_core import testing
 from scfa_core.campaign_blocks import Answers, evaluate, numbers_on
 from scfa_core.dispatch import load_backend
+from scfa_core.patterns.base import map_arrays
 from scfa_core.testing import ROUNDOFF, Case, Results, Spec, Verdict
 
 Fields = dict[str, np.ndarray]
@@ -52,10 +53,8 @@ def allowances_of(case: Case, device: str, *, tf32: bool = False) -> Answers:
     if case.mask.size:
         plain = testing.baseline(case, tf32=tf32)
         return Answers(testing.truth(case), plain, testing.magnitudes(case))
-    from scfa_core.verify import carried_pattern
-
     numbers = numbers_on(device, case.spec.dtype, tf32=tf32)
-    return evaluate(numbers, case, carried_pattern(case.pattern, numbers.integers))
+    return evaluate(numbers, case, map_arrays(case.pattern, numbers.integers))
 
 
 def differing_entries(one: Fields, two: Fields) -> list[str]:

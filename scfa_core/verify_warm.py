@@ -20,6 +20,7 @@ from scfa_core import patterns as pt
 from scfa_core.campaign import DeepProblem
 from scfa_core.campaign_clauses import Shapes
 from scfa_core.dispatch import load_backend
+from scfa_core.lowering import is_monotone
 from scfa_core.reference.backend import narrow
 from scfa_core.testing import Case, Spec
 from scfa_core.verify_workers import Pool, in_processes
@@ -65,7 +66,7 @@ def kind_of(
         most_rows = rows or campaign.DEEP_ROWS
         problem = campaign.draw(seed, most_rows=most_rows, dtypes=dtypes, changed=changed)
         spec, views = problem.case.spec, problem.views
-        monotone = not any(isinstance(x, pt.KeyRanges) for x in problem.case.pattern.parts)
+        monotone = is_monotone(problem.case.pattern)
     else:
         spec = testing.random_spec(seed, most_rows=rows or DEFAULT_ROWS, dtypes=dtypes)
         views = ("plain",) * 4

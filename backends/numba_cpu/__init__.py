@@ -10,16 +10,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scfa_core.arrays import CallContext
-    from scfa_core.lowering import Clauses
-    from scfa_core.plan import PlanArrays
     from scfa_core.problem import Problem
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class NumbaCpuBackend:
-    """Host arrays of any dtype and stride; see `launch` for the work."""
+    """Host arrays of any dtype and stride; `launch` does the work, whose verbs are these."""
 
     name = "numba-cpu"
     memory = "host"
@@ -38,49 +35,23 @@ class NumbaCpuBackend:
             return f"dtype must be one of {DTYPES}, got {problem.dtype}"
         return None
 
-    def make_plan(
-        self, problem: Problem, clauses: Clauses, plan: PlanArrays, ctx: CallContext
-    ) -> None:
+    def make_plan(self, problem: Problem, *clauses_plan_ctx: Any) -> None:
         """Fill `plan`."""
         from scfa_core.backends.numba_cpu import launch
 
-        launch.make_plan(problem, clauses, plan)
+        launch.make_plan(problem, *clauses_plan_ctx)
 
-    def forward(
-        self,
-        problem: Problem,
-        plan: PlanArrays,
-        q: Any,
-        k: Any,
-        v: Any,
-        out: Any,
-        lse: Any,
-        ctx: CallContext,
-    ) -> None:
+    def forward(self, problem: Problem, *plan_arrays_ctx: Any) -> None:
         """Write out and lse."""
         from scfa_core.backends.numba_cpu import launch
 
-        launch.forward(problem, plan, q, k, v, out, lse)
+        launch.forward(problem, *plan_arrays_ctx)
 
-    def backward(
-        self,
-        problem: Problem,
-        plan: PlanArrays,
-        dout: Any,
-        q: Any,
-        k: Any,
-        v: Any,
-        out: Any,
-        lse: Any,
-        dq: Any,
-        dk: Any,
-        dv: Any,
-        ctx: CallContext,
-    ) -> None:
+    def backward(self, problem: Problem, *plan_arrays_ctx: Any) -> None:
         """Write dq, dk and dv."""
         from scfa_core.backends.numba_cpu import launch
 
-        launch.backward(problem, plan, dout, q, k, v, out, lse, dq, dk, dv, ctx)
+        launch.backward(problem, *plan_arrays_ctx)
 
 
 BACKEND = NumbaCpuBackend()

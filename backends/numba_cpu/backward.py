@@ -21,6 +21,7 @@ from scfa_core.backends.numba_cpu.tiles import (
     NOTHING,
     add_unsafe_rows,
     aligned,
+    head_at,
     load_lanes,
     load_ranges,
     load_rows,
@@ -129,13 +130,13 @@ def dq_tiles(
         rows = min(BLOCK, seqlen_q - m0)
         q_at = head * seqlen_q + m0
         k_at = (b * heads_kv + g) * seqlen_k
-        dout_base = dout_layout[0] + b * dout_layout[1] + h * dout_layout[2]
-        q_base = q_layout[0] + b * q_layout[1] + h * q_layout[2]
-        k_base = k_layout[0] + b * k_layout[1] + g * k_layout[2]
-        v_base = v_layout[0] + b * v_layout[1] + g * v_layout[2]
-        out_base = out_layout[0] + b * out_layout[1] + h * out_layout[2]
-        lse_base = lse_layout[0] + b * lse_layout[1] + h * lse_layout[2]
-        dq_base = dq_layout[0] + b * dq_layout[1] + h * dq_layout[2]
+        dout_base = head_at(dout_layout, b, h)
+        q_base = head_at(q_layout, b, h)
+        k_base = head_at(k_layout, b, g)
+        v_base = head_at(v_layout, b, g)
+        out_base = head_at(out_layout, b, h)
+        lse_base = head_at(lse_layout, b, h)
+        dq_base = head_at(dq_layout, b, h)
 
         low, high = load_ranges(key_start, key_end, q_at, rows, starts, ends)
         if monotone:  # as they stand, empty rows included: nondecreasing from tile to tile
@@ -160,17 +161,9 @@ def dq_tiles(
                 part = visibility(starts, ends, rows, n0, n0 + count)
                 if part != NOTHING:
                     load_rows(
-                        k,
-                        k_base,
-                        k_layout[3],
-                        k_index,
-                        k_at + n0,
-                        count,
-                        head_dim,
-                        width,
-                        one,
+                        k, k_base, k_layout[3], k_index, k_at + n0, count, head_dim, width, one,
                         k_rows,
-                    )
+                    )  # fmt: skip
                     multiply(k_rows, width, count, head_dim, q_lanes, rows, scores, keep)
                     if part != FULL:
                         hide(scores, count, n0, starts, ends, seen)
@@ -282,18 +275,18 @@ def dkdv_tiles(
         n0 = task % blocks * BLOCK  # the first tiles, seen by the most queries, come first
         keys = min(BLOCK, seqlen_k - n0)
         k_at = (b * heads_kv + g) * seqlen_k + n0
-        k_base = k_layout[0] + b * k_layout[1] + g * k_layout[2]
-        v_base = v_layout[0] + b * v_layout[1] + g * v_layout[2]
-        dk_base = dk_layout[0] + b * dk_layout[1] + g * dk_layout[2]
-        dv_base = dv_layout[0] + b * dv_layout[1] + g * dv_layout[2]
+        k_base = head_at(k_layout, b, g)
+        v_base = head_at(v_layout, b, g)
+        dk_base = head_at(dk_layout, b, g)
+        dv_base = head_at(dv_layout, b, g)
         load_lanes(k, k_base, k_layout[3], k_index, k_at, keys, head_dim, scale_log2[0], k_lanes)
         load_lanes(v, v_base, v_layout[3], k_index, k_at, keys, head_dim_v, one, v_lanes)
         acc_dk[:] = 0
         acc_dv[:] = 0
         for h in range(g * group_size, (g + 1) * group_size):
             head = b * heads + h
-            q_base = q_layout[0] + b * q_layout[1] + h * q_layout[2]
-            dout_base = dout_layout[0] + b * dout_layout[1] + h * dout_layout[2]
+            q_base = head_at(q_layout, b, h)
+            dout_base = head_at(dout_layout, b, h)
             first_block = 0
             if monotone:
                 first_block = first_query_tile(tile_high, head * blocks_q, blocks_q, n0)

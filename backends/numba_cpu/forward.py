@@ -17,6 +17,7 @@ from scfa_core.backends.numba_cpu.tiles import (
     NOTHING,
     add_unsafe_rows,
     aligned,
+    head_at,
     load_lanes,
     load_ranges,
     load_rows,
@@ -123,11 +124,11 @@ def forward_tiles(
         rows = min(BLOCK, seqlen_q - m0)
         q_at = head * seqlen_q + m0
         k_at = (b * heads_kv + g) * seqlen_k
-        q_base = q_layout[0] + b * q_layout[1] + h * q_layout[2]
-        k_base = k_layout[0] + b * k_layout[1] + g * k_layout[2]
-        v_base = v_layout[0] + b * v_layout[1] + g * v_layout[2]
-        out_base = out_layout[0] + b * out_layout[1] + h * out_layout[2]
-        lse_base = lse_layout[0] + b * lse_layout[1] + h * lse_layout[2]
+        q_base = head_at(q_layout, b, h)
+        k_base = head_at(k_layout, b, g)
+        v_base = head_at(v_layout, b, g)
+        out_base = head_at(out_layout, b, h)
+        lse_base = head_at(lse_layout, b, h)
 
         low, high = load_ranges(key_start, key_end, q_at, rows, starts, ends)
         row_max[:] = -np.inf

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scfa_core.backends.numba_cpu.backward import dkdv_tiles, dq_tiles
@@ -12,6 +12,12 @@ from scfa_core.backends.numba_cpu.forward import forward_tiles
 from scfa_core.backends.numba_cpu.plan import UNBOUNDED, key_ranges, sort_lists, table
 from scfa_core.backends.numba_cpu.threads import run_tiles
 from scfa_core.backends.numba_cpu.tiles import BLOCK
+
+if TYPE_CHECKING:
+    from scfa_core.arrays import CallContext
+    from scfa_core.lowering import Clauses
+    from scfa_core.plan import PlanArrays
+    from scfa_core.problem import Problem
 
 __all__ = ["backward", "forward", "make_plan"]
 
@@ -30,7 +36,7 @@ def _offset(value: int | None, default: int) -> int:
     return default if value is None else max(-UNBOUNDED, min(UNBOUNDED, value))
 
 
-def make_plan(problem: Any, clauses: Any, plan: Any) -> None:
+def make_plan(problem: Problem, clauses: Clauses, plan: PlanArrays, ctx: CallContext) -> None:
     """Sort keys, sort queries, then find ranges."""
     q_index, q_count, k_index, k_count, key_start, key_end = _plan_rows(*plan[:6])
     batch, heads, heads_kv = problem.batch, problem.heads, problem.heads_kv
@@ -54,7 +60,7 @@ def make_plan(problem: Any, clauses: Any, plan: Any) -> None:
     )  # fmt: skip
 
 
-def _sizes(problem: Any) -> tuple[int, ...]:
+def _sizes(problem: Problem) -> tuple[int, ...]:
     return (
         problem.batch,
         problem.heads,
@@ -66,7 +72,7 @@ def _sizes(problem: Any) -> tuple[int, ...]:
     )
 
 
-def _arithmetic(problem: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray]:
+def _arithmetic(problem: Problem) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray]:
     """Arithmetic type, softmax_scale and its base-2 twin as one-element arrays, an empty array."""
     real = np.float64 if problem.dtype == "float64" else np.float32
     scale = np.array([problem.softmax_scale], real)
@@ -74,12 +80,21 @@ def _arithmetic(problem: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray]:
     return real, scale, scale_log2, np.empty(0, real)
 
 
-def _worth_helpers(problem: Any) -> bool:
+def _worth_helpers(problem: Problem) -> bool:
     rows = problem.batch * problem.heads * problem.seqlen_q
     return bool(rows * problem.seqlen_k * problem.head_dim > SMALL)
 
 
-def forward(problem: Any, plan: Any, q: Any, k: Any, v: Any, out: Any, lse: Any) -> None:
+def forward(
+    problem: Problem,
+    plan: PlanArrays,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    out: np.ndarray,
+    lse: np.ndarray,
+    ctx: CallContext,
+) -> None:
     """Write out and lse."""
     _, _, scale_log2, sample = _arithmetic(problem)
     tensors = [part for x in (q, k, v, out) for part in flat(x, problem.dtype)]
@@ -93,18 +108,18 @@ def forward(problem: Any, plan: Any, q: Any, k: Any, v: Any, out: Any, lse: Any)
 
 
 def backward(
-    problem: Any,
-    plan: Any,
-    dout: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    out: Any,
-    lse: Any,
-    dq: Any,
-    dk: Any,
-    dv: Any,
-    ctx: Any,
+    problem: Problem,
+    plan: PlanArrays,
+    dout: np.ndarray,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    out: np.ndarray,
+    lse: np.ndarray,
+    dq: np.ndarray,
+    dk: np.ndarray,
+    dv: np.ndarray,
+    ctx: CallContext,
 ) -> None:
     """Write dq, then dk and dv."""
     _, scale, scale_log2, sample = _arithmetic(problem)

@@ -10,7 +10,8 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any
 
 import numba
@@ -50,18 +51,54 @@ if hasattr(os, "register_at_fork"):
     )
 
 
-def _start(job: Callable[[], Any], count: int) -> list[Future[Any]]:
-    """Ask the pool to run `job` `count` times; fewer if the interpreter is shutting down."""
+def _start(helpers: list[Future[None]], job: Callable[[], Any]) -> None:
+    """Ask the pool to run `job` once for each helper.
+
+    Where no more threads are to be had, or the interpreter is shutting down, some helpers stay
+    pending: the threads that there are do it all.
+    """
     global _pool, _pool_size
-    with _lock:
+    count = len(helpers)
+    with _lock, suppress(RuntimeError):
         if _pool is None or _pool_size < count:
             if _pool is not None:
                 _pool.shutdown(wait=False)
             _pool, _pool_size = ThreadPoolExecutor(count, thread_name_prefix="scfa"), count
-        try:
-            return [_pool.submit(job) for _ in range(count)]
-        except RuntimeError:  # no new work at shutdown: the calling thread does it all
-            return []
+        for helper in helpers:
+            _pool.submit(_help, helper, job)
+
+
+def _help(helper: Future[None], job: Callable[[], Any]) -> None:
+    """Run `job`, unless its caller is done and has cancelled `helper`.
+
+    Not by the pool's own futures: a pool that fails to start a thread has queued the work, and
+    gives no future to cancel it by.
+    """
+    if not helper.set_running_or_notify_cancel():
+        return
+    try:
+        job()
+    except BaseException as error:  # for the thread that waits
+        helper.set_exception(error)
+    else:
+        helper.set_result(None)
+
+
+def _errors_of(begun: list[Future[None]]) -> list[BaseException]:
+    """What helpers raised, once all have ended.
+
+    Ctrl-C does not cut the wait short, and is an error like theirs: helpers are amid a tile, and
+    what they read and write is freed when the call is left.
+    """
+    errors: list[BaseException] = []
+    for helper in begun:
+        while not helper.done():
+            try:
+                wait([helper])
+            except KeyboardInterrupt as error:
+                errors.append(error)
+    found = (helper.exception() for helper in begun)
+    return errors + [error for error in found if error is not None]
 
 
 def run_tiles(
@@ -70,6 +107,7 @@ def run_tiles(
     """Call ``kernel(counter, *arguments)`` on as many threads as are useful, and wait.
 
     Every call of the kernel takes numbers from the int64 `counter` until it has reached `tiles`.
+    What one of them raises is raised once all have ended.
     """
     counter = np.zeros(8, np.int64)  # a cache line of its own
 
@@ -77,11 +115,13 @@ def run_tiles(
         kernel(counter, *arguments)
 
     count = min(thread_count(), tiles) - 1 if helpers else 0
-    futures = _start(job, count) if count > 0 else []
+    futures: list[Future[None]] = [Future() for _ in range(count)]
+    if futures:
+        _start(futures, job)
     try:
         job()
     finally:
         counter[0] += tiles  # after an error: nobody starts another tile
-        for future in futures:
-            if not future.cancel():
-                future.result()
+        errors = _errors_of([future for future in futures if not future.cancel()])
+        if errors:
+            raise errors[0]

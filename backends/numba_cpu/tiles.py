@@ -24,6 +24,7 @@ __all__ = [
     "BLOCK",
     "add_unsafe_rows",
     "aligned",
+    "head_at",
     "load_lanes",
     "load_ranges",
     "load_rows",
@@ -52,6 +53,12 @@ def aligned(size, sample):
     storage = np.zeros(size + spare, sample.dtype)
     first = (-address_of(storage) % 64) // sample.itemsize
     return storage[first : first + size]
+
+
+@device_function
+def head_at(layout, b, h):
+    """Where the first row of one (batch, head) is in the flat view of a tensor (`flat.Layout`)."""
+    return layout[0] + b * layout[1] + h * layout[2]
 
 
 @device_function

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from bench.lm.train import World
-from bench.run import machine
+from bench.machine import machine
 
 PATIENCE = 120.0  # seconds that one check or case may take
 
@@ -95,10 +95,8 @@ def head(kind: str, where: World, commit: str | None) -> dict[str, Any]:
     cards: list[Any] = [None] * where.size
     cuda = where.device.startswith("cuda")
     dist.all_gather_object(cards, torch.cuda.get_device_name() if cuda else "cpu")
-    facts = machine("cuda" if cuda else "cpu")
+    facts = machine("cuda" if cuda else "cpu", commit)
     facts.pop("l2", None)  # whole steps: nothing is flushed in between
-    if commit:
-        facts["commit"] = commit
     if cuda:
         facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     return {

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.lm.pictures import page_style
-from bench.plots import COLORS, THEMES
+from bench import looks
+from bench.looks import COLORS, THEMES
 
 PANELS = {"strong": "strong scaling", "weak": "weak scaling", "comm_share": "communication alone"}
 
@@ -93,7 +93,7 @@ def draw(record: dict[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     for theme in THEMES:
-        with plt.rc_context(page_style(theme)):
+        with plt.rc_context(looks.style(theme)):
             figure, axes = plt.subplots(1, 3, figsize=(14.4, 4.0), sharey=True)
             for axis, (field, title) in zip(axes, PANELS.items(), strict=True):
                 series = _series(record, field)

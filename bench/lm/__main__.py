@@ -107,17 +107,7 @@ def _quality(args: argparse.Namespace, where: World) -> None:
     if args.tokens != "byte":
         took = time.perf_counter() - begin
         print(f"tokens: {corpus.bytes_per_token:.2f} bytes each, after {took:.1f} s")
-    quality.run(
-        config,
-        corpus,
-        where,
-        variants=args.variants,
-        seeds=args.seeds,
-        points=args.points,
-        json_path=args.json,
-        budget=args.budget,
-        checkpoints=args.checkpoints,
-    )
+    quality.run(config, corpus, where, **_run_options(args))
 
 
 def _images(args: argparse.Namespace, where: World) -> None:
@@ -130,13 +120,8 @@ def _images(args: argparse.Namespace, where: World) -> None:
         config,
         found.corpus,
         where,
-        variants=args.variants,
-        seeds=args.seeds,
-        points=args.points,
-        json_path=args.json,
-        budget=args.budget,
-        checkpoints=args.checkpoints,
         finish=lambda trainer: images.facts(found, trainer),
+        **_run_options(args),
     )
 
 
@@ -190,6 +175,12 @@ def _runs(parser: argparse.ArgumentParser, json_path: Path) -> None:
     parser.add_argument(
         "--checkpoints", type=Path, help="folder from which runs go on where a sitting stopped"
     )
+
+
+def _run_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `quality.run` takes of the options that `_runs` adds."""
+    names = ("variants", "seeds", "points", "budget", "checkpoints")
+    return {name: getattr(args, name) for name in names} | {"json_path": args.json}
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ one by one.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from bench import records
 from bench.lm.config import Config
 from bench.lm.data import Corpus
+from bench.lm.model import cost_of
 from bench.lm.train import Trainer, World
-from bench.run import machine
+from bench.machine import machine
 from scfa_core.hashing import angular_hash
 
 TWICE = 0  # chunks of two mean buckets: 2 * seqlen // buckets, as `ReformerAttention` recommends
@@ -39,12 +40,6 @@ def covered_pairs(bucket: Tensor, chunk: int) -> tuple[int, int]:
     oldest = (place // chunk - 1) * chunk  # the first row of the chunk before
     kept = place - torch.maximum(first, oldest)
     return int(kept.sum()), int((place - first).sum())
-
-
-def cost_of(bucket: Tensor, buckets: int) -> float:
-    """Same-bucket pairs over those of even buckets, averaged over all but the last axis."""
-    count = torch.nn.functional.one_hot(bucket.long(), buckets).sum(-2).double()
-    return float(((count / bucket.shape[-1]) ** 2).sum(-1).mean()) * buckets
 
 
 def measure(
@@ -131,7 +126,7 @@ def run(
                 flush=True,
             )
         if json_path is not None:
-            json_path.write_text(json.dumps(record, indent=1) + "\n")
+            records.write(json_path, record)
 
     for seqlen in lengths:
         shape = (1, config.heads, seqlen, config.head_dim)

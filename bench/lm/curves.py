@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench.lm.train import COOLING
-from bench.plots import COLORS
+from bench.looks import COLORS
 
 Run = dict[str, Any]
 SKIPPED = 0.1  # share of the longest curve whose losses may lie above the plot

@@ -39,6 +39,12 @@ def rotate(x: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
+def cost_of(bucket: Tensor, buckets: int) -> float:
+    """Same-bucket pairs over those of even buckets, averaged over all but the last axis."""
+    count = functional.one_hot(bucket.long(), buckets).sum(-2).double()
+    return float(((count / bucket.shape[-1]) ** 2).sum(-1).mean()) * buckets
+
+
 class Mix(nn.Module):
     """Queries and values projected, keys the normalised queries, attention, output projected."""
 
@@ -327,10 +333,7 @@ class LanguageModel(nn.Module):
             mix = self.blocks[layer].mix
             plain = not isinstance(mix, Mix)
             bucket = angular_hash(q, drawn)[0] if plain else mix.buckets(q, drawn, center)[0]
-            bucket = bucket.long()
-            count = functional.one_hot(bucket, self.config.buckets).sum(2).double()
-            share = count / bucket.shape[-1]
-            costs.append(float((share**2).sum(-1).mean()) * self.config.buckets)
+            costs.append(cost_of(bucket, self.config.buckets))
         return costs
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Pictures of the page: each drawn for a light and for a dark theme, and linked as one."""
+"""Pictures of the page, each drawn for a light and for a dark theme."""
 
 from __future__ import annotations
 
@@ -6,23 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.plots import THEMES
-
-
-def page_style(theme: str) -> dict[str, Any]:
-    """Colours of a page's theme, and no frame."""
-    look = THEMES[theme]
-    ink = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
-    page = ("axes.facecolor", "figure.facecolor", "savefig.facecolor")
-    return {
-        **dict.fromkeys(ink, look["ink"]),
-        **dict.fromkeys(page, look["page"]),
-        **dict.fromkeys(("axes.edgecolor", "grid.color"), look["grid"]),
-        "font.size": 9,
-        "legend.frameon": False,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
+from bench import looks
 
 
 def save(
@@ -35,21 +19,13 @@ def save(
     from matplotlib import pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
-    for theme in THEMES:
-        with plt.rc_context(page_style(theme)):
+    for theme in looks.THEMES:
+        with plt.rc_context(looks.style(theme)):
             figure, axes = plt.subplots(1, panels, figsize=size, sharey=True, squeeze=False)
             paint(list(axes[0]))
             figure.tight_layout()
             figure.savefig(folder / f"{stem}-{theme}.png", dpi=110, metadata={"Software": None})
             plt.close(figure)
-
-
-def link(home: str, stem: str, words: str) -> str:
-    """The picture in Markdown, by the reader's theme."""
-    return f"""<picture>
-<source media="(prefers-color-scheme: dark)" srcset="{home}/{stem}-dark.png">
-<img src="{home}/{stem}-light.png" alt="{words}">
-</picture>"""
 
 
 def mosaic(

@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
+from bench import records
 from bench.lm.config import Config
 from bench.lm.data import Corpus
 from bench.lm.speed import compile_kernels_meanwhile
 from bench.lm.train import Trainer, World
-from bench.run import machine
+from bench.machine import machine
 
 SAMPLED_EVERY = 10  # steps between losses read; each waits for the GPU
 VALIDATION_BATCHES = 16  # the same for every point of a curve
@@ -152,9 +153,7 @@ class Sitting:
     def write(self) -> None:
         """Replace the file by one that holds everything so far."""
         if self.where.leads:
-            partial = self.json_path.with_suffix(".partial")
-            partial.write_text(json.dumps(self.record, indent=1) + "\n")
-            partial.replace(self.json_path)
+            records.write(self.json_path, self.record)
 
     def fits(self, config: Config) -> bool:
         """Whether a run of this kind can be expected to end in time, or to be taken up later."""

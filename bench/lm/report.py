@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.lm import curves, pictures
 from bench.lm.speed import BOUND, label, table
-from bench.plots import COLORS
+from bench.looks import COLORS, picture
 
 HEAD = """\
 # The paper's language model
@@ -208,7 +208,7 @@ def curve_sections(
                 "fifth of a run); between two validations on the line through them:",
                 "\n".join(equal_steps),
             ]
-        parts.append(pictures.link(home, stem, "Validation loss against seconds and steps"))
+        parts.append(picture(f"{home}/{stem}", "Validation loss against seconds and steps"))
         first = next((run for run in runs if run["done"] and "samples" in run), None)
         if first is not None:
             rows = {"validation": first["real"]}
@@ -219,7 +219,7 @@ def curve_sections(
             }
             paint = pictures.mosaic(rows, first["shape"], first["levels"])
             pictures.save(paint, plots, f"{stem}-samples", 1, (9.6, 0.55 * len(rows) + 0.3))
-            parts.append(pictures.link(home, f"{stem}-samples", "Images drawn by each variant"))
+            parts.append(picture(f"{home}/{stem}-samples", "Images drawn by each variant"))
     return parts
 
 
@@ -280,7 +280,7 @@ def coverage_section(record: dict[str, Any], plots: Path, home: str, stem: str) 
     facts = record["machine"]
     text += f" {_machine(facts)}, {_sittings([facts])}."
     warning = [] if "cuda" in facts else [SMALL_MODEL]
-    plot = pictures.link(home, stem, "Share of pairs kept against length")
+    plot = picture(f"{home}/{stem}", "Share of pairs kept against length")
     return [*warning, "\n".join(out), text, plot]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
-import json
 import math
 import statistics
 import subprocess
@@ -17,11 +16,12 @@ from typing import Any
 
 import torch
 
+from bench import records
 from bench.lm import kernels
 from bench.lm.config import Config
 from bench.lm.data import Corpus
 from bench.lm.train import Trainer, World
-from bench.run import machine
+from bench.machine import machine
 
 BOUND = "none"
 MODES = {"no": (False,), "both": (False, True), "only": (True,)}  # whether steps are graphs
@@ -55,6 +55,7 @@ def compile_kernels_meanwhile(config: Config, where: World) -> Callable[[], None
             process.wait(timeout=90)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()
 
     return wait
 
@@ -276,7 +277,7 @@ def run(
                 rows.append(row)
                 print("\n".join(describe(row)), flush=True)
                 if json_path is not None:
-                    json_path.write_text(json.dumps(record, indent=1) + "\n")
+                    records.write(json_path, record)
             gc.collect()
             if where.device.startswith("cuda"):
                 torch.cuda.empty_cache()

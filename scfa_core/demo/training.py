@@ -20,6 +20,7 @@ from scfa_core.demo.model import (
     Size,
     Variant,
 )
+from scfa_core.patterns.base import map_arrays
 
 LEARNING_RATE = 4e-3
 WARM_UP_STEPS = 8
@@ -166,7 +167,8 @@ def deviations(
     dout = torch.randn_like(tensors[2])
     mine = _with_gradients(tensors, dout, pattern, backend)
     on_host = [x.cpu().double() for x in tensors]
-    right = _with_gradients(on_host, dout.cpu().double(), on_cpu(pattern), "reference")
+    pattern = map_arrays(pattern, lambda x: x.cpu())
+    right = _with_gradients(on_host, dout.cpu().double(), pattern, "reference")
     return {
         name: ((a.cpu().double() - b).abs().max() / b.abs().max()).item()
         for name, a, b in zip(("out", "dq", "dk", "dv"), mine, right, strict=True)
@@ -182,11 +184,3 @@ def _with_gradients(
     q, k, v = (x.clone().requires_grad_() for x in tensors)
     out = scfa.attention(q, k, v, pattern, softmax_scale=SOFTMAX_SCALE, backend=backend)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
-
-
-def on_cpu(pattern: scfa.Pattern) -> scfa.Pattern:
-    """The same pattern with its tensors on the CPU."""
-    from scfa_core.verify import carried_pattern
-
-    carried: scfa.Pattern = carried_pattern(pattern, lambda x: x.cpu())
-    return carried

@@ -283,6 +283,13 @@ class WindowSelfAttention(SparseSelfAttention):
     ----------
     width, heads : int
     window : int
+
+    Raises
+    ------
+    PatternError
+        A window that is no int of at least 0.
+    ShapeError, OptionError
+        As `SparseSelfAttention`.
     """
 
     _takes_pattern = False
@@ -320,6 +327,13 @@ class HashSelfAttention(SparseSelfAttention):
         step.
     **options
         As for `SparseSelfAttention`.
+
+    Raises
+    ------
+    PatternError
+        As `AngularHash`.
+    ShapeError, OptionError
+        As `SparseSelfAttention`.
     """
 
     _takes_pattern = False

@@ -33,6 +33,13 @@ class DropSelfAttention(SparseSelfAttention):
     **options
         As for `SparseSelfAttention`.
 
+    Raises
+    ------
+    PatternError
+        An unknown `how`, or a `keep` that is no number from 0 to 1. In a call: a plan.
+    ShapeError, OptionError
+        As `SparseSelfAttention`.
+
     Notes
     -----
     Scores learn by straight-through gradients: `scfa_core.dropping.drop_attention`.

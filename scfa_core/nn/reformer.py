@@ -66,6 +66,13 @@ class ReformerAttention(nn.Module):
     rotary : callable, optional
         Turns queries and keys (batch, heads, seqlen, head_dim) by their place, once hashed.
 
+    Raises
+    ------
+    ShapeError
+        Heads that do not divide `width`, or sizes that are none. In a call: an x of other axes.
+    PatternError, ScaleError, OptionError
+        As `AngularHash`; a scale that is no finite number; a `rotary` that cannot be called.
+
     Notes
     -----
     A row does not see itself; one that sees nothing gives 0 (the original falls back to itself). A

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import operator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from scfa_core.errors import PatternError, ShapeError
@@ -189,6 +191,16 @@ def require_arrays(pattern: str, **arrays: Any) -> None:
             )
 
 
+PATTERN = "a scfa_core pattern (Causal(), HashSparse(...), ...)"  # in messages
+PATTERN_OR_PLAN = f"pattern must be {PATTERN} or a Plan"
+
+
+def require_pattern(wanted: str, pattern: Any) -> None:
+    """Refuse what is no pattern, a plan among it; `wanted` begins the message."""
+    if not isinstance(pattern, Pattern):
+        raise PatternError(f"{wanted}, got {type(pattern).__name__}")
+
+
 def kind_of(part: Pattern) -> type[Pattern]:
     """Return the class of this package that an atomic pattern is, or is derived from.
 
@@ -201,6 +213,24 @@ def kind_of(part: Pattern) -> type[Pattern]:
         if kind.__module__.startswith("scfa_core.patterns.") and kind is not Pattern:
             return kind
     raise unknown_pattern(part)
+
+
+def map_arrays(pattern: Pattern, change: Callable[[Any], Any]) -> Pattern:
+    """Return a pattern with ``change(x)`` in place of each array x; the given one stays as it is.
+
+    Parts whose arrays all come back as they were are the same objects.
+    """
+    parts = []
+    for part in pattern.parts:
+        names: tuple[str, ...] = kind_of(part).__slots__
+        arrays = {name: x for name in names if hasattr(x := getattr(part, name), "shape")}
+        changed = {name: change(x) for name, x in arrays.items()}
+        if any(changed[name] is not x for name, x in arrays.items()):
+            part = copy.copy(part)
+            for name, x in changed.items():
+                setattr(part, name, x)
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else Intersection(*parts)
 
 
 def unknown_pattern(part: Any) -> PatternError:

@@ -127,7 +127,7 @@ class Arena:
         )
         view = buffer.as_strided(shape, steps, GUARD)
         if values is not None:
-            view.copy_(as_torch(torch, values, dtype))
+            view.copy_(testing.as_torch(values, dtype, "cuda"))
         self.held.append((buffer, view, values is None))
         return view
 
@@ -177,13 +177,6 @@ def arena(torch):
     return Arena(torch)
 
 
-def as_torch(torch, x, dtype):
-    """NumPy (bfloat16 as uint16 bits) to a CUDA tensor."""
-    if dtype == "bfloat16" and x.dtype == np.uint16:
-        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).cuda()
-    return torch.from_numpy(np.ascontiguousarray(x)).cuda()
-
-
 def as_float64(x):
     return x.detach().double().cpu().numpy()
 
@@ -193,10 +186,10 @@ def call(torch, backend, arena):
     """Run a `testing.Case` on guarded, NaN-filled memory by the backend's own verbs."""
     from scfa_core.dispatch import load_backend
     from scfa_core.lowering import lower
+    from scfa_core.patterns.base import map_arrays
     from scfa_core.plan import PlanArrays, plan_shapes
     from scfa_core.problem import Problem
     from scfa_core.torch_framework import TORCH_FRAMEWORK
-    from scfa_core.verify import carried_pattern
 
     def call(case, *, strides="bhtd", gap=0, deterministic=True):
         spec = case.spec
@@ -208,14 +201,11 @@ def call(torch, backend, arena):
         assert engine.can_run(problem) is None
         native = lambda x: TORCH_FRAMEWORK.native(x, "cuda")  # noqa: E731
         context = GuardedContext(TORCH_FRAMEWORK.context("cuda:0"), arena)
-        pattern = carried_pattern(
+        pattern = map_arrays(
             case.pattern, lambda x: torch.from_numpy(np.ascontiguousarray(x)).cuda()
         )
         clauses = lower(pattern, problem, TORCH_FRAMEWORK)
-        fields = ("q_groups", "k_groups", "q_keeps", "k_keeps", "starts", "ends")
-        clauses_native = clauses._replace(
-            **{name: tuple(map(native, getattr(clauses, name))) for name in fields}
-        )
+        clauses_native = clauses.with_arrays(map(native, clauses.arrays))
         arrays = [arena.words(shape, torch.int32) for shape in plan_shapes(problem, "cuda")]
         plan = PlanArrays(*map(native, arrays), clauses.monotone)
         engine.make_plan(problem, clauses_native, plan, context)

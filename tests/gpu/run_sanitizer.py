@@ -22,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,9 +145,24 @@ def finish(run: Run, limit: float, deadline: float) -> str | None:
     if code is None:
         if seconds < limit and time.monotonic() < deadline:
             return None
-        os.killpg(run.process.pid, signal.SIGKILL)
-        run.process.wait()
+        kill(run)
     return state_of(run.log.read_text(errors="replace"), code, seconds)
+
+
+def kill(run: Run) -> None:
+    """End a run and whatever it has started."""
+    os.killpg(run.process.pid, signal.SIGKILL)
+    run.process.wait()
+
+
+@contextmanager
+def ended(running: list[Run]) -> Iterator[None]:
+    """End the runs that are left, by Ctrl-C for one: in sessions of their own they would go on."""
+    try:
+        yield
+    finally:
+        for run in running:
+            kill(run)
 
 
 def run_all(
@@ -164,7 +181,7 @@ def run_all(
     waiting = list(enumerate(jobs))
     running: list[Run] = []
     states: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory(prefix="scfa-sanitizer-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="scfa-sanitizer-") as temporary, ended(running):
         while waiting or running:
             if time.monotonic() >= deadline:
                 states |= {

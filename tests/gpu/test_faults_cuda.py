@@ -1,17 +1,15 @@
 """Faults on a card: each ends in a right answer or a clear error, and the next call is right."""
 
 import hashlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from scfa_core.reference.backend import narrow
+from gpu_calls import assert_same, everything
+from scripts import python
 
 import scfa_core as scfa
 from scfa_core import testing
+from scfa_core.reference.backend import narrow
 from scfa_core.testing import Part, Spec
 
 MIB = 2**20
@@ -25,17 +23,6 @@ def inputs(torch, shape=(2, 4, 700, 64), dtype="bfloat16"):
     ]
     hashes = [torch.randint(0, 5, shape[:3], device="cuda", generator=generator) for _ in range(2)]
     return tensors, hashes
-
-
-def everything(backend, tensors, pattern):
-    q, k, v, dout = tensors
-    out, lse = scfa.attention(q, k, v, pattern, return_lse=True, backend=backend)
-    return out, lse, *scfa.attention_backward(dout, q, k, v, out, lse, pattern, backend=backend)
-
-
-def assert_same(torch, left, right):
-    for mine, other in zip(left, right, strict=True):
-        assert torch.equal(mine, other)
 
 
 # Memory -------------------------------------------------------------------------------------
@@ -193,21 +180,6 @@ def test_mistakes_name_the_device_and_the_next_call_is_right(torch, backend):
 
 
 # Processes ----------------------------------------------------------------------------------
-
-
-def python(code, **environment):
-    """Run a script of its own; what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | environment,
-        cwd=Path(__file__).parent,  # not beside a scfa_core that has no backends in it
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr}"
-    return done.stdout
 
 
 SCRIPT = """if True:

@@ -5,8 +5,8 @@ import pytest
 
 import scfa_core as scfa
 from scfa_core import testing
+from scfa_core.patterns.base import map_arrays
 from scfa_core.testing import Part, Results, Spec
-from scfa_core.verify import carried_pattern
 
 pytestmark = pytest.mark.alone  # buffers of 4 to 8 GiB
 
@@ -50,7 +50,7 @@ def test_strides_beyond_32_bits(torch, backend, hold, name, dtype):
             views[which].copy_(torch.from_numpy(x.view(np.int16)).view(torch.bfloat16))
         else:
             views[which].copy_(torch.from_numpy(x))
-    pattern = carried_pattern(case.pattern, lambda x: torch.from_numpy(x.copy()).cuda())
+    pattern = map_arrays(case.pattern, lambda x: torch.from_numpy(x.copy()).cuda())
     q, k, v, dout = (views[which] for which in ("q", "k", "v", "dout"))
     out, lse = scfa.attention(q, k, v, pattern, return_lse=True, backend=backend)
     grads = scfa.attention_backward(dout, q, k, v, out, lse, pattern, backend=backend)

@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-from scfa_core.reference.planner import plan_lists
 
 import scfa_core as scfa
 from scfa_core import testing
@@ -13,6 +12,7 @@ from scfa_core.dispatch import load_backend
 from scfa_core.lowering import Clauses, lower
 from scfa_core.plan import PlanArrays, plan_shapes
 from scfa_core.problem import Problem
+from scfa_core.reference.planner import plan_lists
 
 NAMES = PlanArrays._fields[:6]
 
@@ -34,11 +34,8 @@ def equal(torch, backend):
         sizes = (problem.batch, problem.heads, problem.heads_kv, problem.seqlen_q, problem.seqlen_k)
         right = plan_lists(clauses, *sizes)
         problem = dataclasses.replace(problem, batch=copies * problem.batch)
-        moved = {
-            name: [torch.from_numpy(repeated(x, copies)).cuda() for x in getattr(clauses, name)]
-            for name in ("q_groups", "k_groups", "q_keeps", "k_keeps", "starts", "ends")
-        }
-        on_card = clauses._replace(**{name: tuple(map(native, xs)) for name, xs in moved.items()})
+        moved = [torch.from_numpy(repeated(x, copies)).cuda() for x in clauses.arrays]
+        on_card = clauses.with_arrays(map(native, moved))
         arrays = [
             torch.full(shape, -7, dtype=torch.int32, device="cuda")
             for shape in plan_shapes(problem, "cuda")

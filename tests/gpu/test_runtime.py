@@ -3,14 +3,9 @@
 import threading
 
 import pytest
-from gpu_calls import everything, inputs
+from gpu_calls import assert_same, everything, inputs
 
 import scfa_core as scfa
-
-
-def assert_same(torch, left, right):
-    for mine, other in zip(left, right, strict=True):
-        assert torch.equal(mine, other)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

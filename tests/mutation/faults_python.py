@@ -184,7 +184,7 @@ FAULTS = (
         "some NaN become infinity or 0 in bfloat16", "cpu-convert",
     ),
     Fault("helpers-not-awaited", "backends/numba_cpu/threads.py",
-        "                future.result()", "                pass",
+        "errors = _errors_of([future for future in futures if not future.cancel()])", "errors = []",
         "a call returns while other threads still write, and their errors are lost", "cpu-runtime",
     ),
     Fault("cache-blind", "backends/numba_cpu/compiling.py",

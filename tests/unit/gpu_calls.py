@@ -18,6 +18,11 @@ def inputs(torch, shape=(2, 4, 700, 64), heads_kv=None, dtype=None, buckets=5, s
     return tensors, hashes
 
 
+def assert_same(torch, left, right):
+    for mine, other in zip(left, right, strict=True):
+        assert torch.equal(mine, other)
+
+
 def everything(backend, tensors, pattern):
     q, k, v, dout = tensors
     out, lse = scfa.attention(q, k, v, pattern, return_lse=True, backend=backend)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from once import locked, shared_folder
 from scfa_core.backends.cupy_raw import nvrtc, planner
-from scfa_core.reference.planner import plan_lists
 
 from scfa_core import testing
 from scfa_core.array_kinds import framework_of
@@ -19,6 +18,7 @@ from scfa_core.arrays import DeviceArray, HostContext
 from scfa_core.lowering import Clauses, lower
 from scfa_core.plan import PlanArrays, plan_shapes
 from scfa_core.problem import Problem
+from scfa_core.reference.planner import plan_lists
 
 KERNELS = {
     "plan_causal": "SortParams",
@@ -172,12 +172,7 @@ def plan_on_host(library, monkeypatch, problem, clauses, *, order=0, shared_limi
     monkeypatch.setattr(planner, "shared_limit", lambda device: shared_limit)
     monkeypatch.setattr(planner, "multiprocessors", lambda device: 132)
     arrays = [np.full(shape, -55, np.int32) for shape in plan_shapes(problem, "cuda")]
-    native = clauses._replace(
-        **{
-            name: tuple(as_device(x) for x in getattr(clauses, name))
-            for name in ("q_groups", "k_groups", "q_keeps", "k_keeps", "starts", "ends")
-        }
-    )
+    native = clauses.with_arrays(map(as_device, clauses.arrays))
     plan = PlanArrays(*map(as_device, arrays), clauses.monotone)
     planner.run_make_plan(problem, native, plan, DeviceLikeContext())
     return arrays[:6]

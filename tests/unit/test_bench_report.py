@@ -306,6 +306,7 @@ def test_speed_claims_of_the_readme_are_stored_results():
 
     from bench import report
     from bench.lm.report import speed_sections
+    from bench.records import read
 
     section = (
         (bench_call.ROOT / "README.md").read_text().split("## Speed")[1].split(report.BEGIN)[0]
@@ -315,7 +316,7 @@ def test_speed_claims_of_the_readme_are_stored_results():
     for path in results.glob("h[12]00*.json"):
         rows = {
             (row["case"], row["method"], row["mode"]): row["ms"]
-            for row in report.load(path)["rows"]
+            for row in read(path)["rows"]
             if "ms" in row
         }
         pairs |= {
@@ -339,7 +340,7 @@ def test_speed_claims_of_the_readme_are_stored_results():
         assert stored(first, second), f"{first} / {second} is in no stored result"
 
     speedups = set()  # as the page's tables have them, which are made of the stored results
-    records = [report.load(path) for path in sorted(results.glob("lm-speed-h[12]00*.json"))]
+    records = [read(path) for path in sorted(results.glob("lm-speed-h[12]00*.json"))]
     for lines in (part.splitlines() for part in speed_sections(records) if part.startswith("|")):
         lengths = [int(x) for x in re.findall(r"T=(\d+)", lines[0])]
         for line in lines[2:]:

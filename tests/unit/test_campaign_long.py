@@ -8,6 +8,7 @@ import pytest
 import scfa_core as scfa
 from scfa_core import campaign, campaign_blocks, cli, cli_verify, testing, verify
 from scfa_core import campaign_long as long
+from scfa_core.patterns.base import map_arrays
 from scfa_core.testing import Case, Results, Spec
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -23,7 +24,7 @@ def numbers_of(library, dtype):
 
 
 def answers_of(case, numbers):
-    pattern = verify.carried_pattern(case.pattern, numbers.integers)
+    pattern = map_arrays(case.pattern, numbers.integers)
     counts, seen = campaign_blocks.count_visible(numbers, pattern, case.spec)
     return counts, seen, campaign_blocks.evaluate(numbers, case, pattern)
 
@@ -249,7 +250,7 @@ def test_the_reach_of_a_rounded_out_is_the_dense_one(library, monkeypatch):
     for seed in range(7):
         case = campaign.draw(seed, most_rows=90, dtypes=("bfloat16",)).case
         numbers = numbers_of(library, "bfloat16")
-        pattern = verify.carried_pattern(case.pattern, numbers.integers)
+        pattern = map_arrays(case.pattern, numbers.integers)
         mine = campaign_blocks.stored_out_sizes(numbers, case, pattern)
         for name, right in testing.stored_out_sizes(case).items():
             np.testing.assert_allclose(mine[name], right, rtol=1e-3, atol=1e-5)

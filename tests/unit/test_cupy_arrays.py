@@ -1,5 +1,6 @@
 """CuPy arrays on a card that is not the current one: every conversion is done where they live."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -7,8 +8,10 @@ import pytest
 
 from scfa_core import arrays
 from scfa_core.api import _dense_rows
+from scfa_core.errors import ShapeError
 from scfa_core.lowering import lower
 from scfa_core.patterns import Documents, HashSparse, KeyRanges, QKSparse
+from scfa_core.plan import Plan, plan_shapes
 from scfa_core.problem import Problem
 from scfa_core.runner import run_backward, run_forward
 
@@ -131,3 +134,14 @@ def test_workspace_is_of_the_arrays_card(cupy):
     assert (context.device, context.stream) == (1, 1)
     array = context.empty((3, 2), "bfloat16")
     assert (array.device, array.dtype, array.strides) == (1, "bfloat16", (2, 1))
+
+
+@pytest.mark.parametrize("entries", [0, 30, 10**4])
+def test_a_work_list_that_kernels_would_read_beyond_is_refused(cupy, entries):
+    given = problem()
+    arrays = [on_card_1(np.zeros(shape, np.int32)) for shape in plan_shapes(given, "cuda")]
+    plan = Plan.of(tuple(arrays), True, "cupy", given.device)
+    plan.check_fits(given, cupy)
+    other = dataclasses.replace(plan, work=on_card_1(np.zeros(entries, np.int32)))
+    with pytest.raises(ShapeError, match=r"plan.work must have shape"):
+        other.check_fits(given, cupy)

@@ -181,6 +181,12 @@ def test_some_heads_see_what_they_saw():
         assert (mine == whole[:, 2 * rank : 2 * rank + 2]).all()
 
 
+def test_what_sees_everything_is_whole_for_every_rank():
+    everything = scfa.Intersection()
+    assert distributed.heads_of(everything, 0, 2).mask(5, 7).all()
+    assert distributed.queries_of(everything, torch.arange(3), 5, 7).mask(3, 7).all()
+
+
 NUMPY_HASH = scfa.HashSparse(np.zeros((1, 4, 6), int), np.zeros((1, 4, 6), int))
 TOO_SHORT = scfa.QKSparse(torch.ones(1, 4, 3).bool(), torch.ones(1, 4, 6).bool())
 

@@ -3,7 +3,6 @@ call after it is right. No GPU needed."""
 
 import mmap
 import pickle
-import subprocess
 import sys
 import warnings
 
@@ -11,6 +10,7 @@ import numba
 import numpy as np
 import pytest
 from scfa_core.backends.numba_cpu.convert import narrow
+from scripts import python
 
 import scfa_core as scfa
 from scfa_core.arrays import HostContext, NumpyFramework
@@ -291,13 +291,11 @@ def test_no_read_beyond_the_ends_of_the_inputs():
                             setattr(case.pattern, name, fenced(x, at_end))
                     for a, b in zip(run_numpy(case, "numba-cpu")[0], right):
                         assert np.array_equal(a, b)
-        print("fine")
+        print("fine", flush=True)
         import os
         os._exit(0)  # unmapping rooms that arrays still look at is not the point
     """
-    code = code.replace('print("fine")', 'print("fine", flush=True)')
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
-    assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
+    assert python(code) == "fine\n"
 
 
 def test_out_of_memory_in_the_middle_of_a_step(monkeypatch):

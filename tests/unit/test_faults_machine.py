@@ -3,6 +3,7 @@ right answer or a clear error, and the next call is right."""
 
 import errno
 import hashlib
+import itertools
 import os
 import shutil
 import signal
@@ -17,26 +18,13 @@ import numba
 import numpy as np
 import pytest
 from scfa_core.backends.numba_cpu import compiling, threads
+from scripts import python
 
 from scfa_core.testing import Part, Spec, build, run_numpy
 
 
 def case_of(part, seqlen):
     return build(Spec(heads=4, heads_kv=2, seqlen_q=seqlen, seqlen_k=seqlen, parts=(part,)))
-
-
-def python(code, **environment):
-    """Run a script of its own; its output."""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr}"
-    return done.stdout
 
 
 # Threads, signals, processes ----------------------------------------------------------------
@@ -72,6 +60,78 @@ def test_a_call_waits_for_its_helpers(monkeypatch):
 
     threads.run_tiles(kernel, 10)
     assert done == [1]
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers on this system")
+def test_ctrl_c_while_helpers_are_amid_a_tile_is_raised_when_they_have_ended(monkeypatch):
+    """What they work on is the caller's, who may free it."""
+    monkeypatch.setattr(threads, "thread_count", lambda: 3)
+    done, all_started = [], threading.Barrier(3)
+
+    def kernel(counter):
+        all_started.wait(10)
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.4)
+            done.append(1)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            threads.run_tiles(kernel, 10)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    assert done == [1, 1]
+
+
+def test_an_error_on_one_helper_is_raised_when_the_others_have_ended(monkeypatch):
+    monkeypatch.setattr(threads, "thread_count", lambda: 5)
+    number, done, all_started = itertools.count(), [], threading.Barrier(5)
+
+    def kernel(counter):
+        first = threading.current_thread() is not threading.main_thread() and next(number) == 0
+        all_started.wait(10)
+        if first:
+            raise ZeroDivisionError("on a helper")
+        time.sleep(0.2)
+        done.append(1)
+
+    with pytest.raises(ZeroDivisionError, match="on a helper"):
+        threads.run_tiles(kernel, 10)
+    assert len(done) == 4
+
+
+def test_helpers_are_awaited_where_no_more_threads_are_to_be_had(monkeypatch):
+    """Of two helpers one has a thread. The other must neither run later nor hide the first."""
+    monkeypatch.setattr(threads, "thread_count", lambda: 3)
+    monkeypatch.setattr(threads, "_pool", None)
+    monkeypatch.setattr(threads, "_pool_size", 0)
+    start, attempts = threading.Thread.start, itertools.count()
+    started, ran = threading.Event(), []
+
+    def limited(thread):
+        if next(attempts):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def kernel(counter):
+        if threading.current_thread() is threading.main_thread():
+            assert started.wait(10)
+            return
+        started.set()
+        time.sleep(0.2)
+        ran.append(1)
+
+    with monkeypatch.context() as limit:
+        limit.setattr(threading.Thread, "start", limited)
+        threads.run_tiles(kernel, 10)
+    assert ran == [1]
+    threads._pool.shutdown()  # the one thread ends when it has met all that is queued
+    assert ran == [1]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see the timer
@@ -173,11 +233,10 @@ def test_a_forked_child_finds_the_same_bits():
 def test_another_process_finds_the_same_bits():
     """With other hashes of strings and another number of threads."""
     code = f"""if True:
-        import importlib.util
-        spec = importlib.util.spec_from_file_location("faults", {__file__!r})
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        print(module.digest())
+        import sys
+        sys.path.append({str(Path(__file__).parent)!r})
+        import test_faults_machine
+        print(test_faults_machine.digest())
     """
     assert python(code, PYTHONHASHSEED="7", NUMBA_NUM_THREADS="1").split() == [digest()]
 
@@ -272,7 +331,11 @@ def test_many_processes_fill_one_cache(tmp_path):
     code = "import probe; print(probe.add_one(1), sum(probe.add_one.stats.cache_hits.values()))"
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", code], env=os.environ | home, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", code],
+            env=os.environ | home,
+            cwd=Path(__file__).parent,  # as in `python`
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for _ in range(3)
     ]

@@ -1,10 +1,8 @@
 """The operator ``scfa::angular_hash``, and the module that adapts to the rows it hashes."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
+from scripts import python
 
 torch = pytest.importorskip("torch", reason="about torch tensors")
 
@@ -87,8 +85,7 @@ def test_compiles_in_a_process_that_has_hashed_nothing_before():
         "f = torch.compile(h.angular_hash, fullgraph=True, backend='eager')\n"
         "assert torch.equal(f(x, t), h.angular_hash(x, t))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    python(code)
 
 
 def test_a_tensor_that_no_kernel_takes_has_a_reason(monkeypatch):

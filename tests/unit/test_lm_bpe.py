@@ -2,18 +2,13 @@
 
 import json
 import sys
-from pathlib import Path
 
+import bench_call
 import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="the language model needs torch (extra 'torch')")
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def bench_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
+from_the_checkout = bench_call.from_the_checkout
 
 
 @pytest.fixture

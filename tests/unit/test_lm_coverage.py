@@ -4,15 +4,12 @@ import dataclasses
 import json
 from pathlib import Path
 
+import bench_call
 import pytest
 
 torch = pytest.importorskip("torch", reason="the language model needs torch (extra 'torch')")
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def bench_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
+from_the_checkout = bench_call.from_the_checkout
 
 
 def by_pairs(bucket, chunk):

@@ -1,16 +1,10 @@
 """The corpus: files once each, none in both splits, the same whatever version is installed."""
 
-from pathlib import Path
-
+import bench_call
 import pytest
 
 pytest.importorskip("torch", reason="the language model needs torch (extra 'torch')")
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def bench_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
+from_the_checkout = bench_call.from_the_checkout
 
 
 def test_files_count_once_and_are_in_one_split(tmp_path):

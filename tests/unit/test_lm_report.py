@@ -1,16 +1,10 @@
 """The language model's tables: sittings merged, seeds with spread, equal steps beside seconds."""
 
-from pathlib import Path
-
+import bench_call
 import pytest
 
 pytest.importorskip("torch", reason="the language model needs torch (extra 'torch')")
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def bench_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
+from_the_checkout = bench_call.from_the_checkout
 
 
 def run(attention, seed=0, *, rate=10, loss=0.0, seconds=100.0, done=True, **config):

@@ -3,13 +3,12 @@
 import logging
 import os
 import platform
-import subprocess
-import sys
 import threading
 
 import numpy as np
 import pytest
 from scfa_core.backends.numba_cpu import threads
+from scripts import python
 
 import scfa_core as scfa
 
@@ -25,19 +24,6 @@ def results(seqlen=300):
     q, k, v = problem(seqlen)
     out, lse = scfa.attention(q, k, v, return_lse=True, backend=BACKEND)
     return out, lse, *scfa.attention_backward(v, q, k, v, out, lse, scfa.Causal(), backend=BACKEND)
-
-
-def python(code, **environment):
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_importing_the_backend_does_not_import_numba():

@@ -7,7 +7,7 @@ import pytest
 
 import scfa_core as scfa
 
-NAMES = ("q_index", "q_count", "k_index", "k_count", "key_start", "key_end")
+NAMES = ("q_index", "q_count", "k_index", "k_count", "key_start", "key_end", "work")
 
 
 @pytest.fixture
@@ -35,6 +35,8 @@ def problem():
 )
 def test_every_array_of_a_plan_is_checked(problem, name, change, error, message):
     arrays, plan = problem
+    if name == "work" and error in (scfa.ShapeError, scfa.LayoutError):
+        pytest.skip("a work list on the host is empty: neither short nor strided")
     changed = dataclasses.replace(plan, **{name: change(getattr(plan, name))})
     if message.endswith("shape") and name in ("q_index", "k_index"):
         message = "the plan was made for"
@@ -55,4 +57,4 @@ def test_one_row_one_head_may_have_any_strides_there():
     x = np.ones((1, 1, 1, 16), np.float32)
     plan = scfa.make_plan(scfa.Causal(), x, x, backend="numba-cpu")
     odd = dataclasses.replace(plan, q_index=np.zeros((1, 1, 2), np.int32)[:, :, ::2])
-    scfa.attention(x, x, x, odd, backend="numba-cpu")
+    assert (scfa.attention(x, x, x, odd, backend="numba-cpu") == x).all()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import stat
 import sys
 import time
@@ -111,6 +112,23 @@ def test_when_the_time_of_all_is_over_the_rest_is_not_begun(runner, program):
     states = runner.run_all(jobs, 60.0, 1, program, time.monotonic() + 1.5)
     assert states["cupy, racecheck, planner"]["state"].startswith("not finished after ")
     assert states["cupy, racecheck, float32"]["state"] == "not begun"
+
+
+def test_no_run_goes_on_where_ctrl_c_ends_them_all(runner, program, monkeypatch):
+    begun = []
+
+    def start(*arguments, own=runner.start):
+        begun.append(own(*arguments))
+        return begun[-1]
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "start", start)
+    monkeypatch.setattr(runner.time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_all(runner.jobs_of(["cupy"], ["racecheck"], ["planner"]), 60.0, 1, program)
+    assert [run.process.poll() for run in begun] == [-signal.SIGKILL]
 
 
 def test_command_line_writes_the_states(runner, program, tmp_path, monkeypatch, capsys):

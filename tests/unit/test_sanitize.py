@@ -145,14 +145,11 @@ def make_plan_on_paper(pattern, q, k, backend):
         dtype = str(x.dtype).removeprefix("torch.")
         return SimpleNamespace(pointer=0, strides=x.stride(), dtype=dtype)
 
-    arrays = {
-        name: tuple(map(native, getattr(clauses, name)))
-        for name in ("q_groups", "k_groups", "q_keeps", "k_keeps", "starts", "ends")
-    }
+    clauses = clauses.with_arrays(map(native, clauses.arrays))
     nowhere = SimpleNamespace(pointer=0, strides=(0, 0, 0))
     plan = SimpleNamespace(**dict.fromkeys(PlanArrays._fields[:6], nowhere))
     context = SimpleNamespace(device=0, stream=0, empty=lambda shape, dtype: nowhere)
-    planner.run_make_plan(problem, clauses._replace(**arrays), plan, context)
+    planner.run_make_plan(problem, clauses, plan, context)
     return SimpleNamespace(**dict.fromkeys(PlanArrays._fields[:6], torch.zeros(1)))
 
 

@@ -1,34 +1,28 @@
 """The way of GPU tensors, walked with host memory: right answers, and none that are stale."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="the torch bridge needs torch (extra 'torch')")
 
+import pretended_gpu  # noqa: E402
+from pretended_gpu import (  # noqa: E402
+    BATCH,
+    HEADS,
+    HEADS_KV,
+    KEYS,
+    ROWS,
+    Binding,
+    assert_right,
+    hashes,
+    ids,
+    tensors,
+    truth,
+)
+
 import scfa_core as scfa  # noqa: E402
 
-_SPEC = importlib.util.spec_from_file_location(
-    "pretended_gpu", Path(__file__).with_name("pretended_gpu.py")
-)
-GPU = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(GPU)
-
-allocated = GPU.allocated
-device = GPU.device
-Binding = GPU.Binding
-BATCH = GPU.BATCH
-HEADS = GPU.HEADS
-HEADS_KV = GPU.HEADS_KV
-ROWS = GPU.ROWS
-KEYS = GPU.KEYS
-tensors = GPU.tensors
-ids = GPU.ids
-hashes = GPU.hashes
-truth = GPU.truth
-assert_right = GPU.assert_right
+allocated, device = pretended_gpu.allocated, pretended_gpu.device
 
 
 def patterns():

@@ -1,32 +1,27 @@
 """The way of GPU tensors, walked with host memory: what lives how long, and how much is kept."""
 
 import contextlib
-import importlib.util
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="the torch bridge needs torch (extra 'torch')")
 
+import pretended_gpu  # noqa: E402
+from pretended_gpu import (  # noqa: E402
+    BATCH,
+    HEADS,
+    ROWS,
+    assert_right,
+    hashes,
+    tensors,
+    truth,
+)
+
 import scfa_core as scfa  # noqa: E402
 from scfa_core import torch_calls, torch_plans  # noqa: E402
 
-_SPEC = importlib.util.spec_from_file_location(
-    "pretended_gpu", Path(__file__).with_name("pretended_gpu.py")
-)
-GPU = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(GPU)
-
-allocated = GPU.allocated
-device = GPU.device
-BATCH = GPU.BATCH
-HEADS = GPU.HEADS
-ROWS = GPU.ROWS
-tensors = GPU.tensors
-hashes = GPU.hashes
-truth = GPU.truth
-assert_right = GPU.assert_right
+allocated, device = pretended_gpu.allocated, pretended_gpu.device
 
 
 @pytest.mark.parametrize("tracked", [False, True])

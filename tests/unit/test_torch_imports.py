@@ -1,9 +1,9 @@
 """What importing the torch side drags in: nothing that the process has only promised to import."""
 
-import subprocess
 import sys
 
 import pytest
+from scripts import python
 
 pytest.importorskip("torch", reason="the torch bridge needs torch (extra 'torch')")
 
@@ -24,22 +24,16 @@ sys.modules["promised"] = Promised("promised")
 """
 
 
-def run(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
-
-
 @pytest.mark.parametrize(
     "module", ["torch_bridge", "torch_union_ops", "torch_hashing", "hf_directions"]
 )
 def test_operators_are_registered_without_a_look_at_modules_that_import_when_looked_at(module):
-    assert run(f"{PROMISED}\nimport scfa_core.{module}\nprint(Promised.looks)") == ["0"]
+    assert python(f"{PROMISED}\nimport scfa_core.{module}\nprint(Promised.looks)").split() == ["0"]
 
 
 def test_the_promised_module_counts_what_inspect_does():
     code = "import inspect\ninspect.getmodule(sys._getframe())\nprint(Promised.looks > 0)"
-    assert run(f"{PROMISED}\n{code}") == ["True"]
+    assert python(f"{PROMISED}\n{code}").split() == ["True"]
 
 
 def test_a_first_call_imports_neither_another_package_nor_torchs_compiler():
@@ -51,7 +45,7 @@ before = set(sys.modules)
 scfa.attention(rows, rows, rows, scfa.Causal(), backend="reference").sum().backward()
 print(*sorted(set(sys.modules) - before))
 """
-    found = run(code)
+    found = python(code).split()
     assert "scfa_core.torch_bridge" in found
     expected = {"scfa_core", "torch", *sys.stdlib_module_names}
     assert [name for name in found if name.partition(".")[0] not in expected] == []

@@ -191,7 +191,7 @@ def test_patterns_with_slots_of_their_own(derived, kind):
     mine = derived(*(x if kind is None else kind(x.contiguous()) for x in rows))
     assert torch.equal(held(scfa.attention(Q, K, V, mine)), right)
     assert torch.equal(held(attention_over(Q, K, V, [mine])), right)
-    assert torch_bridge._holds_plain(mine) is (kind is None)
+    assert torch_bridge.holds_plain(mine) is (kind is None)
     plan = scfa.make_plan(mine, Q, K)
     assert torch.equal(held(scfa.attention(Q, K, V, plan)), right)
     assert (kind is Wrapper) == bool(Wrapper.seen)

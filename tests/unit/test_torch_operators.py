@@ -8,8 +8,9 @@ from torch._subclasses import FakeTensorMode  # noqa: E402
 
 import scfa_core as scfa  # noqa: E402
 from scfa_core.hf_directions import DIRECTIONS  # noqa: E402
+from scfa_core.lowering import is_monotone  # noqa: E402
 from scfa_core.torch_ops import BACKWARD, FORWARD, MAKE_PLAN  # noqa: E402
-from scfa_core.torch_patterns import decode, encode, is_monotone  # noqa: E402
+from scfa_core.torch_patterns import decode, encode  # noqa: E402
 
 BACKEND = "reference"
 IDS = torch.arange(4 * 8).reshape(1, 4, 8) % 3
