@@ -286,7 +286,7 @@ class _Backward:
         params = self._params(4, tiles, self.problem.heads_kv)
         records = sm90._key_tiles_kernel(self.device)
         rows = self._kernel("bwd_prepare_sm90", PREPARE[head_dim])
-        processors = sm90._multiprocessors(self.device)
+        processors = sm90.multiprocessors(self.device)
         prepare = (  # kernel, blocks, blocks of a multiprocessor at most
             (records, -(-tiles[1] // 8), sm90._RECORD_BLOCKS),  # a warp for each
             (rows, self.jobs, sm90._PREPARE_BLOCKS[head_dim]),

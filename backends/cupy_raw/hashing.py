@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from scfa_core.backends.cupy_raw.loader import Kernel, get_kernel, multiprocessors, shared_limit
 
+from scfa_core.hashing_checks import CENTER_ROWS
+
 if TYPE_CHECKING:
     from scfa_core.arrays import DeviceArray
 
@@ -30,7 +32,6 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _CHUNK = 32  # kChunk
 _MOST_TILE, _LEAST_TILE = 1024, 128  # rows of a block
 _MOST_GRID = 2**31 - 1
-CENTER_ROWS = 64  # that share a center, where a list has several
 _PARAMS = struct.Struct("<QQQQqqq11i4x")
 _PAST_PARAMS = struct.Struct("<QQQQQQQqqq10i")
 _GROUP = 16  # kGroup: tiles

@@ -12,7 +12,12 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from scfa_core.backends.cupy_raw.loader import Kernel, compute_capability, get_kernel
+from scfa_core.backends.cupy_raw.loader import (
+    Kernel,
+    compute_capability,
+    get_kernel,
+    multiprocessors,
+)
 from scfa_core.backends.cupy_raw.params import LOG2_E, SMALLEST_EXPONENT_SCALE
 from scfa_core.backends.cupy_raw.shapes_sm90 import (
     CHUNK,
@@ -37,7 +42,6 @@ __all__ = ["supports_backward", "supports_forward"]
 
 _LOG = logging.getLogger("scfa_core")
 _ALIGNMENT = 16  # bytes one cp.async moves
-_MULTIPROCESSORS = 16  # cudaDevAttrMultiProcessorCount
 _INT_MAX = 2**31 - 1
 _PARAMS = struct.Struct(
     "<" + 9 * "Qqqii" + "9Q2f8i6I" + "2Q2i6I4Q8x"
@@ -191,13 +195,6 @@ def _params(
 
 
 @cache
-def _multiprocessors(device: int) -> int:
-    from cupy.cuda import runtime
-
-    return int(runtime.deviceGetAttribute(_MULTIPROCESSORS, device))
-
-
-@cache
 def _runtime() -> Any:
     import cupy
 
@@ -275,7 +272,7 @@ def _persistent(
     kernel: Kernel, device: int, shape: Shape, shared: int, tiles: int
 ) -> Callable[[int, bytes], None]:
     """One persistent block per multiprocessor, or fewer if there are fewer tiles."""
-    blocks = min(tiles, _multiprocessors(device))
+    blocks = min(tiles, multiprocessors(device))
     threads = threads_of(kernel.name.removeprefix("scfa_"), shape)
     return kernel.bind((blocks, 1, 1), threads, shared)
 

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from ctypes import addressof, c_char_p
 from functools import cache, partial
 from importlib import metadata
@@ -41,6 +41,7 @@ _MAJOR, _MINOR = 75, 76  # cudaDevAttrComputeCapability{Major,Minor}
 _SHARED_OPTIN = 97  # cudaDevAttrMaxSharedMemoryPerBlockOptin
 _MULTIPROCESSORS = 16  # cudaDevAttrMultiProcessorCount
 _sanitize = Choice("SCFA_CUPY_SANITIZE", "0", "1")
+_limit_lock = threading.Lock()  # of kernels' limits of shared memory
 
 
 # Illegal address, launch timeout, assert, and what else a kernel may do that nothing survives.
@@ -97,9 +98,11 @@ class Kernel:
             return int(self._driver.funcGetAttribute(number, self._function))
 
     def _allow_shared(self, shared_bytes: int) -> None:
-        """Raise the kernel's limit of dynamic shared memory."""
-        self._driver.funcSetAttribute(self._function, _MAX_DYNAMIC_SHARED, shared_bytes)
-        self._shared_limit = shared_bytes
+        """Raise the kernel's limit of dynamic shared memory; never lower what a thread has set."""
+        with _limit_lock:
+            if shared_bytes > self._shared_limit:
+                self._driver.funcSetAttribute(self._function, _MAX_DYNAMIC_SHARED, shared_bytes)
+                self._shared_limit = shared_bytes
 
     def launch(
         self,
@@ -328,7 +331,13 @@ def side_by_side(what: Hashable, makers: Sequence[Callable[[], object]]) -> None
 
 def _call_all(makers: Iterable[Callable[[], object]], threads: int) -> None:
     with ThreadPoolExecutor(threads) as pool:
-        for job in [pool.submit(make) for make in makers]:
+        jobs: list[Future[object]] = []
+        for make in makers:
+            try:
+                jobs.append(pool.submit(make))
+            except RuntimeError:  # the system gives no further thread
+                make()  # made once, though a thread that is there may ask for it as well
+        for job in jobs:
             job.result()
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from scfa_core.arrays import ITEMSIZE, DeviceArray
 
 _SLOT = 8  # bytes; every argument starts one
+_grant_lock = threading.Lock()
 
 
 def argument_format(names: tuple[str, ...]) -> str:
@@ -89,18 +90,21 @@ class Entry:
             raise RuntimeError(f"the CUDA driver refused {what}: {error.name}")
 
     def grant(self, shared: int) -> None:
-        """Allow `shared` bytes of dynamic shared memory, once."""
+        """Allow `shared` bytes of dynamic shared memory, once; never fewer than another thread."""
         if shared <= self._granted:
             return
         attributes = self._driver.CUfunction_attribute
-        (error,) = self._driver.cuKernelSetAttribute(
-            attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-            shared,
-            self._kernel,
-            self._driver.CUdevice(self._device),
-        )
-        self._check(error, f"{shared} bytes of shared memory")
-        self._granted = shared
+        with _grant_lock:
+            if shared <= self._granted:
+                return
+            (error,) = self._driver.cuKernelSetAttribute(
+                attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                shared,
+                self._kernel,
+                self._driver.CUdevice(self._device),
+            )
+            self._check(error, f"{shared} bytes of shared memory")
+            self._granted = shared
 
     def launch(
         self, grid: int, threads: int, stream: int, arguments: tuple[Any, ...], shared: int

@@ -5,11 +5,11 @@ import hashlib
 import numpy as np
 import pytest
 from gpu_calls import assert_same, everything
+from scfa_core.reference.backend import narrow
 from scripts import python
 
 import scfa_core as scfa
 from scfa_core import testing
-from scfa_core.reference.backend import narrow
 from scfa_core.testing import Part, Spec
 
 MIB = 2**20

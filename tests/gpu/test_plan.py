@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from scfa_core.reference.planner import plan_lists
 
 import scfa_core as scfa
 from scfa_core import testing
@@ -12,7 +13,6 @@ from scfa_core.dispatch import load_backend
 from scfa_core.lowering import Clauses, lower
 from scfa_core.plan import PlanArrays, plan_shapes
 from scfa_core.problem import Problem
-from scfa_core.reference.planner import plan_lists
 
 NAMES = PlanArrays._fields[:6]
 

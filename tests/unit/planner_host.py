@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from once import locked, shared_folder
 from scfa_core.backends.cupy_raw import nvrtc, planner
+from scfa_core.reference.planner import plan_lists
 
 from scfa_core import testing
 from scfa_core.array_kinds import framework_of
@@ -18,7 +19,6 @@ from scfa_core.arrays import DeviceArray, HostContext
 from scfa_core.lowering import Clauses, lower
 from scfa_core.plan import PlanArrays, plan_shapes
 from scfa_core.problem import Problem
-from scfa_core.reference.planner import plan_lists
 
 KERNELS = {
     "plan_causal": "SortParams",

@@ -48,7 +48,7 @@ def launched(monkeypatch):
     monkeypatch.setattr(planner, "_kernel", lambda name, device: get_kernel(name, "", (), device))
     for cached in ("_kernel", "_choose_kernel", "_envelope_kernel", "_key_tiles_kernel"):
         monkeypatch.setattr(launch_sm90, cached, getattr(launch_sm90, cached).__wrapped__)
-    monkeypatch.setattr(launch_sm90, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launch_sm90, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(launch_sm90, "_zero", lambda *arguments: found.append(("zero", *arguments)))
     monkeypatch.setattr(planner, "multiprocessors", lambda device: 132)
     for module in (launch, planner):

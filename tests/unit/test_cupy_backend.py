@@ -2,6 +2,8 @@
 
 import dataclasses
 import sys
+import threading
+import time
 import types
 
 import pytest
@@ -182,3 +184,29 @@ def test_a_launch_leaves_the_thread_on_its_card(monkeypatch, current):
     assert driver.launches == [(7, 11)]
     assert driver.current == current
     assert driver.switches == ([] if current == 7 else [7, current] * 2)
+
+
+def test_threads_that_raise_a_kernels_limit_do_not_lower_it():
+    """Of two calls at once the one that wants less comes to the driver last, if it comes at all."""
+
+    class Slow(Driver):
+        limit = 0
+
+        def funcSetAttribute(self, function, attribute, value):  # noqa: N802
+            asked.set()
+            time.sleep(0.2 if value == 60_000 else 0.05)
+            self.limit = value
+
+    kernel, driver, asked = object.__new__(loader.Kernel), Slow(7), threading.Event()
+    kernel.name, kernel._function, kernel._context = "scfa_plan_sort", 11, 7
+    kernel._driver, kernel._shared_limit = driver, 48 * 1024
+    calls = [
+        threading.Thread(target=kernel.launch, args=((1, 1, 1), 128, shared, 0, b"params"))
+        for shared in (60_000, 100_000)
+    ]
+    calls[0].start()
+    assert asked.wait(30)
+    calls[1].start()
+    for call in calls:
+        call.join()
+    assert driver.limit == kernel._shared_limit == 100_000

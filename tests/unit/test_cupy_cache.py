@@ -239,3 +239,22 @@ def test_a_kernel_that_was_not_made_is_asked_for_again():
         loader.side_by_side("one that fails", [partial(maker, True), partial(maker, False)])
     loader.side_by_side("one that fails", [partial(maker, False)])
     assert asked.count(False) == 2
+
+
+def test_kernels_are_made_where_no_further_thread_is_to_be_had(monkeypatch):
+    made, start = [], threading.Thread.start
+    started = []
+
+    def refuse(thread):
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    loader.side_by_side("four, one thread", [partial(made.append, i) for i in range(4)])
+    assert set(made) == {0, 1, 2, 3}
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: refuse(None))
+    made.clear()
+    loader.side_by_side("four, no thread", [partial(made.append, i) for i in range(4)])
+    assert made == [0, 1, 2, 3]
