@@ -48,6 +48,7 @@ from scfa_core.torch_calls import (
     run_forward,
 )
 from scfa_core.torch_framework import TORCH_FRAMEWORK, device_name, dtype_name
+from scfa_core.torch_meta import check_on_meta
 from scfa_core.torch_ops import BACKWARD, FORWARD, MAKE_PLAN, refuse_forward_mode
 from scfa_core.torch_patterns import encode, is_monotone
 from scfa_core.torch_plans import native_own_plan, new_plan, own_plan, own_plan_tensors
@@ -345,6 +346,8 @@ def _traced_plan(
     check_layout(layout)
     if backend is not None:
         check_name(backend)
+    if q.is_meta:
+        check_on_meta(q, k, v, pattern, layout)
     facts = (index(q.shape[-1]), index(v.shape[-1]), dtype_name(q.dtype), device_name(q.device))
     if isinstance(pattern, Plan):
         pattern.check_library(TORCH_FRAMEWORK)
