@@ -158,8 +158,8 @@ def require_bool(name: str, value: Any) -> bool:
     return value
 
 
-def require_count(name: str, value: Any) -> int:
-    """Read a number of keys, refusing floats, negative numbers and flags of any library."""
+def require_count(name: str, value: Any, of: str = "keys") -> int:
+    """Read a number of keys or rows, refusing floats, negatives and flags of any library."""
     try:  # a length that is traced stays open: as an int it would be the length of this call
         if is_flag(value):
             count = -1
