@@ -13,6 +13,7 @@ from scfa_core.dispatch import Backend, choose_backend, choose_for_plan, request
 from scfa_core.errors import PatternError
 from scfa_core.lowering import lower
 from scfa_core.patterns import Causal, Intersection, KeyRanges, Pattern, QKSparse
+from scfa_core.patterns.base import no_pattern
 from scfa_core.plan import Plan
 from scfa_core.problem import (
     Problem,
@@ -273,10 +274,8 @@ def make_plan(
 def require_pattern(verb: str, pattern: Any) -> None:
     """Refuse what is no pattern, a plan among it, where one is to be read."""
     if not isinstance(pattern, Pattern):
-        raise PatternError(
-            f"{verb} takes a scfa_core pattern (Causal(), HashSparse(...), ...), "
-            f"got {type(pattern).__name__}"
-        )
+        what = f"{verb} takes a scfa_core pattern (Causal(), HashSparse(...), ...)"
+        raise no_pattern(what, pattern)
 
 
 def prepare(

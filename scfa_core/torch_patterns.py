@@ -14,7 +14,7 @@ import torch
 import scfa_core.patterns as patterns
 from scfa_core.errors import DeviceError, PatternError
 from scfa_core.patterns import Intersection, KeyRanges, Pattern
-from scfa_core.patterns.base import kind_of
+from scfa_core.patterns.base import PATTERN_OR_PLAN, kind_of, no_pattern
 
 _FURTHEST = 2**62  # keys: an operator's integers have 64 bits, and no sequence is as long
 
@@ -22,10 +22,7 @@ _FURTHEST = 2**62  # keys: an operator's integers have 64 bits, and no sequence 
 def encode(pattern: Pattern) -> tuple[str, list[torch.Tensor], list[int]]:
     """Flatten a pattern: ``"SlidingWindow(causal=True,window=#0)"``, its tensors, its integers."""
     if not isinstance(pattern, Pattern):
-        raise PatternError(
-            "pattern must be a scfa_core pattern (Causal(), HashSparse(...), ...) or a Plan, "
-            f"got {type(pattern).__name__}"
-        )
+        raise no_pattern(PATTERN_OR_PLAN, pattern)
     tensors: list[torch.Tensor] = []
     ints: list[int] = []
     parts = []

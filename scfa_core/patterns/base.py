@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+PATTERN_OR_PLAN = "pattern must be a scfa_core pattern (Causal(), HashSparse(...), ...) or a Plan"
+
 
 class Pattern:
     """Which keys each query may see.
@@ -168,7 +170,7 @@ def require_count(name: str, value: Any, of: str = "keys") -> int:
     except (TypeError, RuntimeError):  # a tensor of no known value
         count = -1
     if count < 0:
-        raise PatternError(f"{name} must be an int >= 0 (a number of keys), got {value!r}")
+        raise PatternError(f"{name} must be an int >= 0 (a number of {of}), got {value!r}")
     return count
 
 
@@ -210,3 +212,27 @@ def unknown_pattern(part: Any) -> PatternError:
         "KeyRanges, ... and &, in a function that returns it; "
         "docs/guides/write-your-own-pattern.md shows how"
     )
+
+
+def no_pattern(what: str, x: Any) -> PatternError:
+    """Say that `x` is no pattern, and how what it seems to mean is said; `what` takes one."""
+    kind = type(x).__name__
+    advice = ""
+    if isinstance(x, type) and issubclass(x, Pattern):
+        kind = f"the class {x.__name__}"
+        advice = f"; make one: {x.__name__}(...)"
+    elif isinstance(x, (list, tuple)):
+        advice = (
+            "; where all must hold a & b is the pattern, and attention_over of scfa_core.merging "
+            "takes a list of which any may hold"
+        )
+    elif isinstance(x, (str, bool)):
+        kind = repr(x)
+        advice = "; Causal() is the default, Intersection() lets every query see every key"
+    elif hasattr(x, "shape"):
+        advice = (
+            "; no dense mask is read: Documents(ids) and HashSparse(q_hash, k_hash) say who sees "
+            "whom by a number for each row, QKSparse(q_keep, k_keep) by flags, KeyRanges(start, "
+            "end) by a range of keys for each query"
+        )
+    return PatternError(f"{what}, got {kind}{advice}")
