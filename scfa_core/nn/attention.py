@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -17,7 +18,7 @@ from scfa_core.nn.hashing import AngularHash
 from scfa_core.patterns import Causal, Documents, Pattern, QKSparse, SlidingWindow
 from scfa_core.plan import Plan
 from scfa_core.problem import HEAD_DIM_STEP, MAX_HEAD_DIM, MIN_HEAD_DIM, as_size, check_flag
-from scfa_core.torch_checks import check_tensor
+from scfa_core.torch_checks import broadcasts, check_tensor
 from scfa_core.torch_framework import dtype_name
 
 MakePattern = Callable[[Tensor, Tensor], Pattern]
@@ -246,10 +247,12 @@ class SparseSelfAttention(nn.Module):
         for name, given in (("documents", documents), ("keep", keep)):
             if given is None:
                 continue
-            got, rows = tuple(check_tensor(name, given, "batch", "seqlen").shape), x.shape[:2]
-            if got[0] not in (1, rows[0]) or got[1] not in (1, rows[1]):
+            got, rows = check_tensor(name, given, "batch", "seqlen").shape, x.shape[:2]
+            # compared in a graph, open lengths would be tied to each other and kept from being 1
+            if not torch.compiler.is_compiling() and not broadcasts(got, rows):
                 raise ShapeError(
-                    f"{name} must be (batch, seqlen) = {tuple(rows)} like x, got {name}.shape={got}"
+                    f"{name} must be (batch, seqlen) = {tuple(rows)} like x, got "
+                    f"{name}.shape={tuple(got)}"
                 )
         limits: list[Pattern] = []
         if documents is not None:
