@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from scfa_core.array_kinds import adopt, framework_of, is_torch_tensor, restore_
 from scfa_core.arrays import Framework
 from scfa_core.dispatch import Backend, choose_backend, choose_for_plan, requested_backend
 from scfa_core.errors import PatternError
+from scfa_core.foreign import unknown_options
 from scfa_core.lowering import lower
 from scfa_core.patterns import Causal, Intersection, KeyRanges, Pattern, QKSparse
 from scfa_core.patterns.base import no_pattern
@@ -35,6 +36,7 @@ _ARRAY_FIELDS = (
     "start",
     "end",
 )
+_OPTIONS = "pattern, softmax_scale, layout, return_lse, deterministic, backend"
 
 
 def attention(
@@ -48,6 +50,7 @@ def attention(
     return_lse: bool = False,
     deterministic: bool = True,
     backend: str | None = None,
+    **foreign: NoReturn,  # options of other libraries' attention
 ) -> Any:
     """Attend each query to exactly the keys that its pattern lets it see.
 
@@ -80,6 +83,9 @@ def attention(
     backend : str, optional
         A name of `backends()` or ``"auto"``. Default: `use_backend`, then $SCFA_BACKEND, then
         ``"auto"``.
+    **foreign
+        Options of other libraries' attention (``causal=``, ``attn_mask=``, ``window_size=``, ...)
+        raise, and the message names what says the same here.
 
     Returns
     -------
@@ -101,6 +107,8 @@ def attention(
     of a tensor is made. Sums are accumulated in float32 (float64 for float64). Values of hashes and
     ranges are never inspected: see `validate`. Source: arXiv 2306.01160.
     """
+    if foreign:
+        raise unknown_options("attention", foreign, _OPTIONS)
     check_flag("return_lse", return_lse)
     check_flag("deterministic", deterministic)
     pattern = Causal() if pattern is None else pattern

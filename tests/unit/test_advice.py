@@ -90,3 +90,35 @@ def test_a_mask_is_shown_of_no_pattern_that_attention_refuses(pattern):
     """Broadcasting from the last axis took flags of sequences for those of heads."""
     with pytest.raises(scfa.ShapeError, match="axis by axis"):
         pattern.mask(8, 8, heads=2)
+
+
+FOREIGN = {
+    "causal": "Causal() is the pattern by default, and Intersection()",
+    "is_causal": "Causal() is the pattern by default",
+    "attn_mask": "no dense mask or function of pairs is read",
+    "attention_mask": "padding is pattern & QKSparse(real[:, None], real[:, None], causal=False)",
+    "block_mask": "make_plan(pattern, q, k) is what is kept",
+    "score_mod": "scores are not changed here",
+    "scale": "softmax_scale=",
+    "dropout_p": "no dropout inside the softmax",
+    "enable_gqa": "grouped heads need no flag",
+    "window_size": "SlidingWindow(left + 1)",
+    "cu_seqlens_q": "Documents.from_cu_seqlens(cu_seqlens, rows)",
+    "return_softmax_lse": "return_lse=True",
+    "softmax_sclae": "it takes pattern, softmax_scale, layout, return_lse, deterministic, backend",
+}
+
+
+@pytest.mark.parametrize("option", FOREIGN)
+def test_options_of_other_libraries_are_translated(option):
+    words = re.escape(f"attention takes no option {option!r}: ") + ".*" + re.escape(FOREIGN[option])
+    with pytest.raises(scfa.OptionError, match=words) as caught:
+        scfa.attention(Q, K, K, backend="reference", **{option: None})
+    assert isinstance(caught.value, TypeError)
+
+
+def test_the_options_told_are_those_there_are():
+    code = scfa.attention.__code__
+    names = code.co_varnames[3 : code.co_argcount + code.co_kwonlyargcount]
+    with pytest.raises(scfa.OptionError, match=re.escape(", ".join(names)) + "$"):
+        scfa.attention(Q, K, K, unheard_of=1)
