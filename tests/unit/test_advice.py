@@ -122,3 +122,12 @@ def test_the_options_told_are_those_there_are():
     names = code.co_varnames[3 : code.co_argcount + code.co_kwonlyargcount]
     with pytest.raises(scfa.OptionError, match=re.escape(", ".join(names)) + "$"):
         scfa.attention(Q, K, K, unheard_of=1)
+
+
+def test_a_batch_of_one_beside_another_is_told_how_it_spreads():
+    with pytest.raises(scfa.ShapeError, match=r"; .expand the one of 1, without a copy$"):
+        scfa.attention(Q, K[:1], K[:1])
+    assert scfa.attention(Q, *[np.broadcast_to(K[:1], K.shape)] * 2).shape == Q.shape
+    three = np.zeros((3, 2, 8, 16), np.float32)
+    with pytest.raises(scfa.ShapeError, match=r"same batch.*\)$"):
+        scfa.attention(Q, three, three)
