@@ -181,8 +181,7 @@ def require_arrays(pattern: str, **arrays: Any) -> None:
             raise PatternError(
                 f"{pattern}: {name} is a nested tensor, whose sequences share no length: pack them "
                 "into one, and pass Documents(ids), ids (1, rows of all) the sequence of each row; "
-                "torch.repeat_interleave(torch.arange(n), nested.offsets().diff())[None] of a "
-                "jagged one of n sequences"
+                "Documents.from_cu_seqlens(nested.offsets(), rows) of a jagged one"
             )
         if not hasattr(x, "shape") or not hasattr(x, "dtype"):
             raise PatternError(
