@@ -210,7 +210,9 @@ def _advice(name: str, got: tuple[int, ...], want: tuple[int, ...]) -> str:
             return f"; {name}[None] has the axis of sequences"
         if len(got) == 3:
             return "; ids have no axis of heads"
-        return "; an id for each row, and Documents.from_cu_seqlens makes them of cu_seqlens"
+        if len(got) == 1 or (got[0] == 1 and name == "q_ids"):
+            return "; an id for each row, and Documents.from_cu_seqlens makes them of cu_seqlens"
+        return "; ids of keys, where there are others than queries, are the second argument"
     if len(got) == 4:
         return f"; of one round take {name}[0], of several scfa_core.hashing.disjoint_rounds"
     if fits(1, 1, *got):

@@ -21,6 +21,7 @@ MEANT = {
     "ids of one sequence": (scfa.Documents(IDS[0]), "q_ids[None] has the axis of sequences"),
     "ids of heads": (scfa.Documents(IDS[:, None]), "ids have no axis of heads"),
     "cu_seqlens": (scfa.Documents(np.array([0, 3, 8])), "Documents.from_cu_seqlens makes them"),
+    "ids of fewer rows": (scfa.Documents(IDS, IDS[:, 1:]), "others than queries, are the second"),
     "flags of rows": (scfa.QKSparse(IDS, IDS), "q_keep[:, None] has the axis of heads"),
     "hashes of heads": (hashed(np.zeros((4, 8), int)), "q_hash[None] has the axis of sequences"),
     "hashes of a row": (hashed(IDS[0]), "q_hash[None, None] has the axes of sequences and heads"),
