@@ -27,6 +27,7 @@ _AXES = {
     "bthd": "(batch, seqlen, heads, head_dim)",
 }
 MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 16, 256, 8
+HEAD_DIMS = range(MIN_HEAD_DIM, MAX_HEAD_DIM + 1, HEAD_DIM_STEP)
 MOST_ROWS = 2**31 - 1  # of queries and keys together: plans hold rows and offsets as int32
 LARGEST_SCALE = 2e38  # times log2(e), as kernels take it, still a finite float32
 

@@ -29,9 +29,7 @@ from scfa_core.patterns import Pattern
 from scfa_core.patterns.base import kind_of
 from scfa_core.plan import Plan
 from scfa_core.problem import (
-    HEAD_DIM_STEP,
-    MAX_HEAD_DIM,
-    MIN_HEAD_DIM,
+    HEAD_DIMS,
     Problem,
     check_layout,
     check_scale,
@@ -359,7 +357,7 @@ def _traced_plan(
 
 
 def _are_head_dims(*sizes: int) -> bool:
-    return all(size in range(MIN_HEAD_DIM, MAX_HEAD_DIM + 1, HEAD_DIM_STEP) for size in sizes)
+    return all(size in HEAD_DIMS for size in sizes)
 
 
 def _constant_in_graphs(function: _Function) -> _Function:

@@ -17,7 +17,7 @@ from scfa_core.merging import attention_over
 from scfa_core.nn.hashing import AngularHash
 from scfa_core.patterns import Causal, Documents, Pattern, QKSparse, SlidingWindow
 from scfa_core.plan import Plan
-from scfa_core.problem import HEAD_DIM_STEP, MAX_HEAD_DIM, MIN_HEAD_DIM, as_size, check_flag
+from scfa_core.problem import HEAD_DIMS, as_size, check_flag, check_scale
 from scfa_core.torch_checks import broadcasts, check_tensor
 from scfa_core.torch_framework import dtype_name
 
@@ -66,6 +66,8 @@ class SparseSelfAttention(nn.Module):
     OptionError
         A flag that is not a bool, a hook that cannot be called, a pattern beside one that is there,
         an option that no layer has.
+    ScaleError
+        A softmax_scale that is no finite number.
     PatternError
         In a call: `pattern` or `make_patterns` returned none.
     """
@@ -133,12 +135,13 @@ class SparseSelfAttention(nn.Module):
         self.heads = heads
         self.heads_kv = heads_kv
         self.head_dim = width // heads if head_dim is None else as_size("head_dim", head_dim, 1)
-        if self.head_dim not in range(MIN_HEAD_DIM, MAX_HEAD_DIM + 1, HEAD_DIM_STEP):
+        if self.head_dim not in HEAD_DIMS:
             raise ShapeError(
-                f"head_dim must be a multiple of {HEAD_DIM_STEP} from {MIN_HEAD_DIM} to "
-                f"{MAX_HEAD_DIM}, got {self.head_dim} ({width=}, {heads=}); take other heads, or "
+                f"head_dim must be a multiple of {HEAD_DIMS.step} from {HEAD_DIMS[0]} to "
+                f"{HEAD_DIMS[-1]}, got {self.head_dim} ({width=}, {heads=}); take other heads, or "
                 "pass head_dim, which need not be width // heads"
             )
+        check_scale(softmax_scale, self.head_dim, "float64")  # what fits any dtype of rows
         self.pattern = pattern
         self.shared_qk = shared_qk
         self.include_self = include_self

@@ -186,3 +186,11 @@ def test_a_plan_from_pattern_is_told_where_it_goes():
     )
     with pytest.raises(scfa.PatternError, match=r"got Plan; .* layer\(x, plan=plan\)"):
         layer(torch.ones(1, 5, WIDTH))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("scale", ["1", float("nan"), torch.nn.Parameter(torch.ones(()))], ids=repr)
+def test_a_scale_that_attention_refuses_is_told_when_the_layer_is_made(name, scale):
+    with pytest.raises(scfa.ScaleError, match=r"^softmax_scale must be"):
+        LAYERS[name](softmax_scale=scale)
+    assert LAYERS[name](softmax_scale=0).softmax_scale == 0
