@@ -91,7 +91,7 @@ class Documents(Pattern):
         xp = namespace(bounds)
         if is_torch_tensor(bounds):
             places = xp.arange(rows, device=bounds.device)
-            ids = xp.searchsorted(bounds.long(), places, right=True) - 1
+            ids = xp.searchsorted(bounds.long().contiguous(), places, right=True) - 1
         else:
             with nullcontext() if xp.__name__ == "numpy" else bounds.device:
                 places = xp.arange(rows)

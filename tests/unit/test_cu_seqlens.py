@@ -55,6 +55,13 @@ def test_packed_tensors_agree_with_each_alone():
         torch.testing.assert_close(packed[:, :, start:end], alone)
 
 
+def test_strided_bounds_are_read_without_a_warning():
+    torch = pytest.importorskip("torch", reason="tensors are torch's")
+    strided = torch.from_numpy(BOUNDS).repeat_interleave(2)[::2]
+    ids = scfa.Documents.from_cu_seqlens(strided, 9).q_ids
+    assert ids.tolist() == [[0, 0, 0, 2, 3, 3, 3, 3, 3]]
+
+
 @pytest.mark.slow
 def test_one_graph_serves_all_bounds_and_lengths():
     torch = pytest.importorskip("torch", reason="tensors are torch's")
