@@ -40,13 +40,13 @@ def _spread(
         raise DTypeError(f"{name} must be an array of {wanted}, got {dtype_name(x)}; cast it")
     if str(getattr(x, "device", "")) == "meta":
         raise DeviceError(f"{name} is on the device meta and has no values: give those to look at")
-    try:
-        return np.broadcast_to(to_host(x), shape)
-    except ValueError as error:
+    pairs = zip(x.shape, shape, strict=False)
+    if len(x.shape) != len(shape) or any(got not in (1, size) for got, size in pairs):
         raise ShapeError(
-            f"{name} must broadcast to {shape}, got shape {tuple(x.shape)}; mask takes batch=, "
-            "heads= and heads_kv= (1 by default)"
-        ) from error
+            f"{name} must broadcast to {shape}, axis by axis, got shape {tuple(x.shape)}; mask "
+            "takes batch=, heads= and heads_kv= (by default 1, 1 and as many as heads)"
+        )
+    return np.broadcast_to(to_host(x), shape)
 
 
 def _python_ints(x: NDArray[Any]) -> NDArray[Any]:

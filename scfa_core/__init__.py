@@ -9,7 +9,7 @@ Importing this package imports no GPU library and neither torch nor numba.
 
 from typing import TYPE_CHECKING
 
-from scfa_core.api import attention, attention_backward, make_plan, validate
+from scfa_core.api import attention, attention_backward, make_plan
 from scfa_core.dispatch import use_backend
 from scfa_core.errors import (
     BackendUnavailable,
@@ -35,6 +35,7 @@ from scfa_core.patterns import (
     SlidingWindow,
 )
 from scfa_core.plan import Plan
+from scfa_core.validation import validate
 
 if TYPE_CHECKING:
     from scfa_core.dispatch import backends

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy as np
-
-from scfa_core.array_kinds import adopt, framework_of, is_torch_tensor, restore_kind
+from scfa_core.array_kinds import adopt, is_torch_tensor, restore_kind
 from scfa_core.arrays import Framework
 from scfa_core.dispatch import Backend, choose_backend, choose_for_plan, requested_backend
-from scfa_core.errors import PatternError
+from scfa_core.foreign import unknown_options
 from scfa_core.lowering import lower
-from scfa_core.patterns import Causal, KeyRanges, Pattern, QKSparse
+from scfa_core.patterns import Causal, Pattern
 from scfa_core.patterns.base import PATTERN, map_arrays, require_pattern
 from scfa_core.plan import Plan
 from scfa_core.problem import (
@@ -23,6 +21,8 @@ from scfa_core.problem import (
     one_framework,
 )
 from scfa_core.runner import run_backward, run_forward, run_make_plan
+
+_OPTIONS = "pattern, softmax_scale, layout, return_lse, deterministic, backend"
 
 
 def attention(
@@ -36,6 +36,7 @@ def attention(
     return_lse: bool = False,
     deterministic: bool = True,
     backend: str | None = None,
+    **foreign: NoReturn,  # options of other libraries' attention
 ) -> Any:
     """Attend each query to exactly the keys that its pattern lets it see.
 
@@ -68,6 +69,9 @@ def attention(
     backend : str, optional
         A name of `backends()` or ``"auto"``. Default: `use_backend`, then $SCFA_BACKEND, then
         ``"auto"``.
+    **foreign
+        Options of other libraries' attention (``causal=``, ``attn_mask=``, ``window_size=``, ...)
+        raise, and the message names what says the same here.
 
     Returns
     -------
@@ -89,6 +93,8 @@ def attention(
     of a tensor is made. Sums are accumulated in float32 (float64 for float64). Values of hashes and
     ranges are never inspected: see `validate`. Source: arXiv 2306.01160.
     """
+    if foreign:
+        raise unknown_options("attention", foreign, _OPTIONS)
     check_flag("return_lse", return_lse)
     check_flag("deterministic", deterministic)
     pattern = Causal() if pattern is None else pattern
@@ -289,62 +295,3 @@ def _heads_first(framework: Framework, x: Any, layout: str) -> Any:
 def _dense_rows(framework: Framework, x: Any) -> Any:
     """Copy what is strided in its last axis: gradients come as they like, backends take rows."""
     return x if framework.info(x).strides[-1:] == (1,) else framework.contiguous(x)
-
-
-def validate(pattern: Pattern, q: Any, k: Any, *, layout: str = "bhtd") -> None:
-    """Inspect the values of a pattern and raise where they look like a mistake.
-
-    Attention itself never looks: ranges are clipped and flags count as kept where nonzero, on every
-    backend. Call this while developing; on a GPU it copies to the host and synchronises.
-
-    Parameters
-    ----------
-    pattern : Pattern
-    q, k : arrays
-        Sizes and device are read.
-    layout : "bhtd" | "bthd"
-
-    Raises
-    ------
-    PatternError
-        A keep flag that is neither 0 nor 1, or a range with ``start < 0``, ``end > seqlen_k`` or
-        ``start > end``; the message names the first such entry.
-    ShapeError, DTypeError, DeviceError
-        As `attention`.
-    """
-    require_pattern(f"validate takes {PATTERN}", pattern)
-    q, k, pattern = adopt(q), adopt(k), adopt_pattern(pattern)
-    framework = one_framework(q, k=k)
-    problem = build_problem(framework.info(q), framework.info(k), None, layout=layout)
-    lower(pattern, problem, framework)
-    for part in pattern.parts:
-        if isinstance(part, QKSparse):
-            for name in ("q_keep", "k_keep"):
-                flags = _to_numpy(getattr(part, name))
-                _complain(f"QKSparse.{name}", ~((flags == 0) | (flags == 1)), flags, "0 or 1")
-        elif isinstance(part, KeyRanges):
-            start, end = (_to_numpy(x).astype(np.int64) for x in (part.start, part.end))
-            _complain("KeyRanges.start", start < 0, start, "at least 0")
-            _complain(
-                "KeyRanges.end",
-                end > problem.seqlen_k,
-                end,
-                f"at most seqlen_k={problem.seqlen_k}",
-            )
-            start, end = np.broadcast_arrays(start, end)
-            _complain("KeyRanges.start", start > end, start, "at most end")
-
-
-def _to_numpy(x: Any) -> np.ndarray:
-    return framework_of("pattern", x).to_numpy(x)
-
-
-def _complain(name: str, wrong: np.ndarray, values: np.ndarray, wanted: str) -> None:
-    """Raise `PatternError` naming the first wrong entry, if there is one."""
-    if not wrong.any():
-        return
-    place = tuple(int(i) for i in np.argwhere(wrong)[0])
-    raise PatternError(
-        f"{name}{list(place)} must be {wanted}, got {values[place]} "
-        f"({int(wrong.sum())} such entries of {wrong.size})"
-    )

@@ -140,6 +140,7 @@ class _Lowering:
             axes = "(batch, heads, seqlen)" if rank == 3 else "(batch, seqlen)"
             raise ShapeError(
                 f"{name} must broadcast to {axes} = {want}, got {name}.shape={info.shape}"
+                f"{_advice(name.rpartition('.')[2], info.shape, want)}"
             )
         return framework.expand(framework.insert_head(x) if rank == 2 else x, shape)
 
@@ -200,6 +201,34 @@ class _Lowering:
 def is_monotone(pattern: Pattern) -> bool:
     """What `Clauses.monotone` will say, before lowering."""
     return not any(isinstance(part, KeyRanges) for part in pattern.parts)
+
+
+def _advice(name: str, got: tuple[int, ...], want: tuple[int, ...]) -> str:
+    """What brings an array of a pattern into shape, where that can be told."""
+
+    def fits(*shape: int) -> bool:
+        pairs = zip(shape, want, strict=False)
+        return len(shape) == len(want) and all(size in (1, wanted) for size, wanted in pairs)
+
+    if len(want) == 2:
+        if fits(1, *got):
+            return f"; {name}[None] has the axis of sequences"
+        if len(got) == 3:
+            return "; ids have no axis of heads"
+        if len(got) == 1 or (got[0] == 1 and name == "q_ids"):
+            return "; an id for each row, and Documents.from_cu_seqlens makes them of cu_seqlens"
+        return "; ids of keys, where there are others than queries, are the second argument"
+    if len(got) == 4:
+        return f"; of one round take {name}[0], of several scfa_core.hashing.disjoint_rounds"
+    if fits(1, 1, *got):
+        return f"; {name}[None, None] has the axes of sequences and heads"
+    if len(got) == 2 and fits(got[0], 1, got[1]):
+        return f"; {name}[:, None] has the axis of heads"
+    if fits(1, *got):
+        return f"; {name}[None] has the axis of sequences"
+    if len(got) == 3 and fits(got[0], got[2], got[1]):
+        return "; heads come before rows here, whatever layout says"
+    return ""
 
 
 def lower(pattern: Pattern, problem: Problem, framework: Framework) -> Clauses:

@@ -165,9 +165,12 @@ class Plan:
             problem.seqlen_k,
         )
         if self.sizes != want:
+            batch, heads, heads_kv, seqlen_q, seqlen_k = self.sizes
+            swapped = (batch, seqlen_q, seqlen_k, heads, heads_kv) == want
             raise ShapeError(
                 "the plan was made for (batch, heads, heads_kv, seqlen_q, seqlen_k) = "
                 f"{self.sizes}, got arrays with {want}; make a plan for these"
+                + (": make_plan takes their layout as well" if swapped else "")
             )
         if self.device != problem.device:
             raise DeviceError(

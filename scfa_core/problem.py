@@ -27,6 +27,7 @@ _AXES = {
     "bthd": "(batch, seqlen, heads, head_dim)",
 }
 MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 16, 256, 8
+HEAD_DIMS = range(MIN_HEAD_DIM, MAX_HEAD_DIM + 1, HEAD_DIM_STEP)
 MOST_ROWS = 2**31 - 1  # of queries and keys together: plans hold rows and offsets as int32
 LARGEST_SCALE = 2e38  # times log2(e), as kernels take it, still a finite float32
 
@@ -137,7 +138,8 @@ def _same_place(q: ArrayInfo, **others: ArrayInfo) -> None:
     for name, info in others.items():
         if info.device != q.device:
             raise DeviceError(
-                f"all arrays must be on one device, got q on {q.device}, {name} on {info.device}"
+                f"all arrays must be on one device, got q on {q.device}, {name} on {info.device}; "
+                "move them to one"
             )
         if info.dtype != q.dtype:
             raise DTypeError(
@@ -174,7 +176,8 @@ def build_problem(
     )
     heads_kv, seqlen_k = k.shape[head_axis], k.shape[seq_axis]
     if k.shape[0] != batch:
-        raise ShapeError(f"q and k must have the same batch, got {q.shape=}, {k.shape=}")
+        cure = "; .expand the one of 1, without a copy" if 1 in (batch, k.shape[0]) else ""
+        raise ShapeError(f"q and k must have the same batch, got {q.shape=}, {k.shape=}{cure}")
     if k.shape[3] != head_dim:
         raise ShapeError(f"q and k must have the same head_dim, got {q.shape=}, {k.shape=}")
     if v is not None and v.shape[:3] != k.shape[:3]:

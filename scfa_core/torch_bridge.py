@@ -30,9 +30,7 @@ from scfa_core.patterns import Pattern
 from scfa_core.patterns.base import kind_of
 from scfa_core.plan import Plan
 from scfa_core.problem import (
-    HEAD_DIM_STEP,
-    MAX_HEAD_DIM,
-    MIN_HEAD_DIM,
+    HEAD_DIMS,
     Problem,
     check_layout,
     check_scale,
@@ -49,6 +47,7 @@ from scfa_core.torch_calls import (
     run_forward,
 )
 from scfa_core.torch_framework import TORCH_FRAMEWORK, device_name, dtype_name
+from scfa_core.torch_meta import check_on_meta
 from scfa_core.torch_ops import BACKWARD, FORWARD, MAKE_PLAN, refuse_forward_mode
 from scfa_core.torch_patterns import encode
 from scfa_core.torch_plans import native_own_plan, new_plan, own_plan, own_plan_tensors
@@ -357,6 +356,8 @@ def traced_plan(
     check_layout(layout)
     if backend is not None:
         check_name(backend)
+    if q.is_meta:
+        check_on_meta(q, k, v, pattern, layout)
     facts = (index(q.shape[-1]), index(v.shape[-1]), dtype_name(q.dtype), device_name(q.device))
     if isinstance(pattern, Plan):
         pattern.check_library(TORCH_FRAMEWORK)
@@ -368,7 +369,7 @@ def traced_plan(
 
 
 def _are_head_dims(*sizes: int) -> bool:
-    return all(size in range(MIN_HEAD_DIM, MAX_HEAD_DIM + 1, HEAD_DIM_STEP) for size in sizes)
+    return all(size in HEAD_DIMS for size in sizes)
 
 
 def _constant_in_graphs(function: _Function) -> _Function:

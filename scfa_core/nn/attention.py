@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -16,8 +17,8 @@ from scfa_core.merging import attention_over
 from scfa_core.nn.hashing import AngularHash
 from scfa_core.patterns import Causal, Documents, Pattern, QKSparse, SlidingWindow
 from scfa_core.plan import Plan
-from scfa_core.problem import as_size, check_flag
-from scfa_core.torch_checks import check_tensor
+from scfa_core.problem import HEAD_DIMS, as_size, check_flag, check_scale
+from scfa_core.torch_checks import broadcasts, check_tensor
 from scfa_core.torch_framework import dtype_name
 
 MakePattern = Callable[[Tensor, Tensor], Pattern]
@@ -60,12 +61,15 @@ class SparseSelfAttention(nn.Module):
     Raises
     ------
     ShapeError
-        Heads that do not divide, `shared_qk` with fewer key heads, or sizes that are none.
+        Heads that do not divide, `shared_qk` with fewer key heads, sizes that are none, or a
+        head_dim that `scfa_core.attention` does not take.
     OptionError
         A flag that is not a bool, a hook that cannot be called, a pattern beside one that is there,
         an option that no layer has.
+    ScaleError
+        A softmax_scale that is no finite number.
     PatternError
-        In a call: `pattern` returned none.
+        In a call: `pattern` or `make_patterns` returned none.
     """
 
     _takes_pattern = True
@@ -131,6 +135,13 @@ class SparseSelfAttention(nn.Module):
         self.heads = heads
         self.heads_kv = heads_kv
         self.head_dim = width // heads if head_dim is None else as_size("head_dim", head_dim, 1)
+        if self.head_dim not in HEAD_DIMS:
+            raise ShapeError(
+                f"head_dim must be a multiple of {HEAD_DIMS.step} from {HEAD_DIMS[0]} to "
+                f"{HEAD_DIMS[-1]}, got {self.head_dim} ({width=}, {heads=}); take other heads, or "
+                "pass head_dim, which need not be width // heads"
+            )
+        check_scale(softmax_scale, self.head_dim, "float64")  # what fits any dtype of rows
         self.pattern = pattern
         self.shared_qk = shared_qk
         self.include_self = include_self
@@ -149,7 +160,8 @@ class SparseSelfAttention(nn.Module):
             if not isinstance(made, Pattern):
                 raise PatternError(
                     f"pattern(q, k) must return a scfa_core pattern, got {type(made).__name__}; "
-                    "several disjoint ones come from make_patterns of a subclass"
+                    "several disjoint ones come from make_patterns of a subclass, a plan is given "
+                    "to each call: layer(x, plan=plan)"
                 )
             return [made]
         return [Causal(include_self=self.include_self)]
@@ -191,8 +203,8 @@ class SparseSelfAttention(nn.Module):
         q, k, v = self.project(x)
         patterns: Sequence[Pattern | Plan]
         if plan is None:
-            limits = self._limits(documents, keep)
-            patterns = [_narrowed(p, limits) for p in self.make_patterns(q, k)]
+            limits = self._limits(x, documents, keep)
+            patterns = [_narrowed(p, limits) for p in self._made_patterns(q, k)]
         elif documents is None and keep is None:
             patterns = [plan]
         else:
@@ -222,14 +234,33 @@ class SparseSelfAttention(nn.Module):
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
+    def _made_patterns(self, q: Tensor, k: Tensor) -> list[Pattern]:
+        """What `make_patterns` of this class or a derived one returns, if it is a list of any."""
+        made: Any = self.make_patterns(q, k)
+        listed = [] if made is None or isinstance(made, Pattern) else list(made)
+        if not listed:
+            raise PatternError(
+                f"make_patterns of {type(self).__name__} must return a list of disjoint patterns, "
+                f"of one at least, got {made!r}"
+            )
+        return listed
+
     @staticmethod
-    def _limits(documents: Tensor | None, keep: Tensor | None) -> list[Pattern]:
+    def _limits(x: Tensor, documents: Tensor | None, keep: Tensor | None) -> list[Pattern]:
+        for name, given in (("documents", documents), ("keep", keep)):
+            if given is None:
+                continue
+            got, rows = check_tensor(name, given, "batch", "seqlen").shape, x.shape[:2]
+            # compared in a graph, open lengths would be tied to each other and kept from being 1
+            if not torch.compiler.is_compiling() and not broadcasts(got, rows):
+                raise ShapeError(
+                    f"{name} must be (batch, seqlen) = {tuple(rows)} like x, got "
+                    f"{name}.shape={tuple(got)}"
+                )
         limits: list[Pattern] = []
         if documents is not None:
-            check_tensor("documents", documents, "batch", "seqlen")
             limits.append(Documents(documents, causal=False))
         if keep is not None:
-            check_tensor("keep", keep, "batch", "seqlen")
             limits.append(QKSparse(keep[:, None], keep[:, None], causal=False))
         return limits
 

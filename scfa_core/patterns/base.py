@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+
 class Pattern:
     """Which keys each query may see.
 
@@ -160,8 +161,8 @@ def require_bool(name: str, value: Any) -> bool:
     return value
 
 
-def require_count(name: str, value: Any) -> int:
-    """Read a number of keys, refusing floats, negative numbers and flags of any library."""
+def require_count(name: str, value: Any, of: str = "keys") -> int:
+    """Read a number of keys or rows, refusing floats, negatives and flags of any library."""
     try:  # a length that is traced stays open: as an int it would be the length of this call
         if is_flag(value):
             count = -1
@@ -170,7 +171,7 @@ def require_count(name: str, value: Any) -> int:
     except (TypeError, RuntimeError):  # a tensor of no known value
         count = -1
     if count < 0:
-        raise PatternError(f"{name} must be an int >= 0 (a number of keys), got {value!r}")
+        raise PatternError(f"{name} must be an int >= 0 (a number of {of}), got {value!r}")
     return count
 
 
@@ -181,8 +182,7 @@ def require_arrays(pattern: str, **arrays: Any) -> None:
             raise PatternError(
                 f"{pattern}: {name} is a nested tensor, whose sequences share no length: pack them "
                 "into one, and pass Documents(ids), ids (1, rows of all) the sequence of each row; "
-                "torch.repeat_interleave(torch.arange(n), nested.offsets().diff())[None] of a "
-                "jagged one of n sequences"
+                "Documents.from_cu_seqlens(nested.offsets(), rows) of a jagged one"
             )
         if not hasattr(x, "shape") or not hasattr(x, "dtype"):
             raise PatternError(
@@ -198,7 +198,7 @@ PATTERN_OR_PLAN = f"pattern must be {PATTERN} or a Plan"
 def require_pattern(wanted: str, pattern: Any) -> None:
     """Refuse what is no pattern, a plan among it; `wanted` begins the message."""
     if not isinstance(pattern, Pattern):
-        raise PatternError(f"{wanted}, got {type(pattern).__name__}")
+        raise no_pattern(wanted, pattern)
 
 
 def kind_of(part: Pattern) -> type[Pattern]:
@@ -240,3 +240,27 @@ def unknown_pattern(part: Any) -> PatternError:
         "KeyRanges, ... and &, in a function that returns it; "
         "docs/guides/write-your-own-pattern.md shows how"
     )
+
+
+def no_pattern(what: str, x: Any) -> PatternError:
+    """Say that `x` is no pattern, and how what it seems to mean is said; `what` takes one."""
+    kind = type(x).__name__
+    advice = ""
+    if isinstance(x, type) and issubclass(x, Pattern):
+        kind = f"the class {x.__name__}"
+        advice = f"; make one: {x.__name__}(...)"
+    elif isinstance(x, (list, tuple)):
+        advice = (
+            "; where all must hold a & b is the pattern, and attention_over of scfa_core.merging "
+            "takes a list of which any may hold"
+        )
+    elif isinstance(x, (str, bool)):
+        kind = repr(x)
+        advice = "; Causal() is the default, Intersection() lets every query see every key"
+    elif hasattr(x, "shape"):
+        advice = (
+            "; no dense mask is read: Documents(ids) and HashSparse(q_hash, k_hash) say who sees "
+            "whom by a number for each row, QKSparse(q_keep, k_keep) by flags, KeyRanges(start, "
+            "end) by a range of keys for each query"
+        )
+    return PatternError(f"{what}, got {kind}{advice}")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
+from scfa_core.errors import DTypeError, ShapeError
 from scfa_core.patterns.base import (
     Pattern,
     describe_array,
     require_arrays,
     require_bool,
+    require_count,
 )
 
 
@@ -38,6 +41,62 @@ class Documents(Pattern):
         self.q_ids = q_ids
         self.k_ids = k_ids
         self.causal = require_bool("causal", causal)
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Any, rows: int, *, causal: bool = True) -> Documents:
+        """Documents packed end to end, by their bounds, as variable-length kernels take them.
+
+        >>> import numpy as np
+        >>> Documents.from_cu_seqlens(np.array([0, 2, 5]), 6).q_ids.tolist()
+        [[0, 0, 1, 1, 1, 2]]
+
+        Parameters
+        ----------
+        cu_seqlens : integer array, (documents + 1,)
+            Where each document starts, and where the last one ends; an empty one is no harm.
+        rows : int
+            Length of the packed sequence, e.g. ``q.shape[2]``. Rows past the last bound, padding,
+            are a document of their own, as are rows before the first.
+        causal : bool
+            See above.
+
+        Returns
+        -------
+        pattern : Documents
+            Of ids (1, rows), of the library and on the device of `cu_seqlens`.
+
+        Raises
+        ------
+        PatternError, DTypeError, ShapeError
+            What is no array of integers of one axis, or rows that are no int of at least 0.
+
+        Notes
+        -----
+        Reads no value and waits for no device.
+        """
+        from scfa_core.array_kinds import adopt, dtype_name, is_torch_tensor
+        from scfa_core.arrays import INT_DTYPES
+        from scfa_core.merging import namespace
+
+        require_arrays("Documents", cu_seqlens=cu_seqlens)
+        rows = require_count("Documents: rows", rows, "rows")
+        bounds = adopt(cu_seqlens)
+        if dtype_name(bounds) not in INT_DTYPES:
+            raise DTypeError(f"cu_seqlens must be integers, got {dtype_name(bounds)}; cast it")
+        if len(bounds.shape) != 1:
+            raise ShapeError(
+                f"cu_seqlens must be (documents + 1,), got shape {tuple(bounds.shape)}; lengths of "
+                "documents become bounds by a cumsum after a 0"
+            )
+        xp = namespace(bounds)
+        if is_torch_tensor(bounds):
+            places = xp.arange(rows, device=bounds.device)
+            ids = xp.searchsorted(bounds.long().contiguous(), places, right=True) - 1
+        else:
+            with nullcontext() if xp.__name__ == "numpy" else bounds.device:
+                places = xp.arange(rows)
+                ids = xp.searchsorted(bounds.astype("int64"), places, side="right") - 1
+        return cls(ids[None], causal=causal)
 
     def __repr__(self) -> str:
         return (

@@ -151,6 +151,7 @@ PUBLIC_MODULES = {  # and what each needs
     "merging": None,
     "nn": "torch",
     "torch_flash": "torch",
+    "torch_flops": "torch",
 }
 
 

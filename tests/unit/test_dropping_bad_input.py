@@ -240,12 +240,12 @@ def test_key_scores_hide_no_mistake(wrong, layout):
 def test_limits_of_a_layer_that_do_not_fit_are_told_as_by_others():
     layer, x = DropSelfAttention(32, 2, how="top-k"), torch.zeros(2, 10, 32)
     for limits, error, words in (
-        ({"keep": torch.ones(2, 9)}, scfa.ShapeError, "QKSparse.q_keep must broadcast"),
-        ({"keep": torch.ones(3, 10)}, scfa.ShapeError, "QKSparse.q_keep must broadcast"),
+        ({"keep": torch.ones(2, 9)}, scfa.ShapeError, "^keep must be .batch, seqlen. = .2, 10."),
+        ({"keep": torch.ones(3, 10)}, scfa.ShapeError, "^keep must be .batch, seqlen."),
         ({"keep": torch.ones(2, 10).cfloat()}, scfa.DTypeError, "QKSparse.q_keep must be"),
         ({"keep": torch.ones(2, 10).to("meta")}, scfa.DeviceError, "QKSparse.q_keep must be on"),
-        ({"documents": torch.ones(2, 9).long()}, scfa.ShapeError, "Documents.q_ids must broad"),
-        ({"documents": torch.ones(3, 10).long()}, scfa.ShapeError, "Documents.q_ids must broad"),
+        ({"documents": torch.ones(2, 9).long()}, scfa.ShapeError, "^documents must be .batch"),
+        ({"documents": torch.ones(3, 10).long()}, scfa.ShapeError, "^documents must be .batch"),
         ({"documents": torch.ones(2, 10)}, scfa.DTypeError, "Documents.q_ids must be an int"),
         ({"documents": torch.ones(2, 10).cfloat()}, scfa.DTypeError, "Documents.q_ids must be"),
     ):

@@ -136,3 +136,61 @@ def test_a_compiled_layer_takes_what_an_eager_one_takes():
     torch.testing.assert_close(compiled(x), layer(x))
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_head_dim_that_attention_refuses_is_told_when_the_layer_is_made(name):
+    for head_dim in (8, 20, 264):
+        with pytest.raises(scfa.ShapeError, match=f"16 to 256, got {head_dim} .width=32, heads=2"):
+            LAYERS[name](head_dim=head_dim)
+    with pytest.raises(scfa.ShapeError, match=r"got 15 .width=60, heads=4.; take other heads, or"):
+        nn.DenseSelfAttention(60, 4)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_documents_and_keep_are_named_where_they_do_not_fit(name):
+    layer, x = LAYERS[name](backend="reference"), torch.ones(2, 5, WIDTH)
+    for option, rows in (("documents", (2, 6)), ("keep", (3, 5))):
+        words = rf"^{option} must be \(batch, seqlen\) = \(2, 5\) like x, got {option}.shape="
+        with pytest.raises(scfa.ShapeError, match=words):
+            layer(x, **{option: torch.ones(rows, dtype=torch.long)})
+    assert layer(x, documents=torch.ones(1, 5, dtype=torch.long)).shape == x.shape
+
+
+@pytest.mark.parametrize("returned", [scfa.Causal(), None, []], ids=repr)
+def test_what_is_no_list_of_patterns_is_told_by_its_maker(returned):
+    class Careless(nn.SparseSelfAttention):
+        def make_patterns(self, q, k):
+            return returned
+
+    with pytest.raises(scfa.PatternError, match="make_patterns of Careless must return a list"):
+        Careless(WIDTH, HEADS)(torch.ones(1, 5, WIDTH))
+
+
+def test_a_generator_of_patterns_is_a_list():
+    class Generating(nn.SparseSelfAttention):
+        def make_patterns(self, q, k):
+            yield scfa.SlidingWindow(2)
+            yield scfa.Causal(lag=2)
+
+    torch.manual_seed(0)
+    layer, x = Generating(WIDTH, HEADS), torch.randn(1, 5, WIDTH)
+    dense = nn.DenseSelfAttention(WIDTH, HEADS)
+    dense.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(x), dense(x))
+
+
+def test_a_plan_from_pattern_is_told_where_it_goes():
+    layer = nn.SparseSelfAttention(
+        WIDTH, HEADS, pattern=lambda q, k: scfa.make_plan(scfa.Causal(), q, k)
+    )
+    with pytest.raises(scfa.PatternError, match=r"got Plan; .* layer\(x, plan=plan\)"):
+        layer(torch.ones(1, 5, WIDTH))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("scale", ["1", float("nan"), torch.nn.Parameter(torch.ones(()))], ids=repr)
+def test_a_scale_that_attention_refuses_is_told_when_the_layer_is_made(name, scale):
+    with pytest.raises(scfa.ScaleError, match=r"^softmax_scale must be"):
+        LAYERS[name](softmax_scale=scale)
+    assert LAYERS[name](softmax_scale=0).softmax_scale == 0

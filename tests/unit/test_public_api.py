@@ -59,7 +59,11 @@ def test_errors_are_also_the_builtin_a_caller_expects(name):
         assert any(getattr(builtins, c.__name__, None) is c for c in theirs[:1])
 
 
-@pytest.mark.parametrize("module", ["scfa_core", "scfa_core.api", "scfa_core.dispatch"])
+WITH_EXAMPLES = ["", ".api", ".dispatch", ".validation"]
+WITH_EXAMPLES += [f".patterns.{name}" for name in ("causal", "documents", "sliding_window")]
+
+
+@pytest.mark.parametrize("module", [f"scfa_core{name}" for name in WITH_EXAMPLES])
 def test_examples_in_docstrings_run(module):
     found = importlib.import_module(module)
     names = dict(vars(scfa_core))

@@ -111,3 +111,23 @@ def test_windows_of_the_length_stay_open(strict):
     for seqlen in (20, 33, 64):
         q = torch.randn(1, 2, seqlen, 16)
         torch.testing.assert_close(program.module()(q), OfLength()(q))
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+def test_lengths_of_documents_and_padding_stay_open_by_names_of_their_own(strict):
+    """A check that compares them would tie them to those of x, and export would refuse."""
+
+    class Packed(WindowSelfAttention):
+        def forward(self, x, documents, keep):
+            return super().forward(x, documents=documents, keep=keep)
+
+    layer, named = Packed(64, heads=4, window=5), torch.export.Dim
+    sizes = [{0: named(f"batch_{i}"), 1: named(f"rows_{i}")} for i in range(3)]
+    x, documents = torch.randn(3, 9, 64), torch.zeros(3, 9, dtype=torch.long)
+    program = torch.export.export(
+        layer, (x, documents, documents == 0), dynamic_shapes=sizes, strict=strict
+    )
+    x, documents = torch.randn(1, 12, 64), torch.arange(12)[None] // 5
+    keep = torch.arange(12)[None] < 10
+    right = layer(x, documents, keep)
+    torch.testing.assert_close(program.module()(x, documents, keep), right)

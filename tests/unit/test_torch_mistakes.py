@@ -145,3 +145,54 @@ def test_a_plan_that_lacks_an_array_is_refused_after_a_like_call(name, way):
         broken = dataclasses.replace(plan, **{name: value})
         with pytest.raises(scfa.DeviceError, match=f"plan.{name} must be a torch array.*got {got}"):
             WAYS[way](Q, K, V, broken)
+
+
+META_Q, META_K, META_V, META_IDS = (x.to("meta") for x in (Q, K, V, IDS))
+ON_META = {
+    "heads": (scfa.ShapeError, "divide heads", lambda: (META_Q[:, :3], META_K, META_V)),
+    "head_dim": (scfa.ShapeError, "multiple of 8", lambda: [META_Q[..., :12]] * 3),
+    "rank": (scfa.ShapeError, "4 axes", lambda: (META_Q[0], META_K, META_V)),
+    "rows": (scfa.ShapeError, "must agree", lambda: (META_Q, META_K, META_V[:, :, :7])),
+    "dtype": (scfa.DTypeError, "share a dtype", lambda: (META_Q, META_K.half(), META_V)),
+    "k elsewhere": (scfa.DeviceError, "q on meta, k on cpu", lambda: (META_Q, K, META_V)),
+    "hashes elsewhere": (
+        scfa.DeviceError,
+        "must be on meta like q, got cpu",
+        lambda: (META_Q, META_K, META_V, scfa.HashSparse(IDS, K_IDS)),
+    ),
+    "hash shape": (
+        scfa.ShapeError,
+        "k_hash must broadcast",
+        lambda: (META_Q, META_K, META_V, scfa.HashSparse(META_IDS, META_IDS)),
+    ),
+    "plan": (
+        scfa.ShapeError,
+        "the plan was made for",
+        lambda: (
+            *(META_Q[:1], META_K[:1], META_V[:1]),
+            scfa.make_plan(scfa.Causal(), META_Q, META_K),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", ON_META)
+def test_a_dry_run_on_meta_meets_the_checks(mistake):
+    """Results had the shapes of operators that check nothing, some of them no attention gives."""
+    error, text, arguments = ON_META[mistake]
+    q, k, v, *rest = arguments()
+    pattern = rest[0] if rest else scfa.Causal()
+    with pytest.raises(error, match=text):
+        scfa.attention(q, k, v, pattern)
+    with pytest.raises(error, match=text):
+        attention_over(q, k, v, [pattern])
+    assert scfa.attention(META_Q, META_K, META_V).shape == (2, 4, 8, 24)
+
+
+def test_a_dry_run_on_meta_passes_what_is_right():
+    plan = scfa.make_plan(scfa.HashSparse(META_IDS, META_IDS[:, :2]), META_Q, META_K)
+    query = torch.nn.Parameter(META_Q)
+    scfa.attention(query, META_K, META_V, plan).sum().backward()
+    assert query.grad.shape == Q.shape
+    merged = attention_over(query, META_K, META_V, [plan, scfa.Documents(META_IDS[:, 0])])
+    assert merged.shape == (2, 4, 8, 24)

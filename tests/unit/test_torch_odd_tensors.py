@@ -142,9 +142,9 @@ def test_a_pattern_of_nested_tensors_says_what_to_pass(pattern, given, layout):
 def test_packing_a_nested_tensor_as_the_error_says():
     parts = [torch.randn(rows, 4, 16, generator=DRAWN) for rows in (5, 3)]
     nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
-    ids = torch.repeat_interleave(torch.arange(2), nested.offsets().diff())[None]
+    documents = scfa.Documents.from_cu_seqlens(nested.offsets(), 8)  # as the message says
     packed = nested.values()[None]
-    out = scfa.attention(packed, packed, packed, scfa.Documents(ids), layout="bthd")
+    out = scfa.attention(packed, packed, packed, documents, layout="bthd")
     alone = [scfa.attention(x[None], x[None], x[None], layout="bthd")[0] for x in parts]
     torch.testing.assert_close(out[0], torch.cat(alone), rtol=0, atol=1e-5)
 

@@ -1,0 +1,34 @@
+"""Tensors on "meta" have shapes and no values: the door for them, since no backend is ever asked.
+
+A fake implementation of an operator names the shapes of results and checks nothing. That is right
+under a compiler, whose program meets the checks when it runs; a call on "meta" never runs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from scfa_core.lowering import lower
+from scfa_core.patterns import Pattern
+from scfa_core.plan import Plan
+from scfa_core.problem import build_problem
+from scfa_core.torch_framework import TORCH_FRAMEWORK
+from scfa_core.torch_transforms import functorch_is_active
+
+_ORDINARY = (torch.Tensor, torch.nn.Parameter)
+
+
+def check_on_meta(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern | Plan, layout: str
+) -> None:
+    """Raise what a call on tensors with memory raises; nothing while somebody traces."""
+    if torch.compiler.is_compiling() or functorch_is_active() or type(q) not in _ORDINARY:
+        return
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return
+    infos = [TORCH_FRAMEWORK.info(x) for x in (q, k, v)]
+    problem = build_problem(*infos, layout=layout)
+    if isinstance(pattern, Plan):
+        pattern.check_fits(problem, TORCH_FRAMEWORK)
+    else:
+        lower(pattern, problem, TORCH_FRAMEWORK)
