@@ -182,7 +182,7 @@ class Plan:
 
     def _check_arrays(self, problem: Problem, framework: Framework) -> None:
         """Raise where a plan made by hand holds arrays that backends would misread."""
-        shapes = plan_shapes(problem, "host" if problem.device == "cpu" else "cuda")
+        shapes = plan_shapes(problem, "cuda" if problem.device.startswith("cuda") else "host")
         for name, x, shape in zip(PlanArrays._fields[:-1], self.arrays, shapes, strict=True):
             info = framework.info(x)
             if info.shape != shape:
