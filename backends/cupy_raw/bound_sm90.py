@@ -198,7 +198,7 @@ class _Backward:
         for launch in self.launches:
             launch(ctx.stream, addresses)
 
-    def _params(self, counter: int, tiles: tuple[int, int], heads: int) -> bytes:
+    def _params(self, counter: int, tiles: tuple[int, int], heads: int, in_turn: int = 0) -> bytes:
         """Pack the arguments of one kernel; workspace 2, 3, 4 and 11 are the counters."""
         dout, q, k, v, out, lse, dq, dk, dv = self.marked.arrays
         lse_log2, delta, *_, added, dq_sum, choice, starts, ends, records, _ = self.marked.workspace
@@ -217,7 +217,7 @@ class _Backward:
             (0, 0) if self.monotone else (starts, ends),
             records if self.slots else 0,
             self.maps or NO_MAPS,
-            sm90._fused_in_turn(self.problem, self.slots),
+            in_turn,
         )
 
     def _key_tiles(self, shape: Shape) -> tuple[int, int]:
@@ -262,7 +262,8 @@ class _Backward:
 
     def _choose(self) -> Launch:
         tiles = self._key_tiles(FUSED[self.problem.head_dim])
-        params = self._params(11, tiles, self.problem.heads_kv)
+        in_turn = sm90._fused_in_turn(self.problem, self.slots)
+        params = self._params(11, tiles, self.problem.heads_kv, in_turn)
         kernel = sm90._choose_kernel(self.device, self.problem.head_dim)
         blocks = -(-self.problem.batch * self.problem.heads_kv // 4)
         return self.marked.bind(params, kernel.bind((blocks, 1, 1), 32, 0))

@@ -218,12 +218,14 @@ def run(
     fences=True,
     mapped=True,
     in_turn=None,
+    ways=None,
 ):
     """Results of one case; `slots` query heads have room for sums of dq, all by default.
 
     With `any_order` the kernels are not told of ranges that are in order; without `fences` their
     products look at copied rows through no proxy fence; unless `mapped` they have no tensor maps.
-    With `in_turn` the fused kernel takes tiles of 2**in_turn heads in turn.
+    With `in_turn` the fused kernel takes tiles of 2**in_turn heads in turn. `ways` are those of the
+    key heads, 0 split and 1 fused; without them all go the fused way or none does.
     """
     spec = case.spec
     problem = Problem(
@@ -252,8 +254,11 @@ def run(
     key_tiles = spec.batch * spec.heads_kv * -(-spec.seqlen_k // 128)
     records = np.full(key_tiles * launch_sm90._record_words(problem), -7, np.int32)
     launches = list(passes(spec, fused, monotone))
-    words = np.array([0, 1, 0, 0, 0, in_turn or 0, 0, 0], np.int32)  # choice_sm90.cuh: all fused
-    choice = 0 if in_turn is None else words.ctypes.data
+    if ways is not None:
+        launches = [*passes(spec, False, monotone), *list(passes(spec, True, monotone))[1:]]
+    shares = (0, 1) if ways is None else (2, 2)  # choice_sm90.cuh: none and all, or some and some
+    words = np.array([*shares, 0, 0, 0, in_turn or 0, 0, 0, *(ways or ())], np.int32)
+    choice = 0 if in_turn is None and ways is None else words.ctypes.data
     how = {"mapped": mapped, "sanitize": sanitize, "fences": fences}
     compiled = [  # all begin to compile before the first one runs
         kernels.kernel(kernel, spec.dtype, spec.head_dim, shape, monotone, **how)
@@ -265,15 +270,8 @@ def run(
         counter = np.zeros(1, np.int32)
         params = launch_sm90._params(
             *(problem, plan, arrays, described(lse, "float32")),
-            *(
-                (at, at + 4 * lse.size),
-                counter.ctypes.data,
-                tiles,
-                heads,
-                sums,
-                choice,
-                envelopes_at,
-            ),
+            *((at, at + 4 * lse.size), counter.ctypes.data, tiles, heads, sums),
+            *(choice, envelopes_at),
             records.ctypes.data,
             maps_of(*((k, v) if kernel == "fwd_sm90" else (q, dout))),
             launch_sm90._in_turn(spec.batch * spec.heads) if kernel == "fwd_sm90" else 0,

@@ -173,12 +173,7 @@ def test_hopper_arguments_are_those_packed_anew(launched, monkeypatch, monotone,
         records = third, third + 4 * 12 * (4 + 4 * 2)  # of key tiles, and what comes after them
         sums = launch_sm90.Sums(fourth, records[1], launch_sm90._sum_slots(sizes), 2)
         fields = (sizes, native, given, lse, stats, second, (3, 12), 2, sums)
-        want = launch_sm90._params(
-            *fields,
-            key_tiles=records[0],
-            maps=tensor_maps(q, dout),
-            in_turn=launch_sm90._fused_in_turn(sizes, sums.slots),
-        )
+        want = launch_sm90._params(*fields, key_tiles=records[0], maps=tensor_maps(q, dout))
         assert [x[1].get("RUNS") for x in launched] == [None, 0, 1]
         names = ["key_tiles", "prepare", "fused"]
         assert [x[0] for x in launched] == [f"scfa_bwd_{name}_sm90" for name in names]
@@ -260,17 +255,20 @@ def test_where_ranges_can_be_long_the_gpu_chooses(launched, monkeypatch):
     key_tiles = (8, 32)  # of 961 keys, two batch entries of two key heads
     given = (q, k, v, out, dout, dq, dk, dv)
 
-    def want(counter, tiles, heads):
+    def want(counter, tiles, heads, in_turn=0):
         return launch_sm90._params(
             *(sizes, native, given, lse, stats, counter, tiles, heads, sums, choice),
             key_tiles=records,
             maps=tensor_maps(q, dout),
-            in_turn=launch_sm90._fused_in_turn(sizes, sums.slots),
+            in_turn=in_turn,
         )
+
+    in_turn = launch_sm90._fused_in_turn(sizes, sums.slots)
+    assert in_turn > 0  # which is for the choice alone: dq passes over heads whole
 
     assert launched[0] == ("zero", counted, 8, STREAM, 0)
     assert [(x[0], x[-1]) for x in launched[1:]] == [
-        ("scfa_bwd_choose_sm90", want(counted, key_tiles, 2)),
+        ("scfa_bwd_choose_sm90", want(counted, key_tiles, 2, in_turn)),
         ("scfa_bwd_dq_sm90", want(first, (1, 8), 4)),
         ("scfa_bwd_dkdv_sm90", want(first + 4, key_tiles, 2)),
         ("scfa_bwd_key_tiles_sm90", want(first + 8, key_tiles, 2)),

@@ -161,6 +161,21 @@ def test_tiles_of_heads_in_turn(kernels, name, order):
         np.testing.assert_array_equal(getattr(got, x), getattr(after, x))
 
 
+@pytest.mark.parametrize("ways", [[0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
+@pytest.mark.parametrize("head_dim", sorted(shapes_sm90.FUSED))
+def test_heads_that_go_different_ways(kernels, head_dim, ways):
+    """Each as where all go its way, whichever heads are passed over before or after it."""
+    spec = Spec(2, 4, 2, 200, 277, head_dim, head_dim, "bfloat16", parts=HASH, poison=True, seed=6)
+    case = testing.build(spec)
+    mixed = run(kernels, case, blocks=2, order=2, ways=ways)
+    for way in (0, 1):
+        alone = run(kernels, case, fused=bool(way))
+        for x in ("dq", "dk", "dv"):
+            got, want = getattr(mixed, x), getattr(alone, x)
+            got, want = (y.reshape(4, -1, *y.shape[2:]) for y in (got, want))  # by key heads
+            np.testing.assert_array_equal(got[np.equal(ways, way)], want[np.equal(ways, way)])
+
+
 @pytest.mark.parametrize("blind", [0, 1, 2])
 @pytest.mark.parametrize("order", [UPWARDS, DOWNWARDS])
 def test_who_says_that_a_tile_ends(kernels, blind, order):

@@ -39,8 +39,8 @@ struct Params {
   int heads, heads_kv, group_size, seqlen_q, seqlen_k;
   int tiles_per_head,
       tiles;  // tiles of one head (query head, or kv head in the dk/dv kernel), and of all
-  int in_turn;  // forward: tiles of the last 2^in_turn heads are handed out in turn; backward: of as
-                // many all the way, if bwd_choose_sm90.cu says so
+  int in_turn;  // forward: tiles of the last 2^in_turn heads are handed out in turn; choice of the
+                // backward: of so many the fused kernel may; else 0
   Divisor by_tiles, by_heads,
       by_group;  // by tiles_per_head, by heads (heads_kv in the dk/dv kernel), by group_size
   // Fused backward only: fp32 sums of dq in sorted order (p.slots heads, 64 rows a tile), and how
