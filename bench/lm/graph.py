@@ -90,11 +90,15 @@ class GraphStep(StaticStep):
         gc.collect()  # neither old graphs nor nodes of other streams may die or live on meanwhile
         graph = torch.cuda.CUDAGraph()
         here = torch.cuda.current_stream()
+        collects = gc.isenabled()
+        gc.disable()  # what dies meanwhile may free memory or code, which ends a capture
         try:
             with torch.cuda.graph(graph, stream=self.stream):
                 loss = self.advance(self.inputs)
         finally:
             torch.cuda.set_stream(here)  # a capture that fails does not return to it
+            if collects:
+                gc.enable()
         self.graph, self.loss, self.due = graph, loss, False
 
 
