@@ -21,7 +21,7 @@ from scfa_core import patterns as pt
 from scfa_core.api import attention, attention_backward, make_plan
 from scfa_core.dispatch import check_name, load_backend, unavailable_reason
 from scfa_core.errors import BackendUnavailable, UnknownBackend
-from scfa_core.soak_memory import JUDGED_FROM, Marks
+from scfa_core.soak_memory import Marks
 
 PATTERNS = ("hash", "wide-hash", "keep", "causal", "window", "documents", "ranges", "hash-window")
 PROBE_EVERY = 50  # steps between two looks at memory and at the fixed problems
@@ -108,7 +108,7 @@ class Soak:
         self.pools = [self._pool(sizes, 2 * self.rows) for sizes in self.sizes]
         self.drawn: Counter[str] = Counter()
         self.lengths: set[tuple[int, int]] = set()
-        self.marks = Marks()
+        self.marks = Marks(self.cuda)
         self.done = self.compared = self.changed = 0
         self.kernels: int | None = None  # after the warm-up
         self.began: float | None = None
@@ -234,7 +234,7 @@ class Soak:
             self.step(self.done, *self.draw_lengths())
             self.done += 1
             if self.done % PROBE_EVERY == 0 or self.done == steps:
-                self.marks.look(self.done, self.cuda)
+                self.marks.look(self.done)
                 for run, expected in zip(fixed, right, strict=True):
                     self.changed += not self.same_bits(run(), expected)
                     self.compared += 1
@@ -257,7 +257,7 @@ class Soak:
             "fixed problems": {"compared": self.compared, "changed": self.changed},
             "kernels": {"after the warm-up": kernels, "added": added},
             "memory": self.marks.as_json(),
-            "growth is judged": self.done >= JUDGED_FROM,
+            "growth is judged": self.marks.judged,
             "complaints": complaints,
         }
 

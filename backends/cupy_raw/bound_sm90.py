@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from scfa_core.backends.cupy_raw import launch_sm90 as sm90
-from scfa_core.backends.cupy_raw.loader import Kernel, side_by_side
+from scfa_core.backends.cupy_raw.loader import Kernel, multiprocessors, side_by_side
 from scfa_core.backends.cupy_raw.prepared import Launch, Template, marks
 from scfa_core.backends.cupy_raw.shapes_sm90 import (
     DKDV,
@@ -287,7 +287,7 @@ class _Backward:
         params = self._params(4, tiles, self.problem.heads_kv)
         records = sm90._key_tiles_kernel(self.device)
         rows = self._kernel("bwd_prepare_sm90", PREPARE[head_dim])
-        processors = sm90.multiprocessors(self.device)
+        processors = multiprocessors(self.device)
         prepare = (  # kernel, blocks, blocks of a multiprocessor at most
             (records, -(-tiles[1] // 8), sm90._RECORD_BLOCKS),  # a warp for each
             (rows, self.jobs, sm90._PREPARE_BLOCKS[head_dim]),

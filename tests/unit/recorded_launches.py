@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import played_driver
 import pytest
-from scfa_core.backends.cupy_raw import launch, launch_sm90, planner, tensor_maps
+from scfa_core.backends.cupy_raw import bound_sm90, launch, launch_sm90, planner, tensor_maps
 
 from scfa_core.arrays import DeviceArray
 from scfa_core.plan import PlanAddresses
@@ -48,9 +48,9 @@ def launched(monkeypatch):
     monkeypatch.setattr(planner, "_kernel", lambda name, device: get_kernel(name, "", (), device))
     for cached in ("_kernel", "_choose_kernel", "_envelope_kernel", "_key_tiles_kernel"):
         monkeypatch.setattr(launch_sm90, cached, getattr(launch_sm90, cached).__wrapped__)
-    monkeypatch.setattr(launch_sm90, "multiprocessors", lambda device: 132)
+    for module in (bound_sm90, launch_sm90, planner):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(launch_sm90, "_zero", lambda *arguments: found.append(("zero", *arguments)))
-    monkeypatch.setattr(planner, "multiprocessors", lambda device: 132)
     for module in (launch, planner):
         monkeypatch.setattr(module, "shared_limit", lambda device: 232_448)
     for module in (launch, launch_sm90):

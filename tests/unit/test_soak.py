@@ -86,8 +86,9 @@ def test_every_specialisation_counts():
         assert soak.compiled_kernels("numba-cpu") == before + count
 
 
-def marks_of(values, name="host bytes", steps=30_000):
-    return Marks([(i + 1) * steps // len(values) for i in range(len(values))], {name: list(values)})
+def marks_of(values, name="host bytes", steps=30_000, cuda=False):
+    at = [(i + 1) * steps // len(values) for i in range(len(values))]
+    return Marks(cuda, at, {name: list(values)})
 
 
 def test_growth_is_seen_and_a_sawtooth_is_none():
@@ -98,6 +99,8 @@ def test_growth_is_seen_and_a_sawtooth_is_none():
     assert marks_of([i % 70 << 20 for i in range(600)]).complaints() == []
     assert marks_of([min(i, 100) << 20 for i in range(600)]).complaints() == []
     assert marks_of(leak, steps=5_000).complaints() == []
+    assert marks_of(leak, cuda=True).complaints() == []
+    assert len(marks_of(leak, cuda=True, steps=60_000).complaints()) == 1
 
 
 @pytest.mark.parametrize("name", sorted(ALLOWED))
