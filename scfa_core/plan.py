@@ -246,9 +246,11 @@ class Plan:
     def __repr__(self) -> str:
         batch, heads, heads_kv, seqlen_q, seqlen_k = self.sizes
         order = "monotone" if self.monotone else "any order"
+        size = self.nbytes() / 1024
+        held = f"{size:.1f} KiB" if size < 1024 else f"{size / 1024:.1f} MiB"
         return (
             f"Plan(batch={batch}, heads={heads}, heads_kv={heads_kv}, seqlen_q={seqlen_q}, "
-            f"seqlen_k={seqlen_k}, ranges {order}, {self.nbytes() / 2**20:.1f} MiB on "
+            f"seqlen_k={seqlen_k}, ranges {order}, {held} on "
             f"{self.device}, backend={self.backend!r})"
         )
 

@@ -69,7 +69,7 @@ def check_layout(layout: str) -> bool:
 def check_flag(name: str, value: Any) -> bool:
     """Refuse flags that are not flags: "no" would count as yes."""
     if type(value) is not bool:
-        raise OptionError(f"{name} must be True or False, got {value!r}")
+        raise OptionError(f"{name} must be True or False, got {told(value)}")
     return value
 
 
@@ -81,7 +81,7 @@ def _is_number(value: Any) -> bool:
 def check_share(name: str, value: Any) -> float:
     """Refuse what is no number from 0 to 1."""
     if not _is_number(value) or not 0 <= value <= 1:
-        raise PatternError(f"{name} must be a number from 0 to 1, got {value!r}")
+        raise PatternError(f"{name} must be a number from 0 to 1, got {told(value)}")
     return float(value)
 
 
@@ -245,6 +245,12 @@ def is_flag(value: Any) -> bool:
     return str(getattr(value, "dtype", "")).endswith("bool")
 
 
+def told(value: Any) -> str:
+    """What an option was given as, in a message: an array by its shape, not by its values."""
+    shape = getattr(value, "shape", ())
+    return f"an array of shape {tuple(shape)}" if shape else repr(value)
+
+
 def as_size(name: str, value: Any, least: int = 0, error: type[ScfaError] = ShapeError) -> int:
     """Read an integer size, refusing floats and flags of any library."""
     try:
@@ -252,7 +258,7 @@ def as_size(name: str, value: Any, least: int = 0, error: type[ScfaError] = Shap
     except TypeError:
         size = None
     if size is None:
-        raise error(f"{name} must be an int, got {value!r}")
+        raise error(f"{name} must be an int, got {told(value)}")
     if size < least:
         raise error(f"{name} must be at least {least}, got {size}")
     return size

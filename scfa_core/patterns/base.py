@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from scfa_core.errors import PatternError, ShapeError
-from scfa_core.problem import is_flag, is_symbolic
+from scfa_core.problem import is_flag, is_symbolic, told
 
 if TYPE_CHECKING:
     import numpy as np
@@ -156,7 +156,7 @@ def describe_array(x: Any) -> str:
 def require_bool(name: str, value: Any) -> bool:
     """Refuse flags that are not flags: `Causal(3)` is a slip, not a truth value."""
     if not isinstance(value, bool):
-        raise PatternError(f"{name} must be True or False, got {value!r}")
+        raise PatternError(f"{name} must be True or False, got {told(value)}")
     return value
 
 
@@ -170,7 +170,7 @@ def require_count(name: str, value: Any, of: str = "keys") -> int:
     except (TypeError, RuntimeError):  # a tensor of no known value
         count = -1
     if count < 0:
-        raise PatternError(f"{name} must be an int >= 0 (a number of {of}), got {value!r}")
+        raise PatternError(f"{name} must be an int >= 0 (a number of {of}), got {told(value)}")
     return count
 
 

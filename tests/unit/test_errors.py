@@ -205,3 +205,11 @@ def test_empty_tensors_give_empty_results(batch, heads, tq, tk):
     grads = scfa.attention_backward(out, q, k, k, out, lse, scfa.Causal(), backend="reference")
     assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
     assert not any(g.any() for g in grads)
+
+
+def test_an_array_in_place_of_a_number_is_told_by_its_shape():
+    rows = np.zeros((1, 2, 300, 64), np.float32)
+    with pytest.raises(scfa.ShapeError, match=r"must be an int, got an array of shape \(1, 2"):
+        scfa.Causal().mask(rows, rows)
+    with pytest.raises(scfa.PatternError, match=r"got an array of shape \(1, 2, 300, 64\)$"):
+        scfa.SlidingWindow(8, causal=rows)
