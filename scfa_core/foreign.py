@@ -42,6 +42,10 @@ _SAID_HERE = {
     "cu_seqlens": _PACKED,
     "cu_seqlens_q": _PACKED,
     "cu_seqlens_k": _PACKED,
+    "max_seqlen_q": _PACKED,
+    "max_seqlen_k": _PACKED,
+    "block_table": "paged caches are not read here; keys and values are arrays",
+    "kernel_options": "tile shapes are chosen by the kernels",
     "return_attn_probs": "return_lse=True gives the log-sum-exp; weights are never formed",
     "return_softmax_lse": "return_lse=True",
     "plan": "a plan goes where a pattern goes",
@@ -50,9 +54,10 @@ _SAID_HERE = {
 
 def unknown_options(function: str, options: Iterable[str], known: str) -> OptionError:
     """Say which options a function does not take, and what those of other libraries are here."""
-    first, *_ = options
-    advice = _SAID_HERE.get(first)
+    names = list(options)
+    advice = dict.fromkeys(
+        _SAID_HERE.get(name, f"beside its arrays it takes {known}") for name in names
+    )
     return OptionError(
-        f"{function} takes no option {first!r}: "
-        + (advice or f"beside its arrays it takes {known}")
+        f"{function} takes no option {', '.join(map(repr, names))}: {'; '.join(advice)}"
     )

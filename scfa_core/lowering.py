@@ -217,7 +217,9 @@ def _advice(name: str, got: tuple[int, ...], want: tuple[int, ...]) -> str:
             return "; ids have no axis of heads"
         if len(got) == 1 or (got[0] == 1 and name == "q_ids"):
             return "; an id for each row, and Documents.from_cu_seqlens makes them of cu_seqlens"
-        return "; ids of keys, where there are others than queries, are the second argument"
+        if name == "k_ids":
+            return "; ids of keys, where there are others than queries, are the second argument"
+        return ""
     if len(got) == 4:
         return f"; of one round take {name}[0], of several scfa_core.hashing.disjoint_rounds"
     if fits(1, 1, *got):

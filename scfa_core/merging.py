@@ -183,7 +183,8 @@ def attention_over(
         As for `scfa_core.attention`; torch, NumPy or CuPy.
     patterns : sequence of Pattern or Plan
         No pair may be visible in two of them, or it counts twice; `hashing.disjoint_rounds` and
-        `KeyRanges` that do not overlap are such. ``scfa_core.validate(patterns, q, k)`` finds out.
+        `KeyRanges` that do not overlap are such. ``scfa_core.validate(patterns, q, k)`` finds out,
+        of some fifty patterns at most, as it compares each with each.
 
     Returns
     -------

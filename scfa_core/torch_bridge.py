@@ -17,25 +17,13 @@ from torch.autograd import forward_ad
 
 from scfa_core.array_kinds import check_dense
 from scfa_core.arrays import FLOAT_DTYPES
-from scfa_core.dispatch import (
-    AUTO,
-    check_name,
-    choose_backend,
-    choose_for_plan,
-    requested_backend,
-)
+from scfa_core.dispatch import AUTO, check_name, choose_backend, choose_for_plan, requested_backend
 from scfa_core.errors import ScaleError
 from scfa_core.lowering import is_monotone
 from scfa_core.patterns import Pattern
 from scfa_core.patterns.base import kind_of
 from scfa_core.plan import Plan
-from scfa_core.problem import (
-    HEAD_DIMS,
-    Problem,
-    check_layout,
-    check_scale,
-    one_framework,
-)
+from scfa_core.problem import HEAD_DIMS, Problem, check_layout, check_scale, one_framework
 from scfa_core.torch_calls import (
     Call,
     NativePlan,
@@ -101,7 +89,7 @@ def attention(
         out, lse = _eager(q, k, v, pattern, softmax_scale, layout, deterministic, backend)
     else:
         check_scale_kind(softmax_scale)
-        name, plan = traced_plan(q, k, v, pattern, layout, backend)
+        name, plan = traced_plan(q, k, v, pattern, layout, backend, softmax_scale)
         options = (plan.monotone, softmax_scale, deterministic, layout, name)
         transformed = not torch.compiler.is_compiling() and functorch_is_active()
         forward = forward_in_functorch if transformed else FORWARD
@@ -270,7 +258,7 @@ def _backward(
     """Check, plan and differentiate; without the dispatcher where all is plain."""
     if not plain or _wants_gradient(dout, q, k, v):
         check_scale_kind(softmax_scale)
-        name, plan = traced_plan(q, k, v, pattern, layout, backend)
+        name, plan = traced_plan(q, k, v, pattern, layout, backend, softmax_scale)
         options = (plan.monotone, softmax_scale, deterministic, layout, name)
         dq, dk, dv = BACKWARD(dout, None, q, k, v, out, lse, *plan.arrays, *options)
         return dq, dk, dv
@@ -349,6 +337,7 @@ def traced_plan(
     pattern: Pattern | Plan,
     layout: str,
     backend: str | None,
+    softmax_scale: float | None = None,
 ) -> tuple[str, Plan]:
     """Name the backend and make the plan by operators; v is k where only planning is asked for."""
     if hasattr(q, "placements"):  # a DTensor
@@ -357,7 +346,7 @@ def traced_plan(
     if backend is not None:
         check_name(backend)
     if q.is_meta:
-        check_on_meta(q, k, v, pattern, layout)
+        check_on_meta(q, k, v, pattern, softmax_scale, layout)
     facts = (index(q.shape[-1]), index(v.shape[-1]), dtype_name(q.dtype), device_name(q.device))
     if isinstance(pattern, Plan):
         pattern.check_library(TORCH_FRAMEWORK)

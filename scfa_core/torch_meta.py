@@ -19,15 +19,20 @@ _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
 
 def check_on_meta(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern | Plan, layout: str
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern | Plan,
+    softmax_scale: float | None,
+    layout: str,
 ) -> None:
-    """Raise what a call on tensors with memory raises; nothing while somebody traces."""
+    """Raise what a forward of tensors with memory raises; nothing while somebody traces."""
     if torch.compiler.is_compiling() or functorch_is_active() or type(q) not in _ORDINARY:
         return
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return
     infos = [TORCH_FRAMEWORK.info(x) for x in (q, k, v)]
-    problem = build_problem(*infos, layout=layout)
+    problem = build_problem(*infos, softmax_scale=softmax_scale, layout=layout)
     if isinstance(pattern, Plan):
         pattern.check_fits(problem, TORCH_FRAMEWORK)
     else:

@@ -55,7 +55,9 @@ def union_attention(
         names = {plan.backend for plan in plans}
     else:
         check_scale_kind(options["softmax_scale"])
-        named = [traced_plan(q, k, v, p, layout, backend) for p in patterns]
+        named = [
+            traced_plan(q, k, v, p, layout, backend, options["softmax_scale"]) for p in patterns
+        ]
         plans = [plan for _, plan in named]
         names = {name for name, _ in named}
     tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))

@@ -9,10 +9,11 @@ import numpy as np
 
 from scfa_core.api import adopt_pattern, make_plan
 from scfa_core.array_kinds import adopt, framework_of
-from scfa_core.errors import PatternError
-from scfa_core.lowering import lower
-from scfa_core.patterns import KeyRanges, Pattern, QKSparse
+from scfa_core.errors import DeviceError, PatternError
+from scfa_core.lowering import MAX_GROUP_CLAUSES, lower
+from scfa_core.patterns import Documents, HashSparse, KeyRanges, Pattern, QKSparse
 from scfa_core.patterns.base import PATTERN, require_pattern
+from scfa_core.plan import Plan
 from scfa_core.problem import build_problem, one_framework
 
 
@@ -52,11 +53,14 @@ def validate(
 
     Notes
     -----
-    Two patterns are compared by a plan of their intersection: near-linear, no mask is made.
+    Two patterns are compared by a plan of their intersection: near-linear, no mask is made. Of a
+    list all pairs are, so that n patterns take n (n - 1) / 2 plans: seconds for some fifty.
     """
     if not isinstance(pattern, (list, tuple)):
         _validate_values(pattern, q, k, layout)
         return
+    if not pattern:
+        raise PatternError("validate takes a pattern or a list of some, got an empty list")
     for part in pattern:
         _validate_values(part, q, k, layout)
     for (at, one), (beside, other) in combinations(enumerate(pattern), 2):
@@ -65,6 +69,8 @@ def validate(
 
 def _validate_values(pattern: Pattern, q: Any, k: Any, layout: str) -> None:
     """Look at the values of one pattern."""
+    if isinstance(pattern, Plan):
+        raise PatternError("validate reads patterns, got a Plan: give what it was made of")
     require_pattern(f"validate takes {PATTERN}", pattern)
     q, k, pattern = adopt(q), adopt(k), adopt_pattern(pattern)
     framework = one_framework(q, k=k)
@@ -92,7 +98,15 @@ def _refuse_overlap(
     one: tuple[int, Pattern], other: tuple[int, Pattern], q: Any, k: Any, layout: str
 ) -> None:
     """Raise where two numbered patterns of a list see the same pair."""
-    plan = make_plan(one[1] & other[1], q, k, layout=layout)
+    both = one[1] & other[1]
+    clauses = sum(isinstance(part, (HashSparse, Documents)) for part in both.parts)
+    if clauses > MAX_GROUP_CLAUSES:
+        raise PatternError(
+            f"patterns {one[0]} and {other[0]} of the list cannot be compared: together they have "
+            f"{clauses} clauses of hashes and documents, and at most {MAX_GROUP_CLAUSES} can be "
+            "intersected; validate them one by one"
+        )
+    plan = make_plan(both, q, k, layout=layout)
     start, end, q_index, k_index = (
         _to_numpy(x) for x in (plan.key_start, plan.key_end, plan.q_index, plan.k_index)
     )
@@ -109,6 +123,8 @@ def _refuse_overlap(
 
 
 def _to_numpy(x: Any) -> np.ndarray:
+    if str(getattr(x, "device", "")) == "meta":
+        raise DeviceError("validate reads values, and tensors on meta have none")
     return framework_of("pattern", x).to_numpy(x)
 
 

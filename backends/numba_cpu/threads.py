@@ -51,8 +51,8 @@ if hasattr(os, "register_at_fork"):
     )
 
 
-def _start(helpers: list[Future[None]], job: Callable[[], Any]) -> None:
-    """Ask the pool to run `job` once for each helper.
+def _start(helpers: list[Future[None]], job: list[Callable[[], Any]]) -> None:
+    """Ask the pool to run the one `job` once for each helper.
 
     Where no more threads are to be had, or the interpreter is shutting down, some helpers stay
     pending: the threads that there are do it all.
@@ -68,8 +68,8 @@ def _start(helpers: list[Future[None]], job: Callable[[], Any]) -> None:
             _pool.submit(_help, helper, job)
 
 
-def _help(helper: Future[None], job: Callable[[], Any]) -> None:
-    """Run `job`, unless its caller is done and has cancelled `helper`.
+def _help(helper: Future[None], job: list[Callable[[], Any]]) -> None:
+    """Run the one `job`, unless its caller is done, has taken it back and has cancelled `helper`.
 
     Not by the pool's own futures: a pool that fails to start a thread has queued the work, and
     gives no future to cancel it by.
@@ -77,7 +77,7 @@ def _help(helper: Future[None], job: Callable[[], Any]) -> None:
     if not helper.set_running_or_notify_cancel():
         return
     try:
-        job()
+        job[0]()
     except BaseException as error:  # for the thread that waits
         helper.set_exception(error)
     else:
@@ -87,15 +87,17 @@ def _help(helper: Future[None], job: Callable[[], Any]) -> None:
 def _errors_of(begun: list[Future[None]]) -> list[BaseException]:
     """What helpers raised, once all have ended.
 
-    Ctrl-C does not cut the wait short, and is an error like theirs: helpers are amid a tile, and
-    what they read and write is freed when the call is left.
+    Ctrl-C and what other signals raise do not cut the wait short, and are errors like theirs:
+    helpers are amid a tile, and what they read and write is freed when the call is left.
     """
     errors: list[BaseException] = []
     for helper in begun:
-        while not helper.done():
+        ended = False
+        while not ended:
             try:
                 wait([helper])
-            except KeyboardInterrupt as error:
+                ended = True
+            except BaseException as error:
                 errors.append(error)
     found = (helper.exception() for helper in begun)
     return errors + [error for error in found if error is not None]
@@ -111,17 +113,19 @@ def run_tiles(
     """
     counter = np.zeros(8, np.int64)  # a cache line of its own
 
-    def job() -> None:
+    def work() -> None:
         kernel(counter, *arguments)
 
     count = min(thread_count(), tiles) - 1 if helpers else 0
     futures: list[Future[None]] = [Future() for _ in range(count)]
+    job: list[Callable[[], Any]] = [work]
     if futures:
         _start(futures, job)
     try:
-        job()
+        work()
     finally:
         counter[0] += tiles  # after an error: nobody starts another tile
         errors = _errors_of([future for future in futures if not future.cancel()])
+        job.clear()  # a pool that lacks threads may hold its queue, and so the arrays, for long
         if errors:
             raise errors[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -141,7 +141,7 @@ class SparseSelfAttention(nn.Module):
                 f"{HEAD_DIMS[-1]}, got {self.head_dim} ({width=}, {heads=}); take other heads, or "
                 "pass head_dim, which need not be width // heads"
             )
-        check_scale(softmax_scale, self.head_dim, "float64")  # what fits any dtype of rows
+        check_scale(softmax_scale, self.head_dim, "float64")  # what no dtype takes
         self.pattern = pattern
         self.shared_qk = shared_qk
         self.include_self = include_self
@@ -237,8 +237,8 @@ class SparseSelfAttention(nn.Module):
     def _made_patterns(self, q: Tensor, k: Tensor) -> list[Pattern]:
         """What `make_patterns` of this class or a derived one returns, if it is a list of any."""
         made: Any = self.make_patterns(q, k)
-        listed = [] if made is None or isinstance(made, Pattern) else list(made)
-        if not listed:
+        listed = list(made) if isinstance(made, Iterable) else []
+        if not listed or not all(isinstance(x, (Pattern, Plan)) for x in listed):
             raise PatternError(
                 f"make_patterns of {type(self).__name__} must return a list of disjoint patterns, "
                 f"of one at least, got {made!r}"

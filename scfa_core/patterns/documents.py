@@ -63,7 +63,8 @@ class Documents(Pattern):
         Returns
         -------
         pattern : Documents
-            Of ids (1, rows), of the library and on the device of `cu_seqlens`.
+            Of ids (1, rows) on the device of `cu_seqlens`: torch's for a torch tensor, NumPy's or
+            CuPy's for any other array.
 
         Raises
         ------
@@ -74,13 +75,14 @@ class Documents(Pattern):
         -----
         Reads no value and waits for no device.
         """
-        from scfa_core.array_kinds import adopt, dtype_name, is_torch_tensor
+        from scfa_core.array_kinds import adopt, dtype_name, framework_of, is_torch_tensor
         from scfa_core.arrays import INT_DTYPES
         from scfa_core.merging import namespace
 
         require_arrays("Documents", cu_seqlens=cu_seqlens)
         rows = require_count("Documents: rows", rows, "rows")
         bounds = adopt(cu_seqlens)
+        framework_of("cu_seqlens", bounds)
         if dtype_name(bounds) not in INT_DTYPES:
             raise DTypeError(f"cu_seqlens must be integers, got {dtype_name(bounds)}; cast it")
         if len(bounds.shape) != 1:

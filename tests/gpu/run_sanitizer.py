@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,7 +151,8 @@ def finish(run: Run, limit: float, deadline: float) -> str | None:
 
 def kill(run: Run) -> None:
     """End a run and whatever it has started."""
-    os.killpg(run.process.pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):  # it has ended meanwhile
+        os.killpg(run.process.pid, signal.SIGKILL)
     run.process.wait()
 
 

@@ -118,6 +118,11 @@ def test_options_of_other_libraries_are_translated(option):
     assert isinstance(caught.value, TypeError)
 
 
+def test_all_options_of_another_library_are_told():
+    with pytest.raises(scfa.OptionError, match=r"'dropout_p', 'causal': .*no dropout.*Causal\(\)"):
+        scfa.attention(Q, K, K, dropout_p=0.0, causal=True)
+
+
 def test_the_options_told_are_those_there_are():
     code = scfa.attention.__code__
     names = code.co_varnames[3 : code.co_argcount + code.co_kwonlyargcount]

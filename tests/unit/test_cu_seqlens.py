@@ -17,6 +17,11 @@ def test_ids_count_documents_from_their_first_row_on(dtype, rows):
     assert not pattern.causal
 
 
+def test_a_masked_array_is_refused():
+    with pytest.raises(scfa.ScfaError, match="mask"):
+        scfa.Documents.from_cu_seqlens(np.ma.array([0, 2, 5], mask=[0, 1, 0]), 5)
+
+
 def test_rows_before_the_first_bound_are_no_part_of_it():
     ids = scfa.Documents.from_cu_seqlens(np.array([2, 4]), 5).q_ids
     assert ids.tolist() == [[-1, -1, 0, 0, 1]]

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from pathlib import Path
 
 import numba
@@ -63,7 +64,8 @@ def test_a_call_waits_for_its_helpers(monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers on this system")
-def test_ctrl_c_while_helpers_are_amid_a_tile_is_raised_when_they_have_ended(monkeypatch):
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, TimeoutError, SystemExit])
+def test_a_signal_while_helpers_are_amid_a_tile_is_raised_when_they_have_ended(monkeypatch, raised):
     """What they work on is the caller's, who may free it."""
     monkeypatch.setattr(threads, "thread_count", lambda: 3)
     done, all_started = [], threading.Barrier(3)
@@ -75,12 +77,12 @@ def test_ctrl_c_while_helpers_are_amid_a_tile_is_raised_when_they_have_ended(mon
             done.append(1)
 
     def interrupt(*_):
-        raise KeyboardInterrupt
+        raise raised
 
     old = signal.signal(signal.SIGALRM, interrupt)
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.1)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(raised):
             threads.run_tiles(kernel, 10)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -132,6 +134,27 @@ def test_helpers_are_awaited_where_no_more_threads_are_to_be_had(monkeypatch):
     assert ran == [1]
     threads._pool.shutdown()  # the one thread ends when it has met all that is queued
     assert ran == [1]
+
+
+def test_arrays_are_let_go_of_where_no_thread_is_to_be_had(monkeypatch):
+    """The pool has queued what no thread of it will ever take."""
+    monkeypatch.setattr(threads, "thread_count", lambda: 3)
+    monkeypatch.setattr(threads, "_pool", None)
+    monkeypatch.setattr(threads, "_pool_size", 0)
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    class Rows(np.ndarray):
+        pass
+
+    rows = np.zeros(8).view(Rows)
+    alive = weakref.ref(rows)
+    with monkeypatch.context() as limit:
+        limit.setattr(threading.Thread, "start", refuse)
+        threads.run_tiles(lambda counter, rows: None, 10, rows)
+    del rows
+    assert alive() is None
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see the timer

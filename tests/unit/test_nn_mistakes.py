@@ -157,7 +157,10 @@ def test_documents_and_keep_are_named_where_they_do_not_fit(name):
     assert layer(x, documents=torch.ones(1, 5, dtype=torch.long)).shape == x.shape
 
 
-@pytest.mark.parametrize("returned", [scfa.Causal(), None, []], ids=repr)
+PLAN = scfa.make_plan(scfa.Causal(), *(torch.zeros(1, HEADS, 5, 16),) * 2)
+
+
+@pytest.mark.parametrize("returned", [scfa.Causal(), None, [], 3, PLAN, [None]], ids=repr)
 def test_what_is_no_list_of_patterns_is_told_by_its_maker(returned):
     class Careless(nn.SparseSelfAttention):
         def make_patterns(self, q, k):

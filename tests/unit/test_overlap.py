@@ -67,7 +67,24 @@ def test_each_of_a_list_is_looked_at_by_itself():
         scfa.validate([PARTS["window"], scfa.KeyRanges(START * 0 - 1, START)], Q, K)
     with pytest.raises(scfa.PatternError, match="validate takes a scfa_core pattern"):
         scfa.validate([PARTS["window"], None], Q, K)
-    scfa.validate([], Q, K)
+    with pytest.raises(scfa.PatternError, match="got an empty list"):
+        scfa.validate([], Q, K)
+    plan = scfa.make_plan(PARTS["window"], Q, K)
+    with pytest.raises(scfa.PatternError, match="got a Plan: give what it was made of"):
+        scfa.validate([PARTS["window"], plan], Q, K)
+
+
+def test_more_clauses_than_can_be_intersected():
+    hashes = scfa.Intersection(*[PARTS["hash"]] * 5)
+    with pytest.raises(scfa.PatternError, match=r"0 and 1 of the list cannot be compared: .* 10"):
+        scfa.validate([hashes & scfa.SlidingWindow(3), hashes & scfa.Causal(lag=3)], Q, K)
+
+
+def test_meta_has_no_values():
+    torch = pytest.importorskip("torch", reason="tensors are torch's")
+    q, k = (torch.from_numpy(x).to("meta") for x in (Q, K))
+    with pytest.raises(scfa.DeviceError, match="tensors on meta have none"):
+        scfa.validate([scfa.SlidingWindow(3), scfa.Causal(lag=3)], q, k)
 
 
 def test_tensors_and_the_other_layout():

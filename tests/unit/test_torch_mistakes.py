@@ -189,6 +189,14 @@ def test_a_dry_run_on_meta_meets_the_checks(mistake):
     assert scfa.attention(META_Q, META_K, META_V).shape == (2, 4, 8, 24)
 
 
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1j, 1e39])
+def test_a_dry_run_on_meta_meets_the_scale(scale):
+    with pytest.raises(scfa.ScaleError):
+        scfa.attention(META_Q, META_K, META_V, softmax_scale=scale)
+    with pytest.raises(scfa.ScaleError):
+        attention_over(META_Q, META_K, META_V, [scfa.Causal()], softmax_scale=scale)
+
+
 def test_a_dry_run_on_meta_passes_what_is_right():
     plan = scfa.make_plan(scfa.HashSparse(META_IDS, META_IDS[:, :2]), META_Q, META_K)
     query = torch.nn.Parameter(META_Q)

@@ -47,6 +47,7 @@ struct Shared : QueryData<kBlockM, kDataBase, kBounds, kBoundsBase> {
     return base + kTileBase + 4 * buffer;
   }
   __device__ __forceinline__ unsigned share() const { return base + kTileBase + 8; }
+  // Read nowhere, as kInTurn is false.
   __device__ __forceinline__ unsigned in_turn() const { return base + kTileBase + 12; }
   __device__ __forceinline__ unsigned barrier(unsigned i) const {
     return base + kBarrierBase + 8 * i;
