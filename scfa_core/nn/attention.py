@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -15,10 +14,11 @@ from scfa_core.errors import DTypeError, OptionError, PatternError, ShapeError
 from scfa_core.hashing import disjoint_rounds
 from scfa_core.merging import attention_over
 from scfa_core.nn.hashing import AngularHash
-from scfa_core.patterns import Causal, Documents, Pattern, QKSparse, SlidingWindow
+from scfa_core.nn.limits import limits_of, narrowed
+from scfa_core.patterns import Causal, Pattern, SlidingWindow
 from scfa_core.plan import Plan
 from scfa_core.problem import HEAD_DIMS, as_size, check_flag, check_scale
-from scfa_core.torch_checks import broadcasts, check_tensor
+from scfa_core.torch_checks import check_tensor
 from scfa_core.torch_framework import dtype_name
 
 MakePattern = Callable[[Tensor, Tensor], Pattern]
@@ -203,8 +203,8 @@ class SparseSelfAttention(nn.Module):
         q, k, v = self.project(x)
         patterns: Sequence[Pattern | Plan]
         if plan is None:
-            limits = self._limits(x, documents, keep)
-            patterns = [_narrowed(p, limits) for p in self._made_patterns(q, k)]
+            limits = limits_of(x, documents, keep)
+            patterns = [narrowed(p, limits) for p in self._made_patterns(q, k)]
         elif documents is None and keep is None:
             patterns = [plan]
         else:
@@ -245,25 +245,6 @@ class SparseSelfAttention(nn.Module):
             )
         return listed
 
-    @staticmethod
-    def _limits(x: Tensor, documents: Tensor | None, keep: Tensor | None) -> list[Pattern]:
-        for name, given in (("documents", documents), ("keep", keep)):
-            if given is None:
-                continue
-            got, rows = check_tensor(name, given, "batch", "seqlen").shape, x.shape[:2]
-            # compared in a graph, open lengths would be tied to each other and kept from being 1
-            if not torch.compiler.is_compiling() and not broadcasts(got, rows):
-                raise ShapeError(
-                    f"{name} must be (batch, seqlen) = {tuple(rows)} like x, got "
-                    f"{name}.shape={tuple(got)}"
-                )
-        limits: list[Pattern] = []
-        if documents is not None:
-            limits.append(Documents(documents, causal=False))
-        if keep is not None:
-            limits.append(QKSparse(keep[:, None], keep[:, None], causal=False))
-        return limits
-
     def extra_repr(self) -> str:
         """Sizes and choices, for printing."""
         text = f"width={self.width}, heads={self.heads}, head_dim={self.head_dim}"
@@ -295,12 +276,6 @@ def applied(projection: nn.Module, x: Tensor) -> Tensor:
             f"{dtype_name(x.dtype)}; {cure}"
         ) from error
     return out
-
-
-def _narrowed(pattern: Pattern, limits: list[Pattern]) -> Pattern:
-    for limit in limits:
-        pattern = pattern & limit
-    return pattern
 
 
 class DenseSelfAttention(SparseSelfAttention):
