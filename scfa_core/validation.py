@@ -70,7 +70,7 @@ def validate(
 def _validate_values(pattern: Pattern, q: Any, k: Any, layout: str) -> None:
     """Look at the values of one pattern."""
     if isinstance(pattern, Plan):
-        raise PatternError("validate reads patterns, got a Plan: give what it was made of")
+        raise PatternError(f"validate takes {PATTERN}, got Plan; give what it was made of")
     require_pattern(f"validate takes {PATTERN}", pattern)
     q, k, pattern = adopt(q), adopt(k), adopt_pattern(pattern)
     framework = one_framework(q, k=k)

@@ -147,8 +147,7 @@ def test_patterns_in_one_pass(kernels, head_dim, name):
     check(kernels, spec, fused=True, order=2, blocks=2, slots=2)
 
 
-@pytest.mark.parametrize("name", IN_ONE_PASS)
-@pytest.mark.parametrize("order", [0, 2])
+@pytest.mark.parametrize(("name", "order"), zip(IN_ONE_PASS, (0, 2, 0, 2), strict=True))
 def test_tiles_of_heads_in_turn(kernels, name, order):
     """Of two at a time, and of one left over; the bits are those of heads one after the other."""
     parts = IN_ONE_PASS[name]
@@ -161,8 +160,9 @@ def test_tiles_of_heads_in_turn(kernels, name, order):
         np.testing.assert_array_equal(getattr(got, x), getattr(after, x))
 
 
-@pytest.mark.parametrize("ways", [[0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
-@pytest.mark.parametrize("head_dim", sorted(shapes_sm90.FUSED))
+@pytest.mark.parametrize(
+    ("head_dim", "ways"), [(64, [0, 1, 1, 0]), (64, [1, 0, 0, 0]), (128, [0, 1, 0, 1])]
+)
 def test_heads_that_go_different_ways(kernels, head_dim, ways):
     """Each as where all go its way, whichever heads are passed over before or after it."""
     spec = Spec(2, 4, 2, 200, 277, head_dim, head_dim, "bfloat16", parts=HASH, poison=True, seed=6)
@@ -176,8 +176,9 @@ def test_heads_that_go_different_ways(kernels, head_dim, ways):
             np.testing.assert_array_equal(got[np.equal(ways, way)], want[np.equal(ways, way)])
 
 
-@pytest.mark.parametrize("blind", [0, 1, 2])
-@pytest.mark.parametrize("order", [UPWARDS, DOWNWARDS])
+@pytest.mark.parametrize(
+    ("blind", "order"), [(0, UPWARDS), (1, DOWNWARDS), (2, UPWARDS), (2, DOWNWARDS)]
+)
 def test_who_says_that_a_tile_ends(kernels, blind, order):
     """Of three query heads to a key head one sees nothing; keys stay until the last has done."""
     spec = Spec(1, 6, 2, 400, 400, 64, 64, "float16", parts=(Part("causal", number=0),), seed=4)

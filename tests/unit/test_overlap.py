@@ -70,7 +70,7 @@ def test_each_of_a_list_is_looked_at_by_itself():
     with pytest.raises(scfa.PatternError, match="got an empty list"):
         scfa.validate([], Q, K)
     plan = scfa.make_plan(PARTS["window"], Q, K)
-    with pytest.raises(scfa.PatternError, match="got a Plan: give what it was made of"):
+    with pytest.raises(scfa.PatternError, match="got Plan; give what it was made of"):
         scfa.validate([PARTS["window"], plan], Q, K)
 
 
