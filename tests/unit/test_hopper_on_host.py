@@ -147,7 +147,7 @@ def test_patterns_in_one_pass(kernels, head_dim, name):
     check(kernels, spec, fused=True, order=2, blocks=2, slots=2)
 
 
-@pytest.mark.parametrize(("name", "order"), zip(IN_ONE_PASS, (0, 2, 0, 2), strict=True))
+@pytest.mark.parametrize(("name", "order"), [*zip(IN_ONE_PASS, (0, 2, 0, 2), strict=True)])
 def test_tiles_of_heads_in_turn(kernels, name, order):
     """Of two at a time, and of one left over; the bits are those of heads one after the other."""
     parts = IN_ONE_PASS[name]
