@@ -7,6 +7,7 @@ of a kernel must bring its faults along.
 
 import faults_cuda
 import faults_hopper
+import faults_hopper_one_pass
 import faults_hopper_steps
 import faults_python
 
@@ -14,5 +15,6 @@ FAULTS = (
     *faults_python.FAULTS,
     *faults_cuda.FAULTS,
     *faults_hopper.FAULTS,
+    *faults_hopper_one_pass.FAULTS,
     *faults_hopper_steps.FAULTS,
 )

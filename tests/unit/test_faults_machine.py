@@ -46,10 +46,9 @@ def test_an_error_on_a_helper_thread_alone_is_raised(monkeypatch):
         threads.run_tiles(kernel, 10)
 
 
-def test_a_call_waits_for_its_helpers(monkeypatch):
-    """Results are complete when it returns, also where the caller's own thread is done first."""
-    monkeypatch.setattr(threads, "thread_count", lambda: 2)
-    started, done = threading.Event(), []
+def amid_a_tile(done):
+    """A kernel whose caller's own thread is done first; each helper that ends appends to `done`."""
+    started = threading.Event()
 
     def kernel(counter):
         if threading.current_thread() is threading.main_thread():
@@ -59,7 +58,14 @@ def test_a_call_waits_for_its_helpers(monkeypatch):
         time.sleep(0.2)
         done.append(1)
 
-    threads.run_tiles(kernel, 10)
+    return kernel
+
+
+def test_a_call_waits_for_its_helpers(monkeypatch):
+    """Results are complete when it returns, also where the caller's own thread is done first."""
+    monkeypatch.setattr(threads, "thread_count", lambda: 2)
+    done: list[int] = []
+    threads.run_tiles(amid_a_tile(done), 10)
     assert done == [1]
 
 
@@ -113,24 +119,16 @@ def test_helpers_are_awaited_where_no_more_threads_are_to_be_had(monkeypatch):
     monkeypatch.setattr(threads, "_pool", None)
     monkeypatch.setattr(threads, "_pool_size", 0)
     start, attempts = threading.Thread.start, itertools.count()
-    started, ran = threading.Event(), []
+    ran: list[int] = []
 
     def limited(thread):
         if next(attempts):
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    def kernel(counter):
-        if threading.current_thread() is threading.main_thread():
-            assert started.wait(10)
-            return
-        started.set()
-        time.sleep(0.2)
-        ran.append(1)
-
     with monkeypatch.context() as limit:
         limit.setattr(threading.Thread, "start", limited)
-        threads.run_tiles(kernel, 10)
+        threads.run_tiles(amid_a_tile(ran), 10)
     assert ran == [1]
     threads._pool.shutdown()  # the one thread ends when it has met all that is queued
     assert ran == [1]
