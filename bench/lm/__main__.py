@@ -151,6 +151,7 @@ def _speed(args: argparse.Namespace, where: World) -> None:
         variants=args.variants,
         warm=args.warm,
         repeats=args.repeats,
+        rounds=args.rounds,
         profiled=args.lengths if args.profile == [] else args.profile or [],
         graph=args.modes,
         budget=args.budget,
@@ -208,6 +209,12 @@ def main() -> None:
     three.add_argument("--variants", nargs="+", default=["dense", "none", "hash16"])
     three.add_argument("--warm", type=int, default=3)
     three.add_argument("--repeats", type=int, default=8)
+    three.add_argument(
+        "--rounds",
+        type=int,
+        default=1,
+        help="2 or more: variants of a length in memory together, timed in turn",
+    )
     three.add_argument(
         "--profile", nargs="*", type=int, help="kernels by time, at these lengths or at all"
     )

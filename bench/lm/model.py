@@ -116,7 +116,9 @@ class Mix(nn.Module):
                 about = (rows.float() - center[:, :, own]).to(q.dtype)
             sums = rows.sum(2, dtype=torch.float32)
             squares = second_moments(about.flatten(0, 1)[None]).unflatten(0, q.shape[:2])
-            known = (sums.isfinite() & squares.isfinite().all(-1)).all(-1, keepdim=True)
+            # No product's sum is beyond those of the two squares.
+            of_squares = squares.diagonal(dim1=-2, dim2=-1)
+            known = (sums.isfinite() & of_squares.isfinite()).all(-1, keepdim=True)
             number = rows.shape[2] * known.sum(0)
             mean = sums.where(known, 0.0).sum(0) / number
             square = squares.where(known[..., None], 0.0).sum(0) / number[..., None]

@@ -50,7 +50,7 @@ same by tokens; the paper's model with checkpoints, resumed where it stopped; im
 Reformer keeps; this page.
 
 ```text
-python -m bench.lm speed --json speed.json
+python -m bench.lm speed --rounds 5 --json speed.json
 python -m bench.lm speed --graph --lengths 16384
 python -m bench.lm speed --profile --lengths 16384
 python -m bench.lm quality --seconds 600 --seeds 0 1 --budget 1800 --json quality.json
@@ -118,7 +118,7 @@ def _speed_key(record: dict[str, Any], row: dict[str, Any]) -> tuple[Any, ...]:
     """What rows of one table share; sources of other commits are other kernels."""
     facts, config = record["machine"], record.get("config", {})
     model = tuple(config.get(name) for name in ("layers", "heads", "head_dim"))
-    scope = row["compile"], row["tokens_per_step"], row.get("steps")
+    scope = row["compile"], row["tokens_per_step"], row.get("steps"), row.get("rounds")
     return (facts["card"], facts["torch"], facts.get("commit"), model, *scope)
 
 
@@ -131,7 +131,7 @@ def speed_sections(records: Sequence[dict[str, Any]]) -> list[str]:
                 group = groups.setdefault(_speed_key(record, row), {})
                 group.setdefault(nth, []).append(row)
     parts = []
-    for (*_, model, scope, tokens, steps), sittings in groups.items():
+    for (*_, model, scope, tokens, steps, rounds), sittings in groups.items():
         machines = [records[nth]["machine"] for nth in sittings]
         text = (
             f"Whole steps (forward, backward, clipping, AdamW), median, {tokens} tokens a step, "
@@ -141,6 +141,7 @@ def speed_sections(records: Sequence[dict[str, Any]]) -> list[str]:
         )
         text += " {} layers of {} heads of {}.".format(*model) if all(model) else ""
         text += f" Timed in the last of {steps} steps of training." if steps else ""
+        text += f" The variants of a length took turns, {rounds} rounds." if rounds else ""
         if any(row.get("graph") for rows in sittings.values() for row in rows):
             text += " (graph): each step is replayed as one CUDA graph."
         if len(sittings) > 1:

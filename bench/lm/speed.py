@@ -60,41 +60,51 @@ def compile_kernels_meanwhile(config: Config, where: World) -> Callable[[], None
     return wait
 
 
-def time_steps(trainer: Trainer, warm: int, repeats: int) -> dict[str, Any]:
-    """Milliseconds from step to step, enqueued without waiting, after `warm` steps.
-
-    Of graphs the first step is plain and the second captures, so that `warm` is then 2 or more.
-    """
-    where = trainer.where
-    for _ in range(warm if trainer.static_step is None else max(warm, 2)):
-        loss = trainer.train_step()
-    where.synchronize()
-    if not where.device.startswith("cuda"):
-        times = []
+def step_times(trainer: Trainer, repeats: int) -> tuple[list[float], float]:
+    """Milliseconds from step to step, enqueued without waiting, and the last loss."""
+    times: list[float] = []
+    if not trainer.where.device.startswith("cuda"):
         for _ in range(repeats):
             begin = time.perf_counter()
             loss = trainer.train_step()
             times.append(1e3 * (time.perf_counter() - begin))
-        return {"ms": statistics.median(times), "low": min(times), "loss": float(loss)}
-    torch.cuda.reset_peak_memory_stats()
-    begin = time.perf_counter()
-    loss = trainer.train_step()
-    host = 1e3 * (time.perf_counter() - begin)  # until all is enqueued; the GPU may run longer
+        return times, float(loss)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     events[0].record()
     for event in events[1:]:
         loss = trainer.train_step()
         event.record()
     torch.cuda.synchronize()
-    times = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
-    return {
-        "ms": statistics.median(times),
-        "low": min(times),
-        "mean": statistics.fmean(times),
-        "host_ms": host,
-        "peak_gib": peak_bytes(trainer) / 2**30,
-        "loss": float(loss),
-    }
+    times += [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+    return times, float(loss)
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """What a row says of the steps timed."""
+    return {"ms": statistics.median(times), "low": min(times), "mean": statistics.fmean(times)}
+
+
+def time_steps(trainer: Trainer, warm: int, repeats: int, held: int = 0) -> dict[str, Any]:
+    """Steps timed after `warm` others; `held` bytes of memory are another's.
+
+    Of graphs the first step is plain and the second captures, so that `warm` is then 2 or more.
+    """
+    where = trainer.where
+    for _ in range(warm if trainer.static_step is None else max(warm, 2)):
+        trainer.train_step()
+    where.synchronize()
+    facts: dict[str, Any] = {}
+    cuda = where.device.startswith("cuda")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        begin = time.perf_counter()
+        trainer.train_step()
+        # until all is enqueued; the GPU may run longer
+        facts["host_ms"] = 1e3 * (time.perf_counter() - begin)
+    times, loss = step_times(trainer, repeats)
+    if cuda:
+        facts["peak_gib"] = (peak_bytes(trainer) - held) / 2**30
+    return {**summary(times), **facts, "loss": loss, "times": times}
 
 
 def peak_bytes(trainer: Trainer) -> int:
@@ -118,20 +128,25 @@ def compiled(
     return trainer, took
 
 
-def one_case(trainer: Trainer, warm: int, repeats: int, profiled: bool) -> dict[str, Any]:
-    """Measurements of one variant at one length; plain steps, or graphs."""
+def begin_case(trainer: Trainer, warm: int, repeats: int, held: int = 0) -> dict[str, Any]:
+    """The first round of one variant at one length; plain steps, or graphs."""
     config = trainer.config
-    row: dict[str, Any] = {
+    return {
         "compile": config.compile,
-        **time_steps(trainer, warm, repeats),
+        **time_steps(trainer, warm, repeats, held),
         "tokens_per_step": config.tokens_per_step,
     }
+
+
+def end_case(row: dict[str, Any], trainer: Trainer, profiled: bool) -> None:
+    """Add what is measured once all is timed."""
+    config = trainer.config
+    row |= summary(row.pop("times"))
     row["steps"] = trainer.step
     if profiled and trainer.where.device.startswith("cuda"):
         row["profile"] = kernels.profile_steps(trainer.train_step)
     if config.buckets:
         row["bucket_cost"] = trainer.bucket_cost()
-    return row
 
 
 def cases(
@@ -155,9 +170,51 @@ def cases(
                 trainer, row["compile_seconds"] = compiled(config, corpus, where, kernels_ready)
             if as_graph:
                 trainer.use_graph()
-            row |= one_case(trainer, warm, repeats, profiled)
+            row |= begin_case(trainer, warm, repeats)
+            end_case(row, trainer, profiled)
         except Exception as error:
             row["error"] = f"{error!r:.300}"
+        yield row
+
+
+def cases_in_turn(
+    configs: list[Config],
+    corpus: Corpus,
+    where: World,
+    kernels_ready: Callable[[], None],
+    *,
+    graph: str,
+    warm: int,
+    repeats: int,
+    rounds: int,
+    profiled: bool,
+) -> Iterator[dict[str, Any]]:
+    """Rows of several variants at one length, timed in turn; all are in memory meanwhile.
+
+    A card's clock falls as it warms: what is timed minutes later is slower by what two variants may
+    differ by.
+    """
+    (as_graph,) = MODES[graph]
+    under_way: list[tuple[dict[str, Any], Trainer]] = []
+    for config in configs:
+        row: dict[str, Any] = {"seqlen": config.seqlen, "variant": config.attention}
+        row |= {"graph": as_graph, "rounds": rounds}
+        held = torch.cuda.memory_allocated() if where.device.startswith("cuda") else 0
+        try:
+            trainer, row["compile_seconds"] = compiled(config, corpus, where, kernels_ready)
+            if as_graph:
+                trainer.use_graph()
+            row |= begin_case(trainer, warm, repeats, held)
+            under_way.append((row, trainer))
+        except Exception as error:
+            yield row | {"error": f"{error!r:.300}"}
+    for _ in range(rounds - 1):
+        for row, trainer in under_way:
+            trainer.train_step()  # the first one after another variant's
+            times, row["loss"] = step_times(trainer, repeats)
+            row["times"] += times
+    for row, trainer in under_way:
+        end_case(row, trainer, profiled)
         yield row
 
 
@@ -228,6 +285,7 @@ def run(
     variants: list[str],
     warm: int = 3,
     repeats: int = 8,
+    rounds: int = 1,
     profiled: Sequence[int] = (),
     graph: str = "no",
     budget: float = float("inf"),
@@ -237,9 +295,12 @@ def run(
     """Time every variant at every length; start no case once `budget` seconds have passed.
 
     A case that fails says why in its row, and the others go on. The file is written after each.
-    `graph` is one of `MODES`: steps as they are enqueued, replays of CUDA graphs, or both. `commit`
-    names the sources where git cannot tell.
+    `graph` is one of `MODES`: steps as they are enqueued, replays of CUDA graphs, or both. With two
+    or more `rounds` the variants of a length are in memory together and timed in turn, `repeats`
+    steps at a time. `commit` names the sources where git cannot tell.
     """
+    if rounds > 1 and len(MODES[graph]) > 1:
+        raise SystemExit("variants timed in turn take plain steps or graphs: --graph only, or none")
     if any(MODES[graph]):
         Trainer.check_graph(where)
     begin = time.monotonic()
@@ -252,27 +313,29 @@ def run(
     }
     rows: list[dict[str, Any]] = record["rows"]
     kernels_ready = compile_kernels_meanwhile(base, where)
+    common: dict[str, Any] = {"graph": graph, "warm": warm, "repeats": repeats}
     for seqlen in lengths:
-        for variant in variants:
-            if time.monotonic() - begin > budget:
-                print(f"T={seqlen:6d} {variant:16s} not begun: the budget is spent", flush=True)
-                continue
-            config = dataclasses.replace(
+        configs = [
+            dataclasses.replace(
                 base,
                 attention=variant,
                 seqlen=seqlen,
                 micro_batch=max(base.tokens_per_step // seqlen, 1),
                 steps=10**6,
             )
-            for row in cases(
-                config,
-                corpus,
-                where,
-                kernels_ready,
-                graph=graph,
-                warm=warm,
-                repeats=repeats,
-                profiled=seqlen in profiled,
+            for variant in variants
+        ]
+        for together in [configs] if rounds > 1 else [[config] for config in configs]:
+            if time.monotonic() - begin > budget:
+                names = ", ".join(config.attention for config in together)
+                print(f"T={seqlen:6d} {names:16s} not begun: the budget is spent", flush=True)
+                continue
+            how = (corpus, where, kernels_ready)
+            common["profiled"] = seqlen in profiled
+            for row in (
+                cases_in_turn(together, *how, rounds=rounds, **common)
+                if rounds > 1
+                else cases(*together, *how, **common)
             ):
                 rows.append(row)
                 print("\n".join(describe(row)), flush=True)

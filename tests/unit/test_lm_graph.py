@@ -322,6 +322,32 @@ def test_speed_reports_both_kinds_of_steps(lm, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("graphs_run_here")
+@pytest.mark.parametrize("graph", ["no", "only"])
+def test_variants_of_a_length_are_timed_in_turn(lm, monkeypatch, graph):
+    options = {"lengths": [64], "variants": ["dense", "hash3", "none"], "warm": 2, "repeats": 2}
+    here = lm.train.World(0, 1, "cpu")
+    began, step = [], lm.train.Trainer.train_step
+
+    def counted(self):
+        began.append(self.config.attention)
+        return step(self)
+
+    monkeypatch.setattr(lm.train.Trainer, "train_step", counted)
+    rows = lm.speed.run(lm.config, lm.corpus, here, graph=graph, rounds=3, **options)
+    assert [(row["variant"], "ms" in row) for row in rows] == [
+        ("hash3", False),
+        ("dense", True),
+        ("none", True),
+    ]
+    first, later = ["dense"] * 4 + ["none"] * 4, ["dense"] * 3 + ["none"] * 3
+    assert began == [*first, *later, *later]
+    assert all(row["low"] <= row["ms"] and "times" not in row for row in rows[1:])
+    assert [(row["steps"], row["graph"]) for row in rows[1:]] == [(10, graph == "only")] * 2
+    with pytest.raises(SystemExit, match="--graph only, or none"):
+        lm.speed.run(lm.config, lm.corpus, here, graph="both", rounds=2, **options)
+
+
+@pytest.mark.usefixtures("graphs_run_here")
 def test_a_sitting_with_graphs_has_the_same_curve(lm, tmp_path):
     from bench.lm.curves import merge
 
