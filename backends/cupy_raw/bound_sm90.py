@@ -280,22 +280,16 @@ class _Backward:
         ]
 
     def _fused(self) -> list[Launch]:
-        """The kernels that prepare tiles and rows, then that which makes dq, dk and dv together."""
+        """The kernel that prepares rows and tiles, then that which makes dq, dk and dv together."""
         head_dim = self.problem.head_dim
         shape = FUSED[head_dim]
         tiles = self._key_tiles(shape)
         params = self._params(4, tiles, self.problem.heads_kv)
-        records = sm90._key_tiles_kernel(self.device)
-        rows = self._kernel("bwd_prepare_sm90", PREPARE[head_dim])
-        processors = multiprocessors(self.device)
-        prepare = (  # kernel, blocks, blocks of a multiprocessor at most
-            (records, -(-tiles[1] // 8), sm90._RECORD_BLOCKS),  # a warp for each
-            (rows, self.jobs, sm90._PREPARE_BLOCKS[head_dim]),
-        )
+        kernel = self._kernel("bwd_prepare_sm90", PREPARE[head_dim])
+        wanted = self.jobs + -(-tiles[1] // sm90._PREPARE_WARPS)  # for rows and for tiles
+        blocks = min(max(wanted, 2), sm90._PREPARE_BLOCKS[head_dim] * multiprocessors(self.device))
+        prepare = kernel.bind((blocks, 1, 1), 32 * sm90._PREPARE_WARPS, 0)
         return [
-            *(
-                self.marked.bind(params, kernel.bind((min(n, most * processors), 1, 1), 256, 0))
-                for kernel, n, most in prepare
-            ),
+            self.marked.bind(params, prepare),
             self._tiled(FUSED_KERNELS[head_dim], shape, 4, tiles, self.problem.heads_kv),
         ]

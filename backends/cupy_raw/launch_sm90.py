@@ -61,8 +61,9 @@ _FEW_KEYS = {64: 960, 128: 660}
 _TURN_KEYS = 2304
 _FUSED_IN_TURN = 16
 _HEADS_IN_TURN = 4  # at most, at the end of a forward (tiles_sm90.cuh)
-_RECORD_BLOCKS = 8  # of the kernel that looks at key tiles, for each multiprocessor
-_PREPARE_BLOCKS = {64: 5, 128: 3}  # of that which prepares rows: as many as have registers
+# Blocks a multiprocessor of the kernel that prepares rows and key tiles: as many as have registers.
+_PREPARE_BLOCKS = {64: 5, 128: 3}
+_PREPARE_WARPS = 8  # of each, one for a key tile
 _CHOICE_WORDS = 8  # before those of the heads: choice_sm90.cuh
 _CHOICE_COUNTERS = 2  # the first of three tile counters among them
 
@@ -249,14 +250,6 @@ def _kernel(
 def _envelope_kernel(device: int) -> Kernel:
     """The kernel that makes envelopes of ranges in any order."""
     return get_kernel("scfa_bwd_envelope_sm90", "bwd_envelope_sm90.cu", (), device, arch_suffix="a")
-
-
-@cache
-def _key_tiles_kernel(device: int) -> Kernel:
-    """The kernel that finds out what the fused ones need to know of key tiles."""
-    return get_kernel(
-        "scfa_bwd_key_tiles_sm90", "bwd_key_tiles_sm90.cu", (), device, arch_suffix="a"
-    )
 
 
 @cache

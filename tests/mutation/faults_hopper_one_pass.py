@@ -9,7 +9,7 @@ SUITES["hopper-one-pass"] = (
 )
 SUITES["hopper-ends"] = (("tests/unit/test_hopper_on_host.py::test_who_says_that_a_tile_ends",),)
 
-FUSED_DQ, KEY_TILES = CUDA + "bwd_fused_sm90_dq.cuh", CUDA + "bwd_key_tiles_sm90.cu"
+FUSED_DQ, KEY_TILES = CUDA + "bwd_fused_sm90_dq.cuh", CUDA + "key_tiles_sm90.cuh"
 
 FAULTS = (
     # the key tile that finishes a head, and the start of a tile

@@ -183,7 +183,6 @@ def passes(spec, fused, monotone=True):
     per_query, per_key = (spec.seqlen_q, spec.heads), (spec.seqlen_k, spec.heads_kv)
     head_dim = spec.head_dim
     backward = (
-        ("bwd_key_tiles_sm90", shapes_sm90.FUSED, *per_key),
         ("bwd_prepare_sm90", shapes_sm90.FUSED, *per_key),
         (shapes_sm90.FUSED_KERNELS.get(head_dim), shapes_sm90.FUSED, *per_key),
     )
@@ -198,9 +197,7 @@ def passes(spec, fused, monotone=True):
     for kernel, shapes, rows, heads in (("fwd_sm90", shapes_sm90.FORWARD, *per_query), *backward):
         shape = shapes_sm90.shape_of(shapes, head_dim, monotone)
         tiles = shapes_sm90.tiles_of(rows, 64 * shape.warpgroups, spec.batch * heads)
-        if kernel == "bwd_key_tiles_sm90":
-            yield kernel, None, tiles, heads, None, 256
-        elif kernel == "bwd_prepare_sm90":
+        if kernel == "bwd_prepare_sm90":
             yield kernel, shapes_sm90.PREPARE[head_dim], tiles, heads, None, 256
         else:
             yield kernel, shape, tiles, heads, None, shapes_sm90.threads_of(kernel, shape)
@@ -280,7 +277,8 @@ def run(
         # As in a kernel's arguments: struct Params holds what is aligned to 64 bytes.
         held = host_build.aligned_copy(np.frombuffer(params, np.uint8), 64)
         at_params = ctypes.c_void_p(held.ctypes.data)
-        faults = function.result()(at_params, least or blocks, threads, shared, order)
+        number = least or blocks + (kernel == "bwd_prepare_sm90")  # which needs two
+        faults = function.result()(at_params, number, threads, shared, order)
         assert faults >= 0, f"{kernel}: every thread waits for another"
         assert not faults, f"{kernel}: {faults} unordered accesses to memory, see stderr"
     wide = (testing.widen(x, spec.dtype) for x in (out, dq, dk, dv))

@@ -46,7 +46,7 @@ def launched(monkeypatch):
     for module in (launch, launch_sm90, planner):
         monkeypatch.setattr(module, "get_kernel", get_kernel)
     monkeypatch.setattr(planner, "_kernel", lambda name, device: get_kernel(name, "", (), device))
-    for cached in ("_kernel", "_choose_kernel", "_envelope_kernel", "_key_tiles_kernel"):
+    for cached in ("_kernel", "_choose_kernel", "_envelope_kernel"):
         monkeypatch.setattr(launch_sm90, cached, getattr(launch_sm90, cached).__wrapped__)
     for module in (bound_sm90, launch_sm90, planner):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)

@@ -8,6 +8,8 @@ from planner_host import HostKernel, assert_equals_reference, one_pass_problem, 
 from scfa_core.backends.cupy_raw import planner_shapes
 from scfa_core.backends.cupy_raw.planner_shapes import choose_one_pass, one_pass_bytes
 
+from scfa_core.lowering import Clauses
+
 pytestmark = host_build.NEEDS_COMPILER
 library = planner_host.compiled
 
@@ -35,6 +37,35 @@ def test_one_pass(library, monkeypatch, kind, rows, heads_kv):
             patch.setattr(HostKernel, "launch", launch)
             arrays = plan_on_host(library, monkeypatch, problem, clauses, order=order)
         assert served == ["run_plan_causal"]
+        assert_equals_reference(arrays, problem, clauses)
+
+
+@pytest.mark.parametrize("rows", [1, 33, 130, 1100])
+@pytest.mark.parametrize("shared_limit", [100_000, 6000], ids=["staged", "at once"])
+@pytest.mark.parametrize("what", ["all", "heads", "rows", "keep", "other"])
+def test_one_pass_of_one_column(library, monkeypatch, rows, shared_limit, what):
+    """Queries and keys in the very same groups, or in almost the same."""
+    rng = np.random.default_rng(rows)
+    heads_kv = 1 if what == "heads" else 2
+    for order, dtype, hi_offset in ((0, np.int32, 1), (1, np.int64, 0)):
+        problem, clauses = one_pass_problem(
+            rng, rows, "hash and keep", heads_kv, 7, 0.6, dtype, hi_offset
+        )
+        (column,) = clauses.q_groups
+        other = column
+        if what == "heads":  # both query heads in the groups of their key head
+            other = column[:, :1]
+            column = np.broadcast_to(other, (1, 2, rows))
+        elif what == "rows":  # the same first row, then others
+            two = np.repeat(column, 2, axis=2)
+            two[..., 1::2] = rng.integers(-1, 7, (1, 2, rows))
+            column, other = two[..., ::2], two[..., :rows]
+        elif what == "other":
+            other = column[:, ::-1]
+        keeps = ((), clauses.k_keeps) if what == "keep" else ((), ())
+        clauses = Clauses((column,), (other,), *keeps, None, hi_offset)
+        options = {"order": order, "shared_limit": shared_limit}
+        arrays = plan_on_host(library, monkeypatch, problem, clauses, **options)
         assert_equals_reference(arrays, problem, clauses)
 
 

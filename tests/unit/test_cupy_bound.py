@@ -174,8 +174,8 @@ def test_hopper_arguments_are_those_packed_anew(launched, monkeypatch, monotone,
         sums = launch_sm90.Sums(fourth, records[1], launch_sm90._sum_slots(sizes), 2)
         fields = (sizes, native, given, lse, stats, second, (3, 12), 2, sums)
         want = launch_sm90._params(*fields, key_tiles=records[0], maps=tensor_maps(q, dout))
-        assert [x[1].get("RUNS") for x in launched] == [None, 0, 1]
-        names = ["key_tiles", "prepare", "fused"]
+        assert [x[1].get("RUNS") for x in launched] == [0, 1]
+        names = ["prepare", "fused"]
         assert [x[0] for x in launched] == [f"scfa_bwd_{name}_sm90" for name in names]
         assert {x[-1] for x in launched} == {want}
         return
@@ -271,7 +271,6 @@ def test_where_ranges_can_be_long_the_gpu_chooses(launched, monkeypatch):
         ("scfa_bwd_choose_sm90", want(counted, key_tiles, 2, in_turn)),
         ("scfa_bwd_dq_sm90", want(first, (1, 8), 4)),
         ("scfa_bwd_dkdv_sm90", want(first + 4, key_tiles, 2)),
-        ("scfa_bwd_key_tiles_sm90", want(first + 8, key_tiles, 2)),
         ("scfa_bwd_prepare_sm90", want(first + 8, key_tiles, 2)),
         ("scfa_bwd_fused_sm90", want(first + 8, key_tiles, 2)),
     ]

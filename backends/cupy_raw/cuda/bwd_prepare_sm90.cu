@@ -1,13 +1,16 @@
-// What bwd_fused_sm90.cu needs before it starts, per sorted query row and per tile of 64 of them.
+// What the fused kernels need before they start: per sorted query row, per tile of 64 of them, and
+// per key tile (key_tiles_sm90.cuh).
 //
 // computes: row_lse = lse in base 2 (+inf where nothing is seen), row_delta[i] = -(dout[i] .
 //   out[i]), to which dout[i] . v[j] is added; added = 0, or kNoSum where fewer than two key tiles
-//   visit the query tile; dq = 0 where none does.
-// grid/block: blocks of 256 threads take query tiles in turn; 16 bytes of a row per thread and pass.
-//   Heads that go the other way (choice_sm90.cuh) have no sums and are left alone.
+//   visit the query tile; dq = 0 where none does; key_tiles, a record for each tile of 128 keys.
+// grid/block: two or more blocks of 256 threads. A fifth of them, the first, make records, a warp for
+//   a tile: chains of loads that cost little beside the rows, which keep memory busy. The others take
+//   query tiles in turn, 16 bytes of a row per thread and pass. Heads that go the other way
+//   (choice_sm90.cuh) have no sums and are left alone.
 // shared memory: none.
-// inputs/outputs: Params (params_sm90.cuh): out, dout, dq in 16 bits, lse, row_lse, row_delta
-//   float32, added int32.
+// inputs/outputs: Params (params_sm90.cuh) with the tiles of key heads: out, dout, dq in 16 bits,
+//   lse, row_lse, row_delta float32, added and key_tiles int32.
 // version and source: the preprocessing of FlashAttention-2 (Dao 2023, algorithm 2, line 4), in
 //   sorted order.
 #ifndef SCFA_HEAD_DIM
@@ -20,11 +23,13 @@
 #include "softmax_sm90.cuh"
 #include "query_data_sm90.cuh"
 #include "bwd_fused_sm90_tiles.cuh"
+#include "key_tiles_sm90.cuh"
 
 constexpr int kRows = 64;                  // of a query tile
 constexpr int kNoSum = 0x7FFFFFFE;         // as in bwd_fused_sm90_sums.cuh
 constexpr int kLanes = SCFA_HEAD_DIM / 8;  // of one row
 constexpr int kThreads = 256;
+constexpr int kRecorderShare = 5;          // one block in so many makes records
 
 __device__ __forceinline__ float pair_product(unsigned a, unsigned b) {
   float a0, a1, b0, b1;
@@ -130,14 +135,22 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     p.row_lse[-1] = SCFA_INFINITY;  // the lse of queries that are not there
   }
+  constexpr int kWarps = kThreads / 32;
+  const int blocks = gridDim.x, block = blockIdx.x;
+  const int recorders = (blocks - 1) / kRecorderShare + 1;
+  if (block < recorders) {
+    record_key_tiles(p, share, kWarps * block + threadIdx.x / 32, kWarps * recorders);
+    return;
+  }
   const int tiles = p.by_tiles.quotient(p.tiles) * p.group_size * p.query_tiles;
-  int tile = blockIdx.x;  // fewer than tiles
+  int tile = block - recorders;
+  if (tile >= tiles) return;
   Places places = look_up(p, tile);
   int visits = visits_of(p, tile, places.count);
   while (tile < tiles) {
     // The next tile's places are looked up behind the loads of this one's rows, one chain of loads
     // instead of two.
-    const int next = tile + gridDim.x, upcoming = min(next, tiles - 1);
+    const int next = tile + blocks - recorders, upcoming = min(next, tiles - 1);
     Places next_places = places;
     const int key_head = p.by_group.quotient(p.by_query_tiles.quotient(tile));
     if (share == kSome && !goes(p, kFused, key_head)) {

@@ -51,10 +51,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident) scfa_hash_angu
   }
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const char* x = p.x + batch * p.x_batch + head * p.x_head;
-  u32 words[kMi][2][EightOfX::kWords];  // of rows g and g + 8, loaded a chunk ahead
+  Words words;
   constexpr int kStep = kWarps * kMi * 16;
   int first = tile_start + warp * kMi * 16;
-  load_rows(words, x, p.x_row, first, tile_end, 0, p.head_dim, lane);
+  load_chunks(words, x, p.x_row, first, tile_end, 0, p.head_dim, lane);
   block_load_directions(shared.operands, p.directions + own_head * p.head_dim * p.n_directions, p.head_dim, p.n_directions);
   __syncthreads();  // operands are complete
   if (warp == 0) multiply_centers(shared.moved(), shared.operands, center, centers, p.head_dim, p.head_dim, lane);
@@ -63,11 +63,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident) scfa_hash_angu
   int* bucket = p.bucket + ((i64)round * p.batch * p.heads + list) * p.seqlen;
   for (; first < tile_end; first += kStep) {
     float acc[kMi][kBlocks][4] = {};
-#pragma unroll kChunksAtOnce
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      u32 present[kMi][2][EightOfX::kWords];
+#pragma unroll kLoadsAtOnce
+    for (int chunk = 0; chunk < kChunks; chunk += kAhead) {
+      Words present;
       load_ahead(present, words, x, p.x_row, first, first + kStep, tile_end, chunk, p.head_dim, lane);
-      multiply_chunk<SCFA_X_ELEMENT, kMi>(acc, present, shared.operands, chunk, lane);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) multiply_chunk<SCFA_X_ELEMENT, kMi>(acc, present[i], shared.operands, chunk + i, lane);
     }
 
 #pragma unroll

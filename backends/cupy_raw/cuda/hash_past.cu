@@ -20,13 +20,14 @@ constexpr int kTileCenters = kTileRows / kCenterRows;
 constexpr int kGroup = 16;  // tiles
 constexpr float kStartRows = 16.0f;
 constexpr float kMostSum = 1e30f;
-// Threads of a multiprocessor, in blocks: as many as spill nothing.
+// Threads of a multiprocessor, in blocks: as many as spill nothing. Wider elements take registers as more directions do.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 constexpr int kMostResident = 768;
 #else
 constexpr int kMostResident = 512;
 #endif
-constexpr int kResident = (SCFA_X_ELEMENT != 2 || kBlocks > 2 ? 384 : kBlocks == 2 ? 512 : kMostResident) / kThreads;
+constexpr int kHeld = kBlocks + (SCFA_X_ELEMENT != 2);
+constexpr int kResident = (kHeld > 2 ? 384 : kHeld == 2 ? 512 : kMostResident) / kThreads;
 static_assert(kTileCenters <= 16, "one product makes those of all means of a tile");
 
 struct PastParams {
@@ -98,21 +99,23 @@ SCFA_DEVICE int next_rows(int row) {
 // Products of the tile's rows, each lane's own to shared memory; in the first round sums of each block of rows as well. `words` holds
 // the warp's first rows.
 template <bool kSums>
-SCFA_DEVICE void multiply_tile(Shared& shared, const PastParams& p, u32 (&words)[kMi][2][EightOfX::kWords], const char* x, int rows,
-                               int warp, int lane) {
+SCFA_DEVICE void multiply_tile(Shared& shared, const PastParams& p, Words& words, const char* x, int rows, int warp, int lane) {
 #pragma unroll 1
   for (int row = warp * kCenterRows; row < rows; row = next_rows(row)) {
     float acc[kMi][kBlocks][4] = {};
-#pragma unroll kChunksAtOnce
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      u32 present[kMi][2][EightOfX::kWords];
+#pragma unroll kLoadsAtOnce
+    for (int chunk = 0; chunk < kChunks; chunk += kAhead) {
+      Words present;
       load_ahead(present, words, x, p.x_row, row, next_rows(row), rows, chunk, p.head_dim, lane);
-      if constexpr (kSums) {
-        float& sum = shared.means[row / kCenterRows][chunk * kChunk + column_of_sum(lane)];
-        const float part = sum_of_rows(present, lane);
-        sum = row % kCenterRows ? sum + part : part;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if constexpr (kSums) {
+          float& sum = shared.means[row / kCenterRows][(chunk + i) * kChunk + column_of_sum(lane)];
+          const float part = sum_of_rows(present[i], lane);
+          sum = row % kCenterRows ? sum + part : part;
+        }
+        multiply_chunk<SCFA_X_ELEMENT, kMi>(acc, present[i], shared.operands, chunk + i, lane);
       }
-      multiply_chunk<SCFA_X_ELEMENT, kMi>(acc, present, shared.operands, chunk, lane);
     }
 #pragma unroll
     for (int mi = 0; mi < kMi; ++mi)
@@ -195,8 +198,8 @@ SCFA_DEVICE void hash_round(Shared& shared, const PastParams& p, int list, int t
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const char* x = p.x + batch * p.x_batch + head * p.x_head + tile_start * p.x_row;
   const i64 own_head = (i64)round * p.own_heads + head / (p.heads / p.own_heads);
-  u32 words[kMi][2][EightOfX::kWords];  // of rows, loaded a chunk ahead
-  load_rows(words, x, p.x_row, warp * kCenterRows, rows, 0, p.head_dim, lane);
+  Words words;
+  load_chunks(words, x, p.x_row, warp * kCenterRows, rows, 0, p.head_dim, lane);
   block_load_directions(shared.operands, p.directions + own_head * p.head_dim * p.n_directions, p.head_dim, p.n_directions);
   __syncthreads();  // operands are complete
   multiply_tile<kFirst>(shared, p, words, x, rows, warp, lane);

@@ -20,9 +20,11 @@ constexpr int kThreads = SCFA_THREADS;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kChunk = 32;  // columns that four lanes load at once
 constexpr int kChunks = kHeadDim / kChunk;
-constexpr int kChunksAtOnce = kChunks <= 2 ? kChunks : 1;  // of the loop; all of them would spill
-constexpr int kParts = 3;                       // bfloat16 parts of a direction
-constexpr int kMi = kBlocks <= 4 ? 2 : 1;       // blocks of 16 rows a warp takes at a time
+constexpr int kParts = 3;  // bfloat16 parts of a direction
+// Chunks loaded at once: 128 bytes of a row, where both halves are there, which memory gives together.
+constexpr int kAhead = SCFA_X_ELEMENT > 0 && kChunks % 2 == 0 ? 2 : 1;
+constexpr int kLoadsAtOnce = kChunks <= 2 ? kChunks / kAhead : 1;  // of the loop; all of them would spill
+constexpr int kMi = kAhead == 1 && kBlocks <= 4 ? 2 : 1;           // blocks of 16 rows a warp takes at a time
 constexpr int kNobody = kIntMax;
 constexpr int kCenterRows = 64;  // that share a center, where a list has several; tiles are whole numbers of them
 static_assert(kIsBf16, "parts are bfloat16 whatever x is");
@@ -37,6 +39,7 @@ struct Eight {
 };
 using EightOfX = Eight<SCFA_X_ELEMENT>;
 constexpr int kFloat = 0;
+using Words = u32[kAhead][kMi][2][EightOfX::kWords];  // of rows g and g + 8 of each block, loaded ahead
 
 using Operands = uint2[kChunks * 2][kBlocks][kParts][kWarpSize];  // directions, as the right side of a product
 
@@ -91,19 +94,26 @@ SCFA_DEVICE void load_rows(u32 (&words)[kRowBlocks][2][EightOfX::kWords], const 
     }
 }
 
-// `present` becomes the chunk in `words`, of rows from `first` on; then the chunk after it is loaded there, after the last the
-// first one of the rows from `next` on.
-template <int kRowBlocks>
-SCFA_DEVICE void load_ahead(u32 (&present)[kRowBlocks][2][EightOfX::kWords], u32 (&words)[kRowBlocks][2][EightOfX::kWords],
-                            const char* x, i64 x_row, int first, int next, int end, int chunk, int head_dim, int lane) {
+// kAhead chunks of rows from `first` on.
+SCFA_DEVICE void load_chunks(Words& words, const char* x, i64 x_row, int first, int end, int chunk, int head_dim, int lane) {
 #pragma unroll
-  for (int mi = 0; mi < kRowBlocks; ++mi)
+  for (int i = 0; i < kAhead; ++i) load_rows(words[i], x, x_row, first, end, chunk + i, head_dim, lane);
+}
+
+// `present` becomes what is in `words`, `chunk` and so on of rows from `first` on; then the chunks after those are loaded there,
+// after the last the first ones of the rows from `next` on.
+SCFA_DEVICE void load_ahead(Words& present, Words& words, const char* x, i64 x_row, int first, int next, int end, int chunk, int head_dim,
+                            int lane) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+  for (int ahead = 0; ahead < kAhead; ++ahead)
 #pragma unroll
-      for (int i = 0; i < EightOfX::kWords; ++i) present[mi][half][i] = words[mi][half][i];
-  const bool ends = chunk + 1 == kChunks;
-  load_rows(words, x, x_row, ends ? next : first, end, ends ? 0 : chunk + 1, head_dim, lane);
+    for (int mi = 0; mi < kMi; ++mi)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int i = 0; i < EightOfX::kWords; ++i) present[ahead][mi][half][i] = words[ahead][mi][half][i];
+  const bool ends = chunk + kAhead == kChunks;
+  load_chunks(words, x, x_row, ends ? next : first, end, ends ? 0 : chunk + kAhead, head_dim, lane);
 }
 
 // Eight elements as parts: parts[i] holds the i-th bfloat16 of each, two to a word.

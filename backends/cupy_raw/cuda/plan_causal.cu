@@ -18,14 +18,14 @@ struct JointSurvey {
   int dropped_queries, dropped_keys;
 };
 
-// Calls visit(key) for every kept query and key.
+// Calls visit(key) for every kept query and key; with `same` (`are_same`) for every query.
 template <class Visit>
-__device__ __forceinline__ void visit_both(const ListRows& queries, const ListRows& keys, Visit visit) {
+__device__ __forceinline__ void visit_both(const ListRows& queries, const ListRows& keys, bool same, Visit visit) {
   visit_rows(queries.length, [&](const int(&rows)[kUnroll], u32 present) {
     u64 of_query[kUnroll], of_key[kUnroll];
     load_keys(queries.groups[0], rows, of_query);
-    load_keys(keys.groups[0], rows, of_key);
-    const u32 kept_queries = present & queries.kept(rows), kept_keys = present & keys.kept(rows);
+    if (!same) load_keys(keys.groups[0], rows, of_key);
+    const u32 kept_queries = present & queries.kept(rows), kept_keys = same ? 0 : present & keys.kept(rows);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (kept_queries >> u & 1) visit(of_query[u]);
@@ -35,7 +35,7 @@ __device__ __forceinline__ void visit_both(const ListRows& queries, const ListRo
 }
 
 // Fills the survey; called by all threads, complete for all when it returns.
-__device__ inline void survey_both(const ListRows& queries, const ListRows& keys, int max_bits, JointSurvey& survey) {
+__device__ inline void survey_both(const ListRows& queries, const ListRows& keys, int max_bits, bool same, JointSurvey& survey) {
   const int lane = threadIdx.x % 32;
   if (threadIdx.x == 0) survey = {0, ~0ull, ~0ull, 0, 0, 0};
   __syncthreads();  // the sums below start from these values
@@ -54,7 +54,7 @@ __device__ inline void survey_both(const ListRows& queries, const ListRows& keys
   }
   if (queries.n_groups > 0) {
     u64 any_one = 0, any_zero = 0;
-    visit_both(queries, keys, [&](u64 key) {
+    visit_both(queries, keys, same, [&](u64 key) {
       any_one |= key;
       any_zero |= ~key;
     });
@@ -70,13 +70,13 @@ __device__ inline void survey_both(const ListRows& queries, const ListRows& keys
 
   // Ids from -1 to 15 differ in every bit, but their distances from -1 in five.
   u64 low = ~0ull;
-  visit_both(queries, keys, [&](u64 key) { low = key < low ? key : low; });
+  visit_both(queries, keys, same, [&](u64 key) { low = key < low ? key : low; });
   low = warp_min(low);
   if (lane == 0) atomicMin(&survey.low, low);
   __syncthreads();  // low is complete
   low = survey.low;
   u64 any_above = 0;
-  visit_both(queries, keys, [&](u64 key) { any_above |= key - low; });
+  visit_both(queries, keys, same, [&](u64 key) { any_above |= key - low; });
   any_above = warp_or(any_above);
   if (lane == 0) atomicOr(&survey.any_above, any_above);
   __syncthreads();  // any_above is complete
@@ -116,7 +116,8 @@ extern "C" __global__ void __launch_bounds__(1024, 1) scfa_plan_causal(const __g
   __syncthreads();  // lists are complete
 
   // digit: the bits that tell queries and keys of this list apart
-  survey_both(queries, keys, p.max_bits, survey);
+  const bool same = are_same(queries, keys);
+  survey_both(queries, keys, p.max_bits, same, survey);
   if (threadIdx.x == 0) {
     const u64 differing = survey.any_one & ~survey.all_one;
     const bool by_distance = count_bits(differing) > p.max_bits;
@@ -137,13 +138,13 @@ extern "C" __global__ void __launch_bounds__(1024, 1) scfa_plan_causal(const __g
   // counts: made in 32 bits where the orders will be staged, and kept in 16 beside them
   const int bins = 1 << total_bits;
   int* query_firsts = (int*)shared;
-  int* key_firsts = query_firsts + bins;
-  char* kept_counts = (char*)(key_firsts + bins);
+  int* key_firsts = same ? query_firsts : query_firsts + bins;
+  char* kept_counts = (char*)(query_firsts + 2 * bins);
   const int kept_bytes = p.staged ? 2 * n_warps * pitch_of<u16>(bins) * (int)sizeof(u16) : 0;
   // 16-byte steps: the places of each array are copied four at a time
   char* stage = shared + (kept_counts + kept_bytes - shared + 15) / 16 * 16;
   int* query_counts = (int*)stage;
-  int* key_counts = query_counts + n_warps * pitch_of<int>(bins);
+  int* key_counts = same ? query_counts : query_counts + n_warps * pitch_of<int>(bins);
   for (int i = threadIdx.x; i < 2 * n_warps * pitch_of<int>(bins); i += blockDim.x) query_counts[i] = 0;
   __syncthreads();  // digit is complete, counts are zero
 
@@ -151,44 +152,60 @@ extern "C" __global__ void __launch_bounds__(1024, 1) scfa_plan_causal(const __g
   const Stretch stretch(length);
   int* my_queries = query_counts + warp * pitch_of<int>(bins);
   int* my_keys = key_counts + warp * pitch_of<int>(bins);
-  count_both(queries, keys, cursor, digit, stretch, my_queries, my_keys);
+  if (same) {
+    count_both<true>(queries, keys, cursor, digit, stretch, my_queries, my_keys);
+  } else {
+    count_both(queries, keys, cursor, digit, stretch, my_queries, my_keys);
+  }
   __syncthreads();  // every warp's counts are there
 
   // place: staged in shared memory, or at once in the lists
   const int k_count = length - survey.dropped_keys;
   const i64 offset = list * length;
   const i64 key_offset = key_list * length;
+  const auto place = [&](auto* queries_before, auto* keys_before, auto put) {
+    if (same) {
+      place_both<true>(
+          queries, keys, cursor, digit, stretch, query_firsts, key_firsts, queries_before, keys_before, k_count, p.sees_itself, put);
+    } else {
+      place_both(
+          queries, keys, cursor, digit, stretch, query_firsts, key_firsts, queries_before, keys_before, k_count, p.sees_itself, put);
+    }
+  };
   if (p.staged) {
+    const int pitch = pitch_of<u16>(bins);
     u16* queries_before = (u16*)kept_counts;
-    u16* keys_before = queries_before + n_warps * pitch_of<u16>(bins);
+    u16* keys_before = queries_before + n_warps * pitch;
     scan_counts(query_counts, queries_before, query_firsts, bins, 0);
-    scan_counts(key_counts, keys_before, key_firsts, bins, n_warps - 1);
+    if (!same) scan_counts(key_counts, keys_before, key_firsts, bins, n_warps - 1);
     __syncthreads();  // counts and firsts are complete, and the 32-bit counts no longer needed
     u16* query_rows = (u16*)stage;
     u16* key_rows = query_rows + (length + 7) / 8 * 8;
     u16* ends = key_rows + (length + 7) / 8 * 8;
-    place_both(
-        queries, keys, cursor, digit, stretch, query_firsts, key_firsts, queries_before + warp * pitch_of<u16>(bins),
-        keys_before + warp * pitch_of<u16>(bins), k_count, p.sees_itself, [&](int row, u32, u32, int query_place, int key_place, int stop) {
+    place(
+        queries_before + warp * pitch, keys_before + warp * pitch, [&](int row, u32, u32, int query_place, int key_place, int stop) {
           query_rows[query_place] = (u16)row;
+          if (same) return;
           key_rows[key_place] = (u16)row;
           ends[query_place] = (u16)stop;
         });
     __syncthreads();  // all rows are placed
     flush(query_rows, p.queries.index + offset, length);
-    flush(ends, p.key_end + offset, length);
-    if (writes_keys) flush(key_rows, p.keys.index + key_offset, length);
+    if (writes_keys) flush(same ? query_rows : key_rows, p.keys.index + key_offset, length);
+    if (same) {
+      for (int i = threadIdx.x; i < length; i += blockDim.x) p.key_end[offset + i] = i + p.sees_itself;
+    } else {
+      flush(ends, p.key_end + offset, length);
+    }
   } else {
     scan_counts(query_counts, query_counts, query_firsts, bins, 0);
-    scan_counts(key_counts, key_counts, key_firsts, bins, n_warps - 1);
+    if (!same) scan_counts(key_counts, key_counts, key_firsts, bins, n_warps - 1);
     __syncthreads();  // counts and firsts are complete
-    place_both(
-        queries, keys, cursor, digit, stretch, query_firsts, key_firsts, my_queries, my_keys, k_count, p.sees_itself,
-        [&](int row, u32, u32, int query_place, int key_place, int stop) {
-          p.queries.index[offset + query_place] = row;
-          if (writes_keys) p.keys.index[key_offset + key_place] = row;
-          p.key_end[offset + query_place] = stop;
-        });
+    place(my_queries, my_keys, [&](int row, u32, u32, int query_place, int key_place, int stop) {
+      p.queries.index[offset + query_place] = row;
+      if (writes_keys) p.keys.index[key_offset + key_place] = row;
+      p.key_end[offset + query_place] = stop;
+    });
   }
 
   // key_start: where each group's keys begin

@@ -27,8 +27,16 @@ struct Stretch {
   }
 };
 
+// Whether queries and keys of a list are the same rows in the same groups, none of them dropped: as with documents, and
+// with one hash for both.
+__device__ __forceinline__ bool are_same(const ListRows& queries, const ListRows& keys) {
+  const ColumnRow &a = queries.groups[0], &b = keys.groups[0];
+  return queries.n_groups == 1 && queries.n_keeps == 0 && keys.n_keeps == 0 && a.base == b.base && a.row_stride == b.row_stride &&
+         a.wide == b.wide;
+}
+
 // Walks a stretch in order, kUnroll rounds of 32 rows at a time: visit(rows, digits of queries, of keys, rows left).
-template <class Visit>
+template <bool kSame, class Visit>
 __device__ __forceinline__ void walk_both(
     const ListRows& queries, const ListRows& keys, const DigitCursor& cursor, const Digit& digit, Stretch stretch,
     Visit visit) {
@@ -39,22 +47,23 @@ __device__ __forceinline__ void walk_both(
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) rows[u] = round + 32 * u + lane < end ? round + 32 * u + lane : 0;
     digits_of(queries, cursor, digit, rows, of_query);
-    digits_of(keys, cursor, digit, rows, of_key);
-    visit(rows, of_query, of_key, end - round);
+    if constexpr (!kSame) digits_of(keys, cursor, digit, rows, of_key);
+    visit(rows, of_query, kSame ? of_query : of_key, end - round);
   }
 }
 
-// Adds the rows of a stretch to this warp's counts.
+// Adds the rows of a stretch to this warp's counts; with kSame (`are_same`) to those of queries alone.
+template <bool kSame = false>
 __device__ __forceinline__ void count_both(
     const ListRows& queries, const ListRows& keys, const DigitCursor& cursor, const Digit& digit, Stretch stretch,
     int* my_queries, int* my_keys) {
   const int lane = threadIdx.x % 32;
-  walk_both(queries, keys, cursor, digit, stretch, [&](const int(&)[kUnroll], const u32(&of_query)[kUnroll], const u32(&of_key)[kUnroll], int left) {
+  walk_both<kSame>(queries, keys, cursor, digit, stretch, [&](const int(&)[kUnroll], const u32(&of_query)[kUnroll], const u32(&of_key)[kUnroll], int left) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (32 * u + lane < left) {
         atomicAdd(&my_queries[of_query[u]], 1);
-        atomicAdd(&my_keys[of_key[u]], 1);
+        if constexpr (!kSame) atomicAdd(&my_keys[of_key[u]], 1);
       }
     }
   });
@@ -62,14 +71,15 @@ __device__ __forceinline__ void count_both(
 
 // Calls put(row, digit of query, of key, place of query, of key, end of the query's range) for the rows of a stretch: rows
 // of one digit keep their order, over warps, rounds and lanes. `my_queries` and `my_keys` are the rows of each digit
-// before; `k_count` is the end for dropped queries.
-template <class Count, class Put>
+// before; `k_count` is the end for dropped queries. With kSame (`are_same`) numbers of keys are those of queries, and a
+// query's range ends at its own place.
+template <bool kSame = false, class Count, class Put>
 __device__ __forceinline__ void place_both(
     const ListRows& queries, const ListRows& keys, const DigitCursor& cursor, const Digit& digit, Stretch stretch,
     const int* query_firsts, const int* key_firsts, Count* my_queries, Count* my_keys, int k_count, int sees_itself,
     Put put) {
   const int lane = threadIdx.x % 32;
-  walk_both(queries, keys, cursor, digit, stretch, [&](const int(&rows)[kUnroll], const u32(&of_query)[kUnroll], const u32(&of_key)[kUnroll], int left) {
+  walk_both<kSame>(queries, keys, cursor, digit, stretch, [&](const int(&rows)[kUnroll], const u32(&of_query)[kUnroll], const u32(&of_key)[kUnroll], int left) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (32 * u >= left) break;  // the same for all lanes
@@ -80,8 +90,10 @@ __device__ __forceinline__ void place_both(
       for (int b = 0; b < kMaxDigitBits; ++b) {
         if (b == digit.bits) break;  // the same for all lanes
         const bool query_one = of_query[u] >> b & 1, key_one = of_key[u] >> b & 1;
-        const u32 queries_one = __ballot_sync(kEveryLane, query_one), keys_one = __ballot_sync(kEveryLane, key_one);
+        const u32 queries_one = __ballot_sync(kEveryLane, query_one);
         same_queries &= query_one ? queries_one : ~queries_one;
+        if constexpr (kSame) continue;
+        const u32 keys_one = __ballot_sync(kEveryLane, key_one);
         same_keys &= key_one ? keys_one : ~keys_one;
         group_keys &= query_one ? keys_one : ~keys_one;
       }
@@ -89,15 +101,20 @@ __device__ __forceinline__ void place_both(
       int query_place = 0, key_place = 0, stop = 0;
       if (present) {
         query_place = query_firsts[of_query[u]] + my_queries[of_query[u]] + __popc(same_queries & below);
-        key_place = key_firsts[of_key[u]] + my_keys[of_key[u]] + __popc(same_keys & below);
-        stop = key_firsts[of_query[u]] + my_keys[of_query[u]] + __popc(group_keys & seen);
+        if constexpr (kSame) {
+          key_place = query_place;
+          stop = query_place + sees_itself;
+        } else {
+          key_place = key_firsts[of_key[u]] + my_keys[of_key[u]] + __popc(same_keys & below);
+          stop = key_firsts[of_query[u]] + my_keys[of_query[u]] + __popc(group_keys & seen);
+        }
         if (digit.tests_keep && of_query[u] == digit.dropped) stop = k_count;
       }
       __syncwarp();  // all lanes have read the counts that the leaders change
       if (present) {
         put(rows[u], of_query[u], of_key[u], query_place, key_place, stop);
         if (lane == __ffs(same_queries) - 1) my_queries[of_query[u]] += (Count)__popc(same_queries);
-        if (lane == __ffs(same_keys) - 1) my_keys[of_key[u]] += (Count)__popc(same_keys);
+        if (!kSame && lane == __ffs(same_keys) - 1) my_keys[of_key[u]] += (Count)__popc(same_keys);
       }
       __syncwarp();  // the next round reads the new counts
     }

@@ -1,23 +1,10 @@
 // What the fused kernels are told of each key tile, so that they need not search at the start of one,
-// with nothing else to do.
-//
-// computes: key_tiles, a record for each tile (bwd_fused_sm90_tiles.cuh): which of its keys some query
-//   sees, and which queries of each query head may see one. Ranges must be nondecreasing along the
-//   sorted queries (plan.monotone).
-// grid/block: blocks of 256 threads; a warp takes key tiles in turn. Heads that go the other way
-//   (choice_sm90.cuh) are left alone.
-// shared memory: none.
-// inputs/outputs: Params (params_sm90.cuh) with the tiles of key heads: q_count, k_count, key_start,
-//   key_end, q_index; key_tiles is written.
-// version and source: new here.
-#include "mbarrier.cuh"
-#include "params_sm90.cuh"
-#include "choice_sm90.cuh"
+// with nothing else to do: a record for each tile (bwd_fused_sm90_tiles.cuh) says which of its keys
+// some query sees, and which queries of each query head may see one. Ranges must be nondecreasing
+// along the sorted queries (plan.monotone). Include after mbarrier.cuh, params_sm90.cuh,
+// choice_sm90.cuh, query_data_sm90.cuh and bwd_fused_sm90_tiles.cuh.
+#pragma once
 #include "search_sm90.cuh"
-#include "query_data_sm90.cuh"
-#include "bwd_fused_sm90_tiles.cuh"
-
-constexpr int kThreads = 256;
 
 // Add keys [from, to) of the tile that each lane names to those that nobody sees; all lanes get them.
 __device__ __forceinline__ void add_gaps(unsigned (&unseen)[kSeenWords], int from, int to) {
@@ -97,13 +84,9 @@ __device__ __forceinline__ void record_key_tile(const Params& p, int share, int 
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads)
-    scfa_bwd_key_tiles_sm90(const __grid_constant__ Params p) {
-  const int share = share_of(p, kFused);
-  if (share == kNone) return;
-  constexpr int kWarps = kThreads / 32;
-  int tile = blockIdx.x * kWarps + threadIdx.x / 32;
-  for (; tile < p.tiles; tile += gridDim.x * kWarps) {
+// The records of all tiles: warps `warp`, warp + warps, ... of those that make them.
+__device__ __forceinline__ void record_key_tiles(const Params& p, int share, int warp, int warps) {
+  for (int tile = warp; tile < p.tiles; tile += warps) {
     record_key_tile(p, share, tile, threadIdx.x % 32);
   }
 }
