@@ -35,6 +35,7 @@ def _card(stem: str) -> Page:
         stem,
         {
             stem: "",
+            f"{stem}-prepared": "Rows and key tiles prepared at once",
             f"{stem}-halves": "Half tiles pass over what they do not see",
             f"{stem}-fa4": "Beside flash-attn 4, the same kernels",
             f"{stem}-both": "Beside flash-attn and FlexAttention, a training step's attention too",
@@ -57,7 +58,7 @@ PAGES = (
     Page("cpu", {"cpu-epyc": "", "cpu-epyc-jit": "First use on a machine"}),
     Page("accuracy", dict.fromkeys(ACCURACY, "")),
 )
-README = {"h200-halves": ["goal"], "h100-original": ["goal"], "cpu-epyc": ["cpu"]}  # files: sets
+README = {"h200-prepared": ["goal"], "h100-original": ["goal"], "cpu-epyc": ["cpu"]}  # files: sets
 
 
 def intro(name: str) -> str:
