@@ -35,7 +35,7 @@ from scfa_core.torch_calls import (
     run_forward,
 )
 from scfa_core.torch_framework import TORCH_FRAMEWORK, device_name, dtype_name
-from scfa_core.torch_meta import check_on_meta
+from scfa_core.torch_meta import check_backward_on_meta, check_on_meta
 from scfa_core.torch_ops import BACKWARD, FORWARD, MAKE_PLAN, refuse_forward_mode
 from scfa_core.torch_patterns import encode
 from scfa_core.torch_plans import native_own_plan, new_plan, own_plan, own_plan_tensors
@@ -259,6 +259,8 @@ def _backward(
     if not plain or _wants_gradient(dout, q, k, v):
         check_scale_kind(softmax_scale)
         name, plan = traced_plan(q, k, v, pattern, layout, backend, softmax_scale)
+        if q.is_meta:
+            check_backward_on_meta(q, v, layout, dout=dout, out=out, lse=lse)
         options = (plan.monotone, softmax_scale, deterministic, layout, name)
         dq, dk, dv = BACKWARD(dout, None, q, k, v, out, lse, *plan.arrays, *options)
         return dq, dk, dv

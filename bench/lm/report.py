@@ -40,7 +40,7 @@ other corpora. `--tokens bpe` takes a byte-pair tokeniser trained on the trainin
 Steps are timed on the same text by words hashed to the model's vocabulary, so that their
 frequencies, and with them the buckets, are like a tokeniser's. Where variants took turns, the card
 is warm: a step without attention, which is at the card's power limit, then takes 55 ms where a cool
-one gives 52, and one with hashing 60 for 58. Timed one after the other, sources of the same day gave
+one gives 52, and one with hashing 60 for 58. One after the other, sources of the same day gave
 88 to 91 % of the bound at T=8192, by the card. Speeds that name no commit are from
 before c7dc36e: until then each step waited for the GPU before it drew its batch, which a slow host
 shows (79.9 ms a step of hash16r at T=16384 on an H100 where 69.4 came after).

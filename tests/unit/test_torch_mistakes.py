@@ -197,6 +197,33 @@ def test_a_dry_run_on_meta_meets_the_scale(scale):
         attention_over(META_Q, META_K, META_V, [scfa.Causal()], softmax_scale=scale)
 
 
+@pytest.mark.parametrize("layout", ["bhtd", "bthd"])
+@pytest.mark.parametrize(
+    ("name", "bad", "error", "text"),
+    [
+        ("dout", lambda x: x[:, :1], scfa.ShapeError, "dout must have shape"),
+        ("out", lambda x: x.half(), scfa.DTypeError, "out must be float32, got float16"),
+        ("lse", lambda x: x[:, :, :3], scfa.ShapeError, r"lse must have shape \(2, 4, 8\)"),
+        ("lse", lambda x: torch.empty(x.shape), scfa.DeviceError, "lse must be on meta like q"),
+    ],
+)
+def test_a_backward_on_meta_meets_the_checks(layout, name, bad, error, text):
+    def turned(x):
+        return x if layout == "bhtd" else x.transpose(1, 2)
+
+    q, k, v, out = (
+        turned(x) for x in (META_Q, META_K, META_V, META_Q[..., :1].expand(2, 4, 8, 24))
+    )
+    given = {"dout": out, "out": out, "lse": torch.empty(2, 4, 8, device="meta")}
+
+    def backward(dout, out, lse):
+        return scfa.attention_backward(dout, q, k, v, out, lse, layout=layout)
+
+    assert [x.shape for x in backward(**given)] == [q.shape, k.shape, v.shape]
+    with pytest.raises(error, match=text):
+        backward(**(given | {name: bad(given[name])}))
+
+
 def test_a_dry_run_on_meta_passes_what_is_right():
     plan = scfa.make_plan(scfa.HashSparse(META_IDS, META_IDS[:, :2]), META_Q, META_K)
     query = torch.nn.Parameter(META_Q)
