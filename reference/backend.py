@@ -114,11 +114,12 @@ class ReferenceBackend:
     ) -> None:
         """Write dq, dk, dv; out and lse are computed anew rather than trusted.
 
-        So those of several patterns merged are not this backend's to take.
+        But for rows whose lse is that of several patterns merged.
         """
-        dout, q, k, v = (widen(x, problem.dtype) for x in (dout, q, k, v))
+        dout, q, k, v, out = (widen(x, problem.dtype) for x in (dout, q, k, v, out))
         mask = mask_of(plan, problem.group_size)
-        grads = _gradients.gradients(dout, q, k, v, mask, problem.softmax_scale)
+        scale = problem.softmax_scale
+        grads = _gradients.gradients(dout, q, k, v, mask, scale, (out, lse))
         for target, values in zip((dq, dk, dv), grads, strict=True):
             target[...] = narrow(values, problem.dtype)
 

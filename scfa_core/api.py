@@ -155,7 +155,7 @@ def attention_backward(
     out, lse : arrays
         What `attention` returned with ``return_lse=True``. Or what `merge_attention` made of
         several patterns: these are then the gradients of this pattern's part, and all parts' add
-        up. The backend `reference` computes both anew and takes only the former.
+        up.
 
     Returns
     -------

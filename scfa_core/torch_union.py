@@ -38,8 +38,8 @@ def union_attention(
 
     Plain tensors take the node below, what somebody watches (a compiler, a dispatch mode, the
     profiler) the operator. Neither can pass a gradient that arrives at lse, functorch takes
-    neither, and the backward of the reference, like every one in float64, does not use the lse it
-    is given; in those cases every part is an ordinary call, differentiated through its own lse.
+    neither, and the reference, like every backward in float64, has more digits than a merged lse;
+    in those cases every part is an ordinary call, differentiated through its own lse.
     """
     eager = is_plain(q, k, v) and all(map(holds_plain, patterns))
     if not eager:

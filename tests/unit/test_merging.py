@@ -37,34 +37,34 @@ def test_numpy_parts_merge_to_the_whole(layout):
     np.testing.assert_allclose(lse, right_lse, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("backend", ["numba-cpu", "reference"])
 @pytest.mark.parametrize("size", [1.0, 30.0])  # scores of units, and weights far from each other
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_gradients_of_parts_under_the_merged_lse_add_up(dtype, size):
+def test_gradients_of_parts_under_the_merged_lse_add_up(dtype, size, backend):
     q, k, v = (x.astype(dtype) for x in problem())
     q *= size
     dout = np.random.default_rng(1).standard_normal(q.shape).astype(dtype)
     patterns = cuts(q, 0, 7, 19, 30)
-    parts = [scfa.attention(q, k, v, x, return_lse=True, backend="numba-cpu") for x in patterns]
+    parts = [scfa.attention(q, k, v, x, return_lse=True, backend=backend) for x in patterns]
     out, lse = merge_attention(*zip(*parts, strict=True))
-    grads = [
-        scfa.attention_backward(dout, q, k, v, out, lse, x, backend="numba-cpu") for x in patterns
-    ]
-    whole = scfa.attention(q, k, v, return_lse=True, backend="numba-cpu")
-    right = scfa.attention_backward(dout, q, k, v, *whole, backend="numba-cpu")
+    grads = [scfa.attention_backward(dout, q, k, v, out, lse, x, backend=backend) for x in patterns]
+    whole = scfa.attention(q, k, v, return_lse=True, backend="reference")
+    right = scfa.attention_backward(dout, q, k, v, *whole, backend="reference")
     for mine, want in zip(map(sum, zip(*grads, strict=True)), right, strict=True):
         np.testing.assert_allclose(mine, want, rtol=0, atol=2e-5 * np.abs(want).max())
 
 
+@pytest.mark.parametrize("backend", ["numba-cpu", "reference"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("other", [np.inf, -np.inf, 4e-4])
-def test_a_given_lse_is_taken_as_it_is(dtype, other):
+def test_a_given_lse_is_taken_as_it_is(dtype, other, backend):
     """Infinite where another part has an infinite score or this one sees nothing."""
     q, k, v, dout = np.random.default_rng(0).standard_normal((4, 1, 1, 20, 16)).astype(dtype)
-    out, lse = scfa.attention(q, k, v, return_lse=True, backend="numba-cpu")
+    out, lse = scfa.attention(q, k, v, return_lse=True, backend=backend)
     moved = lse.copy()
     moved[0, 0, 5] = other if np.isinf(other) else lse[0, 0, 5] + other
     grads = [
-        scfa.attention_backward(dout, q, k, v, out, x, backend="numba-cpu")[0][0, 0, 5]
+        scfa.attention_backward(dout, q, k, v, out, x, backend=backend)[0][0, 0, 5]
         for x in (lse, moved)
     ]
     if np.isinf(other):
