@@ -3,7 +3,7 @@
 p = softmax(scale * q @ k.T);  dv = p.T @ dout;  dp = dout @ v.T
 ds = p * (dp - delta), delta = rowsum(p * dp);  dq = scale * ds @ k;  dk = scale * ds.T @ q
 
-Where a row's softmax goes over the keys of several patterns, of which this is one, the lse of all is
+Where the softmax of a row goes over several patterns, of which this is one, the lse of all is
 given: p = exp(scale * q @ k.T - lse), delta = rowsum(out * dout) with the out of all.
 """
 
