@@ -7,11 +7,6 @@
 // the fibers ran: writes that are read before they are announced, or by the asynchronous proxy with no fence between,
 // and words that are overwritten while others may still read them.
 #pragma once
-#include <algorithm>
-#include <deque>
-#include <map>
-#include <unordered_map>
-
 namespace memory {
 
 #if defined(__GNUC__) && !defined(__clang__)
