@@ -55,8 +55,13 @@ demo: $(READY)
 	$(BIN)/python -m scfa_core demo $(ARGS)
 
 # ARGS passes anything on: make demo ARGS='--text notes.txt'; K=expression picks tests
+# Tests run in a process for each core; ARGS=-n0 runs all in one. The processes share what is costly
+# to make (tests/unit/once.py), and one that has none left takes tests of another. NumPy's products,
+# whose threads spin while they wait, are computed by one thread in each.
+test: export OPENBLAS_NUM_THREADS ?= 1
 test: $(READY)
-	$(BIN)/pytest -m "not gpu" $(if $(K),-k "$(K)") $(ARGS)
+	$(BIN)/pytest -m "not gpu" -n logical --maxprocesses 8 --dist worksteal \
+	  $(if $(K),-k "$(K)") $(ARGS)
 
 test-gpu: $(READY)
 	SCFA_REQUIRE=gpu $(BIN)/pytest tests/gpu $(if $(K),-k "$(K)") $(ARGS)

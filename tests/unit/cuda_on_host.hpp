@@ -6,10 +6,17 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+// All that any header here includes: this one is parsed once.
+#include <algorithm>
+#include <array>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
+#include <type_traits>
+#include <unordered_map>
 #include <vector>
 
 #define SCFA_HOST 1
@@ -85,6 +92,27 @@ inline void meet(Barrier& barrier, int members) {
   wait(barrier, members);
   if (heard) heard(&barrier);
 }
+
+// What a thread has begun, in groups that end in the order in which they were closed.
+template <class T>
+struct Groups {
+  static constexpr unsigned kMost = 8;
+  std::vector<T> kept[kMost];
+  unsigned closed = 0, ended = 0;
+  std::vector<T>& open() { return kept[closed % kMost]; }
+  void close() {
+    if (++closed - ended == kMost) std::fprintf(stderr, "cuda_on_host: too many groups\n"), std::abort();
+  }
+  // Lets groups end, each thing by end(thing), until so many are left.
+  template <class End>
+  void wait(unsigned left, End end) {
+    for (; closed - ended > left; ++ended) {
+      std::vector<T>& oldest = kept[ended % kMost];
+      for (T& thing : oldest) end(thing);
+      oldest.clear();
+    }
+  }
+};
 
 // Value that another lane of this warp passed to the same call.
 template <class T>

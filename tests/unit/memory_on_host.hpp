@@ -7,11 +7,6 @@
 // the fibers ran: writes that are read before they are announced, or by the asynchronous proxy with no fence between,
 // and words that are overwritten while others may still read them.
 #pragma once
-#include <algorithm>
-#include <deque>
-#include <map>
-#include <unordered_map>
-
 namespace memory {
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -100,7 +95,7 @@ SCFA_INLINE unsigned& time_of(unsigned address) {
   return times[address / 4];
 }
 
-inline Clocks& mine() { return of_thread[host::current]; }
+SCFA_INLINE Clocks& mine() { return of_thread[host::current]; }
 
 // What this thread does from here on is not part of what it has handed on or fenced.
 inline void tick() { ++mine().seen(host::current); }
@@ -133,22 +128,22 @@ inline void proxy_fence() {
   tick();
 }
 
-inline bool saw(const Access& access) { return access.actor < 0 || mine().seen(access.actor) >= access.clock; }
-inline bool fenced(const Access& access) { return access.actor < 0 || mine().fenced(access.actor) >= access.clock; }
-inline bool of_products(const Access& access) {
+SCFA_INLINE bool saw(const Access& access) { return access.actor < 0 || mine().seen(access.actor) >= access.clock; }
+SCFA_INLINE bool fenced(const Access& access) { return access.actor < 0 || mine().fenced(access.actor) >= access.clock; }
+SCFA_INLINE bool of_products(const Access& access) {
   return access.actor >= 2 * threads && access.actor < 2 * threads + warps;
 }
 
 // An asynchronous reader or writer sees what its own proxy did, in order, and else what is fenced.
-inline bool visible(const Access& access, bool asynchronous_access) {
+SCFA_INLINE bool visible(const Access& access, bool asynchronous_access) {
   return saw(access) && (asynchronous_access || fenced(access));
 }
 
-inline void note_reader(Word& at, int actor, unsigned clock, bool asynchronous) {
+SCFA_INLINE void note_reader(Word& at, int actor, unsigned clock, bool asynchronous) {
   at.readers[host::current / 128 % (kReaders / 2) * 2 + asynchronous] = {clock, (short)actor};
 }
 
-inline void read(unsigned address, int bytes) {
+SCFA_FAST inline void read(unsigned address, int bytes) {
   for (unsigned a = address; a < address + bytes; a += 4) {
     Word& at = word(a);
     if (!saw(at.writer)) fault("reads what is not announced", a, at.writer.actor);
@@ -157,7 +152,7 @@ inline void read(unsigned address, int bytes) {
 }
 
 // Is what lies here done with, for those who overwrite it?
-inline void may_overwrite(unsigned address, bool asynchronous, bool same) {
+SCFA_FAST inline void may_overwrite(unsigned address, bool asynchronous, bool same) {
   Word& at = word(address);
   for (int i = 0; i < kReaders; ++i) {
     const Access& reader = at.readers[i];
@@ -169,7 +164,7 @@ inline void may_overwrite(unsigned address, bool asynchronous, bool same) {
   if (!seen && !same) fault("overwrites what is not announced", address, at.writer.actor);
 }
 
-inline void note_writer(unsigned address, int actor, unsigned clock, bool by_copies) {
+SCFA_INLINE void note_writer(unsigned address, int actor, unsigned clock, bool by_copies) {
   Word& at = word(address);
   at.writer = {clock, (short)actor};
   at.by_copies = by_copies;
@@ -177,7 +172,7 @@ inline void note_writer(unsigned address, int actor, unsigned clock, bool by_cop
 }
 
 // A store of this thread.
-inline void write(unsigned address, const void* bytes, int count) {
+SCFA_FAST inline void write(unsigned address, const void* bytes, int count) {
   for (int i = 0; i < count; i += 4) {
     // Lanes that write the same do not disturb each other.
     const unsigned at = address + i;
@@ -189,7 +184,7 @@ inline void write(unsigned address, const void* bytes, int count) {
 }
 
 // What the asynchronous proxy is about to read, for `actor`; false, and said, if it might not see it.
-inline bool read_asynchronously(unsigned address, int actor, unsigned clock) {
+SCFA_FAST inline bool read_asynchronously(unsigned address, int actor, unsigned clock) {
   Word& at = word(address);
   note_reader(at, actor, clock, true);
   if (visible(at.writer, at.by_copies)) return true;

@@ -121,7 +121,11 @@ def allocated():
 
 @pytest.fixture(params=[Describing, Binding])
 def device(request, monkeypatch, allocated):
-    backend = request.param()
+    return pretend(request.param(), monkeypatch, allocated)
+
+
+def pretend(backend, monkeypatch, allocated):
+    """Let CPU tensors play cuda:0 from now on, and `backend` serve it."""
 
     def empty(shape, strides, dtype):
         x = torch.empty_strided(shape, strides, dtype=dtype)
@@ -139,6 +143,8 @@ def device(request, monkeypatch, allocated):
         for name, pretence in pretended.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, pretence)
+    # What is remembered of calls before is of the host: their tensors have the same device in name.
+    monkeypatch.setattr(torch_calls, "_calls", {})
     monkeypatch.setitem(dispatch._loaded, "cupy", backend)
     return backend
 

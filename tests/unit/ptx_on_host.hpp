@@ -2,10 +2,6 @@
 //
 // Background copies happen as late as their waits allow, so a wait that is missing or too weak shows as stale data.
 #pragma once
-#include <cmath>
-#include <cstring>
-#include <deque>
-
 #define __align__(n) alignas(n)
 
 struct alignas(8) float2 {
@@ -106,38 +102,27 @@ struct PendingCopy {
   int bytes;
   bool wanted;
 };
-struct CopyQueue {
-  std::deque<std::vector<PendingCopy>> groups;
-  std::vector<PendingCopy> open;
-};
+using CopyQueue = host::Groups<PendingCopy>;
 static std::vector<CopyQueue> copy_queues;  // one per thread; cleared by the driver before each block
 
 inline void copy16_async(u32 target, const void* source, bool wanted) {
   if ((size_t)source % 16 || target % 16) std::fprintf(stderr, "unaligned copy\n"), std::abort();
-  copy_queues[host::current].open.push_back({dynamic_shared + target, source, 16, wanted});
+  copy_queues[host::current].open().push_back({dynamic_shared + target, source, 16, wanted});
 }
 inline void copy16_async(u32 target, const void* source) { copy16_async(target, source, true); }
 inline void copy4_async(u32 target, const void* source, bool wanted) {
-  copy_queues[host::current].open.push_back({dynamic_shared + target, source, 4, wanted});
+  copy_queues[host::current].open().push_back({dynamic_shared + target, source, 4, wanted});
 }
-inline void copies_commit() {
-  CopyQueue& queue = copy_queues[host::current];
-  queue.groups.push_back(queue.open);
-  queue.open.clear();
-}
+inline void copies_commit() { copy_queues[host::current].close(); }
 template <int kPending>
 void copies_wait() {
-  auto& groups = copy_queues[host::current].groups;
-  while (groups.size() > kPending) {
-    for (const PendingCopy& copy : groups.front()) {
-      if (copy.wanted) {
-        std::memcpy(copy.target, copy.source, copy.bytes);
-      } else {
-        std::memset(copy.target, 0, copy.bytes);
-      }
+  copy_queues[host::current].wait(kPending, [](const PendingCopy& copy) {
+    if (copy.wanted) {
+      std::memcpy(copy.target, copy.source, copy.bytes);
+    } else {
+      std::memset(copy.target, 0, copy.bytes);
     }
-    groups.pop_front();
-  }
+  });
 }
 
 inline u16 shared_element(u32 address, int column) { return *(const u16*)(dynamic_shared + address + 2 * column); }

@@ -18,7 +18,7 @@ pytestmark = host_build.NEEDS_COMPILER
 kernels = hopper_host.kernels
 
 
-@pytest.mark.parametrize("head_dim", [16, 40, 96, 120])
+@pytest.mark.parametrize("head_dim", [40, 96, 120])
 def test_narrow_rows(kernels, head_dim):
     spec = Spec(1, 2, 1, 140, 200, head_dim, head_dim, "bfloat16", parts=HASH, poison=True, seed=1)
     check(kernels, spec)
@@ -36,14 +36,13 @@ def test_wide_rows(kernels, head_dim):
 def test_wide_rows_in_many_blocks(kernels, head_dim, name, seqlen):
     """Buffers come round, weights are handed over, out lies where keys were and will be."""
     parts = {"causal": (Part("causal", number=0),), **IN_ONE_PASS}[name]
-    sizes = (1, 4, 2, seqlen, seqlen, head_dim, head_dim, "bfloat16")
+    sizes = (1, 2, 1, seqlen, seqlen, head_dim, head_dim, "bfloat16")
     spec = Spec(*sizes, parts=parts, poison=True, seed=seqlen)
     check(kernels, spec, order=seqlen % 3, blocks=1 + seqlen % 2)
 
 
-@pytest.mark.parametrize("head_dim", [32])
-def test_a_window_in_float16(kernels, head_dim):
-    spec = Spec(1, 1, 1, 200, 200, head_dim, head_dim, "float16", parts=WINDOW, seed=3)
+def test_the_narrowest_rows_in_float16(kernels):
+    spec = Spec(1, 2, 1, 200, 200, 16, 16, "float16", parts=WINDOW, poison=True, seed=3)
     check(kernels, spec, order=2, blocks=2)
 
 
@@ -244,7 +243,9 @@ def test_more_blocks_than_buffers(kernels, head_dim, lengths):
     check(kernels, spec, order=DOWNWARDS if many_keys else UPWARDS)
 
 
-def test_without_a_proxy_fence_products_see_no_copied_rows(kernels):
+def test_without_a_proxy_fence_products_see_no_copied_rows(kernels, monkeypatch):
     """The played memory is as unkind as that: no output is a number."""
+    forward = itertools.islice(hopper_host.passes(Spec(1, 1, 1, 70, 70, 64, 64), False), 1)
+    monkeypatch.setattr(hopper_host, "passes", lambda *_: forward)
     spec = Spec(1, 1, 1, 70, 70, 64, 64, "bfloat16", parts=(Part("causal", number=0),), seed=7)
     assert np.isnan(run(kernels, testing.build(spec), fences=False).out).all()

@@ -147,17 +147,19 @@ def test_tensor_core_kernels_live_in_registers(
     assert spilled <= 64
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
-def test_planner_kernels(compile_to_ptx, tmp_path, capability):
+def test_planner_kernels(compile_to_ptx, tmp_path):
+    """PTX of the oldest capability, which every assembler takes for its own card."""
     for kernel in planner_kernels():
-        ptx = compile_to_ptx(kernel, capability)
+        ptx = compile_to_ptx(kernel, (8, 0))
         assert ".local .align" not in ptx
-        report = assemble(ptx, capability, tmp_path)
-        assert report is None or report[1] == 0
-        code = disassemble(tmp_path / "kernel.cubin") if report else None
-        if code and "uint8:3" not in kernel.arguments:
-            # Nothing here has 16 bits: ptxas once copied half of a list's length (plan_causal.py).
-            assert not re.findall(r"PRMT [^;]* 0x(?:10|32|54|76){2}[,; ]", code)
+        for capability in ((8, 0), (9, 0), (10, 0)):
+            report = assemble(ptx, capability, tmp_path)
+            assert report is None or report[1] == 0
+            code = disassemble(tmp_path / "kernel.cubin") if report else None
+            if code and "uint8:3" not in kernel.arguments:
+                # Nothing here has 16 bits: ptxas once copied half of a list's length
+                # (plan_causal.py).
+                assert not re.findall(r"PRMT [^;]* 0x(?:10|32|54|76){2}[,; ]", code)
 
 
 @pytest.mark.slow

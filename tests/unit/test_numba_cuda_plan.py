@@ -4,12 +4,11 @@ As in test_numba_cuda_sim.py, this file runs itself in a process that chooses th
 """
 
 import json
-import sys
 
 import numpy as np
 import pytest
 from once import made_once
-from simulated import report_of
+from simulated import by_turns, report_of
 
 from scfa_core.arrays import HostContext
 from scfa_core.lowering import Clauses
@@ -200,7 +199,7 @@ def main():
     import warnings
 
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # distances that need all 64 bits
-    sys.setswitchinterval(1e-3)  # as in test_numba_cuda_sim.py
+    by_turns()
     report = {}
     for name, (sizes, clauses, _) in CASES.items():
         report[name] = run_case(sizes, clauses)

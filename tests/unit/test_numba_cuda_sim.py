@@ -5,11 +5,10 @@ own, which works through all cases and prints what it found.
 """
 
 import json
-import sys
 
 import pytest
 from once import made_once
-from simulated import report_of
+from simulated import by_turns, report_of
 
 from scfa_core.testing import Part, Spec
 
@@ -164,8 +163,7 @@ def main():
     from scfa_core.dispatch import unavailable_reason
 
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # Inf and NaN are among the data
-    # The simulator watches its threads in a loop; each of them waits until that has had its turn.
-    sys.setswitchinterval(1e-3)
+    by_turns()
     report = {"availability": unavailable_reason("numba-cuda")}
     for name, spec in CASES.items():
         report[name] = run_case(spec)

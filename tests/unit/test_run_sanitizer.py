@@ -98,13 +98,13 @@ def program(tmp_path):
 
 def test_runs_side_by_side_end_or_are_stopped(runner, program):
     jobs = runner.jobs_of(["cupy"], ["racecheck", "initcheck"], ["planner", "float32"])
-    states = runner.run_all(jobs, 2.0, 4, program)
+    states = runner.run_all(jobs, 4.0, 4, program)
     assert set(states) == {", ".join(job) for job in jobs}
     told = {name.removeprefix("cupy, "): found["state"] for name, found in states.items()}
     assert told["initcheck, planner"] == "clean"
     assert told["initcheck, float32"].startswith("found")
     for family in ("planner", "float32"):
-        assert told[f"racecheck, {family}"].startswith("not finished after 2 s (in call 1 of 1")
+        assert told[f"racecheck, {family}"].startswith("not finished after 4 s (in call 1 of 1")
 
 
 def test_when_the_time_of_all_is_over_the_rest_is_not_begun(runner, program):

@@ -56,6 +56,14 @@ def test_every_kind_of_clause(device, name):
     assert device.seen.count("make_plan") == 4
 
 
+def test_calls_of_the_host_do_not_count(monkeypatch, allocated):
+    """Nor does the order of the tests: some call the host with tensors of these very sizes."""
+    assert_right(*tensors(), scfa.HashSparse(*hashes()))
+    backend = pretended_gpu.pretend(Binding(), monkeypatch, allocated)
+    assert_right(*tensors(), scfa.HashSparse(*hashes()))
+    assert backend.seen == ["make_plan", "forward", "backward"]
+
+
 def test_a_minus_that_is_not_in_memory(device):
     q, k, v = tensors(requires_grad=False)
     q_hash, k_hash = hashes()

@@ -8,11 +8,6 @@
 //
 // What mbarrier.cuh says of fences, arrivals and waits is played as it stands there (hopper_host.py).
 #pragma once
-#include <algorithm>
-#include <array>
-#include <map>
-#include <type_traits>
-
 #include "memory_on_host.hpp"
 
 namespace host {
@@ -34,12 +29,8 @@ inline void count_arrival(PhaseBarrier& barrier) {
 }
 inline bool is_last(const PhaseBarrier& barrier) { return barrier.arrived + 1 == barrier.expected; }
 
-struct Products {  // of one thread
-  std::vector<std::function<void()>> open;
-  std::deque<std::vector<std::function<void()>>> groups;
-  unsigned committed = 0;
-};
-static std::vector<Products> products;
+using Products = Groups<std::function<void()>>;
+static std::vector<Products> products;  // of each thread
 
 struct BackgroundCopy {
   unsigned target;
@@ -91,8 +82,8 @@ inline void look_for_sums(const float* place, const char* what) {
 inline void start_block(int threads, int shared_bytes) {
   phase_barriers.clear();
   named_barriers.clear();
-  products.assign(threads, Products());
-  background_copies.assign(threads, {});
+  products = std::vector<Products>(threads);
+  background_copies = std::vector<std::vector<BackgroundCopy>>(threads);
   bulk_begun.assign(threads, 0);
   memory::start_block(threads, shared_bytes);
 }
@@ -324,7 +315,7 @@ void issue_on_host(float (&d)[kCount], bool accumulate, Left left, Operand right
   constexpr bool kInMemory = std::is_same<Left, Operand>::value;
   host::Products& products = host::products[host::current];
   const int lane = host::current % 32, row = host::current % 128 / 32 * 16 + lane / 4;
-  const unsigned clock = products.committed + 1;
+  const unsigned clock = products.closed + 1;
   bool visible = true;  // a few lanes look for all
   if constexpr (kInMemory) {
     if (lane % 4 == 0) visible &= left.look_ahead(row, clock) & left.look_ahead(row + 8, clock);
@@ -336,7 +327,7 @@ void issue_on_host(float (&d)[kCount], bool accumulate, Left left, Operand right
     if (!right.rows) visible &= right.look_ahead(column + 1, clock);
   }
   right.issued = memory::now;
-  products.open.push_back([=, &d]() mutable {
+  products.open().push_back([=, &d]() mutable {
     float rows[2][16];
     if constexpr (kInMemory) {
       left.read_line(rows[0], row), left.read_line(rows[1], row + 8);
@@ -382,20 +373,12 @@ void wgmma_issue(float (&d)[kCount], unsigned long long a, unsigned long long b)
 }
 
 inline void wgmma_fence() {}
-inline void wgmma_commit() {
-  host::Products& products = host::products[host::current];
-  products.groups.push_back(std::move(products.open));
-  products.open.clear();
-  ++products.committed;
-}
+inline void wgmma_commit() { host::products[host::current].close(); }
 template <int kPending>
 void wgmma_wait() {
   host::Products& products = host::products[host::current];
-  for (; products.groups.size() > kPending; products.groups.pop_front()) {
-    for (auto& play : products.groups.front()) play();
-  }
-  const unsigned done = products.committed - products.groups.size();
-  memory::mine().seen(memory::products_of(host::current)) = done;
+  products.wait(kPending, [](std::function<void()>& play) { play(); });
+  memory::mine().seen(memory::products_of(host::current)) = products.ended;
 }
 template <class T, int kCount>
 void pin(T (&)[kCount]) {}
