@@ -149,72 +149,65 @@ def end_case(row: dict[str, Any], trainer: Trainer, profiled: bool) -> None:
         row["bucket_cost"] = trainer.bucket_cost()
 
 
-def cases(
-    config: Config,
-    corpus: Corpus,
-    where: World,
-    kernels_ready: Callable[[], None],
-    *,
-    graph: str,
-    warm: int,
-    repeats: int,
-    profiled: bool,
-) -> Iterator[dict[str, Any]]:
+Make = Callable[[Config], tuple[Trainer, float]]  # a variant's trainer, seconds of compiling
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """What is timed of each variant: see `run`."""
+
+    graph: str
+    warm: int
+    repeats: int
+    rounds: int
+    profiled: bool
+
+
+def cases(config: Config, make: Make, how: Timing) -> Iterator[dict[str, Any]]:
     """Rows of one variant at one length; one trainer takes plain steps first, then graphs."""
     trainer: Trainer | None = None
-    for as_graph in MODES[graph]:
+    for as_graph in MODES[how.graph]:
         row: dict[str, Any] = {"seqlen": config.seqlen, "variant": config.attention}
         row["graph"] = as_graph
         try:
             if trainer is None:
-                trainer, row["compile_seconds"] = compiled(config, corpus, where, kernels_ready)
+                trainer, row["compile_seconds"] = make(config)
             if as_graph:
                 trainer.use_graph()
-            row |= begin_case(trainer, warm, repeats)
-            end_case(row, trainer, profiled)
+            row |= begin_case(trainer, how.warm, how.repeats)
+            end_case(row, trainer, how.profiled)
         except Exception as error:
             row["error"] = f"{error!r:.300}"
         yield row
 
 
-def cases_in_turn(
-    configs: list[Config],
-    corpus: Corpus,
-    where: World,
-    kernels_ready: Callable[[], None],
-    *,
-    graph: str,
-    warm: int,
-    repeats: int,
-    rounds: int,
-    profiled: bool,
-) -> Iterator[dict[str, Any]]:
+def cases_in_turn(configs: list[Config], make: Make, how: Timing) -> Iterator[dict[str, Any]]:
     """Rows of several variants at one length, timed in turn; all are in memory meanwhile.
 
     A card's clock falls as it warms: what is timed minutes later is slower by what two variants may
     differ by.
     """
-    (as_graph,) = MODES[graph]
+    (as_graph,) = MODES[how.graph]
     under_way: list[tuple[dict[str, Any], Trainer]] = []
     for config in configs:
         row: dict[str, Any] = {"seqlen": config.seqlen, "variant": config.attention}
-        row |= {"graph": as_graph, "rounds": rounds}
-        held = torch.cuda.memory_allocated() if where.device.startswith("cuda") else 0
+        row |= {"graph": as_graph, "rounds": how.rounds}
+        held = torch.cuda.memory_reserved() if as_graph else torch.cuda.memory_allocated()
         try:
-            trainer, row["compile_seconds"] = compiled(config, corpus, where, kernels_ready)
+            trainer, row["compile_seconds"] = make(config)
             if as_graph:
                 trainer.use_graph()
-            row |= begin_case(trainer, warm, repeats, held)
+            row |= begin_case(trainer, how.warm, how.repeats, held)
             under_way.append((row, trainer))
         except Exception as error:
             yield row | {"error": f"{error!r:.300}"}
-    for _ in range(rounds - 1):
+    for _ in range(how.rounds - 1):
         for row, trainer in under_way:
             trainer.train_step()  # the first one after another variant's
-            times, row["loss"] = step_times(trainer, repeats)
+            times, row["loss"] = step_times(trainer, how.repeats)
             row["times"] += times
     for row, trainer in under_way:
-        end_case(row, trainer, profiled)
+        end_case(row, trainer, how.profiled)
         yield row
 
 
@@ -313,7 +306,10 @@ def run(
     }
     rows: list[dict[str, Any]] = record["rows"]
     kernels_ready = compile_kernels_meanwhile(base, where)
-    common: dict[str, Any] = {"graph": graph, "warm": warm, "repeats": repeats}
+
+    def make(config: Config) -> tuple[Trainer, float]:
+        return compiled(config, corpus, where, kernels_ready)
+
     for seqlen in lengths:
         configs = [
             dataclasses.replace(
@@ -330,13 +326,11 @@ def run(
                 names = ", ".join(config.attention for config in together)
                 print(f"T={seqlen:6d} {names:16s} not begun: the budget is spent", flush=True)
                 continue
-            how = (corpus, where, kernels_ready)
-            common["profiled"] = seqlen in profiled
-            for row in (
-                cases_in_turn(together, *how, rounds=rounds, **common)
-                if rounds > 1
-                else cases(*together, *how, **common)
-            ):
+            how = Timing(graph, warm, repeats, rounds, seqlen in profiled)
+            found = (
+                cases_in_turn(together, make, how) if rounds > 1 else cases(*together, make, how)
+            )
+            for row in found:
                 rows.append(row)
                 print("\n".join(describe(row)), flush=True)
                 if json_path is not None:
