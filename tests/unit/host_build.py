@@ -20,7 +20,7 @@ NEEDS_COMPILER = pytest.mark.skipif(
 )
 OPTIONS = (
     # -Og compiles fastest, and what it makes is not slower than that of -O1
-    *("-std=c++17", "-Og", "-w", "-fPIC", "-ffp-contract=off"),
+    *("-std=c++17", "-Og", "-w", "-fPIC", "-ffp-contract=off", "-fvisibility-inlines-hidden"),
     *("-fsanitize=signed-integer-overflow,shift,bounds", "-fsanitize-undefined-trap-on-error"),
     # fmaf and float16 as instructions, of the same results as the calls that they replace
     *(("-march=native",) if platform.machine() in ("x86_64", "AMD64") else ()),

@@ -210,7 +210,7 @@ def test_layers_of_other_heads_than_the_config_says_plan_for_themselves():
 def test_a_hash_is_compiled_from_the_first_call(dynamic):
     """Its directions, drawn nowhere yet, are an operator of the graph; another seed is traced."""
     _kept.cache_clear()
-    model = made("qwen3")
+    model = made("qwen3", num_hidden_layers=1, layer_types=["full_attention"])
     model.set_attn_implementation("scfa_hash")
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=dynamic)
     calls = [{"input_ids": tokens()}, {"input_ids": tokens(3, 33)}, padded()]
