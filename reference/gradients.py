@@ -64,9 +64,9 @@ def gradients(
         delta = (p * dp).sum(axis=-1, keepdims=True)
         if merged is not None:
             out, lse = merged
-            kept, near, share = (x[..., None] for x in under_given(lse, own))
-            p = np.where(mask & ~(kept | near), p * share, p)
-            delta = np.where(kept, delta, (dout * out).sum(axis=-1, keepdims=True))
+            kept, near, share = under_given(lse, own)
+            p = np.where(mask & ~(kept | near)[..., None], p * share[..., None], p)
+            delta = np.where(kept[..., None], delta, (dout * out).sum(axis=-1, keepdims=True))
         ds = np.where(mask, p * (dp - delta), 0.0)
     mask_t = np.swapaxes(mask, -1, -2)
     dq = softmax_scale * visible_product(ds, mask, k)
