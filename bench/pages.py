@@ -37,7 +37,7 @@ def _card(stem: str) -> Page:
             stem: "",
             f"{stem}-prepared": "Rows and key tiles prepared at once",
             f"{stem}-halves": "Half tiles pass over what they do not see",
-            f"{stem}-fa4": "Beside flash-attn 4, the same kernels",
+            f"{stem}-fa4": "Beside flash-attn 4",
             f"{stem}-both": "Beside flash-attn and FlexAttention, a training step's attention too",
             f"{stem}-now": "After a second gathering warpgroup: what changed since",
             f"{stem}-wide": "Wide heads, with a backward of two roles",

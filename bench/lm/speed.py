@@ -290,7 +290,8 @@ def run(
     A case that fails says why in its row, and the others go on. The file is written after each.
     `graph` is one of `MODES`: steps as they are enqueued, replays of CUDA graphs, or both. With two
     or more `rounds` the variants of a length are in memory together and timed in turn, `repeats`
-    steps at a time. `commit` names the sources where git cannot tell.
+    steps at a time; one that fails after the first round ends the run. `commit` names the sources
+    where git cannot tell.
     """
     if rounds > 1 and len(MODES[graph]) > 1:
         raise SystemExit("variants timed in turn take plain steps or graphs: --graph only, or none")

@@ -36,8 +36,9 @@ def past_hash(x: Tensor, directions: Tensor, start: Tensor) -> tuple[Tensor, Ten
 
     Notes
     -----
-    On a GPU that ``cupy`` serves, one kernel. It adds sums in an order that the number of buckets
-    alone decides, so that a sequence's buckets do not depend on what else is in the batch.
+    On a GPU that ``cupy`` serves, one kernel. It adds sums in an order that dtype, head_dim and the
+    number of buckets decide, so that a sequence's buckets do not depend on what else is in the
+    batch.
     """
     check_tensor("x", x, "batch", "heads", "seqlen", "head_dim")
     check_tensor("start", start, "heads", "head_dim")
