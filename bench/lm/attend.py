@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 
@@ -44,7 +45,7 @@ def _part(
 
 def sparse(config: Config) -> Attend:
     """Attention through this package."""
-    parts = [_parse(name) for name in config.attention.split("+")]
+    parts = [_parse(name) for name in config.main.split("+")]
     if len(parts) > 2 or (len(parts) == 2 and (parts[1][0] != "window" or parts[0][0] == "window")):
         raise SystemExit(
             "a sum is of one sparse attention and a window, such as hash16+window128, got "
@@ -79,18 +80,34 @@ def sparse(config: Config) -> Attend:
 
 def attend_for(config: Config) -> Attend:
     """Choose the attention of a configuration."""
+    window, heads = config.near
+    most = _attend_for(config)
+    if not heads:
+        return most
+    last = sparse(dataclasses.replace(config, attention=f"window{window}"))
+    shares = [config.hashed_heads, heads]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *hashed: Tensor | None) -> Tensor:
+        first, second = zip(*(x.split(shares, dim=1) for x in (q, k, v)), strict=True)
+        return torch.cat((most(*first, *hashed), last(*second, *hashed)), dim=1)
+
+    return attend
+
+
+def _attend_for(config: Config) -> Attend:
+    """Choose that of all heads but the last."""
     scale = config.softmax_scale
-    if config.packed and config.attention in ("dense", "naive", "none"):
+    if config.packed and config.main in ("dense", "naive", "none"):
         raise SystemExit(
             f"packed=True is served by this package's attention, not {config.attention}"
         )
-    if config.attention == "none":
+    if config.main == "none":
         return lambda q, k, v, *_: q + k + v
-    if config.attention == "dense":
+    if config.main == "dense":
         return lambda q, k, v, *_: functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale
         )
-    if config.attention == "naive":
+    if config.main == "naive":
 
         def naive(q: Tensor, k: Tensor, v: Tensor, *_: Tensor | None) -> Tensor:
             hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 
 
@@ -14,7 +15,9 @@ class Config:
 
     `attention` is ``dense``, ``hash<buckets>``, ``drop<percent>``, ``window<keys>``,
     ``hash<buckets>+window<keys>`` (keys of the same bucket and the last so many; ``drop`` as well),
-    ``naive``, ``reformer<buckets>`` or ``none``: q + k + v, the bound on speed.
+    ``naive``, ``reformer<buckets>`` or ``none``: q + k + v, the bound on speed. After a comma,
+    ``window<keys>x<heads>``, the last so many heads see a window instead, as in
+    ``hash16r,window128x4``.
     ``hash<buckets>c`` hashes queries about their mean of earlier steps, and ``hash<buckets>w``
     divides by their covariance as well, so that buckets become even; ``hash<buckets>r`` subtracts
     the running mean of the sequence's earlier rows, which does not lag behind moving weights.
@@ -59,9 +62,33 @@ class Config:
         return self.heads * self.head_dim
 
     @property
+    def near(self) -> tuple[int, int]:
+        """Keys of the window that the last heads see, and how many heads those are."""
+        _, comma, last = self.attention.partition(",")
+        if not comma:
+            return 0, 0
+        match = re.fullmatch(r"window(\d+)x(\d+)", last)
+        if match is None or not 0 < int(match[2]) < self.heads:
+            raise SystemExit(
+                "after a comma comes the window of some heads, such as hash16,window128x4 of "
+                f"{self.heads} heads, got {self.attention!r}"
+            )
+        return int(match[1]), int(match[2])
+
+    @property
+    def hashed_heads(self) -> int:
+        """Heads that do not see a window instead."""
+        return self.heads - self.near[1]
+
+    @property
+    def main(self) -> str:
+        """The attention of all heads, or of all but the last."""
+        return self.attention.partition(",")[0]
+
+    @property
     def buckets(self) -> int:
         """Buckets of a hash variant, 0 for others."""
-        first = self.attention.partition("+")[0]
+        first = self.main.partition("+")[0]
         if not first.startswith("hash"):
             return 0
         count = int(first.removeprefix("hash").rstrip("cwr"))
@@ -76,7 +103,7 @@ class Config:
         "c" their mean of earlier steps, "w" their covariance too, "r" that covariance about the
         mean of a sequence's earlier rows, "" not.
         """
-        first = self.attention.partition("+")[0]
+        first = self.main.partition("+")[0]
         return first[-1] if first.startswith("hash") and first[-1] in "cwr" else ""
 
     def accumulation(self, processes: int) -> int:

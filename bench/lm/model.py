@@ -16,13 +16,11 @@ from torch.nn import functional
 from bench.lm.attend import attend_for
 from bench.lm.config import Config
 from bench.lm.data import document_ids
+from bench.lm.moments import Moments, Seen, gather, sample_every
 from scfa_core.hashing import angular_hash
-from scfa_core.hashing_checks import CENTER_ROWS
-from scfa_core.nn.hashing import second_moments
 from scfa_core.nn.past import past_hash
 
 ROTARY_BASE = 10000.0
-SAMPLED = 2048  # about so many queries of a batch count for mean and covariance
 RIDGE = 0.01  # of the mean variance, added to all before dividing by the covariance
 
 
@@ -50,19 +48,12 @@ class Mix(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.heads = config.heads
-        self.follows_past = config.adapts == "r"
+        self.heads, self.hashed_heads = config.heads, config.hashed_heads
+        self.adapts, self.follows_past = bool(config.adapts), config.adapts == "r"
         self.attend = attend_for(config)
         self.rotary = config.positions == "rotary"
         self.query_value = nn.Linear(config.width, 2 * config.width, bias=False)
         self.output = nn.Linear(config.width, config.width, bias=False)
-        self.mean: Tensor | None
-        self.square: Tensor | None
-        for name, shape in (
-            ("mean", (config.heads, config.head_dim)),
-            ("square", (config.heads, config.head_dim, config.head_dim)),
-        ):
-            self.register_buffer(name, torch.zeros(shape) if config.adapts else None)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and values, views (batch, heads, seqlen, head_dim)."""
@@ -77,20 +68,23 @@ class Mix(nn.Module):
         directions: Tensor | None,
         center: Tensor | None,
         documents: Tensor | None,
-    ) -> Tensor:
-        """(batch, seqlen, width) to the same."""
+    ) -> tuple[Tensor, Seen | None]:
+        """(batch, seqlen, width) to the same, and a sample of what an adapting hash was given."""
         q, v = self.project(x)
         k = functional.normalize(q, dim=-1).to(q.dtype)
         turned = (rotate(q), rotate(k)) if self.rotary else (q, k)
-        hashed = q.detach()
+        hashed = q.detach()[:, : self.hashed_heads]
+        sample = hashed[:, :, :: sample_every(q.shape[0], q.shape[2])]
         if self.follows_past and directions is not None:
             hashed, center = self.buckets(hashed, directions, center)
             directions = None
         out = self.attend(*turned, v, hashed, directions, center, documents)
-        self._note(q.detach(), center)
-        out = out.transpose(1, 2).flatten(2)
-        mixed_back: Tensor = self.output(out)
-        return mixed_back
+        mixed_back: Tensor = self.output(out.transpose(1, 2).flatten(2))
+        if not self.adapts:
+            return mixed_back, None
+        # A copy: what shares memory with q would be given a gradient, of zeros, by torch.compile.
+        sample = sample.clone(memory_format=torch.contiguous_format)
+        return mixed_back, (sample, center if self.follows_past else None)
 
     def buckets(
         self, q: Tensor, directions: Tensor, center: Tensor | None
@@ -101,35 +95,13 @@ class Mix(nn.Module):
         bucket, about = past_hash(q, directions, center)
         return bucket[0], about
 
-    def _note(self, q: Tensor, center: Tensor | None) -> None:
-        """Store moments of a batch; overwritten, not added up, so that it may be recomputed.
-
-        Of those sequences of each head that are finite: one NaN would stay for good.
-        """
-        if self.mean is None or self.square is None:
-            return
-        with torch.autocast(q.device.type, enabled=False):
-            each = max(q.shape[0] * q.shape[2] // SAMPLED, 1)
-            about = rows = q[:, :, ::each]
-            if center is not None and self.follows_past:
-                own = torch.arange(0, q.shape[2], each, device=q.device) // CENTER_ROWS
-                about = (rows.float() - center[:, :, own]).to(q.dtype)
-            sums = rows.sum(2, dtype=torch.float32)
-            squares = second_moments(about.flatten(0, 1)[None]).unflatten(0, q.shape[:2])
-            # No product's sum is beyond those of the two squares.
-            of_squares = squares.diagonal(dim1=-2, dim2=-1)
-            known = (sums.isfinite() & of_squares.isfinite()).all(-1, keepdim=True)
-            number = rows.shape[2] * known.sum(0)
-            mean = sums.where(known, 0.0).sum(0) / number
-            square = squares.where(known[..., None], 0.0).sum(0) / number[..., None]
-            for buffer, found in ((self.mean, mean), (self.square, square)):
-                buffer.copy_(found.where(found.isfinite(), buffer))  # NaN is 0 / 0: none is finite
-
 
 def _reformer(config: Config) -> nn.Module:
     """The chunked baseline, e.g. ``reformer16`` for 16 buckets, chunks of two mean buckets."""
     from scfa_core.nn import ReformerAttention
 
+    if config.main != config.attention:
+        raise SystemExit(f"the Reformer attends in all heads, got {config.attention!r}")
     if config.packed:
         raise SystemExit("packed=True is served by this package's attention, not the Reformer's")
     buckets = int(config.attention.removeprefix("reformer") or 16)
@@ -164,15 +136,15 @@ class Block(nn.Module):
         directions: Tensor | None,
         center: Tensor | None,
         documents: Tensor | None,
-    ) -> Tensor:
-        """(batch, seqlen, width) to the same."""
-        mixed = self.norm_attention(x)
+    ) -> tuple[Tensor, Seen | None]:
+        """(batch, seqlen, width) to the same, and what `Mix` tells of it."""
+        mixed, seen = self.norm_attention(x), None
         if isinstance(self.mix, Mix):
-            mixed = self.mix(mixed, directions, center, documents)
+            mixed, seen = self.mix(mixed, directions, center, documents)
         else:
             mixed = self.mix(mixed)
         x = x + mixed
-        return x + self.narrow(functional.gelu(self.widen(self.norm_feed(x))))
+        return x + self.narrow(functional.gelu(self.widen(self.norm_feed(x)))), seen
 
 
 class Embed(nn.Module):
@@ -221,7 +193,7 @@ class LanguageModel(nn.Module):
         self.center: Tensor | None
         self.spread: Tensor | None
         self.turn: Tensor | None
-        means = (config.layers, config.heads, config.head_dim)
+        means = (config.layers, config.hashed_heads, config.head_dim)
         for name, shape, kinds in (
             ("center", means, "cwr"),
             ("spread", (*means, config.head_dim), "wr"),
@@ -231,6 +203,7 @@ class LanguageModel(nn.Module):
             self.register_buffer(name, torch.zeros(shape) if used else None)
         if self.turn is not None:
             self.turn += torch.eye(config.head_dim)
+        self.moments = Moments(config) if config.adapts else None
 
     @staticmethod
     def _start(module: nn.Module) -> None:
@@ -244,21 +217,26 @@ class LanguageModel(nn.Module):
             return
         if scope not in ("blocks", "model"):
             raise SystemExit(f"compile must be 'blocks', 'model' or 'none', got {scope!r}")
-        parts = [self] if scope == "model" else [self.embed, *self.blocks, self.head]
+        parts = [self] if scope == "model" else self.parts()
         whole = not self.config.attention.startswith("reformer")
         for part in parts:
             part.compile(fullgraph=whole, dynamic=False)
 
+    def parts(self) -> list[nn.Module]:
+        """What the model is made of, to be compiled each by itself."""
+        moments = [] if self.moments is None else [self.moments]
+        return [self.embed, *self.blocks, self.head, *moments]
+
     def directions(self) -> Tensor | None:
         """Directions of the angular hash of all layers, drawn anew at every call, as in the paper.
 
-        (layers, 1, heads, head_dim, buckets // 2), of unit length, in variant "w" among queries
-        divided by their covariance; None without hashing.
+        (layers, 1, hashed_heads, head_dim, buckets // 2), of unit length, in variant "w" among
+        queries divided by their covariance; None without hashing.
         """
         config = self.config
         if not config.buckets:
             return None
-        shape = (config.layers, 1, config.heads, config.head_dim, config.buckets // 2)
+        shape = (config.layers, 1, config.hashed_heads, config.head_dim, config.buckets // 2)
         drawn = torch.randn(shape, device=self.embed.token.weight.device)
         drawn = functional.normalize(drawn, dim=3)
         if self.turn is None:
@@ -270,9 +248,12 @@ class LanguageModel(nn.Module):
         """(batch, seqlen) tokens and their successors to a scalar."""
         directions = self.directions()
         documents = document_ids(text) if self.config.packed else None
-        x = self.embed(text)
+        x, seen = self.embed(text), []
         for layer, block in enumerate(self.blocks):
-            x = block(x, *self._hash_of(layer, directions), documents)
+            x, of_layer = block(x, *self._hash_of(layer, directions), documents)
+            seen.append(of_layer)
+        if self.moments is not None:
+            self.moments(*gather(seen), sample_every(*text.shape))
         return self.head(x, self.embed.token.weight, target)
 
     def _hash_of(
@@ -289,12 +270,9 @@ class LanguageModel(nn.Module):
         After a step: buckets of a sequence must not depend on its own later rows. In variant "r"
         the mean only begins a sequence, and its latest value serves best.
         """
-        if self.center is None:
+        if self.center is None or self.moments is None:
             return
-        mean, square = (
-            torch.stack([getattr(block.mix, name) for block in self.blocks])
-            for name in ("mean", "square")
-        )
+        mean, square = self.moments.mean, self.moments.square
         follows_past = self.config.adapts == "r"
         self.center.lerp_(mean, 1.0 if follows_past else share)
         if self.spread is None or self.turn is None:
@@ -310,15 +288,15 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def queries(self, text: Tensor, directions: Tensor | None) -> Iterator[Tensor]:
-        """Queries (batch, heads, seqlen, head_dim) of one layer after the other, not compiled."""
+        """Queries (batch, hashed_heads, seqlen, head_dim), layer by layer, not compiled."""
         x = self.embed.forward(text)
         for layer, block in enumerate(self.blocks):
             mixed = block.norm_attention(x)
             if isinstance(block.mix, Mix):
-                yield block.mix.project(mixed)[0]
+                yield block.mix.project(mixed)[0][:, : block.mix.hashed_heads]
             else:
                 yield block.mix.query(mixed).unflatten(-1, (self.config.heads, -1)).transpose(1, 2)
-            x = block.forward(x, *self._hash_of(layer, directions), None)
+            x, _ = block.forward(x, *self._hash_of(layer, directions), None)
 
     @torch.no_grad()
     def bucket_cost(self, text: Tensor) -> list[float]:
@@ -347,5 +325,5 @@ class LanguageModel(nn.Module):
         directions = self.directions()
         x = self.embed.forward(text)
         for layer, block in enumerate(self.blocks):
-            x = block.forward(x, *self._hash_of(layer, directions), None)
+            x, _ = block.forward(x, *self._hash_of(layer, directions), None)
         return functional.linear(self.head.norm(x[:, -1]), self.embed.token.weight).float()

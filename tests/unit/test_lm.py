@@ -26,6 +26,7 @@ corpus = load_corpus(text)
 tiny = dataclasses.replace(PRESETS["tiny"], seqlen=64, tokens_per_step=128, steps=4)
 here = World(0, 1, "cpu")
 names = "dense hash4 hash4c hash4w hash4r drop50 window16 hash4+window16 naive reformer4 none"
+names += " hash4r,window16x1 hash4+window16,window8x1 dense,window16x1"
 for name in names.split():
     trainer = Trainer(dataclasses.replace(tiny, attention=name), corpus, here)
     assert trainer.train_step() < 6.0, name
@@ -74,6 +75,22 @@ got = model.blocks[0].mix.attend(q, k, v, q, directions, None, None)
 torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
 assert bool((same & (ago >= 16)).any()) and bool((~same & (ago > 0) & (ago < 16)).any())
 
+mixed = dataclasses.replace(tiny, attention="hash4,window16x1")
+model = Trainer(mixed, corpus, here).model
+directions = model.directions()[0]
+bucket = angular_hash(q[:, :1], directions)[0]
+seen = torch.cat(
+    (
+        (bucket[..., :, None] == bucket[..., None, :]) & (ago > 0),
+        ((ago >= 0) & (ago < 16)).expand(2, 1, 64, 64),
+    ),
+    dim=1,
+)
+scores = (q @ k.mT * 32**-0.5).masked_fill(~seen, -torch.inf)
+wanted = torch.softmax(scores, -1).nan_to_num(0.0) @ v
+got = model.blocks[0].mix.attend(q, k, v, q[:, :1], directions, None, None)
+torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+
 words = as_words(corpus, 1000)
 assert words.train.max() < 1000 and len(words.train) < len(corpus.train)
 assert len(set(words.train[:7].tolist())) == len({"def", " ", "f", "(", "x", ")", ":"})
@@ -90,18 +107,19 @@ from bench.lm.train import Trainer, World
 corpus = load_corpus(pathlib.Path("bench/lm/model.py"))
 tiny = dataclasses.replace(PRESETS["tiny"], seqlen=64, tokens_per_step=128, layers=2)
 for scope, graphs in (("blocks", 3), ("model", 1)):
-    for name in ("hash4", "hash4w", "hash4r", "drop50", "hash4+window16"):
+    for name in ("hash4", "hash4w", "hash4r,window8x1", "drop50", "hash4+window16"):
         layers = 2 if scope == "blocks" else 1
         config = dataclasses.replace(tiny, attention=name, compile=scope, layers=layers)
         trainer = Trainer(config, corpus, World(0, 1, "cpu"))
         counter = CompileCounterWithBackend("aot_eager")
         model = trainer.model
-        for part in [model] if scope == "model" else [model.embed, *model.blocks, model.head]:
+        for part in [model] if scope == "model" else model.parts():
             part.compile(fullgraph=True, dynamic=False, backend=counter)
         trainer.warm_up()
         trainer.train_step()
         trainer.validate(1)
-        assert counter.frame_count == graphs, (scope, name, counter.frame_count)
+        wanted = graphs + (scope == "blocks" and model.moments is not None)
+        assert counter.frame_count == wanted, (scope, name, counter.frame_count)
 print("no graph too many")
 """
 
@@ -199,6 +217,9 @@ def test_the_model_hashes_as_the_public_module_does(variant, adapt, monkeypatch)
     generator = torch.Generator().manual_seed(1)
     for step in range(4):
         text = torch.randint(0, 256, (2, 96), generator=generator)
+        torch.manual_seed(10 + step)
+        model(text, text)
+        torch.manual_seed(10 + step)
         for layer, q in enumerate(model.queries(text, model.directions())):
             own[layer](q)
         model.adapt(max(1 / (step + 1), 0.5))
@@ -226,27 +247,31 @@ def test_a_bad_query_does_not_stay_in_the_moments(monkeypatch, variant, bad):
     monkeypatch.syspath_prepend(str(ROOT))
     from bench.lm.config import PRESETS
     from bench.lm.model import Mix
+    from bench.lm.moments import Moments, gather
 
     config = dataclasses.replace(PRESETS["tiny"], attention=variant, seqlen=96)
-    mix = Mix(config)
+    mix, found = Mix(config), Moments(config)
     torch.manual_seed(0)
     start = torch.zeros(config.heads, config.head_dim)
 
-    def moments(q):
+    def moments(*layers):
         directions = torch.randn(1, config.heads, config.head_dim, 2)
-        mix._note(q, mix.buckets(q, directions, start)[1])
-        return mix.mean.clone(), mix.square.clone()
+        follows = variant.endswith("r")
+        about = [mix.buckets(q, directions, start)[1] if follows else None for q in layers]
+        found(*gather(list(zip(layers, about, strict=True))), 1)
+        return found.mean.clone(), found.square.clone()
 
-    q = torch.randn(2, config.heads, 96, config.head_dim)
-    whole, right = moments(q), moments(q[1:])
-    moments(q)
+    q, other = torch.randn(2, 2, config.heads, 96, config.head_dim)
+    whole, right = moments(q, other), moments(q[1:], other[1:])
+    moments(q, other)
     q[0, 1, 70, 3] = bad
-    for mine, of_both, of_second in zip(moments(q), whole, right, strict=True):
-        assert torch.equal(mine[0], of_both[0])
-        torch.testing.assert_close(mine[1], of_second[1])  # the first sequence does not count
+    for mine, of_both, of_second in zip(moments(q, other), whole, right, strict=True):
+        torch.testing.assert_close(mine[0, 0], of_both[0, 0])
+        torch.testing.assert_close(mine[1], of_both[1])  # nor does another layer know of it
+        torch.testing.assert_close(mine[0, 1], of_second[0, 1])  # the sequence does not count
     q[1, 1, 5] = bad
-    for mine, of_second in zip(moments(q), right, strict=True):
-        torch.testing.assert_close(mine[1], of_second[1])  # as before: there is no finite sequence
+    for mine, of_second in zip(moments(q, other), right, strict=True):
+        torch.testing.assert_close(mine[0, 1], of_second[0, 1])  # as before: none is finite
 
 
 @pytest.mark.parametrize("name", ["hash4", "hash4w", "hash4r"])
