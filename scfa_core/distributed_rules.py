@@ -146,16 +146,16 @@ def _shard_angular_hash(x: Any, directions: Any, center: Any) -> Sequence[Rule]:
 
 
 @register_sharding(PAST_HASH)
-def _shard_past_hash(x: Any, directions: Any, start: Any) -> Sequence[Rule]:
+def _shard_past_hash(x: Any, directions: Any, start: Any, even: bool = False) -> Sequence[Rule]:
     """Shardings of ``scfa::past_hash``: sequences and heads are independent, rows are not."""
     whole = Replicate()
     rules: list[Rule] = [
-        ([whole] * 2, [whole] * 3),
-        ([Shard(1), Shard(0)], [Shard(0), whole, whole]),
+        ([whole] * 2, [*[whole] * 3, None]),
+        ([Shard(1), Shard(0)], [Shard(0), whole, whole, None]),
     ]
     tables = [(directions, 1), (start, 0)]  # and the axis of heads
     own = [y.shape[axis] for y, axis in tables]
     if all(n in (1, x.shape[1]) or _splits_evenly(n, x.mesh.shape) for n in own):
         held = [Shard(axis) if y.shape[axis] > 1 else whole for y, axis in tables]
-        rules.append(([Shard(2), Shard(1)], [Shard(1), *held]))
+        rules.append(([Shard(2), Shard(1)], [Shard(1), *held, None]))
     return rules

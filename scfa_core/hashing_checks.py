@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Integral
 from typing import Any
 
@@ -11,6 +12,7 @@ from scfa_core.errors import DeviceError, DTypeError, PatternError, ShapeError
 
 __all__ = [
     "CENTER_ROWS",
+    "EVEN_START",
     "MOST_SUM",
     "PAST_START",
     "centers_from",
@@ -18,12 +20,24 @@ __all__ = [
     "check_integers",
     "check_real",
     "check_shapes",
+    "even_power",
     "of_one_library",
 ]
 
 CENTER_ROWS = 64  # that share a center, where a sequence has several
 MOST_SUM = 1e30  # of such rows: sums of all of them stay finite
 PAST_START = 16  # rows that the start of a sequence counts for
+EVEN_START = 2  # rows that each bucket begins with, where full ones are given less
+
+
+def even_power(buckets: int) -> float:
+    """By which power of its fill the products of a bucket are divided, to make buckets even.
+
+    Of the largest of `buckets` // 2 normal products, a bucket's share grows about as the power
+    log2(buckets) - 1.5 of a factor (0.6, 2.4, 4.6 measured for 4, 16, 64): three quarters of the
+    step that would undo a fill. Two buckets have one border, which no factor moves.
+    """
+    return 0.75 / (math.log2(buckets) - 1.5) if buckets > 2 else 0.0
 
 
 def of_one_library(**given: Any) -> list[Any]:

@@ -16,7 +16,14 @@ from torch.nn.functional import pad
 
 from scfa_core.dispatch import load_backend
 from scfa_core.hashing import rows_at_once
-from scfa_core.hashing_checks import CENTER_ROWS, MOST_SUM, PAST_START, centers_from
+from scfa_core.hashing_checks import (
+    CENTER_ROWS,
+    EVEN_START,
+    MOST_SUM,
+    PAST_START,
+    centers_from,
+    even_power,
+)
 from scfa_core.torch_fakes import register_fake
 from scfa_core.torch_framework import TORCH_FRAMEWORK, dtype_name, raw_stream
 from scfa_core.torch_ops import batched
@@ -25,7 +32,9 @@ __all__ = ["ANGULAR_HASH", "PAST_HASH", "hash_rows", "kernel_reason", "past_mean
 
 LIBRARY = torch.library.Library("scfa", "FRAGMENT")
 LIBRARY.define("angular_hash(Tensor x, Tensor directions, Tensor? center) -> Tensor")
-LIBRARY.define("past_hash(Tensor x, Tensor directions, Tensor start) -> (Tensor, Tensor)")
+LIBRARY.define(
+    "past_hash(Tensor x, Tensor directions, Tensor start, bool even=False) -> (Tensor, Tensor)"
+)
 ANGULAR_HASH = torch.ops.scfa.angular_hash.default
 PAST_HASH = torch.ops.scfa.past_hash.default
 
@@ -43,23 +52,37 @@ def kernel_reason(x: torch.Tensor, directions: torch.Tensor, *, past: bool = Fal
 
 
 def hash_rows(
-    x: torch.Tensor, directions: torch.Tensor, center: torch.Tensor | None
+    x: torch.Tensor,
+    directions: torch.Tensor,
+    center: torch.Tensor | None,
+    factors: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Buckets by plain torch, a stretch of rows at a time; products and sums are float32."""
+    """Buckets by plain torch, a stretch of rows at a time; products and sums are float32.
+
+    `factors` (rounds, batch, heads, blocks of CENTER_ROWS, buckets) weigh the products of [y, -y].
+    """
     seqlen, rows = x.shape[2], rows_at_once(x.shape, directions.shape)
     if not x.shape[1]:  # no head, whatever the directions have
         return _result(x, directions)
     if seqlen <= rows:
-        return _hash_stretch(x, directions, center)
+        return _hash_stretch(x, directions, center, factors)
     pieces = [
-        _hash_stretch(x[:, :, at : at + rows], directions, centers_from(center, at))
+        _hash_stretch(
+            x[:, :, at : at + rows],
+            directions,
+            centers_from(center, at),
+            None if factors is None else factors[:, :, :, at // CENTER_ROWS :],
+        )
         for at in range(0, seqlen, rows)
     ]
     return torch.cat(pieces, dim=-1)
 
 
 def _hash_stretch(
-    x: torch.Tensor, directions: torch.Tensor, center: torch.Tensor | None
+    x: torch.Tensor,
+    directions: torch.Tensor,
+    center: torch.Tensor | None,
+    factors: torch.Tensor | None,
 ) -> torch.Tensor:
     """Buckets of some rows; autocast would narrow the projection, so it is off.
 
@@ -83,9 +106,13 @@ def _hash_stretch(
             turned = turned.permute(3, 0, 1, 2, 4)
         if center is not None:
             turned = turned - _moved(center.detach().float(), directions, seqlen)
-        most, up = turned.max(dim=-1)
-        least, down = turned.min(dim=-1)
-        return torch.where(most >= -least, up, down + half).to(torch.int32).contiguous()
+        above, below = turned, -turned
+        if factors is not None:
+            each = factors.repeat_interleave(CENTER_ROWS, dim=3)[:, :, :, :seqlen]
+            above, below = above * each[..., :half], below * each[..., half:]
+        most, up = above.max(dim=-1)
+        other, down = below.max(dim=-1)
+        return torch.where(most >= other, up, down + half).to(torch.int32).contiguous()
 
 
 def _moved(center: torch.Tensor, directions: torch.Tensor, seqlen: int) -> torch.Tensor:
@@ -181,36 +208,62 @@ def _running_sum(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def even_factors(bucket: torch.Tensor, buckets: int) -> torch.Tensor:
+    """What the products of full buckets are weighed by, for every `CENTER_ROWS` rows.
+
+    Of (rounds, batch, heads, seqlen) plain buckets: (..., ceil(seqlen / CENTER_ROWS), buckets), by
+    the rows of earlier blocks, beside which each bucket has `EVEN_START` rows to begin with.
+    """
+    lists, seqlen = bucket.shape[:3], bucket.shape[3]
+    blocks = max((seqlen - 1) // CENTER_ROWS, 0)  # that a row comes after
+    number = torch.arange(buckets, dtype=bucket.dtype, device=bucket.device)
+    whole = bucket[..., : blocks * CENTER_ROWS].unflatten(3, (blocks, CENTER_ROWS))
+    counts = bucket.new_zeros((*lists, blocks + 1, buckets), dtype=torch.float32)
+    for at in range(blocks):  # all at once would take `buckets` bytes a row
+        counts[..., at + 1, :] = (whole[..., at, :, None] == number).sum(-2)
+    counts = _running_sum(counts.flatten(0, 1)).unflatten(0, lists[:2])  # whole numbers: exact
+    rows = CENTER_ROWS * torch.arange(blocks + 1, device=bucket.device)[:, None]
+    fill = (counts + EVEN_START) * buckets / (rows + EVEN_START * buckets)
+    return fill ** -even_power(buckets)
+
+
 def past_rows(
-    x: torch.Tensor, directions: torch.Tensor, start: torch.Tensor
+    x: torch.Tensor, directions: torch.Tensor, start: torch.Tensor, even: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Buckets about the mean of the rows before, and those means, by plain torch."""
     mean = past_mean(x, start)
-    return hash_rows(x, directions, mean), mean
+    bucket = hash_rows(x, directions, mean)
+    if even:
+        bucket = hash_rows(x, directions, mean, even_factors(bucket, 2 * directions.shape[3]))
+    return bucket, mean
 
 
 def _past_on_cuda(
-    x: torch.Tensor, directions: torch.Tensor, start: torch.Tensor
+    x: torch.Tensor, directions: torch.Tensor, start: torch.Tensor, even: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     # The kernel hashes on its way to the means: without a round it would make none.
     if not directions.shape[0] or kernel_reason(x, directions, past=True) is not None:
+        if even:
+            return past_rows(x, directions, start, even)
         mean = past_mean(x, start)
         return _on_cuda(x, directions, mean), mean  # that kernel needs less shared memory
     from scfa_core.backends.cupy_raw.hashing import past_room, run_past_hash
 
     bucket, mean = _past_fake(x, directions, start)
+    rounds, _, _, n_directions = directions.shape
     batch, heads, seqlen, head_dim = x.shape
-    words = past_room(batch, heads, seqlen, head_dim, directions.shape[3])
+    even_rounds = rounds if even else 0
+    words = past_room(batch, heads, seqlen, head_dim, n_directions, even_rounds)
     room = torch.zeros(words, dtype=torch.int32, device=x.device)
     held = (_readable(x), _table(x, directions), _table(x, start))  # until the launch
     rows, columns, begin = _native(*held)
     out, middle, space = _native(bucket, mean, room)
-    run_past_hash(rows, columns, begin, out, middle, space, raw_stream(out.device))
+    run_past_hash(rows, columns, begin, out, middle, space, raw_stream(out.device), even=even)
     return bucket, mean
 
 
 def _past_fake(
-    x: torch.Tensor, directions: torch.Tensor, start: torch.Tensor
+    x: torch.Tensor, directions: torch.Tensor, start: torch.Tensor, even: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, seqlen, head_dim = x.shape
     shape = (batch, heads, (seqlen - 1) // CENTER_ROWS + 1, head_dim)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from scfa_core.backends.cupy_raw.loader import Kernel, get_kernel, multiprocessors, shared_limit
 
-from scfa_core.hashing_checks import CENTER_ROWS
+from scfa_core.hashing_checks import CENTER_ROWS, even_power
 
 if TYPE_CHECKING:
     from scfa_core.arrays import DeviceArray
@@ -33,7 +33,7 @@ _CHUNK = 32  # kChunk
 _MOST_TILE, _LEAST_TILE = 1024, 128  # rows of a block
 _MOST_GRID = 2**31 - 1
 _PARAMS = struct.Struct("<QQQQqqq11i4x")
-_PAST_PARAMS = struct.Struct("<QQQQQQQqqq10i")
+_PAST_PARAMS = struct.Struct("<9Qqqq10if4x")
 _GROUP = 16  # kGroup: tiles
 
 
@@ -53,6 +53,15 @@ def constants(
     )
 
 
+def past_constants(
+    dtype: str, head_dim: int, n_directions: int, *, aligned: bool, even: bool
+) -> Constants:
+    """What the kernel about the past is compiled with."""
+    threads = past_threads(n_directions)
+    own = constants(dtype, head_dim, n_directions, aligned=aligned, threads=threads)
+    return (*own, ("EVEN", int(even)))
+
+
 def shared_bytes(head_dim: int, n_directions: int, rows: int) -> int:
     """Sizeof(Shared) of the kernel, and a row of products for each center of a tile of `rows`."""
     width, blocks = -(-head_dim // _CHUNK) * _CHUNK, -(-n_directions // 8)
@@ -60,7 +69,7 @@ def shared_bytes(head_dim: int, n_directions: int, rows: int) -> int:
 
 
 def past_tile_rows(n_directions: int) -> int:
-    """Rows of a block (kTileRows): they alone decide in which order sums are added."""
+    """Rows of a block (kTileRows)."""
     return 1024 if n_directions <= 8 else 512 if n_directions <= 16 else 256
 
 
@@ -69,13 +78,13 @@ def past_threads(n_directions: int) -> int:
     return 2 * THREADS if n_directions <= 8 else THREADS
 
 
-def past_shared_bytes(head_dim: int, n_directions: int) -> int:
+def past_shared_bytes(head_dim: int, n_directions: int, *, even: bool) -> int:
     """Sizeof(Shared) of that kernel."""
     width, blocks = -(-head_dim // _CHUNK) * _CHUNK, -(-n_directions // 8)
     rows = past_tile_rows(n_directions)
     centers = rows // CENTER_ROWS
     size = 48 * width * blocks + 32 * rows * blocks
-    size += centers * (4 * width + 32 * blocks + 4) + 8
+    size += centers * (4 * width + 32 * blocks + 4) + 64 * blocks * (centers + 1 if even else 1) + 8
     return -(-size // 16) * 16
 
 
@@ -84,8 +93,11 @@ def shipped_constants(*, past: bool = False) -> list[Constants]:
     cases = [("bfloat16", 64, 8, True), ("bfloat16", 20, 3, False), ("bfloat16", 256, 64, True)]
     cases += [("float16", 64, 8, True), ("float16", 128, 32, False), ("float32", 128, 32, True)]
     cases += [("float32", 256, 64, False), ("float32", 64, 8, True), ("bfloat16", 128, 16, True)]
+    if not past:
+        return [constants(*case[:3], aligned=case[3]) for case in cases]
     return [
-        constants(*case[:3], aligned=case[3], threads=past_threads(case[2]) if past else THREADS)
+        past_constants(*case[:3], aligned=case[3], even=even)
+        for even in (False, True)
         for case in cases
     ]
 
@@ -106,7 +118,7 @@ def reason_against(
     reason = BACKEND.availability() or _card_reason(device)
     least = shared_bytes(head_dim, n_directions, _LEAST_TILE)
     if past:
-        least = past_shared_bytes(head_dim, n_directions)
+        least = past_shared_bytes(head_dim, n_directions, even=True)
     if reason is None and least > shared_limit(device):
         reason = "its directions do not fit the shared memory of this card"
     return reason
@@ -154,11 +166,17 @@ def pack(
     return rounds * tiles * batch * heads, params
 
 
-def past_room(batch: int, heads: int, seqlen: int, head_dim: int, n_directions: int) -> int:
-    """Words of 4 bytes that `run_past_hash` needs: sums of tiles and groups, flags, a ticket."""
+def past_room(
+    batch: int, heads: int, seqlen: int, head_dim: int, n_directions: int, even_rounds: int
+) -> int:
+    """Words of 4 bytes that `run_past_hash` needs: sums of tiles and groups, flags, a ticket.
+
+    With `even_rounds`, the rounds of which buckets are made even, their rows in each bucket too.
+    """
     tiles = -(-seqlen // past_tile_rows(n_directions))
     records = batch * heads * (tiles + -(-tiles // _GROUP))
-    return records * (-(-head_dim // _CHUNK) * _CHUNK + 1) + 1
+    fills = even_rounds * (2 * n_directions + 1)
+    return records * (-(-head_dim // _CHUNK) * _CHUNK + 1 + fills) + 1
 
 
 def pack_past(
@@ -168,6 +186,8 @@ def pack_past(
     bucket: int,
     mean: int,
     room: int,
+    *,
+    even: bool,
 ) -> tuple[int, bytes]:
     """Blocks of the grid, and PastParams; `bucket`, `mean` and `room` are addresses."""
     batch, heads, seqlen, head_dim = x.shape
@@ -175,12 +195,16 @@ def pack_past(
     tiles = -(-seqlen // past_tile_rows(n_directions))
     groups = -(-tiles // _GROUP)
     records = batch * heads * (tiles + groups)
+    flags = room + 4 * records * (-(-head_dim // _CHUNK) * _CHUNK)
+    fills = flags + 4 * (records + 1)
+    fill_flags = fills + 4 * rounds * records * 2 * n_directions
     params = _PAST_PARAMS.pack(
         *(x.pointer, directions.pointer, start.pointer, bucket, mean),
-        *(room, room + 4 * records * (-(-head_dim // _CHUNK) * _CHUNK)),
+        *(room, flags, *((fills, fill_flags) if even else (0, 0))),
         *(stride * _BYTES[x.dtype] for stride in x.strides[:3]),
         *(batch, heads, own_heads, start.shape[0]),
         *(seqlen, head_dim, n_directions, rounds, tiles, groups),
+        -even_power(2 * n_directions),
     )
     return tiles * batch * heads, params
 
@@ -241,6 +265,8 @@ def run_past_hash(
     mean: DeviceArray,
     room: DeviceArray,
     stream: int,
+    *,
+    even: bool,
 ) -> None:
     """Enqueue buckets about the mean of the rows before, and those means; never waits.
 
@@ -254,15 +280,17 @@ def run_past_hash(
         Contiguous; every element is written.
     room : DeviceArray, (`past_room`,), int32
         Zeros; of no use afterwards.
+    even : bool
+        Give less to buckets that earlier rows filled.
     """
     batch, heads, seqlen, head_dim = x.shape
     rounds, _, _, n_directions = directions.shape
     if batch * heads * seqlen * rounds == 0:
         return
-    blocks, params = pack_past(x, directions, start, bucket.pointer, mean.pointer, room.pointer)
+    results = bucket.pointer, mean.pointer, room.pointer
+    blocks, params = pack_past(x, directions, start, *results, even=even)
     _check_grid(x, blocks)
-    threads = past_threads(n_directions)
-    values = constants(x.dtype, head_dim, n_directions, aligned=is_aligned(x), threads=threads)
+    values = past_constants(x.dtype, head_dim, n_directions, aligned=is_aligned(x), even=even)
     kernel = _kernel(PAST_NAME, PAST_SOURCE, values, x.device)
-    shared = past_shared_bytes(head_dim, n_directions)
-    kernel.launch((blocks, 1, 1), threads, shared, stream, params)
+    shared = past_shared_bytes(head_dim, n_directions, even=even)
+    kernel.launch((blocks, 1, 1), past_threads(n_directions), shared, stream, params)

@@ -24,7 +24,7 @@ Attend = Callable[
 
 def _parse(name: str) -> tuple[str, int]:
     """Kind and number of one pattern, e.g. of ``hash16``; torch.compile need not trace it."""
-    match = re.fullmatch(r"(hash|drop|window|dense)(\d*)[cwr]?", name)
+    match = re.fullmatch(r"(hash|drop|window|dense)(\d*)[cwre]?", name)
     if match is None:
         raise SystemExit(f"no such attention: {name!r}")
     return match[1], int(match[2] or 0)

@@ -20,7 +20,8 @@ class Config:
     ``hash16r,window128x4``.
     ``hash<buckets>c`` hashes queries about their mean of earlier steps, and ``hash<buckets>w``
     divides by their covariance as well, so that buckets become even; ``hash<buckets>r`` subtracts
-    the running mean of the sequence's earlier rows, which does not lag behind moving weights.
+    the running mean of the sequence's earlier rows, which does not lag behind moving weights, and
+    ``hash<buckets>e`` gives less to buckets that these rows filled, besides.
 
     `compile` is ``blocks`` (embedding, one block, loss: each compiled once and used by all layers),
     ``model`` (one graph of everything, several times slower to compile) or ``none``.
@@ -91,7 +92,7 @@ class Config:
         first = self.main.partition("+")[0]
         if not first.startswith("hash"):
             return 0
-        count = int(first.removeprefix("hash").rstrip("cwr"))
+        count = int(first.removeprefix("hash").rstrip("cwre"))
         if count < 2 or count % 2:
             raise ValueError(f"buckets must be even and at least 2, got {count}")
         return count
@@ -101,10 +102,15 @@ class Config:
         """How a hash follows the queries.
 
         "c" their mean of earlier steps, "w" their covariance too, "r" that covariance about the
-        mean of a sequence's earlier rows, "" not.
+        mean of a sequence's earlier rows, "e" how full these left each bucket too, "" not.
         """
         first = self.main.partition("+")[0]
-        return first[-1] if first.startswith("hash") and first[-1] in "cwr" else ""
+        return first[-1] if first.startswith("hash") and first[-1] in "cwre" else ""
+
+    @property
+    def follows_past(self) -> bool:
+        """Whether a hash knows the earlier rows of its sequence."""
+        return self.adapts in ("r", "e")
 
     def accumulation(self, processes: int) -> int:
         """Forward passes of one process per step."""

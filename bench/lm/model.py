@@ -49,7 +49,7 @@ class Mix(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.heads, self.hashed_heads = config.heads, config.hashed_heads
-        self.adapts, self.follows_past = bool(config.adapts), config.adapts == "r"
+        self.adapts, self.follows_past = config.adapts, config.follows_past
         self.attend = attend_for(config)
         self.rotary = config.positions == "rotary"
         self.query_value = nn.Linear(config.width, 2 * config.width, bias=False)
@@ -92,7 +92,7 @@ class Mix(nn.Module):
         """Buckets of queries (batch, heads, seqlen), and what they were hashed about."""
         if center is None or not self.follows_past:
             return angular_hash(q, directions, center)[0], center
-        bucket, about = past_hash(q, directions, center)
+        bucket, about = past_hash(q, directions, center, self.adapts == "e")
         return bucket[0], about
 
 
@@ -195,9 +195,9 @@ class LanguageModel(nn.Module):
         self.turn: Tensor | None
         means = (config.layers, config.hashed_heads, config.head_dim)
         for name, shape, kinds in (
-            ("center", means, "cwr"),
-            ("spread", (*means, config.head_dim), "wr"),
-            ("turn", (*means, config.head_dim), "wr"),
+            ("center", means, "cwre"),
+            ("spread", (*means, config.head_dim), "wre"),
+            ("turn", (*means, config.head_dim), "wre"),
         ):
             used = bool(config.adapts) and config.adapts in kinds
             self.register_buffer(name, torch.zeros(shape) if used else None)
@@ -267,13 +267,13 @@ class LanguageModel(nn.Module):
     def adapt(self, share: float) -> None:
         """Move what the hashes know of the queries by `share` of its way to the last batch.
 
-        After a step: buckets of a sequence must not depend on its own later rows. In variant "r"
-        the mean only begins a sequence, and its latest value serves best.
+        After a step: buckets of a sequence must not depend on its own later rows. In variants "r"
+        and "e" the mean only begins a sequence, and its latest value serves best.
         """
         if self.center is None or self.moments is None:
             return
         mean, square = self.moments.mean, self.moments.square
-        follows_past = self.config.adapts == "r"
+        follows_past = self.config.follows_past
         self.center.lerp_(mean, 1.0 if follows_past else share)
         if self.spread is None or self.turn is None:
             return

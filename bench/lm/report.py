@@ -19,9 +19,10 @@ trains its model: a decoder whose keys are the normalised queries, so that query
 share a bucket, hashed with fresh directions at every step; a token does not see itself in hash
 mode. Variants differ by attention alone: `dense` (torch SDPA, on a GPU cuDNN's kernel),
 `hash<buckets>`, `drop<percent>` (random queries and keys dropped), `window<keys>`,
-`hash...+window...` (keys of the same bucket and the nearest ones), `naive` (masked, all scores in
-memory), `reformer<buckets>`, and `none`: attention replaced by q + k + v, which nothing can beat in
-speed.
+`hash...+window...` (keys of the same bucket and the nearest ones), `...,window<keys>x<heads>` (the
+last so many heads see a window, the others what stands before the comma), `naive` (masked, all
+scores in memory), `reformer<buckets>`, and `none`: attention replaced by q + k + v, which nothing
+can beat in speed.
 
 The queries of a layer have much in common, so that an angular hash puts most of them into few
 buckets, and the more so the deeper the layer: the work is then a multiple of what even buckets
@@ -29,8 +30,9 @@ would cost. `hash<buckets>c` hashes queries about the running mean of earlier st
 `hash<buckets>w` divides by their covariance as well. From step to step that mean moves by a good
 part of the queries' spread, so that both come too late. `hash<buckets>r` subtracts the mean of
 the earlier rows of the same sequence (by blocks of 64 rows; the last step's mean counts as 16 rows
-more, to begin with) and divides by the covariance, of earlier steps, of what is left. None looks at
-later rows of the sequence. The tables name the multiple (bucket cost; 1 is even, the number of
+more, to begin with) and divides by the covariance, of earlier steps, of what is left.
+`hash<buckets>e` does that and gives less to buckets that those rows filled. None looks at later
+rows of the sequence. The tables name the multiple (bucket cost; 1 is even, the number of
 buckets is dense attention).
 
 Text is the standard library of Python and the installed packages of the machine, by bytes,

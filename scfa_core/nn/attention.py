@@ -328,9 +328,9 @@ class HashSelfAttention(SparseSelfAttention):
         Independent hashes; the union of what they see, each pair once. 2 or 3 at most: see
         `scfa_core.hashing.disjoint_rounds`.
     seed, redraw, center, adapt, momentum
-        As for `AngularHash`. With ``adapt="center"`` (or `center`), ``"whiten"`` or ``"past"``
-        buckets are more even and attention cheaper; call ``layer.hash.move_centers()`` after each
-        step.
+        As for `AngularHash`. With ``adapt="center"`` (or `center`), ``"whiten"``, ``"past"`` or
+        ``"even"`` buckets are more even and attention cheaper; call ``layer.hash.move_centers()``
+        after each step.
     **options
         As for `SparseSelfAttention`.
 

@@ -16,7 +16,7 @@ from scfa_core.nn.past import less_past, past_hash
 from scfa_core.problem import as_size, check_flag, check_share
 from scfa_core.torch_checks import check_tensor
 
-ADAPTS = ("none", "center", "whiten", "past")
+ADAPTS = ("none", "center", "whiten", "past", "even")
 _RIDGE = 0.01  # of the mean variance, added to every variance: no axis is stretched beyond tenfold
 _TINY = 1e-20
 
@@ -62,14 +62,15 @@ class AngularHash(nn.Module):
         The same as ``adapt="center"``.
     query_heads : int, optional
         With `adapt` and grouped queries, how many heads the queries have.
-    adapt : "none" | "center" | "whiten" | "past"
+    adapt : "none" | "center" | "whiten" | "past" | "even"
         What is done about rows that have much in common, as in deep layers, where few buckets would
         hold most of them. ``"center"`` hashes queries and keys each about their mean. ``"whiten"``
         also divides both by one root of their common covariance, in each head of the directions, so
         that no axis of much variance decides alone. ``"past"`` takes instead of their mean of
         earlier batches that of the earlier rows of the same sequence, and whitens what is left: in
         training the mean moves from step to step by a good part of the rows' spread, so that the
-        others come late and buckets crowd all the same. Call `move_centers` after each step of the
+        others come late and buckets crowd all the same. ``"even"`` gives less to buckets that the
+        earlier rows of the sequence filled, besides. Call `move_centers` after each step of the
         optimiser.
     momentum : float
         Share of the way to the last batch that `move_centers` goes by default.
@@ -88,16 +89,17 @@ class AngularHash(nn.Module):
     no forward pass reads from its own batch: what a pass notes is used from the next `move_centers`
     on. So no bucket depends on a later row of its sequence, in training as in evaluation, and a
     sequence gets the same buckets in one call as row by row. Moving within a step, by statistics of
-    the batch at hand, would break that. With ``"past"`` a bucket depends on earlier rows of its
-    sequence as well: give whole sequences from their first row on, not parts or single rows.
-    Padding and other documents before a row count among them.
+    the batch at hand, would break that. With ``"past"`` and ``"even"`` a bucket depends on earlier
+    rows of its sequence as well: give whole sequences from their first row on, not parts or single
+    rows. Padding and other documents before a row count among them.
 
     NaN and infinities. Such a row gets some valid bucket, and no other row another one, but that
-    with ``"past"`` its block of 64 rows counts for nothing in the mean of later rows. A sequence
+    with ``"past"`` its block of 64 rows counts for nothing in the mean of later rows (with
+    ``"even"`` the row still fills its bucket). A sequence
     that holds one is not noted in that head: a NaN would stay in the buffers for good.
 
     Buffers are part of ``state_dict`` and of their size: head_dim per head for ``"center"``, twice
-    head_dim squared more for ``"whiten"`` and ``"past"``; none with ``"none"``. Under
+    head_dim squared more for what whitens; none with ``"none"``. Under
     DistributedDataParallel each process notes its own share of the batch, and the first one's
     buffers go to all.
     """
@@ -142,9 +144,10 @@ class AngularHash(nn.Module):
             heads_q = as_size("query_heads", query_heads, 1, PatternError)
             if heads_q % heads:
                 raise PatternError(f"{query_heads=} must be a multiple of {heads=}")
-        whiten = self.adapt in ("whiten", "past")
+        past = self.adapt in ("past", "even")
+        whiten = past or self.adapt == "whiten"
         self.centers = nn.ModuleList(
-            _Center(size, head_dim, whiten, self.adapt == "past")
+            _Center(size, head_dim, whiten, past)
             for size in (() if self.adapt == "none" else (heads_q, heads))
         )
         self.turn: Tensor | None
@@ -212,7 +215,7 @@ class AngularHash(nn.Module):
         for x, center in pairs:
             place = center.place
             if center.past:
-                bucket, place = past_hash(x, directions, place)
+                bucket, place = past_hash(x, directions, place, self.adapt == "even")
             else:
                 bucket = angular_hash(x, directions, place)
             found.append(bucket)
@@ -226,7 +229,7 @@ class AngularHash(nn.Module):
 
         The first moves go further, so that soon it is a mean of the batches so far. With
         ``adapt="whiten"`` covariances move as well, and are taken to pieces anew; with ``"past"``
-        covariances alone, and the mean is the last batch's.
+        and ``"even"`` covariances alone, and the mean is the last batch's.
 
         Raises
         ------
@@ -236,8 +239,8 @@ class AngularHash(nn.Module):
         share = self.momentum if share is None else check_share("share", share)
         if not self.centers:
             raise PatternError(
-                "move_centers needs AngularHash(..., center=True) or adapt='center', 'whiten' or "
-                "'past'"
+                "move_centers needs AngularHash(..., center=True) or adapt='center', 'whiten', "
+                "'past' or 'even'"
             )
         for center in self.centers:
             center.move(share)

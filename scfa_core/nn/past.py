@@ -6,11 +6,14 @@ from torch import Tensor
 
 from scfa_core.errors import ShapeError
 from scfa_core.hashing_checks import CENTER_ROWS, check_real, check_shapes, of_one_library
+from scfa_core.problem import check_flag
 from scfa_core.torch_checks import check_tensor
 from scfa_core.torch_hashing import PAST_HASH, past_rows
 
 
-def past_hash(x: Tensor, directions: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+def past_hash(
+    x: Tensor, directions: Tensor, start: Tensor, even: bool = False
+) -> tuple[Tensor, Tensor]:
     """`angular_hash` about the mean of the rows before, and that mean, in one pass over the rows.
 
     Parameters
@@ -21,6 +24,11 @@ def past_hash(x: Tensor, directions: Tensor, start: Tensor) -> tuple[Tensor, Ten
         See `angular_hash`.
     start : Tensor, (heads or a divisor, head_dim)
         What a sequence begins with; counts for 16 rows.
+    even : bool
+        Give full buckets less. Of each 64 rows, the products with a bucket are divided by a power
+        of how full it was before them, among the earlier rows of the sequence by their plain
+        buckets: for n buckets, ``(n * (rows + 2) / (all rows + 2 * n)) ** (0.75 / (log2(n) -
+        1.5))``. Of two buckets none changes.
 
     Returns
     -------
@@ -33,6 +41,8 @@ def past_hash(x: Tensor, directions: Tensor, start: Tensor) -> tuple[Tensor, Ten
     ------
     DeviceError, DTypeError, ShapeError
         As `angular_hash`.
+    OptionError
+        `even` is no bool.
 
     Notes
     -----
@@ -40,6 +50,7 @@ def past_hash(x: Tensor, directions: Tensor, start: Tensor) -> tuple[Tensor, Ten
     number of buckets decide, so that a sequence's buckets do not depend on what else is in the
     batch.
     """
+    check_flag("even", even)
     check_tensor("x", x, "batch", "heads", "seqlen", "head_dim")
     check_tensor("start", start, "heads", "head_dim")
     of_one_library(x=x, directions=directions, start=start)
@@ -54,7 +65,7 @@ def past_hash(x: Tensor, directions: Tensor, start: Tensor) -> tuple[Tensor, Ten
     if hasattr(x, "placements"):  # a DTensor
         import scfa_core.distributed_rules  # noqa: F401  (registers them)
     hashed = PAST_HASH if x.device.type in ("cpu", "cuda", "meta") else past_rows
-    found: tuple[Tensor, Tensor] = hashed(x.detach(), directions.detach(), start.detach())
+    found: tuple[Tensor, Tensor] = hashed(x.detach(), directions.detach(), start.detach(), even)
     return found
 
 

@@ -133,22 +133,66 @@ def test_rows_are_hashed_about_the_mean_of_those_before(
     assert torch.equal(alone[1], mean[1:])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    ("head_dim", "buckets", "own", "rounds", "seqlen"),
+    [
+        (64, 16, 4, 1, 8192),
+        (64, 16, 2, 2, 700),
+        (64, 8, 1, 1, 100_000),  # several groups of tiles
+        (128, 32, 4, 2, 4500),
+        (20, 6, 4, 1, 65),
+        (256, 64, 4, 1, 5000),
+        (200, 128, 2, 1, 512),
+    ],
+)
+def test_full_buckets_are_given_less(torch, dtype, head_dim, buckets, own, rounds, seqlen):
+    from scfa_core.hashing_checks import CENTER_ROWS
+    from scfa_core.nn.past import past_hash
+    from scfa_core.torch_hashing import even_factors, kernel_reason
+
+    spread = torch.linspace(0.3, 2, head_dim, device="cuda")
+    x = (1 + spread * drawn(torch, 2, 4, seqlen, head_dim)).to(getattr(torch, dtype))
+    start = torch.ones(4, head_dim, device="cuda")
+    directions = table(torch, own, head_dim, buckets, rounds)
+    assert kernel_reason(x, directions, past=True) is None
+    plain, mean = past_hash(x, directions, start)
+    bucket, same = past_hash(x, directions, start, even=True)
+    assert torch.equal(mean, same)
+    factors = even_factors(plain, buckets).double()
+    factors = factors.repeat_interleave(CENTER_ROWS, 3)[:, :, :, :seqlen]
+    each = mean.double().repeat_interleave(CENTER_ROWS, 2)[:, :, :seqlen]
+    turned = directions.double().repeat_interleave(4 // own, 1)
+    y = (x.double() - each)[None] @ turned[:, None]
+    y = torch.cat([y, -y], dim=-1) * factors
+    lost = y.amax(-1) - y.gather(-1, bucket.long()[..., None])[..., 0]
+    assert float(lost.max()) < 3e-4
+    assert float((lost == 0).double().mean()) > 0.998
+    if seqlen > 64 * buckets:
+        fills = [hashing.bucket_balance(z, buckets).effective_buckets for z in (plain, bucket)]
+        assert fills[0] < fills[1]
+    for _ in range(20):  # whoever comes first
+        assert torch.equal(past_hash(x, directions, start, even=True)[0], bucket)
+    assert torch.equal(past_hash(x[1:], directions, start, even=True)[0], bucket[:, 1:])
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # its compiler imports torch.jit
-def test_the_past_by_layer_by_graph_and_compiled(torch):
+@pytest.mark.parametrize("even", [False, True])
+def test_the_past_by_layer_by_graph_and_compiled(torch, even):
     from scfa_core import nn
     from scfa_core.nn.past import past_hash
 
     x, start = 3 + drawn(torch, 2, 700, 4, 64).transpose(1, 2), drawn(torch, 4, 64, dtype="float32")
-    own = nn.AngularHash(4, 64, 16, seed=0, adapt="past").cuda()
+    own = nn.AngularHash(4, 64, 16, seed=0, adapt="even" if even else "past").cuda()
     own.centers[0].place.copy_(start)
     bucket = own.eval()(x)[0]
-    found, mean = past_hash(x, own.directions, start)
+    found, mean = past_hash(x, own.directions, start, even)
     assert torch.equal(bucket, found)
-    compiled = torch.compile(past_hash, fullgraph=True)(x, own.directions, start)
+    compiled = torch.compile(past_hash, fullgraph=True)(x, own.directions, start, even)
     assert torch.equal(compiled[0], found)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = past_hash(x, own.directions, start)
+        captured = past_hash(x, own.directions, start, even)
     for _ in range(3):  # flags are zeroed at every replay
         captured[0].fill_(-1)
         graph.replay()
@@ -196,7 +240,7 @@ def test_ties_take_the_lowest_and_bad_rows_a_valid_bucket(torch, dtype):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("adapt", ["none", "center", "whiten", "past"])
+@pytest.mark.parametrize("adapt", ["none", "center", "whiten", "past", "even"])
 def test_a_bad_row_does_not_reach_other_rows(torch, adapt, value):
     """Nor stay in the buffers; tests/unit/test_faults_torch.py says what is left of the past."""
     from scfa_core import nn
@@ -209,7 +253,7 @@ def test_a_bad_row_does_not_reach_other_rows(torch, adapt, value):
     (bucket,) = own(bad)
     same = bucket == right
     same[0, 0, 1, 100] = True
-    if adapt == "past":
+    if adapt in ("past", "even"):
         assert float(same[0, 0, 1, 128:].float().mean()) > 0.5
         same[0, 0, 1, 128:] = True
     assert bool(same.all())

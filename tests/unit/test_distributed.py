@@ -209,7 +209,7 @@ def in_a_line(rank, ranks):
     for placement in (Shard(0), Shard(1), Shard(2), Replicate()):
         for name in HASHES:
             results[name, str(placement)] = hash_through_dtensor(name, mesh, placement)
-        for adapt in ("whiten", "past"):
+        for adapt in ("whiten", "past", "even"):
             results[adapt, str(placement)] = whiten_through_dtensor(mesh, placement, adapt)
     for name in LAYERS:
         results["layer", name] = through_tensor_parallelism(name, mesh)
@@ -298,7 +298,7 @@ def test_rows_hash_on_a_square(square):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("placement", [Shard(0), Shard(1), Shard(2), Replicate()], ids=str)
-@pytest.mark.parametrize("adapt", ["whiten", "past"])
+@pytest.mark.parametrize("adapt", ["whiten", "past", "even"])
 def test_a_hash_adapts_to_sharded_rows(results, placement, adapt):
     right = whitened(adapting_rows(), lambda module: module, adapt)
     same = results[adapt, str(placement)] == right

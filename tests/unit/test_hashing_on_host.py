@@ -11,7 +11,7 @@ from scfa_core.backends.cupy_raw import hashing, nvrtc
 
 from scfa_core.arrays import DeviceArray
 from scfa_core.hashing import random_directions
-from scfa_core.hashing_checks import CENTER_ROWS, MOST_SUM, PAST_START
+from scfa_core.hashing_checks import CENTER_ROWS, EVEN_START, MOST_SUM, PAST_START, even_power
 
 SOURCE = """
 #include "cuda_on_host.hpp"
@@ -30,7 +30,7 @@ extern "C" void run(const HashParams* p, int blocks, int threads, int shared_byt
 PAST_RUN = """
 #include "hash_past.cu"
 extern "C" void run(const PastParams* p, int blocks, int threads, int shared_bytes, int order) {
-  static_assert(sizeof(PastParams) == 120, "as hashing.py packs it");
+  static_assert(sizeof(PastParams) == 144, "as hashing.py packs it");
   if (shared_bytes != (int)sizeof(Shared)) std::abort();
   host::launch(scfa_hash_past, *p, blocks, threads, shared_bytes, order);
 }
@@ -74,20 +74,20 @@ def run(compiler, x, dtype, directions, center=None, rows=hashing._LEAST_TILE, o
     return bucket
 
 
-def run_past(compiler, x, dtype, directions, start, order=0):
+def run_past(compiler, x, dtype, directions, start, order=0, even=False):
     batch, heads, seqlen, dim = x.shape
     rounds, _, _, count = directions.shape
     bucket = np.full((rounds, *x.shape[:3]), -9, np.int32)
     mean = np.full((batch, heads, -(-seqlen // 64), dim), np.nan, np.float32)
-    words = hashing.past_room(*x.shape, count)
+    words = hashing.past_room(*x.shape, count, rounds if even else 0)
     room = np.zeros(words + 1, np.int32)
     room[-1] = 77
     arrays = (device_array(x, dtype), *(device_array(y, "float32") for y in (directions, start)))
     results = (y.ctypes.data for y in (bucket, mean, room))
-    blocks, params = hashing.pack_past(*arrays, *results)
+    blocks, params = hashing.pack_past(*arrays, *results, even=even)
     aligned, threads = hashing.is_aligned(arrays[0]), hashing.past_threads(count)
-    values = hashing.constants(dtype, dim, count, aligned=aligned, threads=threads)
-    shared = hashing.past_shared_bytes(dim, count)
+    values = hashing.past_constants(dtype, dim, count, aligned=aligned, even=even)
+    shared = hashing.past_shared_bytes(dim, count, even=even)
     compiler.start(PAST, values).result()(params, blocks, threads, shared, order)
     assert room[-1] == 77  # nothing behind the room
     return bucket, mean
@@ -199,6 +199,40 @@ def test_rows_are_hashed_about_the_mean_of_those_before(compiler, case):
     assert (mine == right.argmax(-1)).mean() > 0.99
 
 
+def factors_before(plain, buckets):
+    """Of each row and bucket, from the plain buckets of blocks before its own, in float64."""
+    seqlen = plain.shape[-1]
+    each = (plain[..., None] == np.arange(buckets)).astype(np.float64)
+    factors = np.empty((*plain.shape, buckets))
+    for first in range(0, seqlen, CENTER_ROWS):
+        count = each[..., :first, :].sum(-2)
+        fill = buckets * (count + EVEN_START) / (first + buckets * EVEN_START)
+        factors[..., first : first + CENTER_ROWS, :] = (fill ** -even_power(buckets))[..., None, :]
+    return factors
+
+
+@pytest.mark.parametrize("case", [*PAST_CASES, ("bfloat16", 8, 20, 1, 1, 1, 4800, 1)], ids=str)
+def test_full_buckets_are_given_less(compiler, case):
+    dtype, dim, count, heads, own, start_heads, seqlen, rounds = case
+    rng = np.random.default_rng(seqlen)
+    x = rng.standard_normal((2, heads, seqlen, dim)) * np.linspace(0.3, 2, dim)
+    x, exact = narrow(x.astype(np.float32), dtype)
+    directions = random_directions(own, dim, 2 * count, rounds=rounds, seed=1)
+    start = rng.standard_normal((start_heads, dim), np.float32)
+    plain, mean = run_past(compiler, x, dtype, directions, start)
+    mine, same_mean = run_past(compiler, x, dtype, directions, start, even=True)
+    np.testing.assert_array_equal(mean, same_mean)
+    right = products(exact, directions, mean_before(exact, start)) * factors_before(
+        plain, 2 * count
+    )
+    lost = right.max(-1) - np.take_along_axis(right, mine[..., None], -1)[..., 0]
+    assert lost.max() < 1e-4
+    assert (mine == right.argmax(-1)).mean() > 0.99
+    if seqlen >= 512 and count > 2:
+        fills = [np.stack([(y == b).sum(-1) for b in range(2 * count)]) for y in (plain, mine)]
+        assert np.square(fills[1]).sum() < np.square(fills[0]).sum()
+
+
 @pytest.mark.parametrize("seqlen", [4096, 4097, 4096 + 700, 3 * 4096 + 1])
 def test_sums_of_many_tiles_are_added_by_groups(compiler, seqlen):
     rng = np.random.default_rng(seqlen)
@@ -225,13 +259,14 @@ def test_blocks_with_bad_rows_count_for_nothing(compiler, dtype, bad):
     assert ((mine >= 0) & (mine < 8)).all()
 
 
+@pytest.mark.parametrize("even", [False, True])
 @pytest.mark.parametrize("order", [0, 1, 2])
-def test_means_in_any_order_of_threads_and_beside_any_sequence(compiler, order):
+def test_means_in_any_order_of_threads_and_beside_any_sequence(compiler, order, even):
     rng = np.random.default_rng(6)
     x, _ = narrow(rng.standard_normal((3, 2, 1200, 64), np.float32), "bfloat16")
     start, directions = np.ones((2, 64), np.float32), random_directions(2, 64, 16, seed=1)
-    both = run_past(compiler, x, "bfloat16", directions, start, order)
-    last = run_past(compiler, x[2:], "bfloat16", directions, start)
+    both = run_past(compiler, x, "bfloat16", directions, start, order, even)
+    last = run_past(compiler, x[2:], "bfloat16", directions, start, even=even)
     np.testing.assert_array_equal(both[0][:, 2:], last[0])
     np.testing.assert_array_equal(both[1][2:], last[1])
 
@@ -282,6 +317,7 @@ def test_kernel_and_package_agree_on_the_rows_of_a_center():
         ("hash_past.cu", f"kStartRows = {PAST_START}.0f;"),
         ("hash_past.cu", f"kMostSum = {MOST_SUM:.0e}f;".replace("e+", "e")),
         ("hash_past.cu", f"kGroup = {hashing._GROUP};"),
+        ("hash_past.cu", f"kStartFill = {EVEN_START};"),
     ):
         assert line in nvrtc.read_sources()[name]
 

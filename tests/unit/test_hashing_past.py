@@ -1,5 +1,6 @@
 """The operator ``scfa::past_hash``, and what kernels that hash are given."""
 
+import math
 import weakref
 from types import SimpleNamespace
 
@@ -32,6 +33,41 @@ def test_the_operator_that_hashes_about_the_past():
     torch.testing.assert_close(shared, past_mean(x, start[:2].repeat_interleave(2, 0)))
 
 
+def test_the_operator_that_gives_less_to_full_buckets():
+    start, spread = rows(1, 4, DIM), torch.linspace(0.3, 2, DIM)
+    x, table = spread * rows(0, 2, 4, 900, DIM), directions(2, 3)
+    torch.library.opcheck(PAST_HASH, (x[:, :, :70], table, start, True))
+    plain, mean = past_hash(x, table, start)
+    bucket, same = past_hash(x, table, start, even=True)
+    assert torch.equal(mean, same)
+    right = torch.empty_like(bucket)
+    buckets = 2 * table.shape[3]
+    for first in range(0, 900, hashing.CENTER_ROWS):
+        before = torch.nn.functional.one_hot(plain[..., :first].long(), buckets).sum(3)
+        fill = buckets * (before + 2.0) / (first + 2 * buckets)
+        block = slice(first, first + hashing.CENTER_ROWS)
+        y = x[:, :, block] - mean[:, :, first // hashing.CENTER_ROWS, None]
+        y = y @ table.repeat_interleave(2, 1)[:, None]
+        factor = fill ** -(0.75 / (math.log2(buckets) - 1.5))
+        y = torch.cat((y, -y), -1) * factor[:, :, :, None]
+        right[..., block] = y.argmax(-1).int()
+    assert (bucket == right).float().mean() > 0.999
+    fills = [hashing.bucket_balance(y, buckets).effective_buckets for y in (plain, bucket)]
+    assert fills[0] < fills[1]
+    last = past_hash(x[1:, 2:], table[:, 1:], start[2:], even=True)[0]
+    assert (last == bucket[:, 1:, 2:]).float().mean() > 0.999
+    two = table[..., :1]  # one border, which no factor moves
+    assert torch.equal(past_hash(x, two, start, even=True)[0], past_hash(x, two, start)[0])
+
+
+def test_long_sequences_are_made_even_a_stretch_at_a_time(monkeypatch):
+    x, table, start = rows(0, 1, 4, 900, DIM) + 1, directions(2, 3), rows(1, 4, DIM)
+    right, _ = past_hash(x, table, start, even=True)
+    monkeypatch.setattr(torch_hashing, "rows_at_once", lambda *_: 128)
+    mine, _ = past_hash(x, table, start, even=True)
+    assert (mine == right).float().mean() > 0.999
+
+
 def test_what_cannot_be_hashed_about_the_past_is_refused_by_name():
     x, table, start = rows(0, 4, 4, 70, DIM), directions(2, 3), rows(1, 4, DIM)
     centers = rows(2, 4, 4, 2, DIM)  # which angular_hash takes
@@ -48,6 +84,8 @@ def test_what_cannot_be_hashed_about_the_past_is_refused_by_name():
         past_hash(x.numpy(), table, start)
     with pytest.raises(scfa.DTypeError, match="start must be real"):
         past_hash(x, table, start + 0j)
+    with pytest.raises(scfa.OptionError, match="even must be True or False"):
+        past_hash(x, table, start, "no")
 
 
 def test_rows_that_the_kernel_of_centers_alone_takes(monkeypatch):
@@ -66,6 +104,8 @@ def test_rows_that_the_kernel_of_centers_alone_takes(monkeypatch):
     found = torch_hashing._past_on_cuda(x, table, start)
     assert len(seen) == 1
     assert all(map(torch.equal, found, past_hash(x, table, start)))
+    found = torch_hashing._past_on_cuda(x, table, start, True)
+    assert all(map(torch.equal, found, past_hash(x, table, start, even=True)))
 
 
 @pytest.mark.parametrize("launch", ["run_angular_hash", "run_past_hash"])
@@ -79,7 +119,7 @@ def test_what_a_kernel_reads_is_there_when_it_is_launched(monkeypatch, launch):
         seen.append(weakref.ref(y))
         return y.view_as(y).data  # another tensor, as an address is
 
-    def launched(*arguments):
+    def launched(*arguments, even=False):
         alive.extend(ref() is not None for ref in seen)
 
     monkeypatch.setattr(torch_hashing, "kernel_reason", lambda *_, past=False: None)

@@ -25,21 +25,22 @@ text.write_text("def f(x):\\n    return x + 1\\n" * 400)
 corpus = load_corpus(text)
 tiny = dataclasses.replace(PRESETS["tiny"], seqlen=64, tokens_per_step=128, steps=4)
 here = World(0, 1, "cpu")
-names = "dense hash4 hash4c hash4w hash4r drop50 window16 hash4+window16 naive reformer4 none"
-names += " hash4r,window16x1 hash4+window16,window8x1 dense,window16x1"
+names = "dense hash4 hash4c hash4w hash4r hash4e drop50 window16 hash4+window16 naive reformer4"
+names += " none hash4r,window16x1 hash4+window16,window8x1 dense,window16x1"
 for name in names.split():
     trainer = Trainer(dataclasses.replace(tiny, attention=name), corpus, here)
     assert trainer.train_step() < 6.0, name
     assert trainer.validate(1) < 6.0, name
     assert (trainer.bucket_cost() >= 1.0) == ("hash" in name), name
 costs = {}
-for name in ("hash4", "hash4c", "hash4w", "hash4r"):
+for name in ("hash4", "hash4c", "hash4w", "hash4r", "hash4e"):
     config = dataclasses.replace(tiny, attention=name, layers=4, seqlen=256, tokens_per_step=512)
     trainer = Trainer(dataclasses.replace(config, steps=40, learning_rate=3e-3), corpus, here)
     for _ in range(25):
         trainer.train_step()
     costs[name] = trainer.bucket_cost()
 assert max(costs["hash4w"], costs["hash4c"], costs["hash4r"]) < 0.9 * costs["hash4"], costs
+assert costs["hash4e"] < costs["hash4r"], costs
 short = corpus._replace(validation=corpus.validation[:40])  # less than one sequence
 assert Trainer(dataclasses.replace(tiny, attention="hash4"), short, here).bucket_cost() >= 1.0
 packed = dataclasses.replace(tiny, attention="hash4", packed=True)
@@ -199,7 +200,13 @@ def test_commands_keep_their_results_and_the_page_is_made_of_them(tmp_path):
 
 @pytest.mark.parametrize(
     ("variant", "adapt"),
-    [("hash8", "none"), ("hash8c", "center"), ("hash8w", "whiten"), ("hash8r", "past")],
+    [
+        ("hash8", "none"),
+        ("hash8c", "center"),
+        ("hash8w", "whiten"),
+        ("hash8r", "past"),
+        ("hash8e", "even"),
+    ],
 )
 def test_the_model_hashes_as_the_public_module_does(variant, adapt, monkeypatch):
     """Same queries, same draws: the variants of the page are `AngularHash(adapt=...)`."""
@@ -274,7 +281,7 @@ def test_a_bad_query_does_not_stay_in_the_moments(monkeypatch, variant, bad):
         torch.testing.assert_close(mine[0, 1], of_second[0, 1])  # as before: none is finite
 
 
-@pytest.mark.parametrize("name", ["hash4", "hash4w", "hash4r"])
+@pytest.mark.parametrize("name", ["hash4", "hash4w", "hash4r", "hash4e"])
 def test_no_bucket_knows_a_later_token(monkeypatch, name):
     monkeypatch.syspath_prepend(str(ROOT))
     from bench.lm.config import PRESETS

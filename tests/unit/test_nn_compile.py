@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationW
 
 @pytest.mark.parametrize("kind", ["hash", "drop", "window"])
 def test_layers_compile_to_one_graph(kind):
+    torch._dynamo.reset()
     layer = {
         "hash": lambda: nn.HashSelfAttention(WIDTH, HEADS, 8, shared_qk=True, include_self=False),
         "drop": lambda: nn.DropSelfAttention(WIDTH, HEADS, how="threshold"),
@@ -32,6 +33,7 @@ LAYERS = {
     "dense": lambda: nn.DenseSelfAttention(WIDTH, HEADS),
     "hash": lambda: nn.HashSelfAttention(WIDTH, HEADS, 8, rounds=2, seed=0),
     "past": lambda: nn.HashSelfAttention(WIDTH, HEADS, 8, seed=0, adapt="past"),
+    "even": lambda: nn.HashSelfAttention(WIDTH, HEADS, 8, seed=0, adapt="even"),
     "top-k": lambda: nn.DropSelfAttention(WIDTH, HEADS, how="top-k"),
     "lots": lambda: nn.DropSelfAttention(WIDTH, HEADS, keep=1.0),  # all of them win
 }

@@ -76,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident) scfa_hash_angu
       const auto& moved = shared.moved()[p.centers > 0 ? (first - tile_start + mi * 16) / kCenterRows : 0];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int found = bucket_of(acc[mi], half, moved, p.n_directions, lane);
+        const int found = bucket_of(acc[mi], half, moved, nullptr, p.n_directions, lane);
         const int row = first + mi * 16 + half * 8 + lane / 4;
         if (lane % 4 == half && row < tile_end) bucket[row] = found;
       }

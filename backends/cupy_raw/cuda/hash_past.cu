@@ -2,24 +2,31 @@
 //
 // computes       mean of block j (kCenterRows rows) = (sum of the rows of blocks before j + kStartRows * start) / (their number +
 //                kStartRows); a block with a sum that is not below kMostSum counts for nothing. Then bucket = argmax [y, -y],
-//                y = x @ R - mean @ R; of equals the lowest index
+//                y = x @ R - mean @ R; of equals the lowest index. With SCFA_EVEN [y, -y] is divided, in each block, by a power of
+//                fill = n (rows before it whose bucket this was, without that division, + kStartFill) / (all rows + n kStartFill)
 // grid/block     one block of 128 or 256 threads per kTileRows rows of one (batch, head), which takes all rounds one after the other;
 //                blocks get their tiles in the order in which they start, so that whoever waits for an earlier tile waits for a
 //                block that runs. A warp takes whole blocks of kCenterRows rows.
 // memory         each tile writes the sum of its rows and says how many blocks count; a tile adds the sums of the up to kGroup - 1
-//                tiles before it in its group to that of the groups before, always in this order
-// shared memory  sizeof(Shared): directions as mma operands, the tile's products (each lane those that it made), sums, means
+//                tiles before it in its group to that of the groups before, always in this order; the rows of buckets likewise
+// shared memory  sizeof(Shared): directions as mma operands, the tile's products (each lane those that it made), sums, means, fills
 // inputs         x (batch, heads, seqlen, head_dim) with any strides but the last; R (rounds, own_heads, head_dim, directions),
 //                start (start_heads, head_dim), bucket (rounds, batch, heads, seqlen), mean (batch, heads, centers, head_dim)
-//                contiguous; sums (lists, tiles + groups, kHeadDim), flags 1 + (lists, tiles + groups), all 0 at first
+//                contiguous; sums (lists, tiles + groups, kHeadDim), flags 1 + (lists, tiles + groups), with SCFA_EVEN fills (rounds,
+//                lists, tiles + groups, n) and fill_flags (rounds, lists, tiles + groups), all 0 at first
 // version        tensor cores on exact parts (hash_rows.cuh)
 #include "hash_rows.cuh"
 
+#ifndef SCFA_EVEN
+#error "SCFA_EVEN (whether full buckets are given less): set by hashing.py"
+#endif
 constexpr int kTileRows = kBlocks == 1 ? 1024 : kBlocks == 2 ? 512 : 256;
 constexpr int kTileCenters = kTileRows / kCenterRows;
 constexpr int kGroup = 16;  // tiles
 constexpr float kStartRows = 16.0f;
 constexpr float kMostSum = 1e30f;
+constexpr bool kEven = SCFA_EVEN;
+constexpr int kStartFill = 2;
 // Threads of a multiprocessor, in blocks: as many as spill nothing. Wider elements take registers as more directions do.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 constexpr int kMostResident = 768;
@@ -38,8 +45,11 @@ struct PastParams {
   float* mean;
   float* sums;
   int* flags;
+  int* fills;
+  int* fill_flags;
   i64 x_batch, x_head, x_row;  // strides in bytes
   int batch, heads, own_heads, start_heads, seqlen, head_dim, n_directions, rounds, tiles, groups;
+  float power;  // of the fill, negative
 };
 
 struct Shared {
@@ -48,6 +58,7 @@ struct Shared {
   float means[kTileCenters][kHeadDim];  // sums of the blocks until they are known
   float moved[kTileCenters][8 * kBlocks];
   int counts[kTileCenters];  // whether a block counts
+  int fills[kEven ? kTileCenters + 1 : 1][16 * kBlocks];  // rows of a block in each bucket, then factors' bits; rows of tiles before
   int ticket, blocks_before;
 };
 
@@ -189,6 +200,32 @@ SCFA_DEVICE void find_means(Shared& shared, const PastParams& p, int list, int t
   if (before == kGroup - 1 && !last && threadIdx.x == 0) release_flag(flags + group_slot + 1, 1 + shared.blocks_before + own_blocks);
 }
 
+#include "hash_past_fills.cuh"
+
+// The bucket of each of a warp's rows, by factors of [y, -y] if `kWeighs`, to take(its row of the tile, its bucket).
+template <bool kWeighs, typename Take>
+SCFA_DEVICE void take_buckets(Shared& shared, const PastParams& p, int rows, int warp, int lane, Take take) {
+#pragma unroll 1
+  for (int row = warp * kCenterRows; row < rows; row = next_rows(row)) {
+    const int center = row / kCenterRows;
+#pragma unroll
+    for (int mi = 0; mi < kMi; ++mi) {
+      float products[kBlocks][4];
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        const float4 y = shared.products[row / 16 + mi][block][lane];
+        products[block][0] = y.x, products[block][1] = y.y, products[block][2] = y.z, products[block][3] = y.w;
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int found = bucket_of<kWeighs>(products, half, shared.moved[center], shared.fills[kWeighs ? center : 0], p.n_directions, lane);
+        const int at = row + mi * 16 + half * 8 + lane / 4;
+        if (lane % 4 == half && at < rows) take(at, found);
+      }
+    }
+  }
+}
+
 // One round of a tile; the first finds the means.
 template <bool kFirst>
 SCFA_DEVICE void hash_round(Shared& shared, const PastParams& p, int list, int tile, int round) {
@@ -208,26 +245,17 @@ SCFA_DEVICE void hash_round(Shared& shared, const PastParams& p, int list, int t
     find_means(shared, p, list, tile, centers, warp, lane);
   }
   if (warp == 0) multiply_centers(shared.moved, shared.operands, &shared.means[0][0], centers, kHeadDim, kHeadDim, lane);
+  if constexpr (kEven) {
+    for (int i = threadIdx.x; i < (kTileCenters + 1) * 16 * kBlocks; i += kThreads) (&shared.fills[0][0])[i] = 0;
+  }
   __syncthreads();  // moved is complete, and operands are free
   int* bucket = p.bucket + ((i64)round * p.batch * p.heads + list) * p.seqlen + tile_start;
-#pragma unroll 1
-  for (int row = warp * kCenterRows; row < rows; row = next_rows(row)) {
-#pragma unroll
-    for (int mi = 0; mi < kMi; ++mi) {
-      float products[kBlocks][4];
-#pragma unroll
-      for (int block = 0; block < kBlocks; ++block) {
-        const float4 y = shared.products[row / 16 + mi][block][lane];
-        products[block][0] = y.x, products[block][1] = y.y, products[block][2] = y.z, products[block][3] = y.w;
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int found = bucket_of(products, half, shared.moved[row / kCenterRows], p.n_directions, lane);
-        const int at = row + mi * 16 + half * 8 + lane / 4;
-        if (lane % 4 == half && at < rows) bucket[at] = found;
-      }
-    }
+  if constexpr (kEven) {
+    take_buckets<false>(shared, p, rows, warp, lane, [&](int row, int found) { atomicAdd(&shared.fills[row / kCenterRows][found], 1); });
+    __syncthreads();  // fills are complete
+    find_factors(shared, p, list, tile, centers, round, warp, lane);
   }
+  take_buckets<kEven>(shared, p, rows, warp, lane, [&](int row, int found) { bucket[row] = found; });
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kResident) scfa_hash_past(const __grid_constant__ PastParams p) {

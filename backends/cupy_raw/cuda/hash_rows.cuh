@@ -226,8 +226,10 @@ SCFA_DEVICE void take_better(float& value, int& bucket, float other_value, int o
 }
 
 // argmax [y, -y] of row g (half 0) or g + 8 of a block of 16, y the products less what the center moves: over the lane's own
-// directions, then over the four lanes of the row. A row of NaN has bucket 0.
-SCFA_DEVICE int bucket_of(const float (&products)[kBlocks][4], int half, const float (&moved)[8 * kBlocks], int n_directions, int lane) {
+// directions, then over the four lanes of the row. A row of NaN has bucket 0. kWeighs: `factors` of [y, -y], as bits.
+template <bool kWeighs = false>
+SCFA_DEVICE int bucket_of(const float (&products)[kBlocks][4], int half, const float (&moved)[8 * kBlocks], const int* factors,
+                          int n_directions, int lane) {
   float best = -infinity();
   int at = kNobody;
 #pragma unroll
@@ -237,8 +239,10 @@ SCFA_DEVICE int bucket_of(const float (&products)[kBlocks][4], int half, const f
       const int column = block * 8 + 2 * (lane % 4) + i;
       const float y = products[block][2 * half + i] - moved[column];
       if (column >= n_directions) continue;
-      take_better(best, at, y, column);
-      take_better(best, at, -y, column + n_directions);
+      const float above = kWeighs ? y * __int_as_float(factors[column]) : y;
+      const float below = kWeighs ? -y * __int_as_float(factors[column + n_directions]) : -y;
+      take_better(best, at, above, column);
+      take_better(best, at, below, column + n_directions);
     }
 #pragma unroll
   for (int other = 1; other < 4; other *= 2) {
