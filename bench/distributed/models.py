@@ -170,6 +170,8 @@ class Paper(nn.Module):
             raise SystemExit(f"rows of ranks need learned positions, not {config.positions!r}")
         if config.adapts not in ("", "r"):
             raise SystemExit(f"ranks share no statistics of a batch, so not {config.attention!r}")
+        if set("+,") & set(config.attention):
+            raise SystemExit(f"ranks share one pattern of all heads, not {config.attention!r}")
         local = config if rows is None else dataclasses.replace(config, seqlen=len(rows))
         self.inner = LanguageModel(local)
         if rows is None or way is None:
@@ -190,7 +192,8 @@ class Paper(nn.Module):
         directions = inner.directions()
         x = inner.embed(text)
         for layer, block in enumerate(inner.blocks):
-            x = checkpoint(block, x, *inner._hash_of(layer, directions), None, use_reentrant=False)
+            hashed_by = inner._hash_of(layer, directions)
+            x, _ = checkpoint(block, x, *hashed_by, None, use_reentrant=False)
         losses = [
             checkpoint(inner.head, part, inner.embed.token.weight, right, use_reentrant=False)
             * right.numel()

@@ -72,8 +72,9 @@ typedef unsigned int u32;
 constexpr bool kIsBf16 = SCFA_BFLOAT16;
 constexpr bool kIsTf32 = false;
 constexpr int kElementBytes = 2;
-inline unsigned __reduce_or_sync(unsigned lanes, unsigned value) {
-  for (int other = 1; other < 32; other *= 2) value |= __shfl_xor_sync(lanes, value, other);
+inline unsigned __reduce_or_sync(unsigned, unsigned value) {
+  const unsigned long long* values = host::exchange_all(value);
+  for (int lane = 0; lane < 32; ++lane) value |= (unsigned)values[lane];
   return value;
 }
 """

@@ -18,13 +18,44 @@ COMPILER = shutil.which("g++") or shutil.which("clang++")
 NEEDS_COMPILER = pytest.mark.skipif(
     COMPILER is None, reason="no C++ compiler (g++ or clang++) here"
 )
-OPTIONS = (
-    # -Og compiles fastest, and what it makes is not slower than that of -O1
-    *("-std=c++17", "-Og", "-w", "-fPIC", "-ffp-contract=off", "-fvisibility-inlines-hidden"),
-    *("-fsanitize=signed-integer-overflow,shift,bounds", "-fsanitize-undefined-trap-on-error"),
+_MACHINE = (
+    *("-std=c++17", "-w", "-fPIC", "-ffp-contract=off", "-fvisibility-inlines-hidden"),
+    "-fno-exceptions",
     # fmaf and float16 as instructions, of the same results as the calls that they replace
     *(("-march=native",) if platform.machine() in ("x86_64", "AMD64") else ()),
 )
+OPTIONS = (  # of each variant
+    # -Og compiles fastest, and what it makes is not slower than that of -O1
+    *(*_MACHINE, "-Og"),
+    *("-fsanitize=signed-integer-overflow,shift,bounds", "-fsanitize-undefined-trap-on-error"),
+)
+# The usual linker takes a tenth of a second for the symbols of libstdc++, for each variant.
+LINKED = ("-shared", *(("-fuse-ld=gold",) if shutil.which("ld.gold") else ()))
+HEADERS = sorted(HERE.glob("*_on_host.hpp"))
+# What these declare, in parts of one source: each may use what is before it.
+PLAYERS = [HERE / f"{x}_on_host.cpp" for x in ("cuda", "ptx", "memory", "products", "machine")]
+
+
+def played(folder):
+    """Object file of what the headers `*_on_host.hpp` declare: made once in `folder`."""
+    options = *_MACHINE, "-O3", "-ffp-contract=fast"  # products of vectors, as fmaf rounds
+    made = folder / f"{_digest(*options, *(x.read_text() for x in (*HEADERS, *PLAYERS)))}.o"
+    with locked(made):
+        if not made.exists():
+            text = "".join(f'#include "{player}"\n' for player in PLAYERS)
+            source = made.with_suffix(".cpp")
+            source.write_text(text)
+            _make(made, *options, "-c", source)
+    return made
+
+
+def _make(target, *arguments):
+    """Whole or not there, should this process be killed."""
+    part = target.with_name(f"{target.name}.part")
+    command = [COMPILER, "-o", str(part), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[:4000]
+    part.replace(target)
 
 
 class HostCompiler:
@@ -36,12 +67,13 @@ class HostCompiler:
         Who has the same sources in the same `folder`, in this process or another, shares what is
         compiled.
         """
-        texts = {header.name: header.read_text() for header in HERE.glob("*_on_host.hpp")} | sources
+        texts = {header.name: header.read_text() for header in HEADERS} | sources
         self.folder = folder / _digest(
             *OPTIONS, *(x for pair in sorted(texts.items()) for x in pair)
         )
         self._pool = ThreadPoolExecutor(os.cpu_count())
         self._started: dict[tuple, Future] = {}
+        self._played = self._pool.submit(played, folder)
         # Every source begins with it: it is parsed once.
         first = self.folder / "cuda_on_host.hpp"
         parsed = first.with_name(f"{first.name}.gch")
@@ -50,15 +82,7 @@ class HostCompiler:
                 self.folder.mkdir(exist_ok=True)
                 for name, text in texts.items():
                     (self.folder / name).write_text(text)
-                self._make(parsed, "-x", "c++-header", first)
-
-    def _make(self, target, *arguments):
-        """Whole or not there, should this process be killed."""
-        part = target.with_name(f"{target.name}.part")
-        command = [COMPILER, *OPTIONS, "-o", str(part), *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[:4000]
-        part.replace(target)
+                _make(parsed, *OPTIONS, "-x", "c++-header", first)
 
     def _compile(self, text, constants):
         defines = [f"-DSCFA_{key}={value}" for key, value in constants]
@@ -68,7 +92,8 @@ class HostCompiler:
             if not target.exists():
                 source.write_text(text)
                 first = ("-include", self.folder / "cuda_on_host.hpp")
-                self._make(target, "-shared", *first, *defines, source)
+                linked = self._played.result()
+                _make(target, *OPTIONS, *LINKED, *first, *defines, source, linked)
         return ctypes.CDLL(str(target)).run
 
     def start(self, text, constants):

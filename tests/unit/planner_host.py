@@ -131,6 +131,7 @@ def _compile(folder: Path) -> None:
         "-Wno-unknown-pragmas",
     ]
     command += [f"-I{host_build.HERE}", f"-I{folder}", "driver.cpp", "-o", "driver.part"]
+    command.append(str(host_build.played(folder.parent)))
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr, done.stderr

@@ -25,7 +25,7 @@ extern "C" void run(const Params* p, int blocks, int passes, int threads, int sh
   for (int y = 0; y < passes; ++y)
     for (int x = 0; x < blocks; ++x) {
       std::memset(shared.data(), 0x3f, shared.size());  // finite: a NaN would be recomputed away
-      copy_queues = std::vector<CopyQueue>(threads);
+      host::start_copies(threads);
       blockIdx = {(unsigned)x, (unsigned)y, 0};
       host::body = [&] { KERNEL(*p); };
       host::run_block(threads, order);
