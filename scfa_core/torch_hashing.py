@@ -106,13 +106,13 @@ def _hash_stretch(
             turned = turned.permute(3, 0, 1, 2, 4)
         if center is not None:
             turned = turned - _moved(center.detach().float(), directions, seqlen)
-        above, below = turned, -turned
+        above = below = turned
         if factors is not None:
             each = factors.repeat_interleave(CENTER_ROWS, dim=3)[:, :, :, :seqlen]
-            above, below = above * each[..., :half], below * each[..., half:]
+            above, below = turned * each[..., :half], turned * each[..., half:]
         most, up = above.max(dim=-1)
-        other, down = below.max(dim=-1)
-        return torch.where(most >= other, up, down + half).to(torch.int32).contiguous()
+        least, down = below.min(dim=-1)
+        return torch.where(most >= -least, up, down + half).to(torch.int32).contiguous()
 
 
 def _moved(center: torch.Tensor, directions: torch.Tensor, seqlen: int) -> torch.Tensor:

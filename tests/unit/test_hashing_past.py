@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="about torch tensors")
 
 from test_hashing_torch import DIM, directions, rows  # noqa: E402
+from torch import library  # noqa: E402
 
 import scfa_core as scfa  # noqa: E402
 from scfa_core import hashing, torch_hashing  # noqa: E402
@@ -19,7 +20,7 @@ from scfa_core.torch_hashing import PAST_HASH, past_mean  # noqa: E402
 def test_the_operator_that_hashes_about_the_past():
     start = rows(1, 4, DIM)
     for x in (rows(0, 2, 4, 70, DIM), rows(0, 2, 70, 4, DIM).transpose(1, 2)):
-        torch.library.opcheck(PAST_HASH, (x, directions(2, 3), start))
+        library.opcheck(PAST_HASH, (x, directions(2, 3), start))
         bucket, mean = past_hash(x, directions(2, 3), start)
         assert torch.equal(bucket, hashing.angular_hash(x, directions(2, 3), mean))
     both = torch.stack((x, x + 1), 3)
@@ -36,7 +37,7 @@ def test_the_operator_that_hashes_about_the_past():
 def test_the_operator_that_gives_less_to_full_buckets():
     start, spread = rows(1, 4, DIM), torch.linspace(0.3, 2, DIM)
     x, table = spread * rows(0, 2, 4, 900, DIM), directions(2, 3)
-    torch.library.opcheck(PAST_HASH, (x[:, :, :70], table, start, True))
+    library.opcheck(PAST_HASH, (x[:, :, :70], table, start, True))
     plain, mean = past_hash(x, table, start)
     bucket, same = past_hash(x, table, start, even=True)
     assert torch.equal(mean, same)
@@ -140,3 +141,13 @@ def test_no_heads_and_no_rounds_of_the_past():
     bucket, mean = past_hash(x, table[:0], start)
     assert bucket.shape == (0, 2, 4, 70)
     torch.testing.assert_close(mean, past_mean(x, start))
+    for rows_of, table_of in (
+        (x[:, :0], table),
+        (x[:0], table),
+        (x[:, :, :0], table),
+        (x, table[:0]),
+    ):
+        bucket, mean = past_hash(rows_of, table_of, start, even=True)
+        plain, same = past_hash(rows_of, table_of, start)
+        assert torch.equal(bucket, plain)
+        assert torch.equal(mean, same)

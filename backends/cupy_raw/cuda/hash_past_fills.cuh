@@ -2,6 +2,7 @@
 // sums of rows are passed from tile to tile in the same way.
 #pragma once
 
+// Numbers of rows by the load that ptx.cuh has: 32 bits, whatever they mean.
 SCFA_DEVICE int load_rows_of_others(const int* address) {
   return int(__float_as_uint(load_of_others(reinterpret_cast<const float*>(address))));
 }
