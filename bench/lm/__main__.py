@@ -77,6 +77,11 @@ def _train(args: argparse.Namespace, where: World) -> None:
         print(f"{folder}: step {trainer.step}, validation {validation:.4f} nats")
 
 
+def _commit(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names the sources in a result."""
+    parser.add_argument("--commit", help="name of the sources, where git cannot tell")
+
+
 def _tokens(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what a token is."""
     parser.add_argument("--tokens", choices=["byte", "bpe"], default="byte")
@@ -136,6 +141,7 @@ def _coverage(args: argparse.Namespace, where: World) -> None:
         chunks=args.chunks,
         draws=args.draws,
         json_path=args.json,
+        commit=args.commit,
     )
 
 
@@ -176,11 +182,12 @@ def _runs(parser: argparse.ArgumentParser, json_path: Path) -> None:
     parser.add_argument(
         "--checkpoints", type=Path, help="folder from which runs go on where a sitting stopped"
     )
+    _commit(parser)
 
 
 def _run_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `quality.run` takes of the options that `_runs` adds."""
-    names = ("variants", "seeds", "points", "budget", "checkpoints")
+    names = ("variants", "seeds", "points", "budget", "checkpoints", "commit")
     return {name: getattr(args, name) for name in names} | {"json_path": args.json}
 
 
@@ -229,7 +236,7 @@ def main() -> None:
     )
     three.add_argument("--budget", type=float, default=math.inf, help="seconds")
     three.add_argument("--json", type=Path)
-    three.add_argument("--commit", help="name of the sources, where git cannot tell")
+    _commit(three)
     three.set_defaults(run=_speed)
 
     four = commands.add_parser("images", help=_images.__doc__)
@@ -252,6 +259,7 @@ def main() -> None:
     five.add_argument("--draws", type=int, default=4, help="of directions, averaged")
     five.add_argument("--corpus-bytes", type=int, default=20_000_000)
     five.add_argument("--json", type=Path)
+    _commit(five)
     five.set_defaults(run=_coverage)
 
     six = commands.add_parser("report", help=_report.__doc__)

@@ -101,6 +101,7 @@ def run(
     chunks: Sequence[int],
     draws: int,
     json_path: Path | None = None,
+    commit: str | None = None,
 ) -> dict[str, Any]:
     """Coverage for normal queries, for a model as initialised, and after ``base.steps`` steps.
 
@@ -109,7 +110,7 @@ def run(
     """
     config = dataclasses.replace(base, seqlen=max(lengths))
     record: dict[str, Any] = {
-        "machine": machine("cuda" if where.device.startswith("cuda") else "cpu"),
+        "machine": machine("cuda" if where.device.startswith("cuda") else "cpu", commit),
         "corpus": corpus.sha256,
         "config": dataclasses.asdict(config),
         "draws": draws,

@@ -141,12 +141,13 @@ class Sitting:
         budget: float,
         checkpoints: Path | None,
         finish: Callable[[Trainer], dict[str, Any]] | None,
+        commit: str | None,
     ) -> None:
         self.corpus, self.where, self.json_path = corpus, where, json_path
         self.points, self.checkpoints, self.finish = points, checkpoints, finish
         self.deadline = time.monotonic() + budget
         self.record = load(json_path)
-        self.facts = machine("cuda" if where.device.startswith("cuda") else "cpu")
+        self.facts = machine("cuda" if where.device.startswith("cuda") else "cpu", commit)
         self.overhead = 0.0  # seconds of a run beyond its training, the most so far
         self.longest = 0.0  # seconds of a run, the most so far
 
@@ -250,6 +251,7 @@ def run(
     budget: float = math.inf,
     checkpoints: Path | None = None,
     finish: Callable[[Trainer], dict[str, Any]] | None = None,
+    commit: str | None = None,
 ) -> dict[str, Any]:
     """Train every variant and seed that the file lacks.
 
@@ -262,6 +264,8 @@ def run(
         A folder from which a stopped run goes on, in this sitting or a later one.
     finish : function, optional
         Of the trainer of a run at its end; what it returns is kept with the run.
+    commit : str, optional
+        Of the sources, where git cannot tell.
     """
     sitting = Sitting(
         corpus,
@@ -271,6 +275,7 @@ def run(
         budget=budget,
         checkpoints=checkpoints,
         finish=finish,
+        commit=commit,
     )
     kernels_ready = compile_kernels_meanwhile(base, where)
     for seed in seeds:

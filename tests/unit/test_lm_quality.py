@@ -44,13 +44,14 @@ def bench(monkeypatch, tmp_path):
 
 
 def test_what_fails_is_kept_with_its_error_and_tried_again(bench, monkeypatch):
-    runs = bench.sit(variants=["nonsense", "dense"])
+    runs = bench.sit(variants=["nonsense", "dense"], commit="abc1234")
     assert [(x["config"]["attention"], x["done"]) for x in runs] == [
         ("nonsense", False),
         ("dense", True),
     ]
     assert "no such attention: 'nonsense'" in runs[0]["error"]
     assert "error" not in runs[1]
+    assert [x["machine"]["commit"] for x in runs] == ["abc1234"] * 2
 
     step = bench.train.Trainer.train_step
     broken = lambda self: step(self) * (torch.nan if self.step > 25 else 1)  # noqa: E731
