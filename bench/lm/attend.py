@@ -78,13 +78,43 @@ def sparse(config: Config) -> Attend:
     return attend
 
 
+def hash_and_blocks(config: Config) -> Attend:
+    """Buckets in most heads, blocks of neighbours in the last: one call, whose groups differ."""
+    _, keys, heads = config.near
+
+    def attend(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        hashed: Tensor,
+        directions: Tensor | None,
+        center: Tensor | None,
+        documents: Tensor | None,
+    ) -> Tensor:
+        bucket = hashed if directions is None else angular_hash(hashed, directions, center)[0]
+        row = torch.arange(q.shape[2], dtype=bucket.dtype, device=q.device)
+        shift = torch.arange(heads, dtype=bucket.dtype, device=q.device) * keys // heads
+        block = ((row + shift[:, None]) // keys).expand(q.shape[0], -1, -1)
+        group = torch.cat((bucket, block), dim=1)
+        pattern: scfa.Pattern = scfa.HashSparse(group, group, include_self=False)
+        if documents is not None:
+            pattern &= scfa.Documents(documents)
+        options = {"softmax_scale": config.softmax_scale, "backend": config.backend}
+        out: Tensor = scfa.attention(q, k, v, pattern, **options)
+        return out
+
+    return attend
+
+
 def attend_for(config: Config) -> Attend:
     """Choose the attention of a configuration."""
-    window, heads = config.near
+    kind, keys, heads = config.near
+    if kind == "blocks":
+        return hash_and_blocks(config)
     most = _attend_for(config)
     if not heads:
         return most
-    last = sparse(dataclasses.replace(config, attention=f"window{window}"))
+    last = sparse(dataclasses.replace(config, attention=f"window{keys}"))
     shares = [config.hashed_heads, heads]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *hashed: Tensor | None) -> Tensor:

@@ -17,7 +17,8 @@ class Config:
     ``hash<buckets>+window<keys>`` (keys of the same bucket and the last so many; ``drop`` as well),
     ``naive``, ``reformer<buckets>`` or ``none``: q + k + v, the bound on speed. After a comma,
     ``window<keys>x<heads>``, the last so many heads see a window instead, as in
-    ``hash16r,window128x4``.
+    ``hash16r,window128x4``; or ``blocks<keys>x<heads>``, earlier rows of the block of so many that
+    a row lies in, each head's blocks beginning elsewhere: groups like a hash's, in the same call.
     ``hash<buckets>c`` hashes queries about their mean of earlier steps, and ``hash<buckets>w``
     divides by their covariance as well, so that buckets become even; ``hash<buckets>r`` subtracts
     the running mean of the sequence's earlier rows, which does not lag behind moving weights, and
@@ -63,23 +64,28 @@ class Config:
         return self.heads * self.head_dim
 
     @property
-    def near(self) -> tuple[int, int]:
-        """Keys of the window that the last heads see, and how many heads those are."""
-        _, comma, last = self.attention.partition(",")
+    def near(self) -> tuple[str, int, int]:
+        """What the last heads see ("window", "blocks"), its keys, and how many heads those are."""
+        main, comma, last = self.attention.partition(",")
         if not comma:
-            return 0, 0
-        match = re.fullmatch(r"window(\d+)x(\d+)", last)
-        if match is None or not 0 < int(match[2]) < self.heads:
+            return "", 0, 0
+        match = re.fullmatch(r"(window|blocks)(\d+)x(\d+)", last)
+        if match is None or not int(match[2]) or not 0 < int(match[3]) < self.heads:
             raise SystemExit(
-                "after a comma comes the window of some heads, such as hash16,window128x4 of "
-                f"{self.heads} heads, got {self.attention!r}"
+                "after a comma comes what the last heads see, such as hash16,window128x4 or "
+                f"hash16,blocks256x4 of {self.heads} heads, got {self.attention!r}"
             )
-        return int(match[1]), int(match[2])
+        if match[1] == "blocks" and re.fullmatch(r"hash\d+[cwre]?", main) is None:
+            raise SystemExit(
+                f"blocks are groups beside those of a hash, such as hash16,blocks256x4, got "
+                f"{self.attention!r}"
+            )
+        return match[1], int(match[2]), int(match[3])
 
     @property
     def hashed_heads(self) -> int:
-        """Heads that do not see a window instead."""
-        return self.heads - self.near[1]
+        """Heads that see what stands before a comma."""
+        return self.heads - self.near[2]
 
     @property
     def main(self) -> str:

@@ -26,7 +26,7 @@ corpus = load_corpus(text)
 tiny = dataclasses.replace(PRESETS["tiny"], seqlen=64, tokens_per_step=128, steps=4)
 here = World(0, 1, "cpu")
 names = "dense hash4 hash4c hash4w hash4r hash4e drop50 window16 hash4+window16 naive reformer4"
-names += " none hash4r,window16x1 hash4+window16,window8x1 dense,window16x1"
+names += " none hash4r,window16x1 hash4+window16,window8x1 dense,window16x1 hash4r,blocks16x1"
 for name in names.split():
     trainer = Trainer(dataclasses.replace(tiny, attention=name), corpus, here)
     assert trainer.train_step() < 6.0, name
@@ -92,6 +92,21 @@ wanted = torch.softmax(scores, -1).nan_to_num(0.0) @ v
 got = model.blocks[0].mix.attend(q, k, v, q[:, :1], directions, None, None)
 torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
 
+wide = dataclasses.replace(tiny, attention="hash4,blocks24x3", heads=4, head_dim=16)
+model = Trainer(wide, corpus, here).model
+directions = model.directions()[0]
+q, v = (torch.randn(2, 4, 64, 16) for _ in range(2))
+k = torch.nn.functional.normalize(q, dim=-1)
+bucket = angular_hash(q[:, :1], directions)[0]
+block = (torch.arange(64) + torch.tensor([0, 8, 16])[:, None]) // 24
+assert block[1].tolist() == [0] * 16 + [1] * 24 + [2] * 24
+group = torch.cat((bucket, block.expand(2, 3, 64)), dim=1)
+seen = (group[..., :, None] == group[..., None, :]) & (ago > 0)
+scores = (q @ k.mT * 16**-0.5).masked_fill(~seen, -torch.inf)
+wanted = torch.softmax(scores, -1).nan_to_num(0.0) @ v
+got = model.blocks[0].mix.attend(q, k, v, q[:, :1], directions, None, None)
+torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+
 words = as_words(corpus, 1000)
 assert words.train.max() < 1000 and len(words.train) < len(corpus.train)
 assert len(set(words.train[:7].tolist())) == len({"def", " ", "f", "(", "x", ")", ":"})
@@ -108,7 +123,8 @@ from bench.lm.train import Trainer, World
 corpus = load_corpus(pathlib.Path("bench/lm/model.py"))
 tiny = dataclasses.replace(PRESETS["tiny"], seqlen=64, tokens_per_step=128, layers=2)
 for scope, graphs in (("blocks", 3), ("model", 1)):
-    for name in ("hash4", "hash4w", "hash4r,window8x1", "drop50", "hash4+window16"):
+    names = "hash4 hash4w hash4r,window8x1 hash4e,blocks8x1 drop50 hash4+window16"
+    for name in names.split():
         layers = 2 if scope == "blocks" else 1
         config = dataclasses.replace(tiny, attention=name, compile=scope, layers=layers)
         trainer = Trainer(config, corpus, World(0, 1, "cpu"))
@@ -309,6 +325,25 @@ def test_no_bucket_knows_a_later_token(monkeypatch, name):
     first, second = buckets(text), buckets(other)
     assert torch.equal(first[..., :150], second[..., :150])
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("hash4,window16", "after a comma comes what the last heads see"),
+        ("hash4,window16x12", "of 12 heads, got 'hash4,window16x12'"),
+        ("hash4,blocks0x1", "after a comma"),
+        ("dense,blocks16x1", "blocks are groups beside those of a hash"),
+        ("hash4+window8,blocks16x1", "blocks are groups"),
+    ],
+)
+def test_heads_of_two_kinds_held_wrong(name, told, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.lm.attend import attend_for
+    from bench.lm.config import Config
+
+    with pytest.raises(SystemExit, match=told):
+        attend_for(Config(attention=name))
 
 
 def test_rates_of_learning():
