@@ -111,8 +111,9 @@ def bind_backward(problem: Problem, monotone: bool, *described: DeviceArray) -> 
     Bitwise deterministic. $SCFA_CUPY_BACKWARD: "split" is a kernel for dq and one for dk and dv,
     with 8 bytes of workspace a query row (lse in base 2 and delta, in sorted order); "fused" is one
     kernel for all three where it serves, with the sums of dq as well (`_sum_slots`); "auto", the
-    default, lets the GPU choose for each key head. Ranges in any order always go the split way,
-    with 8 more bytes a query row (their envelopes).
+    default, is fused at head_dim 64 and lets the GPU choose for each key head at 128, split where
+    there are few keys. Ranges in any order always go the split way, with 8 more bytes a query row
+    (their envelopes).
     """
     bound: dict[str | None, Bound] = {}
 
@@ -136,7 +137,9 @@ def _ways(problem: Problem, asked: str | None, monotone: bool = True) -> tuple[b
     if way == "fused":
         return False, True
     # Where keys are few there is nothing to ask, which takes time.
-    return True, problem.seqlen_k > sm90._FEW_KEYS.get(problem.head_dim, problem.seqlen_k)
+    if problem.seqlen_k <= sm90._FEW_KEYS[problem.head_dim]:
+        return True, False
+    return problem.head_dim in sm90._LONG_KEYS, True
 
 
 class _Backward:
@@ -245,13 +248,11 @@ class _Backward:
             mapped=self.maps is not None,
         )
 
-    def _tiled(
-        self, name: str, shape: Shape, counter: int, tiles: tuple[int, int], heads: int
-    ) -> Launch:
+    def _tiled(self, name: str, shape: Shape, tiles: int, params: bytes) -> Launch:
         """A kernel of persistent blocks."""
         shared = SHARED[name](self.problem.head_dim, shape)
-        enqueue = sm90._persistent(self._kernel(name, shape), self.device, shape, shared, tiles[1])
-        return self.marked.bind(self._params(counter, tiles, heads), enqueue)
+        enqueue = sm90._persistent(self._kernel(name, shape), self.device, shape, shared, tiles)
+        return self.marked.bind(params, enqueue)
 
     def _envelopes(self) -> Launch:
         heads = self.problem.batch * self.problem.heads
@@ -262,8 +263,7 @@ class _Backward:
 
     def _choose(self) -> Launch:
         tiles = self._key_tiles(FUSED[self.problem.head_dim])
-        in_turn = sm90._fused_in_turn(self.problem, self.slots)
-        params = self._params(11, tiles, self.problem.heads_kv, in_turn)
+        params = self._params(11, tiles, self.problem.heads_kv)
         kernel = sm90._choose_kernel(self.device, self.problem.head_dim)
         blocks = -(-self.problem.batch * self.problem.heads_kv // 4)
         return self.marked.bind(params, kernel.bind((blocks, 1, 1), 32, 0))
@@ -274,9 +274,11 @@ class _Backward:
         dq, dkdv = (shape_of(shapes, head_dim, self.monotone) for shapes in (DQ, DKDV))
         heads = problem.batch * problem.heads
         tiles = tiles_of(problem.seqlen_q, 64 * dq.warpgroups, heads)
+        key_tiles = self._key_tiles(dkdv)
+        to_dkdv = self._params(3, key_tiles, problem.heads_kv)
         return [
-            self._tiled("bwd_dq_sm90", dq, 2, tiles, problem.heads),
-            self._tiled("bwd_dkdv_sm90", dkdv, 3, self._key_tiles(dkdv), problem.heads_kv),
+            self._tiled("bwd_dq_sm90", dq, tiles[1], self._params(2, tiles, problem.heads)),
+            self._tiled("bwd_dkdv_sm90", dkdv, key_tiles[1], to_dkdv),
         ]
 
     def _fused(self) -> list[Launch]:
@@ -284,12 +286,13 @@ class _Backward:
         head_dim = self.problem.head_dim
         shape = FUSED[head_dim]
         tiles = self._key_tiles(shape)
-        params = self._params(4, tiles, self.problem.heads_kv)
+        in_turn = sm90._fused_in_turn(self.problem, self.slots)
+        params = self._params(4, tiles, self.problem.heads_kv, in_turn)
         kernel = self._kernel("bwd_prepare_sm90", PREPARE[head_dim])
         wanted = self.jobs + -(-tiles[1] // sm90._PREPARE_WARPS)  # for rows and for tiles
         blocks = min(max(wanted, 2), sm90._PREPARE_BLOCKS[head_dim] * multiprocessors(self.device))
         prepare = kernel.bind((blocks, 1, 1), 32 * sm90._PREPARE_WARPS, 0)
         return [
             self.marked.bind(params, prepare),
-            self._tiled(FUSED_KERNELS[head_dim], shape, 4, tiles, self.problem.heads_kv),
+            self._tiled(FUSED_KERNELS[head_dim], shape, tiles[1], params),
         ]

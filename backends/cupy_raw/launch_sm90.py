@@ -51,15 +51,12 @@ _SUM_ROWS = 64  # query rows of one dq tile in the fused kernel
 # kept, key tiles of many heads are under way, each head with room for all its rows.
 _SUM_ROOM = 1 << 17
 _SUM_BYTES_PER_ROW = 8  # and so many more for each query row
-# head_dim -> keys of an average pair's query tile from which "auto" takes the fused kernel, faster
-# then (bwd_choose_sm90.cu; hopper.md); a head_dim that is not here goes the split way unless told
-# otherwise, and so does one with no more keys than this in all
-_LONG_KEYS = {64: 340, 128: 440}
+# head_dim -> no more keys than this in all, and "auto" takes the split kernels
 _FEW_KEYS = {64: 960, 128: 660}
-# Keys of an average pair's query tile up to which the fused kernel takes tiles of several heads in
-# turn (bwd_choose_sm90.cu), and how many heads at most.
-_TURN_KEYS = 2304
-_FUSED_IN_TURN = 16
+# head_dim -> keys of an average pair's query tile from which it takes the fused kernel
+# (bwd_choose_sm90.cu; hopper.md); one that is not here does so whatever the ranges
+_LONG_KEYS = {128: 440}
+_FUSED_IN_TURN = 16  # heads at most whose tiles are handed out in turn (bwd_fused_sm90_tiles.cuh)
 _HEADS_IN_TURN = 4  # at most, at the end of a forward (tiles_sm90.cuh)
 # Blocks a multiprocessor of the kernel that prepares rows and key tiles: as many as have registers.
 _PREPARE_BLOCKS = {64: 5, 128: 3}
@@ -255,7 +252,7 @@ def _envelope_kernel(device: int) -> Kernel:
 @cache
 def _choose_kernel(device: int, head_dim: int) -> Kernel:
     """The kernel that chooses between the two ways of the backward."""
-    constants = (("LONG_KEYS", _LONG_KEYS[head_dim]), ("TURN_KEYS", _TURN_KEYS))
+    constants = (("LONG_KEYS", _LONG_KEYS[head_dim]),)
     return get_kernel(
         "scfa_bwd_choose_sm90", "bwd_choose_sm90.cu", constants, device, arch_suffix="a"
     )

@@ -114,7 +114,7 @@ def _fused_shared(head_dim: int, shape: Shape) -> int:
     changes = change_buffers * (2 * rows * shape.block_n + 32)
     sums = 2 * (4 * shape.block_n * head_dim + 8)
     data = 16 * shape.stages * shape.block_n + 32 * MAX_GROUP + 16
-    barriers = 2 * (2 + change_buffers + 2 + shape.stages)
+    barriers = 2 * (2 + change_buffers + 2 + shape.stages) + 2
     return tiles + changes + sums + data + 8 * barriers + _SHARED_SLACK
 
 

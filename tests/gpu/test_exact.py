@@ -182,7 +182,7 @@ def test_problems_of_hypothesis(kernels, call, hold, arena, spec):
     hold(case, got)
 
 
-def test_not_deterministic_is_as_exact(call, hold):
+def test_not_deterministic_is_as_exact(kernels, call, hold):
     case = testing.build(Spec(2, 4, 2, 300, 300, 64, 64, "bfloat16", parts=HASH, seed=8))
     got, _, _ = call(case, deterministic=False)
     hold(case, got)

@@ -29,6 +29,7 @@ PLAYED = (  # functions of the shipped headers that the host has its own of
     *("copy_chunk", "copy_word", "exp2_fast", "log2_fast", "pack_pair", "unpack_pair"),
     *("wgmma_fence", "wgmma_commit", "wgmma_wait", "pin", "wgmma_shared", "wgmma_issue"),
     *("wgmma_registers", "load_acquire", "store_release", "wait_until", "global_proxy_fence"),
+    *("count_release",),
     *("start_sum", "wait_until_read", "wait_until_added", "fetch_sum", "shared_store_four"),
     *("load_sum_four", "row_address", "shared_address", "barrier_init", "barrier_init_done"),
     *("barrier_arrive", "barrier_try_wait", "named_barrier_sync", "named_barrier_arrive"),
@@ -215,15 +216,16 @@ def run(
     any_order=False,
     fences=True,
     mapped=True,
-    in_turn=None,
+    in_turn=0,
     ways=None,
 ):
     """Results of one case; `slots` query heads have room for sums of dq, all by default.
 
     With `any_order` the kernels are not told of ranges that are in order; without `fences` their
     products look at copied rows through no proxy fence; unless `mapped` they have no tensor maps.
-    With `in_turn` the fused kernel takes tiles of 2**in_turn heads in turn. `ways` are those of the
-    key heads, 0 split and 1 fused; without them all go the fused way or none does.
+    With `in_turn` the fused kernel takes tiles of 2**in_turn heads in turn, if ranges are short.
+    `ways` are those of the key heads, 0 split and 1 fused; without them all go the fused way or
+    none does.
     """
     spec = case.spec
     problem = Problem(
@@ -255,24 +257,25 @@ def run(
     if ways is not None:
         launches = [*passes(spec, False, monotone), *list(passes(spec, True, monotone))[1:]]
     shares = (0, 1) if ways is None else (2, 2)  # choice_sm90.cuh: none and all, or some and some
-    words = np.array([*shares, 0, 0, 0, in_turn or 0, 0, 0, *(ways or ())], np.int32)
-    choice = 0 if in_turn is None and ways is None else words.ctypes.data
+    words = np.array([*shares, 0, 0, 0, 0, 0, 0, *(ways or ())], np.int32)
+    choice = 0 if ways is None else words.ctypes.data
     how = {"mapped": mapped, "sanitize": sanitize, "fences": fences}
     compiled = [  # all begin to compile before the first one runs
         kernels.kernel(kernel, spec.dtype, spec.head_dim, shape, monotone, **how)
         for kernel, shape, *_ in launches
     ]
+    for_turns = 0  # the word after the counter, from the kernel that prepares on
     for (kernel, shape, tiles, heads, least, threads), function in zip(
         launches, compiled, strict=True
     ):
-        counter = np.zeros(1, np.int32)
+        counter = np.array([0, for_turns], np.int32)
         params = launch_sm90._params(
             *(problem, plan, arrays, described(lse, "float32")),
             *((at, at + 4 * lse.size), counter.ctypes.data, tiles, heads, sums),
             *(choice, envelopes_at),
             records.ctypes.data,
             maps_of(*((k, v) if kernel == "fwd_sm90" else (q, dout))),
-            launch_sm90._in_turn(spec.batch * spec.heads) if kernel == "fwd_sm90" else 0,
+            launch_sm90._in_turn(spec.batch * spec.heads) if kernel == "fwd_sm90" else in_turn,
         )
         shared = 0 if shape is None else shapes_sm90.SHARED[kernel](spec.head_dim, shape)
         # As in a kernel's arguments: struct Params holds what is aligned to 64 bytes.
@@ -282,6 +285,7 @@ def run(
         faults = function.result()(at_params, number, threads, shared, order)
         assert faults >= 0, f"{kernel}: every thread waits for another"
         assert not faults, f"{kernel}: {faults} unordered accesses to memory, see stderr"
+        for_turns = counter[1]
     wide = (testing.widen(x, spec.dtype) for x in (out, dq, dk, dv))
     out, dq, dk, dv = wide
     return Results(out, lse, dq, dk, dv)

@@ -245,6 +245,7 @@ void store_release(int* address, int value) {
 void wait_until(const int* address, int value) {
   for (int found; (found = load_acquire(address)) != value;) host::wait_while(*address, found);
 }
+void count_release(int* address) { store_release(address, *address + 1); }
 void load_sum_four(const float* address, float (&values)[4]) {
   host::look_for_sums(address, "reads a sum that an addition is not done with");
   std::memcpy(values, address, 16);

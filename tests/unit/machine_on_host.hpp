@@ -51,5 +51,6 @@ int uniform(int value);
 int load_acquire(const int* address);
 void store_release(int* address, int value);
 void wait_until(const int* address, int value);
+void count_release(int* address);
 void load_sum_four(const float* address, float (&values)[4]);
 #pragma GCC visibility pop

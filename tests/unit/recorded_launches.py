@@ -71,16 +71,18 @@ def rows(at, heads=4, dtype="bfloat16", dim=64):
     return DeviceArray(at, (2, heads, 90, dim), (heads * 90 * dim, 90 * dim, dim, 1), dtype, 0)
 
 
-def forward_arrays(shift=0):
+def forward_arrays(shift=0, dim=64):
     at = [0x10_0000 * i + shift for i in range(1, 5)]
     lse = DeviceArray(0x90_0004, (2, 4, 90), (360, 90, 1), "float32", 0)
-    return (rows(at[0]), rows(at[1], 2), rows(at[2], 2), rows(at[3]), lse)
+    q, k, v, out = (rows(x, heads, dim=dim) for x, heads in zip(at, (4, 2, 2, 4), strict=True))
+    return (q, k, v, out, lse)
 
 
-def backward_arrays():
-    q, k, v, out, lse = forward_arrays()
-    grads = [rows(0xA0_0000), rows(0xB0_0000, 2), rows(0xC0_0000, 2)]
-    return (rows(0xD0_0000), q, k, v, out, lse, *grads)
+def backward_arrays(dim=64):
+    q, k, v, out, lse = forward_arrays(dim=dim)
+    at = zip((0xA0_0000, 0xB0_0000, 0xC0_0000, 0xD0_0000), (4, 2, 2, 4), strict=True)
+    *grads, dout = (rows(x, heads, dim=dim) for x, heads in at)
+    return (dout, q, k, v, out, lse, *grads)
 
 
 def float32_arrays(dim=64):

@@ -173,7 +173,10 @@ def test_hopper_arguments_are_those_packed_anew(launched, monkeypatch, monotone,
         records = third, third + 4 * 12 * (4 + 4 * 2)  # of key tiles, and what comes after them
         sums = launch_sm90.Sums(fourth, records[1], launch_sm90._sum_slots(sizes), 2)
         fields = (sizes, native, given, lse, stats, second, (3, 12), 2, sums)
-        want = launch_sm90._params(*fields, key_tiles=records[0], maps=tensor_maps(q, dout))
+        in_turn = launch_sm90._fused_in_turn(sizes, sums.slots)
+        assert in_turn == 2
+        rest = {"key_tiles": records[0], "maps": tensor_maps(q, dout), "in_turn": in_turn}
+        want = launch_sm90._params(*fields, **rest)
         assert [x[1].get("RUNS") for x in launched] == [0, 1]
         names = ["prepare", "fused"]
         assert [x[0] for x in launched] == [f"scfa_bwd_{name}_sm90" for name in names]
@@ -242,35 +245,32 @@ def test_where_ranges_can_be_long_the_gpu_chooses(launched, monkeypatch):
     """All kernels are launched, with the words of the choice, a counter each, and room for sums."""
     monkeypatch.delenv("SCFA_CUPY_BACKWARD", raising=False)
     native = PlanArrays.of([described(at) for at in PLAN[:7]], True)
-    sizes, arrays = problem(seqlen_k=launch_sm90._FEW_KEYS[64] + 1), backward_arrays()
+    keys = launch_sm90._FEW_KEYS[128] + 1
+    sizes, arrays = problem(seqlen_k=keys, head_dim=128, head_dim_v=128), backward_arrays(128)
     dout, q, k, v, out, lse, dq, dk, dv = arrays
     at = tuple(x.pointer for x in arrays)
     without = [x._replace(pointer=0) for x in arrays]
     bound_sm90.bind_backward(sizes, True, *without)(PLAN, at, Context())
     counted, choice, records, room = (WORKSPACE + (i << 20) for i in (1, 2, 3, 4))
-    added = records + 4 * 32 * (4 + 4 * 2)
+    added = records + 4 * 24 * (4 + 4 * 2)
     sums = launch_sm90.Sums(room, added, launch_sm90._sum_slots(sizes), 2)
     stats = (WORKSPACE + 4, WORKSPACE + 4 + 4 * 2 * 4 * 90)
     first = choice + 4 * launch_sm90._CHOICE_COUNTERS
-    key_tiles = (8, 32)  # of 961 keys, two batch entries of two key heads
+    key_tiles = (6, 24)  # of 661 keys, two batch entries of two key heads
     given = (q, k, v, out, dout, dq, dk, dv)
 
-    def want(counter, tiles, heads, in_turn=0):
+    def want(counter, tiles, heads):
         return launch_sm90._params(
             *(sizes, native, given, lse, stats, counter, tiles, heads, sums, choice),
             key_tiles=records,
             maps=tensor_maps(q, dout),
-            in_turn=in_turn,
         )
-
-    in_turn = launch_sm90._fused_in_turn(sizes, sums.slots)
-    assert in_turn > 0  # which is for the choice alone: dq passes over heads whole
 
     assert launched[0] == ("zero", counted, 8, STREAM, 0)
     assert [(x[0], x[-1]) for x in launched[1:]] == [
-        ("scfa_bwd_choose_sm90", want(counted, key_tiles, 2, in_turn)),
+        ("scfa_bwd_choose_sm90", want(counted, key_tiles, 2)),
         ("scfa_bwd_dq_sm90", want(first, (1, 8), 4)),
         ("scfa_bwd_dkdv_sm90", want(first + 4, key_tiles, 2)),
         ("scfa_bwd_prepare_sm90", want(first + 8, key_tiles, 2)),
-        ("scfa_bwd_fused_sm90", want(first + 8, key_tiles, 2)),
+        ("scfa_bwd_fused128_sm90", want(first + 8, key_tiles, 2)),
     ]

@@ -16,22 +16,20 @@ pytestmark = host_build.NEEDS_COMPILER
 kernels = hopper_host.kernels
 SPLIT, FUSED = 0, 1
 NONE, ALL, SOME = 0, 1, 2
-IN_TURN, HEADS_AT = 5, 8  # kChoiceInTurn, kChoiceHeads
+HEADS_AT = 8  # kChoiceHeads
 # Where the fused way begins is a constant of the shipped kernel, and here a number of each call:
 # so one compilation serves all tests.
 SOURCE = hopper_host.source_of(
     (),
     "static int long_keys;\n"
-    "static int turn_keys;\n"
     "#define SCFA_LONG_KEYS long_keys\n"
-    "#define SCFA_TURN_KEYS turn_keys\n"
     '#include "bwd_choose_sm90.cu"\n'
     + hopper_host.DRIVER.replace("KERNEL", "scfa_bwd_choose_sm90")
     .replace("READS_IN_VAIN", "")
     .replace("int run(", "int run_blocks(")
     + """
-extern "C" int run(const Params* p, int blocks, int keys, int turns) {
-  long_keys = keys, turn_keys = turns;
+extern "C" int run(const Params* p, int blocks, int keys) {
+  long_keys = keys;
   return run_blocks(p, blocks, 32, 0, 0);
 }
 """,
@@ -43,11 +41,8 @@ def planned(pattern, heads, heads_kv, seqlen):
     return scfa.make_plan(pattern, *rows, backend="numba-cpu")
 
 
-def chosen(kernels, plan, long_keys, turn_keys=1536, in_turn=3):
-    """Words of choice_sm90.cuh for a plan, with the fused way from `long_keys` on.
-
-    Up to `turn_keys` it takes tiles of 2**in_turn heads in turn.
-    """
+def chosen(kernels, plan, long_keys):
+    """Words of choice_sm90.cuh for a plan, with the fused way from `long_keys` on."""
     _, heads, seqlen = plan.q_index.shape
     heads_kv, keys = plan.k_index.shape[1:]
     problem = Problem(1, heads, heads_kv, seqlen, keys, 64, 64, "bfloat16", "cpu", 1.0)
@@ -60,11 +55,10 @@ def chosen(kernels, plan, long_keys, turn_keys=1536, in_turn=3):
         *(problem, arrays, (None,) * 8, None, (0, 0), counted.ctypes.data),
         *((tiles, tiles * heads_kv), heads_kv),
         choice=choice.ctypes.data,
-        in_turn=in_turn,
     )
     run = kernels.start(SOURCE, (("BFLOAT16", 1),)).result()
     held = host_build.aligned_copy(np.frombuffer(params, np.uint8), 64)
-    assert run(ctypes.c_void_p(held.ctypes.data), -(-heads_kv // 4), long_keys, turn_keys) == 0
+    assert run(ctypes.c_void_p(held.ctypes.data), -(-heads_kv // 4), long_keys) == 0
     return choice
 
 
@@ -134,31 +128,9 @@ def test_query_heads_of_a_key_head_decide_together_and_other_heads_do_not(kernel
     keys = ids[:, ::2].copy()
     keys[:, 2], ids[:, 4], ids[:, 5] = 0, 1, 0  # the first head of this group sees nothing
     plan = planned(scfa.HashSparse(ids.astype(np.int32), keys.astype(np.int32)), 6, 3, seqlen)
-    choice = chosen(kernels, plan, launch_sm90._LONG_KEYS[64])
+    choice = chosen(kernels, plan, launch_sm90._LONG_KEYS[128])
     assert choice[HEADS_AT:].tolist() == [SPLIT, FUSED, FUSED]
     assert choice[:2].tolist() == [SOME, SOME]
-
-
-@pytest.mark.parametrize("heads", [1, 6, 9])
-def test_in_turn_where_all_are_fused_and_none_is_long(kernels, heads):
-    """Which heads there are in other blocks of the kernel decides with them."""
-    rng = np.random.default_rng(heads)
-    plan = planned(hashed(rng, heads, 4096, 13), heads, heads, 4096)
-    exact = [pair_keys(plan, head) for head in range(heads)]
-    least, most = int(0.93 * min(exact)), int(1.07 * max(exact))
-    assert chosen(kernels, plan, least, most)[IN_TURN] == 3
-    assert chosen(kernels, plan, least, most, in_turn=0)[IN_TURN] == 0
-    assert chosen(kernels, plan, least, least)[IN_TURN] == 0
-    assert chosen(kernels, plan, most, most)[IN_TURN] == 0
-
-
-def test_one_long_head_and_all_come_one_after_the_other(kernels):
-    ids = np.random.default_rng(1).integers(0, 16, (1, 9, 4096)).astype(np.int32)
-    ids[:, 7] = 0
-    plan = planned(scfa.HashSparse(ids, ids), 9, 9, 4096)
-    assert chosen(kernels, plan, 100, 1000)[IN_TURN] == 0
-    assert chosen(kernels, plan, 100, 4096)[IN_TURN] == 3
-    assert chosen(kernels, plan, 1000, 4096)[IN_TURN] == 0  # and others go the split way
 
 
 def test_nothing_visible_is_not_long(kernels):

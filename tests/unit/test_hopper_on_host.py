@@ -160,7 +160,7 @@ def test_tiles_of_heads_in_turn(kernels, name, order):
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "ways"), [(64, [0, 1, 1, 0]), (64, [1, 0, 0, 0]), (128, [0, 1, 0, 1])]
+    ("head_dim", "ways"), [(128, [0, 1, 1, 0]), (128, [1, 0, 0, 0]), (128, [0, 1, 0, 1])]
 )
 def test_heads_that_go_different_ways(kernels, head_dim, ways):
     """Each as where all go its way, whichever heads are passed over before or after it."""

@@ -1,4 +1,4 @@
-"""In which order tiles are handed out (tiles_sm90.cuh, choice_sm90.cuh)."""
+"""In which order tiles are handed out (tiles_sm90.cuh, bwd_fused_sm90_tiles.cuh)."""
 
 import ctypes
 import dataclasses
@@ -69,7 +69,8 @@ extern "C" void run(int tiles, int per_head, int in_turn, const Divisor* divisor
 @pytest.mark.parametrize("per_head", [1, 2, 7])
 def test_key_tiles_of_so_many_heads_in_turn(kernels, heads, in_turn, per_head):
     """Groups of heads, and those left over one after the other; each head's tiles in order."""
-    headers = ("products_sm90.cuh", "params_sm90.cuh", "choice_sm90.cuh")
+    headers = ("products_sm90.cuh", "params_sm90.cuh", "query_data_sm90.cuh")
+    headers += ("bwd_fused_sm90_tiles.cuh",)
     function = kernels.start(source_of(headers, KEY_TILES), (("BFLOAT16", 1),))
     found = np.full(heads * per_head, -7, np.int32)
     divisor = np.array(launch_sm90._divisor(per_head), np.uint32)
@@ -81,6 +82,38 @@ def test_key_tiles_of_so_many_heads_in_turn(kernels, heads, in_turn, per_head):
     groups += [range(head, head + 1) for head in range(whole, heads)]
     expected = [z * per_head + n for group in groups for n in range(per_head) for z in group]
     assert found.tolist() == expected
+
+
+COUNTS = """
+extern "C" int run(const int* visits, int count, int in_turn) {
+  int counter[2] = {};
+  for (int i = 0; i < count; ++i) counter[1] += visits_for_turns(visits[i]);
+  Params p{};
+  p.counter = counter, p.in_turn = in_turn;
+  return heads_in_turn(p);
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("visits", "turns"),
+    [
+        ([5] * 100, 3),
+        ([19] * 100, 3),  # 2432 keys, which 16 heads keep in L2
+        ([20] * 100, 0),
+        ([5] * 100 + [100] * 5, 3),  # 160 of 660, as no more than 32 of a tile are counted
+        ([5] * 100 + [100] * 6, 0),
+        ([0, -3, 0], 0),  # nobody visits anything
+        ([2**20] * 4_000_000, 0),
+    ],
+)
+def test_heads_have_turns_where_short_ranges_are_most_of_the_work(kernels, visits, turns):
+    headers = ("products_sm90.cuh", "params_sm90.cuh", "query_data_sm90.cuh")
+    headers += ("bwd_fused_sm90_tiles.cuh",)
+    function = kernels.start(source_of(headers, COUNTS), (("BFLOAT16", 1),)).result()
+    counted = np.array(visits, np.int32)
+    assert function(ctypes.c_void_p(counted.ctypes.data), len(visits), 3) == turns
+    assert function(ctypes.c_void_p(counted.ctypes.data), len(visits), 0) == 0
 
 
 @pytest.mark.parametrize(

@@ -165,14 +165,15 @@ def test_which_kernels_fetch_runs(monkeypatch, monotone, mapped):
     assert fetch == (whole if monotone and mapped else set())
 
 
-@pytest.mark.parametrize("head_dim", sorted(launch_sm90._LONG_KEYS))
+@pytest.mark.parametrize("head_dim", sorted(shapes_sm90.FUSED))
 def test_few_keys_are_not_asked_about(head_dim):
+    """Beyond them ranges decide at head_dim 128; at 64 the fused way is always the faster one."""
     few = launch_sm90._FEW_KEYS[head_dim]
-    assert few > launch_sm90._LONG_KEYS[head_dim]
-    for keys, asks in ((few, False), (few + 1, True)):
+    assert few > launch_sm90._LONG_KEYS.get(head_dim, 0)
+    for keys, ways in ((few, (True, False)), (few + 1, (head_dim == 128, True))):
         sizes = (1, 1, 300, keys, head_dim, head_dim)
         problem = Problem(1, *sizes, "bfloat16", "cuda:0", 0.1)
-        assert bound_sm90._ways(problem, "auto") == (True, asks)
+        assert bound_sm90._ways(problem, "auto") == ways
 
 
 def test_an_unknown_backward_is_refused(monkeypatch):
@@ -212,8 +213,9 @@ def test_ranges_in_any_order_never_go_the_fused_way(head_dim):
 
 
 @pytest.mark.parametrize("head_dim", sorted(shapes_sm90.FUSED))
-def test_where_no_length_is_given_only_asking_takes_the_fused_way(head_dim):
+def test_who_asks_for_a_way_gets_it(head_dim):
     sizes = (1, 1, 50_000, 50_000, head_dim, head_dim)
     long_ranges = Problem(1, *sizes, "bfloat16", "cuda:0", 0.1)
     assert bound_sm90._ways(long_ranges, "fused") == (False, True)
-    assert bound_sm90._ways(long_ranges, None) == (True, head_dim in launch_sm90._LONG_KEYS)
+    assert bound_sm90._ways(long_ranges, "split") == (True, False)
+    assert bound_sm90._ways(long_ranges, None) == (head_dim in launch_sm90._LONG_KEYS, True)

@@ -7,18 +7,15 @@
 //   pair's tile counts, not an average tile. A window's tiles are all alike; of tiles of buckets,
 //   whose long ones take the time, the plain average says as little as of a window half as long.
 //   By 128 tiles of each query head. A head's way depends on nothing but its own ranges, so its
-//   gradients do not depend on what else is in the batch. Where all go the fused way, and none with
-//   more than SCFA_TURN_KEYS keys by the same average, tiles of 2^p.in_turn heads are handed out in
-//   turn: key tiles of one head that follow at once wait for each other to add dq, and long ranges
-//   of many heads do not stay in L2.
+//   gradients do not depend on what else is in the batch.
 // grid/block: a warp for four key heads, eight lanes each: one multiprocessor would take longer for
 //   the loads of many heads than they take to come. The last warp to end counts.
 // shared memory: none.
 // inputs/outputs: Params (params_sm90.cuh) with the tiles of key heads: q_count, key_start, key_end,
 //   counter, two words that are 0; choice is written, tile counters in it become 0.
 // version and source: new here.
-#if !defined(SCFA_LONG_KEYS) || !defined(SCFA_TURN_KEYS)
-#error "SCFA_LONG_KEYS, SCFA_TURN_KEYS: set by launch_sm90.py"
+#ifndef SCFA_LONG_KEYS
+#error "SCFA_LONG_KEYS: set by launch_sm90.py"
 #endif
 #include "params_sm90.cuh"
 #include "choice_sm90.cuh"
@@ -29,7 +26,6 @@ constexpr int kRows = 64;  // of a query tile
 constexpr int kLanes = 8;   // of a warp look at one head
 constexpr int kLooks = 16;  // tiles of a list that each of them looks at
 constexpr int kMostKeys = 1 << 20;  // more count as so many: weights must not overflow
-constexpr int kSomeAreLong = 1 << 31;  // beside the number of heads that go the fused way
 
 // Which tile of a list the i-th look is at. Looks at even distances would meet each bucket at the same
 // places, where a bucket takes a multiple of that distance, and take heads that are alike for
@@ -80,20 +76,15 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
   const bool speaks = lane == 0 && z < heads;
   const bool fused = visits.squares > SCFA_LONG_KEYS * visits.keys;
-  const bool long_here =
-      __any_sync(0xFFFFFFFFu, speaks && visits.squares > SCFA_TURN_KEYS * visits.keys);
   if (speaks) p.choice[kChoiceHeads + z] = fused ? kFused : kSplit;
   const int fused_here = __popc(__ballot_sync(0xFFFFFFFFu, speaks && fused));
   if (blockIdx.x == 0 && threadIdx.x < 3) p.choice[kChoiceCounters + threadIdx.x] = 0;
   if (threadIdx.x > 0) return;
   atomicAdd(p.counter, fused_here);
-  if (long_here) atomicOr(p.counter, kSomeAreLong);
   __threadfence();  // a block that sees this one's arrival sees its heads counted
   if (atomicAdd(p.counter + 1, 1) + 1 < static_cast<int>(gridDim.x)) return;
   __threadfence();
-  const int counted = atomicAdd(p.counter, 0), all_fused = counted & ~kSomeAreLong;
+  const int all_fused = atomicAdd(p.counter, 0);
   p.choice[kFused] = all_fused == 0 ? kNone : all_fused == heads ? kAll : kSome;
   p.choice[kSplit] = all_fused == heads ? kNone : all_fused == 0 ? kAll : kSome;
-  // Heads that go the other way are passed over whole: then one after the other.
-  p.choice[kChoiceInTurn] = all_fused == heads && counted == all_fused ? p.in_turn : 0;
 }

@@ -42,34 +42,6 @@ __device__ __forceinline__ void announce(const Shared& shared, const Turn& turn,
   barrier_release(shared.job_full(turn.carrier), lane);
 }
 
-// What fetch_sum does, by all lanes of a warp.
-__device__ __forceinline__ void fetch_by_warp(unsigned tile, const float* source,
-                                              unsigned barrier) {
-#pragma unroll 1
-  for (int i = 4 * (threadIdx.x % 32); i < kSumFloats; i += 4 * 32) {
-    float sum[4];
-    load_sum_four(source + i, sum);
-    shared_store_four(tile + 4 * i, sum[0], sum[1], sum[2], sum[3]);
-  }
-  barrier_arrive(barrier);
-}
-
-// Bring a sum to the room in shared memory; it arrives at Shared::sum_loaded.
-__device__ __forceinline__ void fetch_sum(unsigned tile, const float* source, unsigned barrier) {
-  if constexpr (kSanitize) {
-    fetch_by_warp(tile, source, barrier);
-  } else {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-                 "n"(kSumBytes)
-                 : "memory");
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
-        "[%3];" ::"r"(tile),
-        "l"(source), "n"(kSumBytes), "r"(barrier)
-        : "memory");
-  }
-}
-
 // Let go of the room for a dq tile in place of the multiplying warps, by as many arrivals.
 __device__ __forceinline__ void release_for_all(unsigned barrier, int lane) {
   constexpr int kWarps = 4 * kWarpgroups;

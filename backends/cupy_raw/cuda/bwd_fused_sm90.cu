@@ -9,8 +9,8 @@
 //   dq of the step from the dS they leave in shared memory. Warps 0 and 1 gather rows (cp.async).
 //   In tiles of 64 sorted rows dq is summed in memory, in fp32, by bulk copies that add, which warps
 //   2 and 3 start and wait for; the key tiles add from the last to the first, each waiting for the
-//   one before it (Params::added): bitwise deterministic. The last adds in registers and writes the
-//   rows.
+//   one before it (Params::added): bitwise deterministic. The last adds in registers, to a sum that
+//   was asked for during the step before, and writes the rows.
 // shared memory: two key and value tiles, kChanges of dS, two dq tiles, kStages query blocks
 //   (kSharedBytes).
 // inputs/outputs: Params (params_sm90.cuh): q, k, v, dout, dq, dk, dv in 16 bits; row_lse,
@@ -36,6 +36,14 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       const unsigned job = shared.job(change.slot);
       shared_store_four(job, query_tile, number, lowest, beyond);
       shared_store(job + 16, keys);
+      shared_store(job + 20, 0);
+    }
+  };
+  // ... and about the query tile of the step after it, if that is known: the end of its key tiles.
+  const auto announce_next = [&](int beyond) {
+    if (group == 0 && warp == 0) {
+      __syncwarp();  // all lanes have written what is in its place
+      shared_store(shared.job(change.slot) + 20, beyond);
     }
   };
   const auto announce_end = [&](int kind) {
@@ -76,9 +84,11 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
     };
     QueryColumns columns;
     int first_start, last_end;  // the outermost ranges of the step
-    const auto load_columns = [&](unsigned slot) {
+    const auto load_ends = [&](unsigned slot) {
       first_start = shared_load(shared.starts(slot));
       last_end = shared_load(shared.ends(slot) + 4 * (kBlockM - 1));
+    };
+    const auto load_columns = [&](unsigned slot) {
       columns.load(shared, slot, q);
       columns.start(slopes, shared, slot, q);
     };
@@ -93,11 +103,13 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       accumulate_weighted_rows<kBlockM>(grad_k, changes, shared.query(slot));
       wgmma_commit();
     };
+    // The key tiles before this one's end are those that rows up to the last of a step may see.
+    const auto beyond_last = [](int end) { return (end + kBlockN - 1) / kBlockN; };
     // dS^T to shared memory, and then to the warpgroup that makes dq. One fence for what this warp
     // wrote and for the queries that it is about to multiply.
     const auto store_changes = [&](int query_tile, bool ends) {
       barrier_wait(shared.changes_empty(change.slot), change.parity ^ 1);
-      announce(query_tile, at.number, first_start / kBlockN, (last_end + kBlockN - 1) / kBlockN,
+      announce(query_tile, at.number, first_start / kBlockN, beyond_last(last_end),
                key.slot | (ends ? kTileEnds : 0));
       store_fragments(shared.changes(change.slot) + group * 64 * kRowBytes, changes, warp, lane);
     };
@@ -109,8 +121,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
     // A block whose queries see none of this warpgroup's keys: dS of zeros, for the other half's dq.
     const auto pass_over = [&](int query_tile, bool ends) {
       barrier_wait(shared.query_full(query.slot), query.parity);
-      first_start = shared_load(shared.starts(query.slot));
-      last_end = shared_load(shared.ends(query.slot) + 4 * (kBlockM - 1));
+      load_ends(query.slot);
 #pragma unroll
       for (int i = 0; i < kBlockM / 4; ++i) changes[i] = 0;
       store_changes(query_tile, ends);
@@ -147,6 +158,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
         unsigned slot = query.slot, before = 0;
         barrier_wait(shared.query_full(slot), query.parity);
         async_proxy_fence();
+        load_ends(slot);
         load_columns(slot);
         wgmma_fence();
         issue_scores(slot);
@@ -163,6 +175,8 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
           // The next scores run behind these products.
           slot = query.slot;
           barrier_wait(shared.query_full(slot), query.parity);
+          load_ends(slot);
+          announce_next(beyond_last(last_end));
           send_changes();
           load_columns(slot);
           pin_operands();
@@ -198,7 +212,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     scfa_bwd_fused_sm90(const __grid_constant__ Params p) {
-  if (share_of(p, kFused) == kNone) return;
+  static_assert(!kHasChoice, "all heads go this way");
   extern __shared__ char dynamic[];
   const Shared shared{(shared_address(dynamic) + 1023) & ~1023u};
   if (threadIdx.x == 0) {
@@ -213,6 +227,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < kCarriers; ++i) {
       barrier_init(shared.sum_full(i), 4 * kReleases);
       barrier_init(shared.sum_empty(i), kReleases);
+      barrier_init(shared.sum_loaded(i), kReleases);
     }
     for (int i = 0; i < kStages; ++i) {
       barrier_init(shared.query_full(i), kRowThreads);

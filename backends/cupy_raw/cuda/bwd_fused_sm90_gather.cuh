@@ -24,7 +24,7 @@ constexpr int kJobBytes = 32;  // what a buffer of dS belongs to
 constexpr int kLoadBase = kJobBase + kJobBytes * kChanges;
 constexpr int kTileBase = kLoadBase + 8 * kCarriers;
 constexpr int kBarrierBase = kTileBase + 16;
-constexpr int kBarriers = 2 * (kKeyBuffers + kChanges + kCarriers + kStages);
+constexpr int kBarriers = 2 * (kKeyBuffers + kChanges + kCarriers + kStages) + kCarriers;
 constexpr int kSharedBytes = kBarrierBase + 8 * kBarriers + 1024;  // 1024: room to align the base
 static_assert(kSharedBytes <= 232448, "more shared memory than a block can have");
 static_assert(kSharedBytes == SCFA_SHARED_BYTES, "launch_sm90.py asks for as much as is laid out");
@@ -49,6 +49,7 @@ struct Shared : QueryData<kBlockM, kDataBase, kBounds, kBoundsBase> {
   __device__ __forceinline__ unsigned tile(unsigned buffer) const {
     return base + kTileBase + 4 * buffer;
   }
+  // Read nowhere, as there is no choice of ways.
   __device__ __forceinline__ unsigned share() const { return base + kTileBase + 8; }
   __device__ __forceinline__ unsigned in_turn() const { return base + kTileBase + 12; }
   __device__ __forceinline__ unsigned barrier(unsigned i) const {
@@ -70,8 +71,11 @@ struct Shared : QueryData<kBlockM, kDataBase, kBounds, kBoundsBase> {
   __device__ __forceinline__ unsigned sum_empty(unsigned i) const {
     return sum_full(kCarriers + i);
   }
-  __device__ __forceinline__ unsigned query_full(unsigned i) const {
+  __device__ __forceinline__ unsigned sum_loaded(unsigned i) const {
     return sum_full(2 * kCarriers + i);
+  }
+  __device__ __forceinline__ unsigned query_full(unsigned i) const {
+    return sum_full(3 * kCarriers + i);
   }
   __device__ __forceinline__ unsigned query_empty(unsigned i) const {
     return query_full(kStages + i);
@@ -133,10 +137,7 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
   const int lane_bytes = (thread % kLanesPerRow) * 16;
   Ring<kKeyBuffers> key;
   Ring<kStages> query;
-  if (thread == 0) {
-    shared_store(shared.share(), share_of(p, kFused));
-    shared_store(shared.in_turn(), p.choice == nullptr ? 0 : p.choice[kChoiceInTurn]);
-  }
+  if (thread == 0) shared_store(shared.in_turn(), heads_in_turn(p));
   unsigned buffer = 0;  // of tile number and bounds, by the parity of the tile
   for (;; buffer ^= 1) {
     barrier_wait(shared.key_empty(key.slot), key.parity ^ 1);

@@ -17,6 +17,11 @@ __device__ __forceinline__ void store_release(int* address, int value) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
+// One more has added.
+__device__ __forceinline__ void count_release(int* address) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(address) : "memory");
+}
+
 __device__ __forceinline__ void wait_until(const int* address, int value) {
 #if SCFA_DEBUG_WAIT
   const long long begin = clock64();
@@ -95,6 +100,34 @@ __device__ __forceinline__ void wait_until_read() {
 __device__ __forceinline__ void wait_until_added() {
   if constexpr (kSanitize) __syncwarp();  // or as if it had written what all lanes did
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// What fetch_sum does, by all lanes of a warp.
+__device__ __forceinline__ void fetch_by_warp(unsigned tile, const float* source,
+                                              unsigned barrier) {
+#pragma unroll 1
+  for (int i = 4 * (threadIdx.x % 32); i < kSumFloats; i += 4 * 32) {
+    float sum[4];
+    load_sum_four(source + i, sum);
+    shared_store_four(tile + 4 * i, sum[0], sum[1], sum[2], sum[3]);
+  }
+  barrier_arrive(barrier);
+}
+
+// Bring a sum to a room in shared memory; it arrives at the barrier.
+__device__ __forceinline__ void fetch_sum(unsigned tile, const float* source, unsigned barrier) {
+  if constexpr (kSanitize) {
+    fetch_by_warp(tile, source, barrier);
+  } else {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+                 "n"(kSumBytes)
+                 : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+        "[%3];" ::"r"(tile),
+        "l"(source), "n"(kSumBytes), "r"(barrier)
+        : "memory");
+  }
 }
 
 // Where rows of a dq tile go that is to be written: looked up while its product is made.

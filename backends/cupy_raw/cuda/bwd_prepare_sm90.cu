@@ -3,7 +3,8 @@
 //
 // computes: row_lse = lse in base 2 (+inf where nothing is seen), row_delta[i] = -(dout[i] .
 //   out[i]), to which dout[i] . v[j] is added; added = 0, or kNoSum where fewer than two key tiles
-//   visit the query tile; dq = 0 where none does; key_tiles, a record for each tile of 128 keys.
+//   visit the query tile; dq = 0 where none does; key_tiles, a record for each tile of 128 keys; at
+//   head_dim 64 whether tiles are handed out in turn (bwd_fused_sm90_tiles.cuh).
 // grid/block: two or more blocks of 256 threads. A fifth of them, the first, make records, a warp for
 //   a tile: chains of loads that cost little beside the rows, which keep memory busy. The others take
 //   query tiles in turn, 16 bytes of a row per thread and pass. Heads that go the other way
@@ -30,6 +31,7 @@ constexpr int kNoSum = 0x7FFFFFFE;         // as in bwd_fused_sm90_sums.cuh
 constexpr int kLanes = SCFA_HEAD_DIM / 8;  // of one row
 constexpr int kThreads = 256;
 constexpr int kRecorderShare = 5;          // one block in so many makes records
+constexpr bool kInTurn = SCFA_HEAD_DIM == 64;  // as in bwd_fused_sm90_sizes.cuh
 
 __device__ __forceinline__ float pair_product(unsigned a, unsigned b) {
   float a0, a1, b0, b1;
@@ -147,6 +149,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   if (tile >= tiles) return;
   Places places = look_up(p, tile);
   int visits = visits_of(p, tile, places.count);
+  int for_turns = 0;
   while (tile < tiles) {
     // The next tile's places are looked up behind the loads of this one's rows, one chain of loads
     // instead of two.
@@ -159,8 +162,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     } else {
       prepare_tile(p, tile, places, visits, [&]() { next_places = look_up(p, upcoming); });
     }
+    for_turns += visits_for_turns(visits);
     places = next_places;
     visits = visits_of(p, upcoming, places.count);
     tile = next;
   }
+  if (kInTurn && threadIdx.x == 0) atomicAdd(p.counter + 1, for_turns);
 }

@@ -1,15 +1,13 @@
 // Two ways to the same gradients, and which key head goes which: the words that bwd_choose_sm90.cu
-// writes and the backward kernels read; and in which order the fused way takes tiles. Include after
-// params_sm90.cuh.
+// writes and the backward kernels read. Include after params_sm90.cuh.
 #pragma once
 
 enum Way { kSplit = 0, kFused = 1 };           // bwd_dq and bwd_dkdv, or bwd_fused
 enum Share { kNone = 0, kAll = 1, kSome = 2 };  // of the heads that go one way
 
-// Words: the shares of both ways, tile counters of the three kernels, the binary logarithm of how
-// many heads have their tiles in turn (fused), two unused, then the way of each key head.
+// Words: the shares of both ways, tile counters of the three kernels, three unused, then the way of
+// each key head.
 constexpr int kChoiceCounters = 2;
-constexpr int kChoiceInTurn = 5;
 constexpr int kChoiceHeads = 8;
 
 #ifdef SCFA_CHOICE
@@ -28,16 +26,6 @@ __device__ __forceinline__ int share_of(const Params& p, Way way) {
 
 __device__ __forceinline__ bool goes(const Params& p, Way way, int key_head) {
   return p.choice[kChoiceHeads + key_head] == way;
-}
-
-// Which tile the fused way hands out as the n-th: the first of each of 2^in_turn heads, then the
-// second of each, and so on; heads that are left over, one after the other.
-__device__ __forceinline__ int tile_in_turn(const Params& p, int n, int in_turn) {
-  const int group = p.by_tiles.quotient(n) >> in_turn;
-  if ((group + 1) << in_turn > p.by_tiles.quotient(p.tiles)) return n;
-  const int first_head = group << in_turn, i = n - first_head * p.tiles_per_head;
-  const int head = first_head + (i & ((1 << in_turn) - 1));
-  return head * p.tiles_per_head + (i >> in_turn);
 }
 
 // The key head of a tile: tiles are those of query heads (kQueryTiles) or of key heads.

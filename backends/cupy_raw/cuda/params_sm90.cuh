@@ -34,13 +34,14 @@ struct Params {
   float *row_lse, *row_delta;  // of each sorted query row, lse in base 2, +inf where nothing is
                                // seen and before the first; -delta: dq kernel -> dk/dv kernel,
                                // preparing -> fused kernel
-  int* counter;  // tiles handed out so far beyond the first of each block; zeroed before the launch
+  int* counter;  // tiles handed out so far beyond the first of each block; zeroed before the launch,
+                 // with a word after it (bwd_fused_sm90_tiles.cuh)
   float scale, scale_log2;
   int heads, heads_kv, group_size, seqlen_q, seqlen_k;
   int tiles_per_head,
       tiles;  // tiles of one head (query head, or kv head in the dk/dv kernel), and of all
-  int in_turn;  // forward: tiles of the last 2^in_turn heads are handed out in turn; choice of the
-                // backward: of so many the fused kernel may; else 0
+  int in_turn;  // forward: tiles of the last 2^in_turn heads are handed out in turn; fused backward
+                // at head_dim 64: of so many they may be; else 0
   Divisor by_tiles, by_heads,
       by_group;  // by tiles_per_head, by heads (heads_kv in the dk/dv kernel), by group_size
   // Fused backward only: fp32 sums of dq in sorted order (p.slots heads, 64 rows a tile), and how
