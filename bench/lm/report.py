@@ -20,9 +20,11 @@ share a bucket, hashed with fresh directions at every step; a token does not see
 mode. Variants differ by attention alone: `dense` (torch SDPA, on a GPU cuDNN's kernel),
 `hash<buckets>`, `drop<percent>` (random queries and keys dropped), `window<keys>`,
 `hash...+window...` (keys of the same bucket and the nearest ones), `...,window<keys>x<heads>` (the
-last so many heads see a window, the others what stands before the comma), `naive` (masked, all
-scores in memory), `reformer<buckets>`, and `none`: attention replaced by q + k + v, which nothing
-can beat in speed.
+last so many heads see a window, the others what stands before the comma),
+`hash...,blocks<keys>x<heads>` (the last heads see the earlier rows of their block of so many,
+blocks of each head beginning elsewhere: groups like buckets, so that one call does for all heads),
+`naive` (masked, all scores in memory), `reformer<buckets>`, and `none`: attention replaced by
+q + k + v, which nothing can beat in speed.
 
 The queries of a layer have much in common, so that an angular hash puts most of them into few
 buckets, and the more so the deeper the layer: the work is then a multiple of what even buckets
@@ -50,16 +52,17 @@ shows (79.9 ms a step of hash16r at T=16384 on an H100 where 69.4 came after).
 This page is made by `python -m bench.lm report` from stored JSON. In order: the paper's 12 layers
 at T=8192 to 32768; each step beside the same as one CUDA graph, which leaves the host little to do
 (`--graph` of the other commands trains so); the kernels of their steps; 8 layers of 512 at T=8192,
-ten minutes each for dense, hash16 and drop50, to be called again until a file holds all seeds; the
-same by tokens; the paper's model with checkpoints, resumed where it stopped; images; pairs that the
-Reformer keeps; this page.
+ten minutes each for dense, hash16 and drop50, to be called again until a file holds all seeds; 12
+layers by tokens, a minute each, as below; the paper's model with checkpoints, resumed where it
+stopped; images; pairs that the Reformer keeps; this page.
 
 ```text
 python -m bench.lm speed --rounds 5 --json speed.json
 python -m bench.lm speed --graph --lengths 16384
 python -m bench.lm speed --profile --lengths 16384
 python -m bench.lm quality --seconds 600 --seeds 0 1 --budget 1800 --json quality.json
-python -m bench.lm quality --seconds 600 --tokens bpe --bpe-folder tokens --json bpe.json
+python -m bench.lm quality --seconds 60 --layers 12 --tokens bpe --vocabulary 16384 \\
+    --bpe-folder tokens --variants dense hash16e,blocks256x3 hash16e+window128 --json bpe.json
 python -m bench.lm train --attention hash16 --out runs
 python -m bench.lm images --seconds 60 --json images.json
 python -m bench.lm coverage --json coverage.json
@@ -75,6 +78,13 @@ What 92 % of the bound, the aim, would take: of the paper's model, attention ove
 1.1, 2.2 and 4.3 times 10^12 flop a step at T=8192, 16384 and 32768 (visible pairs, forward and
 backward), and 92 % leave 4.5 ms for it, for hashing and for planning. That is 240, 490 and
 960 TFLOP/s. An H200 multiplies matrices at 720 to 790 here: at T=32768 no kernel can reach it."""
+QUALITY = """\
+A minute of training is far from an end. What attends to near rows learns fastest at first (by bytes
+a window alone is best), so these runs say what a variant loses or gains by then, not where a long
+run ends. Keys of the same bucket alone leave out the neighbours, whom a language model needs first;
+a window beside them, or blocks of neighbours in three of eight heads, makes up for that. Equal
+seconds are the user's; where runs differ in steps taken, the table at equal steps says what a step
+is worth."""
 SMALL_MODEL = (
     "**The model is small and was trained on a CPU for a short time.** Counts do not depend on the "
     "device, but on how far training has crowded the buckets."
@@ -303,7 +313,7 @@ def write(records: Sequence[dict[str, Any]], page: Path, plots: Path) -> None:
         for wanted in (False, True)
     )
     if text:
-        parts += ["## Quality", *curve_sections(text, "quality", plots, home)]
+        parts += ["## Quality", QUALITY, *curve_sections(text, "quality", plots, home)]
     if pixels:
         parts += ["## Images, pixel by pixel", IMAGES]
         parts += curve_sections(pixels, "images", plots, home)

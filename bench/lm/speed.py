@@ -264,8 +264,8 @@ def _cell(variant: str, found: list[tuple[float, float, float]]) -> str:
     facts = []
     if speedups and variant != "dense":
         facts.append(f"{statistics.median(speedups):.2f}x")
-        if shares and variant != BOUND:
-            facts.append(f"{100 * statistics.median(shares):.0f} %")
+    if shares and variant not in ("dense", BOUND):
+        facts.append(f"{100 * statistics.median(shares):.0f} %")
     return f"{statistics.median(times):.1f}" + (f" ({', '.join(facts)})" if facts else "")
 
 

@@ -101,6 +101,7 @@ def test_speed_is_compared_within_a_sitting():
     last = table([rows(100.0, 80.0), rows(120.0, 60.0)])
     assert last[-1] == "| hash16 | 70.0 (1.62x, 73 %) |"
     assert table([rows(100.0, 80.0)])[2:4] == ["| dense | 100.0 |", "| none | 50.0 (2.00x) |"]
+    assert table([rows(100.0, 80.0)[1:]])[2:] == ["| none | 50.0 |", "| hash16 | 80.0 (62 %) |"]
     assert table([[{"seqlen": 4, "variant": "hash16", "ms": 1.0}]])[-1] == "| hash16 | 1.0 |"
 
 
