@@ -14,6 +14,7 @@ import scfa_core as scfa
 from bench.lm.config import Config
 from scfa_core.hashing import angular_hash
 from scfa_core.merging import attention_over
+from scfa_core.nn.near import with_near_heads
 
 # q, k, v, what is hashed (its buckets, where there are no directions), the hash's directions and
 # center, documents
@@ -92,10 +93,7 @@ def hash_and_blocks(config: Config) -> Attend:
         documents: Tensor | None,
     ) -> Tensor:
         bucket = hashed if directions is None else angular_hash(hashed, directions, center)[0]
-        row = torch.arange(q.shape[2], dtype=bucket.dtype, device=q.device)
-        shift = torch.arange(heads, dtype=bucket.dtype, device=q.device) * keys // heads
-        block = ((row + shift[:, None]) // keys).expand(q.shape[0], -1, -1)
-        group = torch.cat((bucket, block), dim=1)
+        group = with_near_heads(bucket, heads, keys)
         pattern: scfa.Pattern = scfa.HashSparse(group, group, include_self=False)
         if documents is not None:
             pattern &= scfa.Documents(documents)

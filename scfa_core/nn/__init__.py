@@ -16,11 +16,11 @@ import scfa_core.torch_hashing
 import scfa_core.torch_union_ops  # noqa: F401  (both register operators: loaded programs need them)
 from scfa_core.nn.attention import (
     DenseSelfAttention,
-    HashSelfAttention,
     SparseSelfAttention,
     WindowSelfAttention,
 )
 from scfa_core.nn.dropping import DropSelfAttention
+from scfa_core.nn.hash_attention import HashSelfAttention
 from scfa_core.nn.hashing import AngularHash
 from scfa_core.nn.reformer import Coverage, ReformerAttention
 

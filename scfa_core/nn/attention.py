@@ -11,9 +11,7 @@ from torch.nn.functional import normalize
 
 from scfa_core.api import attention
 from scfa_core.errors import DTypeError, OptionError, PatternError, ShapeError
-from scfa_core.hashing import disjoint_rounds
 from scfa_core.merging import attention_over
-from scfa_core.nn.hashing import AngularHash
 from scfa_core.nn.limits import limits_of, narrowed
 from scfa_core.patterns import Causal, Pattern, SlidingWindow
 from scfa_core.plan import Plan
@@ -312,73 +310,3 @@ class WindowSelfAttention(SparseSelfAttention):
     def extra_repr(self) -> str:
         """Sizes and choices, for printing."""
         return f"{super().extra_repr()}, window={self.window}"
-
-
-class HashSelfAttention(SparseSelfAttention):
-    """Every row sees the earlier rows whose key shares a bucket with its query, in any round.
-
-    The layer of the paper is ``shared_qk=True, include_self=False, redraw=True``.
-
-    Parameters
-    ----------
-    width, heads : int
-    buckets : int
-        Even. More buckets are sparser: visible pairs fall about as ``rounds / buckets``.
-    rounds : int
-        Independent hashes; the union of what they see, each pair once. 2 or 3 at most: see
-        `scfa_core.hashing.disjoint_rounds`.
-    seed, redraw, center, adapt, momentum
-        As for `AngularHash`. With ``adapt="center"`` (or `center`), ``"whiten"``, ``"past"`` or
-        ``"even"`` buckets are more even and attention cheaper; call ``layer.hash.move_centers()``
-        after each step.
-    **options
-        As for `SparseSelfAttention`.
-
-    Raises
-    ------
-    PatternError
-        As `AngularHash`.
-    ShapeError, OptionError
-        As `SparseSelfAttention`.
-    """
-
-    _takes_pattern = False
-
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        buckets: int,
-        *,
-        rounds: int = 1,
-        seed: int | None = None,
-        redraw: bool = False,
-        center: bool = False,
-        adapt: str = "none",
-        momentum: float = 0.1,
-        **options: Any,
-    ) -> None:
-        super().__init__(width, heads, **options)
-        self.hash = AngularHash(
-            self.heads_kv,
-            self.head_dim,
-            buckets,
-            rounds=rounds,
-            seed=seed,
-            redraw=redraw,
-            center=center,
-            query_heads=self.heads,
-            adapt=adapt,
-            momentum=momentum,
-        )
-
-    def make_patterns(self, q: Tensor, k: Tensor) -> list[Pattern]:
-        """One hash pattern per round and way of differing from the earlier ones."""
-        if self.shared_qk:  # a normalised query has its query's bucket, but for rounding
-            (q_bucket,) = self.hash(q)
-            k_bucket = q_bucket
-        else:
-            q_bucket, k_bucket = self.hash(q, k)
-        return list(
-            disjoint_rounds(q_bucket, k_bucket, self.hash.buckets, include_self=self.include_self)
-        )
