@@ -131,3 +131,16 @@ def test_lengths_of_documents_and_padding_stay_open_by_names_of_their_own(strict
     keep = torch.arange(12)[None] < 10
     right = layer(x, documents, keep)
     torch.testing.assert_close(program.module()(x, documents, keep), right)
+
+
+@pytest.mark.parametrize("options", [{"near_heads": 2, "near_block": 16}, {"adapt": "even"}])
+def test_hashes_beside_neighbours_and_about_the_past(options):
+    """Where a hash follows earlier rows by blocks of 64, from a second block on."""
+    layer = HashSelfAttention(64, heads=4, buckets=8, seed=0, **options).eval()
+    least = 65 if "adapt" in options else 2
+    seqlen = torch.export.Dim("seqlen", min=least, max=65536)
+    x, _ = example(2, 200)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({1: seqlen},))
+    for rows in (least, 128, 300):
+        x, _ = example(2, rows, seed=rows)
+        torch.testing.assert_close(program.module()(x), layer(x))
