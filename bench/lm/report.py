@@ -80,9 +80,10 @@ backward), and 92 % leave 4.5 ms for it, for hashing and for planning. That is 2
 960 TFLOP/s. An H200 multiplies matrices at 720 to 790 here: at T=32768 no kernel can reach it."""
 QUALITY = """\
 A minute of training is far from an end. What attends to near rows learns fastest at first (by bytes
-a window alone is best), so these runs say what a variant loses or gains by then, not where a long
-run ends. Keys of the same bucket alone leave out the neighbours, whom a language model needs first;
-a window beside them, or blocks of neighbours in three of eight heads, makes up for that. Equal
+a window alone is best, by tokens on a CPU as good as buckets and neighbours), so these runs say
+what a variant loses or gains by then, not where a long run ends or what the far rows of a bucket
+add. Keys of the same bucket alone leave out the neighbours, whom a language model needs first; a
+window beside them, or blocks of neighbours in three of eight heads, makes up for that. Equal
 seconds are the user's; where runs differ in steps taken, the table at equal steps says what a step
 is worth."""
 SMALL_MODEL = (
