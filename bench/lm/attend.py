@@ -32,11 +32,18 @@ def _parse(name: str) -> tuple[str, int]:
 
 
 def _part(
-    kind: str, number: int, q: Tensor, directions: Tensor | None, center: Tensor | None
+    kind: str,
+    number: int,
+    q: Tensor,
+    directions: Tensor | None,
+    center: Tensor | None,
+    blocks: tuple[int, int],
 ) -> scfa.Pattern:
-    """One pattern."""
+    """One pattern; `blocks`: so many heads more than those of a hash see blocks of so many rows."""
     if kind == "hash":
         bucket = q if directions is None else angular_hash(q, directions, center)[0]
+        if blocks[0]:
+            bucket = with_near_heads(bucket, *blocks)
         return scfa.HashSparse(bucket, bucket, include_self=False)
     if kind == "drop":
         keep = torch.rand((2, *q.shape[:3]), device=q.device) * 100 >= number
@@ -53,6 +60,8 @@ def sparse(config: Config) -> Attend:
             f"{config.attention!r}"
         )
     near = parts[1][1] if len(parts) == 2 else 0
+    kind, keys, heads = config.near
+    blocks = (heads, keys) if kind == "blocks" else (0, 0)
 
     def attend(
         q: Tensor,
@@ -63,7 +72,7 @@ def sparse(config: Config) -> Attend:
         center: Tensor | None,
         documents: Tensor | None,
     ) -> Tensor:
-        patterns = [_part(*parts[0], hashed, directions, center)]
+        patterns = [_part(*parts[0], hashed, directions, center, blocks)]
         if near:  # the window's keys, and those before it that the other pattern shows
             patterns = [patterns[0] & scfa.Causal(lag=near), scfa.SlidingWindow(near)]
         if documents is not None:
@@ -79,38 +88,11 @@ def sparse(config: Config) -> Attend:
     return attend
 
 
-def hash_and_blocks(config: Config) -> Attend:
-    """Buckets in most heads, blocks of neighbours in the last: one call, whose groups differ."""
-    _, keys, heads = config.near
-
-    def attend(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        hashed: Tensor,
-        directions: Tensor | None,
-        center: Tensor | None,
-        documents: Tensor | None,
-    ) -> Tensor:
-        bucket = hashed if directions is None else angular_hash(hashed, directions, center)[0]
-        group = with_near_heads(bucket, heads, keys)
-        pattern: scfa.Pattern = scfa.HashSparse(group, group, include_self=False)
-        if documents is not None:
-            pattern &= scfa.Documents(documents)
-        options = {"softmax_scale": config.softmax_scale, "backend": config.backend}
-        out: Tensor = scfa.attention(q, k, v, pattern, **options)
-        return out
-
-    return attend
-
-
 def attend_for(config: Config) -> Attend:
     """Choose the attention of a configuration."""
     kind, keys, heads = config.near
-    if kind == "blocks":
-        return hash_and_blocks(config)
     most = _attend_for(config)
-    if not heads:
+    if kind != "window":
         return most
     last = sparse(dataclasses.replace(config, attention=f"window{keys}"))
     shares = [config.hashed_heads, heads]

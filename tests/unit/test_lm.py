@@ -327,44 +327,6 @@ def test_no_bucket_knows_a_later_token(monkeypatch, name):
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize(
-    ("name", "told"),
-    [
-        ("hash4,window16", "after a comma comes what the last heads see"),
-        ("hash4,window16x12", "of 12 heads, got 'hash4,window16x12'"),
-        ("hash4,blocks0x1", "after a comma"),
-        ("dense,blocks16x1", "blocks are groups beside those of a hash"),
-        ("hash4+window8,blocks16x1", "blocks are groups"),
-    ],
-)
-def test_heads_of_two_kinds_held_wrong(name, told, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    from bench.lm.attend import attend_for
-    from bench.lm.config import Config
-
-    with pytest.raises(SystemExit, match=told):
-        attend_for(Config(attention=name))
-
-
-def test_rates_of_learning():
-    sys.path.insert(0, str(ROOT))
-    try:
-        from bench.lm.config import Config
-        from bench.lm.train import learning_rate
-    finally:
-        sys.path.remove(str(ROOT))
-    cosine = Config(learning_rate=1.0, warmup=10, steps=110)
-    rates = [learning_rate(cosine, step) for step in (0, 9, 10, 60, 110, 500)]
-    assert rates == pytest.approx([0.1, 1.0, 1.0, 0.55, 0.1, 0.1])
-    flat = Config(learning_rate=1.0, warmup=10, steps=110, schedule="trapezoid", seconds=50.0)
-    assert learning_rate(flat, 89) == 1.0
-    assert learning_rate(flat, 100) == pytest.approx(0.1 + 0.9 * 0.5)
-    assert learning_rate(flat, 20, seconds=45.0) == pytest.approx(0.1 + 0.9 * 0.5)
-    assert learning_rate(flat, 20, seconds=99.0) == pytest.approx(0.1)
-    with pytest.raises(SystemExit, match="schedule must be"):
-        learning_rate(Config(schedule="flat"), 200)
-
-
 def test_kernels_are_summed_by_part_of_the_step(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from torch.autograd import DeviceType
