@@ -98,7 +98,7 @@ def test_rows_narrower_than_their_tiles(call, hold, head_dim, name):
     [(64, 4300, 4200), (96, 700, 500), (128, 4100, 300), (128, 330, 6500), (256, 500, 700)],
 )
 def test_ranges_in_any_order(call, hold, head_dim, seqlen_q, seqlen_k, style):
-    """On Hopper the split kernels, even where "auto" would let the GPU choose between two ways."""
+    """On Hopper the split kernels, even where "auto" would take the fused one or ask the GPU."""
     sizes = (1, 2, 1, seqlen_q, seqlen_k, head_dim, head_dim, "bfloat16")
     check(call, hold, Spec(*sizes, parts=(Part("ranges", style),), poison=True, seed=14))
 
