@@ -14,6 +14,7 @@ from typing import Any
 from bench.lm import bpe, coverage, images, quality, report, speed
 from bench.lm.config import PRESETS, Config
 from bench.lm.data import Corpus, as_words, load_corpus
+from bench.lm.places import by_place
 from bench.lm.train import Trainer, World, log_line, world
 from scfa_core.terminal import Terminal
 
@@ -112,7 +113,13 @@ def _quality(args: argparse.Namespace, where: World) -> None:
     if args.tokens != "byte":
         took = time.perf_counter() - begin
         print(f"tokens: {corpus.bytes_per_token:.2f} bytes each, after {took:.1f} s")
-    quality.run(config, corpus, where, **_run_options(args))
+    quality.run(
+        config,
+        corpus,
+        where,
+        finish=lambda trainer: {"by_place": by_place(trainer, quality.VALIDATION_BATCHES)},
+        **_run_options(args),
+    )
 
 
 def _images(args: argparse.Namespace, where: World) -> None:

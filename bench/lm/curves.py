@@ -180,6 +180,24 @@ def steps_table(runs: Sequence[Run]) -> list[str]:
     return _markdown(head, rows)
 
 
+def places_table(runs: Sequence[Run]) -> list[str]:
+    """Losses by place in the sequence, and what they fall from the first stretch to the last.
+
+    Of the runs that were asked for them; may be empty.
+    """
+    variants = by_variant([run for run in runs if "by_place" in run])
+    if not variants:
+        return []
+    ends = next(iter(variants.values()))[0]["by_place"]["ends"]
+    names = [f"{begin} to {end}" for begin, end in itertools.pairwise([0, *ends])]
+    rows = []
+    for variant, same in variants.items():
+        losses = [run["by_place"]["loss"] for run in same]
+        cells = [spread(column) for column in zip(*losses, strict=True)]
+        rows.append([variant, *cells, spread([loss[0] - loss[-1] for loss in losses])])
+    return _markdown(["variant", *names, "first minus last"], rows)
+
+
 def unfinished(runs: Sequence[Run]) -> list[str]:
     """What failed or stopped, in words."""
     return [

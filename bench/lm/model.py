@@ -317,13 +317,29 @@ class LanguageModel(nn.Module):
         return costs
 
     @torch.no_grad()
-    def next_logits(self, text: Tensor) -> Tensor:
-        """(batch, seqlen) tokens to logits (batch, vocabulary) of the one that follows.
+    def states(self, text: Tensor) -> Tensor:
+        """(batch, seqlen) tokens to what logits are made of (batch, seqlen, width); not compiled.
 
-        Not compiled: each call of a sampler is one token longer.
+        A sampler's text is one token longer at each call, and so would be compiled each time.
         """
         directions = self.directions()
+        documents = document_ids(text) if self.config.packed else None
         x = self.embed.forward(text)
         for layer, block in enumerate(self.blocks):
-            x, _ = block.forward(x, *self._hash_of(layer, directions), None)
-        return functional.linear(self.head.norm(x[:, -1]), self.embed.token.weight).float()
+            x, _ = block.forward(x, *self._hash_of(layer, directions), documents)
+        normed: Tensor = self.head.norm(x)
+        return normed
+
+    @torch.no_grad()
+    def next_logits(self, text: Tensor) -> Tensor:
+        """(batch, seqlen) tokens to logits (batch, vocabulary) of the one that follows."""
+        return functional.linear(self.states(text)[:, -1], self.embed.token.weight).float()
+
+    @torch.no_grad()
+    def token_losses(self, text: Tensor, target: Tensor) -> Tensor:
+        """(batch, seqlen) tokens and their successors to the cross-entropy of each, in nats."""
+        rows = []
+        for state, following in zip(self.states(text), target, strict=True):  # logits are large
+            logits = functional.linear(state, self.embed.token.weight).float()
+            rows.append(functional.cross_entropy(logits, following, reduction="none"))
+        return torch.stack(rows)

@@ -225,6 +225,13 @@ def curve_sections(
                 "fifth of a run); between two validations on the line through them:",
                 "\n".join(equal_steps),
             ]
+        by_place = curves.places_table(runs)
+        if by_place:
+            parts += [
+                "Validation, nats, by the tokens that a sequence holds before: what later tokens "
+                "cost less is what a variant makes of the text that it reaches.",
+                "\n".join(by_place),
+            ]
         parts.append(picture(f"{home}/{stem}", "Validation loss against seconds and steps"))
         first = next((run for run in runs if run["done"] and "samples" in run), None)
         if first is not None:

@@ -215,19 +215,23 @@ class Trainer:
         self.step += 1
         return loss
 
+    def validation_batches(self, batches: int) -> Iterator[Batch]:
+        """Fixed validation sequences; what is hashed or dropped in each is fixed too."""
+        config = self.config
+        for draw in range(batches):
+            torch.manual_seed(draw)
+            yield self.validation_split.batch(
+                config.seqlen, config.micro_batch, VALIDATION_SEED, draw
+            )
+
     def validate(self, batches: int = 8) -> float:
         """Mean loss on fixed validation sequences, in nats; the clock stands meanwhile.
 
         Tracks gradients, though none are taken: the graphs of training serve without compiling.
         """
-        config = self.config
         self.pause()
         losses = []
-        for draw in range(batches):
-            torch.manual_seed(draw)
-            batch = self.validation_split.batch(
-                config.seqlen, config.micro_batch, VALIDATION_SEED, draw
-            )
+        for batch in self.validation_batches(batches):
             with self.precision():
                 losses.append(self.model(*batch).detach())
         return float(torch.stack(losses).mean())

@@ -75,6 +75,7 @@ def test_quality_by_tokens_is_told_in_bits_a_byte(folder, tmp_path, monkeypatch)
     (run,) = json.loads(kept.read_text())["runs"]
     assert run["done"], run.get("error")
     assert run["config"]["vocabulary"] == 300
+    assert run["by_place"]["ends"] == [2, 4, 8, 16, 32]
     head, _, row = end_table([run])
     assert "bits a token | bits a byte" in head
     bits = run["curve"][-1]["validation"] / np.log(2)

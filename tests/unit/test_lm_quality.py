@@ -65,6 +65,27 @@ def test_what_fails_is_kept_with_its_error_and_tried_again(bench, monkeypatch):
     assert "error" not in again
 
 
+@pytest.mark.parametrize(
+    ("attention", "packed"),
+    [("dense", False), ("drop50", False), ("reformer4", False), ("hash4e,window8x1", True)],
+)
+def test_losses_by_place_are_those_of_validation(bench, attention, packed):
+    from bench.lm.places import by_place, ends
+
+    assert ends(4) == [1, 2, 4]
+    config = dataclasses.replace(
+        bench.config, seqlen=128, tokens_per_step=256, attention=attention, packed=packed
+    )
+    trainer = bench.train.Trainer(config, bench.corpus, bench.train.World(0, 1, "cpu"))
+    for _ in range(3):
+        trainer.train_step()
+    found = by_place(trainer, batches=3)
+    assert found["ends"] == [8, 16, 32, 64, 128]
+    first, *others = found["loss"]
+    mean = first / 16 + sum(loss / 2**n for n, loss in zip((4, 3, 2, 1), others, strict=True))
+    assert mean == pytest.approx(trainer.validate(3), rel=1e-5)
+
+
 def test_no_run_begins_that_would_not_end_in_the_budget(bench, capsys):
     bench.config = dataclasses.replace(bench.config, seconds=5.0)
     assert bench.sit(budget=4.0) == []

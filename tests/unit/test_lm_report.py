@@ -78,6 +78,22 @@ def test_equal_steps_end_before_the_rate_falls_and_lie_between_validations():
     assert comparable(by_steps)[-1]["step"] == 400
 
 
+def test_losses_by_place_are_of_the_runs_that_were_asked_for_them():
+    from bench.lm.curves import places_table
+
+    told = {"by_place": {"ends": [512, 1024], "loss": [3.5, 3.0]}}
+    other = {"by_place": {"ends": [512, 1024], "loss": [3.7, 2.8]}}
+    head, _, *rows = places_table([
+        run("dense"), run("window64") | told, run("hash16") | told, run("hash16", seed=1) | other
+    ])  # fmt: skip
+    assert head == "| variant | 0 to 512 | 512 to 1024 | first minus last |"
+    assert sorted(rows) == [
+        "| hash16 | 3.6000 ± 0.1414 | 2.9000 ± 0.1414 | 0.7000 ± 0.2828 |",
+        "| window64 | 3.5000 | 3.0000 | 0.5000 |",
+    ]
+    assert places_table([run("dense")]) == []
+
+
 @pytest.mark.parametrize("change", [{"schedule": "cosine"}, {"seconds": 0.0}])
 def test_equal_steps_need_a_rate_that_does_not_know_the_end(change):
     from bench.lm.curves import comparable, steps_table
@@ -121,13 +137,18 @@ def test_page_of_several_records(tmp_path):
             for q in ("normal", "trained") for t in (1024, 2048)
         ],
     }  # fmt: skip
-    sittings = [{"runs": [run("dense"), run("hash16", rate=12)]}, {"runs": [run("dense", seed=1)]}]
+    placed = {"by_place": {"ends": [512, 8192], "loss": [3.5, 3.0]}}
+    sittings = [
+        {"runs": [run("dense"), run("hash16", rate=12) | placed]},
+        {"runs": [run("dense", seed=1)]},
+    ]
     page = tmp_path / "page.md"
     write([speed, *sittings, counted, speed], page, tmp_path / "img")
     text = page.read_text()
     assert text.count("| dense | 9.0 |") == 1, "sittings of speed are not merged"
     assert "2 sittings" in text
     assert "| dense | 2 | 1000 |" in text
+    assert "| hash16 | 3.5000 | 3.0000 | 0.5000 |" in text
     assert "| trained | 8 | 64 | 50.0 % | 50.0 % | 1.50 |" in text
     assert "equal steps" in text
     assert "Not from a GPU" not in text
