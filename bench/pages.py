@@ -35,6 +35,7 @@ def _card(stem: str) -> Page:
         stem,
         {
             stem: "",
+            f"{stem}-fused": "Sums of dq fetched a step ahead",
             f"{stem}-prepared": "Rows and key tiles prepared at once",
             f"{stem}-halves": "Half tiles pass over what they do not see",
             f"{stem}-fa4": "Beside flash-attn 4",
@@ -58,7 +59,7 @@ PAGES = (
     Page("cpu", {"cpu-epyc": "", "cpu-epyc-jit": "First use on a machine"}),
     Page("accuracy", dict.fromkeys(ACCURACY, "")),
 )
-README = {"h200-prepared": ["goal"], "h100-original": ["goal"], "cpu-epyc": ["cpu"]}  # files: sets
+README = {"h200-fused": ["goal"], "h100-original": ["goal"], "cpu-epyc": ["cpu"]}  # files: sets
 
 
 def intro(name: str) -> str:

@@ -14,7 +14,7 @@ import scfa_core as scfa
 from bench.lm.config import Config
 from scfa_core.hashing import angular_hash
 from scfa_core.merging import attention_over
-from scfa_core.nn.near import with_near_heads
+from scfa_core.nn.near import near_groups, with_near_heads
 
 # q, k, v, what is hashed (its buckets, where there are no directions), the hash's directions and
 # center, documents
@@ -25,7 +25,7 @@ Attend = Callable[
 
 def _parse(name: str) -> tuple[str, int]:
     """Kind and number of one pattern, e.g. of ``hash16``; torch.compile need not trace it."""
-    match = re.fullmatch(r"(hash|drop|window|dense)(\d*)[cwre]?", name)
+    match = re.fullmatch(r"(hash|drop|window|blocks|dense)(\d*)[cwre]?", name)
     if match is None:
         raise SystemExit(f"no such attention: {name!r}")
     return match[1], int(match[2] or 0)
@@ -45,6 +45,10 @@ def _part(
         if blocks[0]:
             bucket = with_near_heads(bucket, *blocks)
         return scfa.HashSparse(bucket, bucket, include_self=False)
+    if kind == "blocks":
+        numbers = near_groups(q.shape[2], q.shape[1], number, q.new_empty(0, dtype=torch.int32))
+        block = numbers.expand(q.shape[:3])
+        return scfa.HashSparse(block, block, include_self=False)
     if kind == "drop":
         keep = torch.rand((2, *q.shape[:3]), device=q.device) * 100 >= number
         return scfa.QKSparse(keep[0], keep[1])
@@ -77,7 +81,7 @@ def sparse(config: Config) -> Attend:
             patterns = [patterns[0] & scfa.Causal(lag=near), scfa.SlidingWindow(near)]
         if documents is not None:
             patterns = [pattern & scfa.Documents(documents) for pattern in patterns]
-        options = {"softmax_scale": config.softmax_scale, "backend": config.backend}
+        options = {"softmax_scale": config.scale, "backend": config.backend}
         out: Tensor = (
             attention_over(q, k, v, patterns, **options)
             if near
@@ -106,7 +110,7 @@ def attend_for(config: Config) -> Attend:
 
 def _attend_for(config: Config) -> Attend:
     """Choose that of all heads but the last."""
-    scale = config.softmax_scale
+    scale = config.scale
     if config.packed and config.main in ("dense", "naive", "none"):
         raise SystemExit(
             f"packed=True is served by this package's attention, not {config.attention}"

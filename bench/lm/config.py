@@ -90,7 +90,24 @@ class Config:
     @property
     def main(self) -> str:
         """The attention of all heads, or of all but the last."""
-        return self.attention.partition(",")[0]
+        return self.attention.partition(",")[0].removesuffix("k")
+
+    @property
+    def own_keys(self) -> bool:
+        """Whether keys are projected, not the normalised queries: variants that end with "k"."""
+        if not self.attention.endswith("k"):
+            return False
+        if re.fullmatch(r"densek|(window|blocks|drop)\d+k", self.attention) is None:
+            raise SystemExit(
+                "keys of their own are for variants without a hash: densek, window128k, drop50k; "
+                f"got {self.attention!r}"
+            )
+        return True
+
+    @property
+    def scale(self) -> float | None:
+        """Factor of the scores: `softmax_scale` is for keys of length 1, others take None."""
+        return None if self.own_keys else self.softmax_scale
 
     @property
     def buckets(self) -> int:

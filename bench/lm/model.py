@@ -2,7 +2,8 @@
 
 Keys are the normalised queries, as in the paper's language model, so that query and key of a token
 share their bucket; a token does not attend to itself in hash mode. Dense and dropped variants use
-the same projections, so that speed and quality differ by attention alone.
+the same projections, so that speed and quality differ by attention alone; those that end with "k"
+project their keys, as models without a hash do.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ def cost_of(bucket: Tensor, buckets: int) -> float:
 
 
 class Mix(nn.Module):
-    """Queries and values projected, keys the normalised queries, attention, output projected."""
+    """Queries and values projected, keys the normalised queries, attention, output projected.
+
+    With `Config.own_keys` keys are projected too.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -52,15 +56,16 @@ class Mix(nn.Module):
         self.adapts, self.follows_past = config.adapts, config.follows_past
         self.attend = attend_for(config)
         self.rotary = config.positions == "rotary"
-        self.query_value = nn.Linear(config.width, 2 * config.width, bias=False)
+        self.projected = 3 if config.own_keys else 2
+        self.query_value = nn.Linear(config.width, self.projected * config.width, bias=False)
         self.output = nn.Linear(config.width, config.width, bias=False)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and values, views (batch, heads, seqlen, head_dim)."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (batch, heads, seqlen, head_dim)."""
         batch, seqlen, _ = x.shape
-        mixed = self.query_value(x).view(batch, seqlen, 2, self.heads, -1)
-        q, v = mixed.permute(2, 0, 3, 1, 4)
-        return q, v
+        mixed = self.query_value(x).view(batch, seqlen, self.projected, self.heads, -1)
+        q, v, *own = mixed.permute(2, 0, 3, 1, 4)
+        return q, own[0] if own else functional.normalize(q, dim=-1).to(q.dtype), v
 
     def forward(
         self,
@@ -70,8 +75,7 @@ class Mix(nn.Module):
         documents: Tensor | None,
     ) -> tuple[Tensor, Seen | None]:
         """(batch, seqlen, width) to the same, and a sample of what an adapting hash was given."""
-        q, v = self.project(x)
-        k = functional.normalize(q, dim=-1).to(q.dtype)
+        q, k, v = self.project(x)
         turned = (rotate(q), rotate(k)) if self.rotary else (q, k)
         hashed = q.detach()[:, : self.hashed_heads]
         sample = hashed[:, :, :: sample_every(q.shape[0], q.shape[2])]

@@ -35,8 +35,8 @@ class HashSelfAttention(SparseSelfAttention):
     near_heads : int
         Of the key heads, the last so many do not hash: a row there sees the earlier rows of the
         block of `near_block` rows that it lies in, and each head's blocks begin elsewhere. A hash
-        alone leaves out the neighbours, which language models need; blocks are groups like
-        buckets, so that one call serves all heads.
+        alone leaves out the neighbours, which language models need, in most heads to begin with
+        (`docs/guides/torch.md`); blocks are groups like buckets, so that one call serves all.
     near_block : int
         Rows of such a block.
     **options

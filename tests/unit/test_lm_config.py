@@ -1,10 +1,11 @@
 """What a configuration of the language model says: names of attention, the schedule."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("torch", reason="the language model needs torch (extra 'torch')")
+torch = pytest.importorskip("torch", reason="the language model needs torch (extra 'torch')")
 ROOT = Path(__file__).parents[2]
 
 
@@ -25,6 +26,42 @@ def test_heads_of_two_kinds_held_wrong(name, told, monkeypatch):
 
     with pytest.raises(SystemExit, match=told):
         attend_for(Config(attention=name))
+
+
+@pytest.mark.parametrize("name", ["hash4k", "hash4e+window8k", "nonek"])
+def test_keys_of_their_own_are_for_variants_without_a_hash(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.lm.config import PRESETS
+    from bench.lm.model import LanguageModel
+
+    with pytest.raises(SystemExit, match=r"keys of their own .* densek, window128k, drop50k; got"):
+        LanguageModel(dataclasses.replace(PRESETS["tiny"], attention=name))
+
+
+@pytest.mark.parametrize("name", ["densek", "window8k", "dense", "window8", "blocks8"])
+def test_keys_are_projected_or_the_normalised_queries(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.lm.config import PRESETS
+    from bench.lm.model import Mix, rotate
+
+    config = dataclasses.replace(
+        PRESETS["tiny"], attention=name, positions="rotary", softmax_scale=1.0
+    )
+    torch.manual_seed(0)
+    mix, x, width = Mix(config), torch.randn(2, 40, config.width), config.width
+    got, _ = mix(x, None, None, None)
+    by_heads = lambda y: y.unflatten(-1, (config.heads, -1)).transpose(1, 2)  # noqa: E731
+    q, v, *own = (by_heads(y) for y in (x @ mix.query_value.weight.T).split(width, -1))
+    assert bool(own) is name.endswith("k")
+    k = own[0] if own else q / q.norm(dim=-1, keepdim=True)
+    scores = rotate(q) @ rotate(k).mT * (config.head_dim**-0.5 if own else 1.0)
+    ago = torch.arange(40)[:, None] - torch.arange(40)
+    seen = (ago >= 0) & (ago < (8 if "window" in name else 40))
+    if name == "blocks8":  # of the second of two heads, half a block further
+        block = (torch.arange(40) + torch.tensor([0, 4])[:, None]) // 8
+        seen = (block[:, :, None] == block[:, None, :]) & (ago > 0)
+    out = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1).nan_to_num(0.0) @ v
+    torch.testing.assert_close(got, mix.output(out.transpose(1, 2).flatten(2)))
 
 
 def test_rates_of_learning(monkeypatch):
