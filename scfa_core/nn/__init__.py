@@ -21,7 +21,7 @@ from scfa_core.nn.attention import (
 )
 from scfa_core.nn.dropping import DropSelfAttention
 from scfa_core.nn.hash_attention import HashSelfAttention
-from scfa_core.nn.hashing import AngularHash
+from scfa_core.nn.hashing import AngularHash, move_centers
 from scfa_core.nn.reformer import Coverage, ReformerAttention
 
 __all__ = [
@@ -33,4 +33,5 @@ __all__ = [
     "ReformerAttention",
     "SparseSelfAttention",
     "WindowSelfAttention",
+    "move_centers",
 ]

@@ -30,8 +30,8 @@ class HashSelfAttention(SparseSelfAttention):
         `scfa_core.hashing.disjoint_rounds`.
     seed, redraw, center, adapt, momentum
         As for `AngularHash`. With ``adapt="center"`` (or `center`), ``"whiten"``, ``"past"`` or
-        ``"even"`` buckets are more even and attention cheaper; call ``layer.hash.move_centers()``
-        after each step.
+        ``"even"`` buckets are more even and attention cheaper; call `scfa_core.nn.move_centers` of
+        the model after each step.
     near_heads : int
         Of the key heads, the last so many do not hash: a row there sees the earlier rows of the
         block of `near_block` rows that it lies in, and each head's blocks begin elsewhere. A hash

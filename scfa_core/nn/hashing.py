@@ -274,6 +274,42 @@ class AngularHash(nn.Module):
         )
 
 
+def move_centers(model: nn.Module, share: float | None = None) -> int:
+    """Call `AngularHash.move_centers` of every adapting hash of a model; after each optimiser step.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Compiled and wrapped ones too; a hash that several layers share moves once.
+    share : float, optional
+        As of `AngularHash.move_centers`.
+
+    Returns
+    -------
+    moved : int
+        How many hashes adapt.
+
+    Raises
+    ------
+    PatternError
+        There is none, or a share that is no number from 0 to 1.
+
+    >>> from scfa_core.nn import HashSelfAttention, move_centers
+    >>> layers = [HashSelfAttention(64, heads=2, buckets=8, adapt="even") for _ in range(3)]
+    >>> move_centers(torch.nn.Sequential(*layers))
+    3
+    """
+    hashes = [part for part in model.modules() if isinstance(part, AngularHash) and part.centers]
+    if not hashes:
+        raise PatternError(
+            f"move_centers found no adapting hash in {type(model).__name__}: make its layers with "
+            "adapt='center', 'whiten', 'past' or 'even', or leave this call out"
+        )
+    for part in hashes:
+        part.move_centers(share)
+    return len(hashes)
+
+
 def _same_on_all_ranks(x: Tensor, mesh: Any) -> Tensor:
     """What the first rank drew, as a replicated DTensor."""
     from torch.distributed.tensor import Replicate, distribute_tensor

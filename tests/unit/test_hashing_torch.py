@@ -1,5 +1,7 @@
 """The operator ``scfa::angular_hash``, and the module that adapts to the rows it hashes."""
 
+import copy
+
 import numpy as np
 import pytest
 from scripts import python
@@ -265,6 +267,29 @@ def test_a_layer_in_half_precision_adapts(dtype, adapt):
         assert out.dtype == dtype
         assert torch.isfinite(out).all()
         layer.hash.move_centers()
+
+
+def test_all_hashes_of_a_model_move_at_once():
+    def make(adapt):
+        return nn.HashSelfAttention(32, 2, BUCKETS, seed=3, adapt=adapt, shared_qk=True)
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(make("center"), make("none"), make("even"))
+    model.append(model[0])  # a layer in two places moves once
+    alone = copy.deepcopy(model)
+    x = rows(0, 2, 200, 32) + 3
+    assert torch.equal(model(x), alone(x))
+    assert nn.move_centers(torch.nn.Sequential(model), share=0.5) == 2
+    for at in (0, 2):
+        alone[at].hash.move_centers(0.5)
+    state = alone.state_dict()
+    assert all(torch.equal(y, state[name]) for name, y in model.state_dict().items())
+    assert not torch.equal(model[0].hash.centers[0].place, torch.zeros_like(x[0, :2, :16]))
+
+    with pytest.raises(scfa.PatternError, match="no adapting hash in HashSelfAttention: make its"):
+        nn.move_centers(make("none"))
+    with pytest.raises(scfa.PatternError, match="share"):
+        nn.move_centers(model, share=2)
 
 
 def test_covariances_beyond_half_precision_leave_no_infinity():
