@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,49 +24,69 @@ Attend = Callable[
 ]
 
 
-def _parse(name: str) -> tuple[str, int]:
-    """Kind and number of one pattern, e.g. of ``hash16``; torch.compile need not trace it."""
-    match = re.fullmatch(r"(hash|drop|window|blocks|dense)(\d*)[cwre]?", name)
-    if match is None:
+# What may follow a pattern's number: how a hash adapts, or that a row does not see itself.
+_LETTERS = {"hash": "cwre", "blocks": "", "drop": "o", "window": "o", "dense": "o"}
+
+
+class _Named(NamedTuple):
+    """One pattern's name in parts; torch.compile need not trace how they are told apart."""
+
+    kind: str
+    number: int
+    others: bool  # whether a row sees others alone
+
+
+def _parse(name: str) -> _Named:
+    """Parts of e.g. ``hash16e``, ``window128`` or, without the row itself, ``window128o``."""
+    match = re.fullmatch(r"(hash|blocks|drop|window|dense)(\d*)([cwreo]?)", name)
+    kind, number, last = match.groups() if match else ("", "", "")
+    if not match or last not in _LETTERS[kind] or (not number) is not (kind == "dense"):
         raise SystemExit(f"no such attention: {name!r}")
-    return match[1], int(match[2] or 0)
+    return _Named(kind, int(number or 0), others=last == "o" or kind in ("hash", "blocks"))
 
 
 def _part(
-    kind: str,
-    number: int,
+    named: _Named,
     q: Tensor,
     directions: Tensor | None,
     center: Tensor | None,
     blocks: tuple[int, int],
 ) -> scfa.Pattern:
     """One pattern; `blocks`: so many heads more than those of a hash see blocks of so many rows."""
+    kind, number, others = named
     if kind == "hash":
         bucket = q if directions is None else angular_hash(q, directions, center)[0]
         if blocks[0]:
             bucket = with_near_heads(bucket, *blocks)
-        return scfa.HashSparse(bucket, bucket, include_self=False)
+        return scfa.HashSparse(bucket, bucket, include_self=not others)
     if kind == "blocks":
         numbers = near_groups(q.shape[2], q.shape[1], number, q.new_empty(0, dtype=torch.int32))
         block = numbers.expand(q.shape[:3])
-        return scfa.HashSparse(block, block, include_self=False)
+        return scfa.HashSparse(block, block, include_self=not others)
+    pattern: scfa.Pattern = scfa.Causal(include_self=not others)
     if kind == "drop":
         keep = torch.rand((2, *q.shape[:3]), device=q.device) * 100 >= number
-        return scfa.QKSparse(keep[0], keep[1])
-    return scfa.SlidingWindow(number) if kind == "window" else scfa.Causal()
+        pattern &= scfa.QKSparse(keep[0], keep[1])
+    elif kind == "window":
+        pattern &= scfa.SlidingWindow(number)
+    return pattern
 
 
 def sparse(config: Config) -> Attend:
     """Attention through this package."""
     parts = [_parse(name) for name in config.main.split("+")]
-    if len(parts) > 2 or (len(parts) == 2 and (parts[1][0] != "window" or parts[0][0] == "window")):
+    if len(parts) > 2 or (
+        len(parts) == 2 and (parts[1].kind != "window" or parts[0].kind == "window")
+    ):
         raise SystemExit(
             "a sum is of one sparse attention and a window, such as hash16+window128, got "
             f"{config.attention!r}"
         )
-    near = parts[1][1] if len(parts) == 2 else 0
-    kind, keys, heads = config.near
-    blocks = (heads, keys) if kind == "blocks" else (0, 0)
+    if config.own_keys:  # a row's own key is then one among others
+        parts = [part._replace(others=False) for part in parts]
+    near = parts[1].number if len(parts) == 2 else 0
+    last, heads = config.near
+    blocks = (heads, _parse(last).number) if last.startswith("blocks") else (0, 0)
 
     def attend(
         q: Tensor,
@@ -76,9 +97,10 @@ def sparse(config: Config) -> Attend:
         center: Tensor | None,
         documents: Tensor | None,
     ) -> Tensor:
-        patterns = [_part(*parts[0], hashed, directions, center, blocks)]
+        patterns = [_part(parts[0], hashed, directions, center, blocks)]
         if near:  # the window's keys, and those before it that the other pattern shows
-            patterns = [patterns[0] & scfa.Causal(lag=near), scfa.SlidingWindow(near)]
+            window = _part(parts[1], hashed, None, None, (0, 0))
+            patterns = [patterns[0] & scfa.Causal(lag=near), window]
         if documents is not None:
             patterns = [pattern & scfa.Documents(documents) for pattern in patterns]
         options = {"softmax_scale": config.scale, "backend": config.backend}
@@ -94,11 +116,11 @@ def sparse(config: Config) -> Attend:
 
 def attend_for(config: Config) -> Attend:
     """Choose the attention of a configuration."""
-    kind, keys, heads = config.near
+    name, heads = config.near
     most = _attend_for(config)
-    if kind != "window":
+    if not name.startswith("window"):
         return most
-    last = sparse(dataclasses.replace(config, attention=f"window{keys}"))
+    last = sparse(dataclasses.replace(config, attention=name))
     shares = [config.hashed_heads, heads]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *hashed: Tensor | None) -> Tensor:

@@ -64,28 +64,28 @@ class Config:
         return self.heads * self.head_dim
 
     @property
-    def near(self) -> tuple[str, int, int]:
-        """What the last heads see ("window", "blocks"), its keys, and how many heads those are."""
+    def near(self) -> tuple[str, int]:
+        """What the last heads see ("window128", "blocks256"), and how many heads those are."""
         main, comma, last = self.attention.partition(",")
         if not comma:
-            return "", 0, 0
-        match = re.fullmatch(r"(window|blocks)(\d+)x(\d+)", last)
-        if match is None or not int(match[2]) or not 0 < int(match[3]) < self.heads:
+            return "", 0
+        match = re.fullmatch(r"(window0*[1-9]\d*o?|blocks0*[1-9]\d*)x(\d+)", last)
+        if match is None or not 0 < int(match[2]) < self.heads:
             raise SystemExit(
                 "after a comma comes what the last heads see, such as hash16,window128x4 or "
                 f"hash16,blocks256x4 of {self.heads} heads, got {self.attention!r}"
             )
-        if match[1] == "blocks" and re.fullmatch(r"hash\d+[cwre]?", main) is None:
+        if match[1].startswith("blocks") and re.fullmatch(r"hash\d+[cwre]?", main) is None:
             raise SystemExit(
                 f"blocks are groups beside those of a hash, such as hash16,blocks256x4, got "
                 f"{self.attention!r}"
             )
-        return match[1], int(match[2]), int(match[3])
+        return match[1], int(match[2])
 
     @property
     def hashed_heads(self) -> int:
         """Heads that see what stands before a comma."""
-        return self.heads - self.near[2]
+        return self.heads - self.near[1]
 
     @property
     def main(self) -> str:
@@ -95,7 +95,7 @@ class Config:
     @property
     def own_keys(self) -> bool:
         """Whether keys are projected, not the normalised queries: variants that end with "k"."""
-        if not self.attention.endswith("k"):
+        if not self.attention.partition(",")[0].endswith("k"):
             return False
         if re.fullmatch(r"densek|(window|blocks|drop)\d+k", self.attention) is None:
             raise SystemExit(

@@ -1,9 +1,9 @@
 """The paper's decoder, with one place where variants differ: `attend(q, v) -> out`.
 
 Keys are the normalised queries, as in the paper's language model, so that query and key of a token
-share their bucket; a token does not attend to itself in hash mode. Dense and dropped variants use
-the same projections, so that speed and quality differ by attention alone; those that end with "k"
-project their keys, as models without a hash do.
+share their bucket; a token does not attend to itself in hash mode, since its own key is the nearest
+of all. Dense, dropped and window variants use the same projections; those that end with "o" hide a
+row from itself as well, those that end with "k" project their keys, as models without a hash do.
 """
 
 from __future__ import annotations

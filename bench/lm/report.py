@@ -26,7 +26,9 @@ blocks of each head beginning elsewhere: groups like buckets, so that one call d
 `naive` (masked, all scores in memory), `reformer<buckets>`, and `none`: attention replaced by
 q + k + v, which nothing can beat in speed. `densek`, `window<keys>k`, `blocks<keys>k` and
 `drop<percent>k` project keys of their own, as models without a hash do; the others share the
-paper's projections.
+paper's projections. Of these a row sees itself, as with `dense`, unless the name ends with "o" for
+others (`denseo`, by this package's kernels, `window<keys>o`, `drop<percent>o`), as hash and blocks
+hide it.
 
 The queries of a layer have much in common, so that an angular hash puts most of them into few
 buckets, and the more so the deeper the layer: the work is then a multiple of what even buckets
@@ -46,8 +48,9 @@ other corpora. `--tokens bpe` takes a byte-pair tokeniser trained on the trainin
 Steps are timed on the same text by words hashed to the model's vocabulary, so that their
 frequencies, and with them the buckets, are like a tokeniser's. Where variants took turns, the card
 is warm: a step without attention, which is at the card's power limit, then takes 55 ms where a cool
-one gives 52, and one with hashing 60 for 58. One after the other, sources of the same day gave
-88 to 91 % of the bound at T=8192, by the card. Speeds that name no commit are from
+one gives 52, and one with hashing 60 for 58. (Up to 6b95987 the first round of a variant came right
+after it was compiled.) One after the other, sources of the same day gave 88 to 91 % of the bound at
+T=8192, by the card. Speeds that name no commit are from
 before c7dc36e: until then each step waited for the GPU before it drew its batch, which a slow host
 shows (79.9 ms a step of hash16r at T=16384 on an H100 where 69.4 came after).
 
@@ -83,20 +86,23 @@ backward), and 92 % leave 4.5 ms for it, for hashing and for planning. That is 2
 960 TFLOP/s. An H200 multiplies matrices at 720 to 790 here: at T=32768 no kernel can reach it."""
 QUALITY = """\
 What these runs show, by tokens at T=16384, 165 seconds each on one H200: buckets beside neighbours
-end lowest. With two of eight heads hashed and six that see blocks (`hash16e,blocks256x6`) the loss
-is 2.104 and 2.140 nats (two seeds) beside 2.202 and 2.230 with a window of 128 keys in all heads,
-though that takes 4 % more steps, and beside 3.196 with dense attention (one seed), which takes 2.4
-times as long for a step. By place in the sequence the two begin alike: up to token 1024, where a
-bucket holds few rows, they differ by 0.02 at most; beyond it the former is lower by 0.09 to 0.11
-everywhere. Blocks in all heads (`blocks256`), which would tell how much of that blocks have over a
-window, were not run yet. Buckets alone end above dense attention (3.535): they leave out the
-neighbours, whom a language model needs first; and a window and buckets in every head
-(`hash16e+window128`) cost more time than they give back.
+end far below dense attention, at 2.104 and 2.140 nats (two seeds) with two of eight heads hashed
+and six that see blocks (`hash16e,blocks256x6`), where dense ends at 3.196 (one seed) and takes 2.4
+times as long for a step. More near heads are better: 2.217 with three. Buckets alone end above
+dense attention (3.535): they leave out the neighbours, whom a language model needs first.
 
-What they do not: minutes of training are far from an end. Dense attention learns slowest at first,
-by steps too, over keys that are normalised queries as in the paper; with keys of its own
-(`densek`), as models without a hash have, it was not run at this size. Equal seconds are the
-user's; where runs differ in steps taken, the table at equal steps says what a step is worth."""
+What they do not: whether the far rows of a bucket add anything. A window of 128 keys in all heads
+ends at 2.202 and 2.230, and by place in the sequence the six near heads are as good up to token
+1024, where a bucket holds few rows, and lower by 0.09 to 0.11 beyond. But a hash and blocks hide a
+row from itself, and window, dense and dropped variants do not, nor does the window of
+`hash16e+window128`. Keys are the normalised queries here, so that a row's own key is the nearest of
+all and takes weight from the others. In a tiny model on a CPU (T=256, 350 steps, two seeds) hiding
+it was worth 0.11 nats to a window and 0.07 to dense attention, and put that window below buckets
+with blocks, by 0.03 and 0.05. `window128o`, `denseo`, `hash16e+window128o` hide it, `densek` and
+`window128k` have keys of their own: they are to be run at this size, and so is `blocks256` alone.
+
+Minutes of training are far from an end, too. Equal seconds are the user's; where runs differ in
+steps taken, the table at equal steps says what a step is worth."""
 SMALL_MODEL = (
     "**The model is small and was trained on a CPU for a short time.** Counts do not depend on the "
     "device, but on how far training has crowded the buckets."
@@ -205,8 +211,9 @@ def _setting_words(runs: Sequence[dict[str, Any]]) -> str:
         data = f"{first['images']}, {height}x{width} pixels, {first['levels']} grey levels"
     elif first.get("unit") == "token":
         data += f", by {config['vocabulary']} tokens of {first['bytes_per_token']:.2f} bytes"
+    sizes = sorted({f"{run['parameters'] / 1e6:.1f}" for run in done}, key=float)
     text = (
-        f"{first['parameters'] / 1e6:.1f} million parameters, {config['layers']} layers of "
+        f"{' or '.join(sizes)} million parameters, {config['layers']} layers of "
         f"{config['heads']} heads of {config['head_dim']}, T={config['seqlen']}, "
         f"{config['tokens_per_step']} tokens a step, "
         f"{'each replayed as one CUDA graph, ' if config.get('graph') else ''}"

@@ -15,6 +15,11 @@ ROOT = Path(__file__).parents[2]
         ("hash4,window16", "after a comma comes what the last heads see"),
         ("hash4,window16x12", "of 12 heads, got 'hash4,window16x12'"),
         ("hash4,blocks0x1", "after a comma"),
+        ("hash4,window0x1", "after a comma"),
+        ("hash4o", "no such attention: 'hash4o'"),
+        ("blocks4e", "no such attention"),
+        ("window", "no such attention"),
+        ("dense4o", "no such attention"),
         ("dense,blocks16x1", "blocks are groups beside those of a hash"),
         ("hash4+window8,blocks16x1", "blocks are groups"),
     ],
@@ -28,7 +33,7 @@ def test_heads_of_two_kinds_held_wrong(name, told, monkeypatch):
         attend_for(Config(attention=name))
 
 
-@pytest.mark.parametrize("name", ["hash4k", "hash4e+window8k", "nonek"])
+@pytest.mark.parametrize("name", ["hash4k", "hash4e+window8k", "nonek", "densek,window8x1"])
 def test_keys_of_their_own_are_for_variants_without_a_hash(name, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from bench.lm.config import PRESETS
@@ -38,7 +43,9 @@ def test_keys_of_their_own_are_for_variants_without_a_hash(name, monkeypatch):
         LanguageModel(dataclasses.replace(PRESETS["tiny"], attention=name))
 
 
-@pytest.mark.parametrize("name", ["densek", "window8k", "dense", "window8", "blocks8"])
+@pytest.mark.parametrize(
+    "name", ["densek", "window8k", "blocks8k", "dense", "window8", "blocks8", "denseo", "window8o"]
+)
 def test_keys_are_projected_or_the_normalised_queries(name, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from bench.lm.config import PRESETS
@@ -56,10 +63,11 @@ def test_keys_are_projected_or_the_normalised_queries(name, monkeypatch):
     k = own[0] if own else q / q.norm(dim=-1, keepdim=True)
     scores = rotate(q) @ rotate(k).mT * (config.head_dim**-0.5 if own else 1.0)
     ago = torch.arange(40)[:, None] - torch.arange(40)
-    seen = (ago >= 0) & (ago < (8 if "window" in name else 40))
-    if name == "blocks8":  # of the second of two heads, half a block further
+    hidden = name == "blocks8" or name.endswith("o")  # where its own key is the nearest of all
+    seen = (ago >= int(hidden)) & (ago < (8 if "window" in name else 40))
+    if "blocks" in name:  # of the second of two heads, half a block further
         block = (torch.arange(40) + torch.tensor([0, 4])[:, None]) // 8
-        seen = (block[:, :, None] == block[:, None, :]) & (ago > 0)
+        seen = (block[:, :, None] == block[:, None, :]) & seen
     out = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1).nan_to_num(0.0) @ v
     torch.testing.assert_close(got, mix.output(out.transpose(1, 2).flatten(2)))
 

@@ -137,10 +137,11 @@ def test_page_of_several_records(tmp_path):
             for q in ("normal", "trained") for t in (1024, 2048)
         ],
     }  # fmt: skip
+    wide = run("densek") | {"parameters": 34_000_000}
     placed = {"by_place": {"ends": [512, 8192], "loss": [3.5, 3.0]}}
     sittings = [
         {"runs": [run("dense"), run("hash16", rate=12) | placed]},
-        {"runs": [run("dense", seed=1)]},
+        {"runs": [run("dense", seed=1), wide]},
     ]
     page = tmp_path / "page.md"
     write([speed, *sittings, counted, speed], page, tmp_path / "img")
@@ -151,6 +152,7 @@ def test_page_of_several_records(tmp_path):
     assert "| hash16 | 3.5000 | 3.0000 | 0.5000 |" in text
     assert "| trained | 8 | 64 | 50.0 % | 50.0 % | 1.50 |" in text
     assert "equal steps" in text
+    assert "30.0 or 34.0 million parameters" in text
     assert "Not from a GPU" not in text
     pictures = {path.name for path in (tmp_path / "img").iterdir()}
     stems = ("lm-quality-0", "lm-coverage-0")
