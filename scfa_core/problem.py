@@ -128,9 +128,10 @@ def _check_tensor(name: str, info: ArrayInfo, layout: str) -> None:
 
 def _check_head_dim(name: str, size: int) -> None:
     if not MIN_HEAD_DIM <= size <= MAX_HEAD_DIM or size % HEAD_DIM_STEP:
+        cure = "pad the last axis with zeros and pass softmax_scale explicitly"
         raise ShapeError(
             f"{name} must be a multiple of {HEAD_DIM_STEP} from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, "
-            f"got {size}; pad the last axis with zeros and pass softmax_scale explicitly"
+            f"got {size}; {cure if size < MAX_HEAD_DIM else 'no backend takes wider heads'}"
         )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bench.lm.config import Config
 from scfa_core.hashing_checks import CENTER_ROWS
-from scfa_core.nn.hashing import second_moments
+from scfa_core.nn.centers import second_moments
 
 SAMPLED = 2048  # about so many queries of a head count
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from scfa_core.dropping import gated, places, random_keep, threshold_keep
-from scfa_core.errors import PatternError
+from scfa_core.errors import PatternError, ShapeError
 from scfa_core.nn.attention import SparseSelfAttention
 from scfa_core.patterns import Causal, Documents, Pattern, QKSparse
 from scfa_core.plan import Plan
@@ -80,7 +80,10 @@ class DropSelfAttention(SparseSelfAttention):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, patterns: Sequence[Pattern | Plan]
     ) -> Tensor:
-        """Attention among the kept rows."""
+        """Attention among the kept rows; `x` is the input of all rows of the keys.
+
+        Fewer queries than keys are the last rows, as beside a cache.
+        """
         (pattern,) = patterns
         if isinstance(pattern, Plan):
             raise PatternError("DropSelfAttention chooses rows at every call and takes no plan")
@@ -89,7 +92,19 @@ class DropSelfAttention(SparseSelfAttention):
                 return super().attend(q, k, v, x, patterns)
             q_keep, k_keep = (random_keep(y.shape[:3], self.keep, device=y.device) for y in (q, k))
             return super().attend(q, k, v, x, [pattern & QKSparse(q_keep, k_keep, causal=False)])
-        q_scores, k_scores = (s(x).transpose(1, 2) for s in (self.query_score, self.key_score))
+        if x.shape[1] != k.shape[2]:
+            raise ShapeError(
+                f"x must be the layer's input of all {k.shape[2]} rows that the keys are of, which "
+                f"chooses among them, got {tuple(x.shape)}"
+            )
+        before = k.shape[2] - q.shape[2]
+        if before and self.how == "top-k":
+            raise PatternError(
+                "how='top-k' chooses among all rows of a sequence: give whole ones; 'threshold' "
+                "serves a cache"
+            )
+        k_scores = self.key_score(x).transpose(1, 2)
+        q_scores = self.query_score(x[:, before:]).transpose(1, 2)
         q_keep = self._choose(q_scores, pattern, "q")
         k_keep = self._choose(k_scores, pattern, "k")
         v = gated(v, k_keep, k_scores)

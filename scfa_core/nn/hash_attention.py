@@ -94,8 +94,15 @@ class HashSelfAttention(SparseSelfAttention):
         )
 
     def make_patterns(self, q: Tensor, k: Tensor) -> list[Pattern]:
-        """One hash pattern per round and way of differing from the earlier ones."""
+        """One hash pattern per round and way of differing from the earlier ones.
+
+        Fewer queries than keys are the last rows of the sequence, as beside a cache; then
+        `scfa_core.decoding.at_end` of each pattern says so of its interval.
+        """
         each = self.heads // self.heads_kv
+        before = k.shape[2] - q.shape[2]  # rows of the cache
+        if before:
+            self._check_cached()
         if self.near_heads:
             if hasattr(q, "device_mesh"):
                 raise OptionError(
@@ -104,14 +111,28 @@ class HashSelfAttention(SparseSelfAttention):
                 )
             q, k = q[:, : -self.near_heads * each], k[:, : -self.near_heads]
         # A normalised query has its query's bucket, but for rounding.
-        found = self.hash(q) if self.shared_qk else self.hash(q, k)
+        found = self.hash(q) if self.shared_qk and not before else self.hash(q, k)
         if not self.near_heads:
             sizes = {"include_self": self.include_self}
             return list(disjoint_rounds(found[0], found[-1], self.hash.buckets, **sizes))
         near = self.near_heads, self.near_block
-        q_group = with_near_heads(found[0][0], *near, each)
-        k_group = q_group if self.shared_qk else with_near_heads(found[1][0], *near)
+        q_group = with_near_heads(found[0][0], *near, each, before)
+        k_group = q_group if len(found) == 1 else with_near_heads(found[1][0], *near)
         return [HashSparse(q_group, k_group, include_self=self.include_self)]
+
+    def _check_cached(self) -> None:
+        """Refuse fewer queries than keys where their buckets hang on rows that are not there."""
+        adapt = self.hash.adapt
+        if adapt in ("past", "even"):
+            raise PatternError(
+                f"with adapt={adapt!r} buckets of queries hang on all earlier queries: give whole "
+                "sequences; adapt='center' or 'whiten' serves a cache"
+            )
+        if self.shared_qk and adapt != "none":
+            raise PatternError(
+                f"with shared_qk and adapt={adapt!r} buckets of keys are those of their queries, "
+                "not of normalised ones: give whole sequences, or keep buckets in the cache"
+            )
 
     def extra_repr(self) -> str:
         """Sizes and choices, for printing."""

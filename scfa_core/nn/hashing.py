@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,33 +11,14 @@ from torch.nn.functional import normalize
 from scfa_core.errors import PatternError, ShapeError
 from scfa_core.hashing import angular_hash, random_directions
 from scfa_core.hashing_checks import check_buckets, check_real
-from scfa_core.nn.past import less_past, past_hash
+from scfa_core.nn.centers import Center, without_autocast
+from scfa_core.nn.past import past_hash
 from scfa_core.problem import as_size, check_flag, check_share
 from scfa_core.torch_checks import check_tensor
 
 ADAPTS = ("none", "center", "whiten", "past", "even")
 _RIDGE = 0.01  # of the mean variance, added to every variance: no axis is stretched beyond tenfold
 _TINY = 1e-20
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Sums and products in the precision of their arguments; "meta" has no autocast."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
-
-
-def second_moments(x: Tensor) -> Tensor:
-    """Sums of ``outer(x, x)`` over batch and rows: (batch, heads, seqlen, n) to (heads, n, n).
-
-    In float32. Products of 16-bit numbers are exact there, so tensor cores sum what they would be
-    given as float32, which they do not multiply.
-    """
-    x = x.transpose(0, 1).flatten(1, 2)
-    half = x.dtype in (torch.float16, torch.bfloat16)
-    if half and x.is_cuda and not hasattr(x, "device_mesh"):
-        found: Tensor = torch.bmm(x.transpose(1, 2), x, out_dtype=torch.float32)
-        return found
-    x = x.float()
-    return x.transpose(1, 2) @ x
 
 
 class AngularHash(nn.Module):
@@ -54,7 +34,8 @@ class AngularHash(nn.Module):
     rounds : int
         Independent hashes.
     seed : int, optional
-        Of the directions. By default drawn from torch's generator, so `torch.manual_seed` rules.
+        Of the directions, unless they are redrawn. By default drawn from torch's generator, so
+        `torch.manual_seed` rules.
     redraw : bool
         Draw directions anew at every call, as the paper's language models do, by torch's generator
         on the input's device. Nothing is stored then. Of DTensors, the first rank draws for all.
@@ -73,13 +54,13 @@ class AngularHash(nn.Module):
         earlier rows of the sequence filled, besides. Call `move_centers` after each step of the
         optimiser.
     momentum : float
-        Share of the way to the last batch that `move_centers` goes by default.
+        Share of the way to the last step's batches that `move_centers` goes by default.
 
     Raises
     ------
     PatternError
-        An unknown `adapt`, or `center` with another one; see `random_directions` for the rest. In
-        a call: no tensor, or more than an adapting hash knows.
+        An unknown `adapt`, or `center` with another one; a seed with `redraw`; see
+        `random_directions` for the rest. In a call: no tensor, or more than an adapting hash knows.
     ShapeError
         In a call: rows of other heads or another head_dim than an adapting hash was made for.
 
@@ -98,8 +79,9 @@ class AngularHash(nn.Module):
     ``"even"`` the row still fills its bucket). A sequence
     that holds one is not noted in that head: a NaN would stay in the buffers for good.
 
-    Buffers are part of ``state_dict`` and of their size: head_dim per head for ``"center"``, twice
-    head_dim squared more for what whitens; none with ``"none"``. Under
+    Buffers are part of ``state_dict``: directions unless `redraw`; with ``"center"`` two means of
+    head_dim per head of the queries, and of the keys; for what whitens two matrices of head_dim
+    squared more for each, and one for the directions. Under
     DistributedDataParallel each process notes its own share of the batch, and the first one's
     buffers go to all.
     """
@@ -126,6 +108,11 @@ class AngularHash(nn.Module):
                 f"{center=}"
             )
         check_flag("redraw", redraw)
+        if redraw and seed is not None:
+            raise PatternError(
+                f"redraw=True draws from torch's generator at every call, and {seed=} would say "
+                "nothing: leave it out, and seed torch"
+            )
         check_share("momentum", momentum)
         check_buckets(buckets)
         self.adapt = "center" if center else adapt
@@ -147,7 +134,7 @@ class AngularHash(nn.Module):
         past = self.adapt in ("past", "even")
         whiten = past or self.adapt == "whiten"
         self.centers = nn.ModuleList(
-            _Center(size, head_dim, whiten, past)
+            Center(size, head_dim, whiten, past)
             for size in (() if self.adapt == "none" else (heads_q, heads))
         )
         self.turn: Tensor | None
@@ -199,7 +186,7 @@ class AngularHash(nn.Module):
         if not self.centers:
             return tuple(angular_hash(x, directions) for x in rows)
         if self.turn is not None:  # rows times a root of the inverse: the directions take it
-            with torch.no_grad(), _without_autocast(directions.device):
+            with torch.no_grad(), without_autocast(directions.device):
                 directions = self.turn.float() @ directions.float()
         if len(rows) > len(self.centers):
             raise PatternError(f"an adapting hash takes queries and keys, got {len(rows)} tensors")
@@ -225,11 +212,12 @@ class AngularHash(nn.Module):
 
     @torch.no_grad()
     def move_centers(self, share: float | None = None) -> None:
-        """Move what is known by `share` (`momentum`) of its way to the last training batch.
+        """Move what is known by `share` (`momentum`) of its way to the batches since the last move.
 
-        The first moves go further, so that soon it is a mean of the batches so far. With
-        ``adapt="whiten"`` covariances move as well, and are taken to pieces anew; with ``"past"``
-        and ``"even"`` covariances alone, and the mean is the last batch's.
+        Of several, as where gradients are accumulated, their mean counts. The first moves go
+        further, so that soon it is a mean of all so far. With ``adapt="whiten"`` covariances move
+        as well, and are taken to pieces anew; with ``"past"`` and ``"even"`` covariances alone, and
+        the mean is that of the batches since the last move.
 
         Raises
         ------
@@ -328,68 +316,3 @@ def _scaled(spread: Tensor) -> Tensor:
     """Covariances (heads, head_dim, head_dim) with a mean variance of 1, or 0 where all is 0."""
     size = spread.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     return spread / size.clamp(min=_TINY)
-
-
-class _Center(nn.Module):
-    """Mean of the rows of each head, and their covariance if wanted.
-
-    With `past` that of the rows less those before them; the mean is then the last batch's.
-    """
-
-    place: Tensor
-    mean: Tensor
-    moves: Tensor
-
-    def __init__(self, heads: int, head_dim: int, whiten: bool, past: bool) -> None:
-        super().__init__()
-        self.past = past
-
-        def zeros(*shape: int) -> Tensor:  # float32 whatever torch's default: means move slowly
-            return torch.zeros(shape, dtype=torch.float32)
-
-        self.register_buffer("place", zeros(heads, head_dim))
-        self.register_buffer("mean", zeros(heads, head_dim))
-        self.register_buffer("moves", zeros())
-        self.spread: Tensor | None
-        self.scatter: Tensor | None
-        square = (heads, head_dim, head_dim)
-        self.register_buffer("spread", zeros(*square) if whiten else None)
-        self.register_buffer("scatter", zeros(*square) if whiten else None)
-
-    @torch.no_grad()
-    def note(self, given: Tensor, place: Tensor) -> None:
-        """Store mean and covariance of a batch; not added up, so that a layer may be recomputed.
-
-        Of those sequences of each head that are finite: one NaN would stay in the buffers for good.
-        `place` is what rows were hashed about.
-        """
-        with _without_autocast(given.device):
-            x = given.detach().float()
-            sums = x.sum(2, keepdim=True)
-            known = sums.isfinite().all(-1, keepdim=True)
-            number = x.shape[2] * known.sum(0)
-            mean = sums.where(known, 0.0).sum(0) / number
-            self._store(self.mean, mean[:, 0])
-            if self.scatter is None:
-                return
-            # with `past` what is left is what must spread, its mean as well
-            rows = less_past(given, place) if self.past else x - mean
-            self._store(self.scatter, second_moments(rows.where(known, 0.0)) / number)
-
-    @staticmethod
-    def _store(buffer: Tensor, found: Tensor) -> None:
-        """Overwrite with what was found, but infinities of the buffer's type and NaN.
-
-        NaN is 0 / 0, where there was no finite sequence.
-        """
-        found = found.to(buffer.dtype)
-        buffer.copy_(found.where(found.isfinite(), buffer))
-
-    @torch.no_grad()
-    def move(self, share: float) -> None:
-        """Go towards what was last stored."""
-        self.moves += 1
-        step = (1 / self.moves).clamp(min=share)
-        self.place += (self.mean - self.place) * (1.0 if self.past else step)
-        if self.spread is not None and self.scatter is not None:
-            self.spread += (self.scatter - self.spread) * step

@@ -78,6 +78,10 @@ class ReformerAttention(nn.Module):
     A row does not see itself; one that sees nothing gives 0 (the original falls back to itself). A
     pair seen in several rounds is divided by their number, so it counts once, as there. Chunk 0 has
     no chunk before it.
+
+    A baseline to measure against, not to build on: which earlier rows of its bucket a row sees
+    hangs on where chunks end, and so on later rows; a NaN reaches every row of its chunk and the
+    next, earlier ones too. It exports for one length alone.
     """
 
     def __init__(

@@ -345,7 +345,7 @@ def test_numba_device_arrays(torch):
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # which would not be exact
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_second_moments_sum_in_float32_whatever_the_rows_are(torch, dtype):
-    from scfa_core.nn.hashing import second_moments
+    from scfa_core.nn.centers import second_moments
 
     x = 30 + drawn(torch, 3, 4, 1001, 64, dtype=dtype)  # sums of 16 bits would be far off
     want = torch.einsum("bhtd,bhte->hde", x.double(), x.double())

@@ -292,6 +292,39 @@ def test_all_hashes_of_a_model_move_at_once():
         nn.move_centers(model, share=2)
 
 
+@pytest.mark.parametrize("adapt", nn.hashing.ADAPTS[1:])
+def test_accumulated_batches_count_alike_and_recomputed_ones_once(adapt):
+    first, second = rows(0, 1, 2, 200, DIM) + 3, rows(1, 1, 2, 200, DIM) - 1
+    layers = [nn.AngularHash(2, DIM, BUCKETS, seed=3, adapt=adapt) for _ in range(4)]
+    apart, twice, alone, joint = layers
+    for given in (first, second):
+        apart(given)
+        twice(given)
+        twice(given)
+    alone(second)
+    joint(torch.cat((first, second)))  # whitening, about their common mean: another covariance
+    for one in layers:
+        one.move_centers()
+    assert all(
+        torch.allclose(x, y, rtol=0, atol=1e-5)
+        for x, y in zip(apart.buffers(), twice.buffers(), strict=True)
+    )
+    places = [one.centers[0].place for one in (apart, joint, alone)]
+    torch.testing.assert_close(places[0], places[1], rtol=0, atol=1e-5)
+    assert (places[0] - places[2]).abs().max() > 1
+    for given in (first, second):  # the next step begins anew
+        apart.centers[0].notes.fill_(0)
+        apart(given)
+    apart.move_centers(share=1)
+    torch.testing.assert_close(apart.centers[0].place, places[2], rtol=0, atol=1e-5)
+    assert apart.centers[0].notes == 0
+
+
+def test_a_seed_of_directions_that_are_redrawn_would_say_nothing():
+    with pytest.raises(scfa.PatternError, match=r"seed=3 would say nothing: leave it out, and see"):
+        nn.AngularHash(2, DIM, BUCKETS, seed=3, redraw=True)
+
+
 def test_covariances_beyond_half_precision_leave_no_infinity():
     own = nn.AngularHash(2, DIM, BUCKETS, seed=3, adapt="whiten").half()
     own(1000 * rows(0, 1, 2, 100, DIM).half())
@@ -312,7 +345,7 @@ def test_running_means_are_float32_whatever_torch_s_default():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_second_moments_sum_in_float32_whatever_the_rows_are(dtype):
-    from scfa_core.nn.hashing import second_moments
+    from scfa_core.nn.centers import second_moments
 
     generator = torch.Generator().manual_seed(4)
     x = (30 + torch.randn(3, 4, 501, 16, generator=generator)).to(dtype)

@@ -75,6 +75,13 @@ def test_blocks_begin_elsewhere_in_each_head():
     assert not torch.equal(grouped[:, 3], grouped[:, 4])
 
 
+@pytest.mark.parametrize("block", [2**31 - 1, 2**31, 2**33, 2**70])
+def test_blocks_longer_than_any_sequence_hold_all_rows(block):
+    groups = near_groups(5, 3, block, torch.zeros(1, dtype=torch.int32))
+    assert groups.dtype == torch.int32
+    assert torch.equal(groups, torch.zeros_like(groups))
+
+
 def test_documents_and_padding_end_blocks_too():
     layer = made(near_heads=2, near_block=32)
     x = torch.randn(1, 40, WIDTH, generator=torch.Generator().manual_seed(4))
