@@ -56,10 +56,16 @@ def _train(args: argparse.Namespace, where: World) -> None:
         log_line(log, config=dataclasses.asdict(config), corpus=corpus.sha256, files=corpus.files)
     trainer.warm_up()
     begin = time.monotonic()
+
+    def time_is_left() -> bool:
+        if args.minutes == math.inf:
+            return True
+        return where.agree(time.monotonic() - begin) < args.minutes * 60
+
     terminal = Terminal() if where.leads else Terminal(io.StringIO())
     with terminal.progress(config.attention, config.steps - trainer.step) as bar:
         words = ""
-        while trainer.step < config.steps and time.monotonic() - begin < args.minutes * 60:
+        while trainer.share() < 1 and time_is_left():
             loss = trainer.train_step()
             if trainer.step % quality.SAMPLED_EVERY == 0:
                 nats = float(loss)

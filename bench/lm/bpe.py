@@ -16,7 +16,7 @@ import numpy as np
 from bench.lm.data import SEPARATOR, Corpus
 
 VOCABULARY = 8192
-SEPARATOR_TOKEN = "<separator>"  # gets id 0, which is `SEPARATOR`
+SEPARATOR_TOKEN = chr(SEPARATOR)  # gets id 0, which is `SEPARATOR`; no document holds it
 TRAINING_BYTES = 20_000_000  # merges are learnt from about so much text
 PIECE = 1 << 16  # bytes encoded at once; nothing is merged across pieces
 PIECES_AT_ONCE = 256
@@ -89,6 +89,24 @@ def _encode(model: Any, data: np.ndarray) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
 
+def _separators(*splits: np.ndarray) -> list[int]:
+    """How many there are in each split, by bytes or by tokens."""
+    return [int((split == SEPARATOR).sum()) for split in splits]
+
+
+def _kept(path: Path, corpus: Corpus) -> tuple[np.ndarray, np.ndarray] | None:
+    """Tokens of both splits as stored, unless there are none or they have other documents.
+
+    Once the separator had a name that could stand in a text, and such text became a boundary.
+    """
+    if not path.exists():
+        return None
+    with np.load(path) as arrays:
+        train, validation = arrays["train"], arrays["validation"]
+    same = _separators(train, validation) == _separators(corpus.train, corpus.validation)
+    return (train, validation) if same else None
+
+
 def as_bpe(corpus: Corpus, vocabulary: int, folder: Path) -> Corpus:
     """The same text by tokens of a byte-pair tokeniser with `vocabulary` ids.
 
@@ -104,16 +122,15 @@ def as_bpe(corpus: Corpus, vocabulary: int, folder: Path) -> Corpus:
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{corpus.sha256[:16]}-bpe{vocabulary}"
     kept = folder / f"{name}.npz"
-    if kept.exists():
-        with np.load(kept) as arrays:
-            train, validation = arrays["train"], arrays["validation"]
-    else:
+    found = _kept(kept, corpus)
+    if found is None:
         model = _train(corpus.train, vocabulary)
         model.save(str(folder / f"{name}.json"))
-        train, validation = (_encode(model, x) for x in (corpus.train, corpus.validation))
+        found = _encode(model, corpus.train), _encode(model, corpus.validation)
         partial = folder / f"{name}.{os.getpid()}.npz"  # other processes may make the same
-        np.savez(partial, train=train, validation=validation)
+        np.savez(partial, train=found[0], validation=found[1])
         partial.replace(kept)
+    train, validation = found
     return corpus._replace(
         train=train,
         validation=validation,

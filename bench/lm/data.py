@@ -69,7 +69,7 @@ class Corpus(NamedTuple):
 def _paths(folders: list[Path]) -> Iterator[Path]:
     """Text files in a fixed order, each once though folders may lie in one another.
 
-    This package's own are left out.
+    This package's own are left out, among them what an editable installation makes for it.
     """
     seen: set[str] = set()
     for folder in folders:
@@ -78,8 +78,9 @@ def _paths(folders: list[Path]) -> Iterator[Path]:
                 below.clear()
                 continue
             seen.add(root)
-            below[:] = sorted(name for name in below if not name.startswith(OWN))
-            yield from (Path(root, name) for name in sorted(names) if name.endswith(SUFFIXES))
+            below[:] = sorted(name for name in below if OWN not in name)
+            texts = (name for name in sorted(names) if name.endswith(SUFFIXES) and OWN not in name)
+            yield from (Path(root, name) for name in texts)
 
 
 def _read(path: Path) -> tuple[str, bytes]:
@@ -147,5 +148,8 @@ def as_words(corpus: Corpus, vocabulary: int) -> Corpus:
 
 
 def document_ids(text: torch.Tensor) -> torch.Tensor:
-    """Document of each byte (batch, seqlen) int32: how many separators stand before it."""
+    """Document of each byte (batch, seqlen) int32: how many separators there are up to it.
+
+    Itself counted, so that a separator begins the document after it.
+    """
     return (text == SEPARATOR).cumsum(-1, dtype=torch.int32)

@@ -17,8 +17,13 @@ def ends(seqlen: int) -> list[int]:
 def by_place(trainer: Trainer, batches: int) -> dict[str, list[float]]:
     """Mean loss in nats of the tokens up to each of `ends` (beyond the one before).
 
-    Over the sequences, and with the hashes, that `Trainer.validate` takes. The first stretch says
-    what tokens cost that see little text; what later ones cost less is what the text before gives.
+    Over the sequences that `Trainer.validate` takes, from the same seeds. Nothing is compiled
+    here, and compiled parts may draw other numbers from a seed: only with compile="none" are hashes
+    and drops, and so the mean, those of validation. In a tiny model the mean was up to about 0.004
+    nats off with compile="model", 0.001 for drop50 with "blocks".
+
+    The first stretch says what tokens cost that see little text; what later ones cost less is what
+    the text before gives.
     """
     stops = ends(trainer.config.seqlen)
     means = []

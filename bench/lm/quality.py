@@ -75,15 +75,12 @@ def train_one(
     FloatingPointError
         A loss that is no number.
     """
-    config = trainer.config
-    limit = config.seconds or math.inf
+    config, where = trainer.config, trainer.where
     recent: list[torch.Tensor] = []
 
-    def share() -> float:
-        return max(trainer.step / config.steps, trainer.seconds / limit)
-
     def recent_loss() -> float:
-        loss = float(torch.stack(recent[-SAMPLED_EVERY:]).mean())
+        # The leading process's: all stop at the same step, else one waits for the others for good.
+        loss = where.agree(float(torch.stack(recent[-SAMPLED_EVERY:]).mean()))
         if not math.isfinite(loss):
             raise FloatingPointError(f"the training loss is {loss} at step {trainer.step}")
         return loss
@@ -97,21 +94,21 @@ def train_one(
             "train": loss,
         })  # fmt: skip
         store()
-        if checkpoint is not None and trainer.where.leads:
+        if checkpoint is not None and where.leads:
             trainer.save(checkpoint)
         print(_told(trainer, run["curve"][-1]), flush=True)
 
-    passed = int(share() * points)
-    while trainer.step < config.steps and trainer.seconds < limit:
+    passed = int(trainer.share() * points)
+    while trainer.share() < 1:
         recent.append(trainer.train_step())
         if trainer.step % SAMPLED_EVERY:
             continue
         loss = recent_loss()
-        late = time.monotonic() > deadline
-        if late or (share() < 1 and int(share() * points) > passed):
-            passed = int(share() * points)
+        share, late = trainer.share(), where.agree(deadline - time.monotonic()) < 0
+        if late or (share < 1 and int(share * points) > passed):
+            passed = int(share * points)
             note(loss)
-        if late and share() < 1:
+        if late and share < 1:
             return False
     if recent and (not run["curve"] or run["curve"][-1]["step"] < trainer.step):
         note(recent_loss())
@@ -161,7 +158,7 @@ class Sitting:
         needed = config.seconds + self.overhead if config.seconds else self.longest
         if self.checkpoints is not None:
             needed = self.overhead
-        return time.monotonic() + needed <= self.deadline
+        return self.where.agree(self.deadline - time.monotonic() - needed) >= 0
 
     def _same(self, config: Config) -> list[dict[str, Any]]:
         """Entries of this very run."""

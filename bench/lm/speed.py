@@ -185,7 +185,8 @@ def cases_in_turn(configs: list[Config], make: Make, how: Timing) -> Iterator[di
     """Rows of several variants at one length, timed in turn; all are in memory meanwhile.
 
     A card's clock falls as it warms: what is timed minutes later is slower by what two variants may
-    differ by.
+    differ by. So a first round of each, right after it was compiled, tells its memory, but the
+    times kept are of rounds that begin once all are compiled.
     """
     (as_graph,) = MODES[how.graph]
     under_way: list[tuple[dict[str, Any], Trainer]] = []
@@ -197,11 +198,11 @@ def cases_in_turn(configs: list[Config], make: Make, how: Timing) -> Iterator[di
             trainer, row["compile_seconds"] = make(config)
             if as_graph:
                 trainer.use_graph()
-            row |= begin_case(trainer, how.warm, how.repeats, held)
+            row |= begin_case(trainer, how.warm, how.repeats, held) | {"times": []}
             under_way.append((row, trainer))
         except Exception as error:
             yield row | {"error": f"{error!r:.300}"}
-    for _ in range(how.rounds - 1):
+    for _ in range(how.rounds):
         for row, trainer in under_way:
             trainer.train_step()  # the first one after another variant's
             times, row["loss"] = step_times(trainer, how.repeats)
@@ -290,7 +291,7 @@ def run(
     A case that fails says why in its row, and the others go on. The file is written after each.
     `graph` is one of `MODES`: steps as they are enqueued, replays of CUDA graphs, or both. With two
     or more `rounds` the variants of a length are in memory together and timed in turn, `repeats`
-    steps at a time; one that fails after the first round ends the run. `commit` names the sources
+    steps at a time; one that fails once all are compiled ends the run. `commit` names the sources
     where git cannot tell.
     """
     if rounds > 1 and len(MODES[graph]) > 1:

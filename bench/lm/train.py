@@ -42,6 +42,17 @@ class World:
         """Whether this process prints and writes."""
         return self.rank == 0
 
+    def agree(self, value: float) -> float:
+        """The leading process's value, on all: what hangs on a clock is decided once.
+
+        It goes from host to host, so that no GPU is waited for.
+        """
+        if self.size == 1:
+            return value
+        told = torch.tensor(value, dtype=torch.float64)
+        dist.broadcast(told, 0)
+        return float(told)
+
     def synchronize(self) -> None:
         """Wait for the GPU, if there is one."""
         if self.device.startswith("cuda"):
@@ -57,7 +68,7 @@ def world() -> Iterator[World]:
     if cuda:
         torch.cuda.set_device(device)
     if size > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")  # gloo: `World.agree`
     try:
         yield World(rank, size, device)
     finally:
@@ -137,6 +148,18 @@ class Trainer:
         running = 0.0 if self._began is None else time.perf_counter() - self._began
         return self._seconds + running
 
+    def clock(self) -> float:
+        """Seconds of training as the leading process counts them; to be called by all."""
+        return self.where.agree(self.seconds)
+
+    def share(self) -> float:
+        """How much of the run is done, 1.0 at its end; the same on all, to be called by all."""
+        config = self.config
+        if self.step >= config.steps:
+            return 1.0
+        done = self.step / config.steps
+        return max(done, min(self.clock() / config.seconds, 1.0)) if config.seconds else done
+
     def pause(self) -> None:
         """Stop the clock once everything enqueued is done."""
         self.where.synchronize()
@@ -203,7 +226,9 @@ class Trainer:
             self.static_step.capture()
         if self._began is None:
             self._began = time.perf_counter()
-        self.rate.fill_(learning_rate(config, self.step, self.seconds))
+        # Gradients are averaged, rates are not: weights would drift apart by each one's own clock.
+        seconds = self.clock() if config.seconds else 0.0
+        self.rate.fill_(learning_rate(config, self.step, seconds))
         micro_steps = config.accumulation(where.size)
         draws = [
             (self.step * micro_steps + micro) * where.size + where.rank
@@ -269,10 +294,14 @@ class Trainer:
         partial.replace(path)
 
     def resume(self, path: Path) -> None:
-        """Take up a checkpoint of the same configuration and corpus."""
+        """Take up a checkpoint of the same configuration and corpus.
+
+        One from before a field existed did what is the default of that field.
+        """
         state = torch.load(path, map_location=self.where.device, weights_only=True)
         mine = dataclasses.asdict(self.config)
-        other = {k: v for k, v in state["config"].items() if mine.get(k) != v}
+        stored = dataclasses.asdict(Config()) | state["config"]
+        other = {k: v for k, v in stored.items() if mine.get(k) != v}
         if other or state["corpus"] != self.corpus.sha256:
             raise SystemExit(f"{path} is of another run: {other or 'another corpus'}")
         self.model.load_state_dict(state["model"])

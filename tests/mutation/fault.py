@@ -31,6 +31,7 @@ SUITES = {
     "torch-union": (("tests/unit/test_torch_union.py",),),
     "torch-hash": (("tests/unit/test_hashing_torch.py", "tests/unit/test_hashing_past.py"),),
     "dropping": (("tests/unit/test_dropping.py",), ("tests/unit/test_dropping_layers.py",)),
+    "cached": (("tests/unit/test_nn_cached.py",),),
     "merging": (("tests/unit/test_merging.py",),),
     "cuda-plan": (
         ("tests/unit/test_cuda_host_heads.py",),

@@ -50,6 +50,36 @@ def test_tokens_give_the_text_back_and_are_kept(folder, tmp_path, monkeypatch):
         bpe.as_bpe(corpus, 100, tmp_path / "kept")
 
 
+def test_the_name_of_a_separator_in_a_text_is_text(folder, tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers", reason="byte-pair tokens need tokenizers")
+    from bench.lm import bpe
+    from bench.lm.data import load_corpus
+
+    def older(corpus, kept):
+        """As made when the name could stand in a text."""
+        with monkeypatch.context() as patch:
+            patch.setattr(bpe, "SEPARATOR_TOKEN", "<separator>")
+            return bpe.as_bpe(corpus, 300, kept)
+
+    plain = load_corpus(folder)
+    before, now = older(plain, tmp_path / "older"), bpe.as_bpe(plain, 300, tmp_path / "new")
+    assert np.array_equal(before.train, now.train)
+    assert np.array_equal(before.validation, now.validation)
+    assert before.sha256 == now.sha256 == f"{plain.sha256}-bpe300"
+
+    for nth in range(60):
+        (folder / f"named_{nth}.py").write_text(f"token_{nth} = '<separator>' or '\\0'\n")
+    corpus = load_corpus(folder)
+    wrong, kept = older(corpus, tmp_path / "named"), tmp_path / "named"
+    again = bpe.as_bpe(corpus, 300, kept)  # what is kept has boundaries that the text has not
+    for split in ("train", "validation"):
+        documents = (getattr(corpus, split) == 0).sum()
+        assert (getattr(wrong, split) == 0).sum() > documents
+        assert (getattr(again, split) == 0).sum() == documents
+    monkeypatch.setattr(bpe, "_train", lambda *_: pytest.fail("trained again"))
+    assert np.array_equal(bpe.as_bpe(corpus, 300, kept).train, again.train)
+
+
 def test_without_the_package_the_error_says_so(folder, tmp_path, monkeypatch):
     from bench.lm import bpe
     from bench.lm.data import load_corpus

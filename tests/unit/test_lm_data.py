@@ -34,5 +34,15 @@ def test_this_package_is_no_part_of_the_corpus(tmp_path, monkeypatch):
     for folder in ("scfa_core", "scfa_core-1.dist-info"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "notes.txt").write_text("of this version\n")
+    (tmp_path / "__editable___scfa_core_1_finder.py").write_text("where = 'a checkout'\n")
     assert data.load_corpus().sha256 == before.sha256
     assert before.files == 1
+
+
+def test_a_separator_begins_the_document_after_it():
+    import torch
+
+    from bench.lm.data import document_ids
+
+    text = torch.tensor([[5, 6, 0, 7, 0, 0, 8], [0, 5, 6, 7, 8, 9, 9]])
+    assert document_ids(text).tolist() == [[0, 0, 1, 1, 2, 3, 3], [1] * 7]

@@ -327,12 +327,18 @@ def test_variants_of_a_length_are_timed_in_turn(lm, monkeypatch, graph):
     options = {"lengths": [64], "variants": ["dense", "hash3", "none"], "warm": 2, "repeats": 2}
     here = lm.train.World(0, 1, "cpu")
     began, step = [], lm.train.Trainer.train_step
+    timed, end = {}, lm.speed.end_case
+
+    def ended(row, *rest):
+        timed[row["variant"]] = len(row["times"])
+        end(row, *rest)
 
     def counted(self):
         began.append(self.config.attention)
         return step(self)
 
     monkeypatch.setattr(lm.train.Trainer, "train_step", counted)
+    monkeypatch.setattr(lm.speed, "end_case", ended)
     rows = lm.speed.run(lm.config, lm.corpus, here, graph=graph, rounds=3, **options)
     assert [(row["variant"], "ms" in row) for row in rows] == [
         ("hash3", False),
@@ -340,9 +346,10 @@ def test_variants_of_a_length_are_timed_in_turn(lm, monkeypatch, graph):
         ("none", True),
     ]
     first, later = ["dense"] * 4 + ["none"] * 4, ["dense"] * 3 + ["none"] * 3
-    assert began == [*first, *later, *later]
+    assert began == [*first, *later, *later, *later]
+    assert timed == {"dense": 6, "none": 6}, "what was timed before all were compiled is kept"
     assert all(row["low"] <= row["ms"] and "times" not in row for row in rows[1:])
-    assert [(row["steps"], row["graph"]) for row in rows[1:]] == [(10, graph == "only")] * 2
+    assert [(row["steps"], row["graph"]) for row in rows[1:]] == [(13, graph == "only")] * 2
     with pytest.raises(SystemExit, match="--graph only, or none"):
         lm.speed.run(lm.config, lm.corpus, here, graph="both", rounds=2, **options)
 

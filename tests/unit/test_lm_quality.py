@@ -86,6 +86,24 @@ def test_losses_by_place_are_those_of_validation(bench, attention, packed):
     assert mean == pytest.approx(trainer.validate(3), rel=1e-5)
 
 
+def test_a_checkpoint_from_before_a_field_has_its_default(bench, tmp_path):
+    def trainer(**options):
+        config = dataclasses.replace(bench.config, **options)
+        return bench.train.Trainer(config, bench.corpus, bench.train.World(0, 1, "cpu"))
+
+    path, first = tmp_path / "checkpoint.pt", trainer()
+    first.train_step()
+    first.save(path)
+    state = torch.load(path, weights_only=True)
+    del state["config"]["packed"]
+    torch.save(state, path)
+    with pytest.raises(SystemExit, match=r"of another run: {'packed': False}"):
+        trainer(packed=True).resume(path)
+    second = trainer()
+    second.resume(path)
+    assert second.step == 1
+
+
 def test_no_run_begins_that_would_not_end_in_the_budget(bench, capsys):
     bench.config = dataclasses.replace(bench.config, seconds=5.0)
     assert bench.sit(budget=4.0) == []
