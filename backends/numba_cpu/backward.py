@@ -3,18 +3,19 @@
 s = scale * q @ k.T;  p = exp(s - lse);  dp = dout @ v.T
 ds = p * (dp - delta), delta = rowsum(dout * out)
 dq = scale * ds @ k;  dk = scale * ds.T @ q;  dv = p.T @ dout
+
+Both passes find the bits of s that forward found: an element of a product is summed over head_dim
+in the same order whichever side is in lanes, then scaled. A row of one key has lse == s, p == 1.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 # numba infers the types of compiled functions from their arguments.
 
-import math
-
 import numba
 import numpy as np
 from scfa_core.backends.numba_cpu.compiling import device_function, kernel
-from scfa_core.backends.numba_cpu.convert import exp2, widen
-from scfa_core.backends.numba_cpu.forward import hide, softmax_update
+from scfa_core.backends.numba_cpu.convert import exp, widen
+from scfa_core.backends.numba_cpu.forward import hide, scale_scores, softmax_update
 from scfa_core.backends.numba_cpu.tiles import (
     BLOCK,
     FULL,
@@ -36,7 +37,6 @@ from scfa_core.backends.numba_cpu.vector import atomic_next
 
 __all__ = ["dkdv_tiles", "dq_tiles"]
 
-LOG2E = 1.0 / math.log(2.0)
 LSE_ROUNDING = 2.0**-23  # of the given lse: sums in another order may round to its neighbour
 
 
@@ -51,15 +51,15 @@ def row_product(x, y):
 
 @numba.njit(nogil=True)
 def refined_lse(own, given):
-    """`own`, this softmax's lse in log2 and float64, if `given` is its float32 rounding.
+    """`own`, this softmax's lse in float64, if `given` is its float32 rounding.
 
     Otherwise `given`: that of another softmax, as where several patterns were merged.
     """
-    rounded = np.float32(own / LOG2E)
+    rounded = np.float32(own)
     near = abs(rounded - given) <= LSE_ROUNDING * abs(given)
     if rounded == given or (np.isfinite(given) and near):
         return own
-    return given * LOG2E
+    return given
 
 
 @device_function
@@ -69,7 +69,7 @@ def score_gradients(scores, dp, count, first, starts, ends, seen, lse, delta, pa
     for r in range(count):
         row, grad = scores[r * BLOCK : (r + 1) * BLOCK], dp[r * BLOCK : (r + 1) * BLOCK]
         for lane in range(BLOCK):
-            grad[lane] = exp2(row[lane] - lse[lane]) * (grad[lane] - delta[lane])
+            grad[lane] = exp(row[lane] - lse[lane]) * (grad[lane] - delta[lane])
         if part != FULL:
             key = np.int32(first + r)
             flags = seen[r * BLOCK : (r + 1) * BLOCK]
@@ -87,11 +87,11 @@ def dq_tiles(
     lse, lse_layout, dq, dq_layout,
     q_index, k_index, key_start, key_end,
     row_lse, row_delta, tile_low, tile_high,
-    scale, scale_log2,
+    scale,
     monotone, exact_lse,
     sample,
 ):  # fmt: skip
-    """Write dq, and what the second pass needs: lse (log2) and delta of every sorted query, and the
+    """Write dq, and what the second pass needs: lse and delta of every sorted query, and the
     smallest key_start and largest key_end of every query tile.
 
     With `exact_lse` (float64) lse is computed anew, because the float32 one has too few digits;
@@ -110,7 +110,7 @@ def dq_tiles(
     row_max, row_sum = aligned(BLOCK, sample), aligned(BLOCK, sample)
     keep, base = aligned(BLOCK, sample), aligned(BLOCK, sample)
     tile_sum = aligned(BLOCK, sample)
-    lse_log2, delta = aligned(BLOCK, sample), aligned(BLOCK, sample)
+    tile_lse, delta = aligned(BLOCK, sample), aligned(BLOCK, sample)
     ones, factor = aligned(BLOCK, sample), aligned(BLOCK, sample)
     starts, ends = np.zeros(BLOCK, np.int32), np.zeros(BLOCK, np.int32)
     unsafe = np.zeros(BLOCK, np.int32)
@@ -147,9 +147,7 @@ def dq_tiles(
             tile_high[head * blocks + m_block] = np.int32(high)
         acc_dq[:] = 0
         if low < high:
-            load_lanes(
-                q, q_base, q_layout[3], q_index, q_at, rows, head_dim, scale_log2[0], q_lanes
-            )
+            load_lanes(q, q_base, q_layout[3], q_index, q_at, rows, head_dim, one, q_lanes)
             load_lanes(
                 dout, dout_base, dout_layout[3], q_index, q_at, rows, head_dim_v, one, dout_lanes
             )
@@ -165,24 +163,25 @@ def dq_tiles(
                         k_rows,
                     )  # fmt: skip
                     multiply(k_rows, width, count, head_dim, q_lanes, rows, scores, keep)
+                    scale_scores(scores, count, scale[0])
                     if part != FULL:
                         hide(scores, count, n0, starts, ends, seen)
                     softmax_update(scores, count, row_max, row_sum, keep, base, tile_sum)
         for lane in range(rows):
             row = np.int64(q_index[q_at + lane])
             if exact_lse:
-                own = row_max[lane] + np.log2(row_sum[lane])
-                lse_log2[lane] = refined_lse(own, lse[lse_base + lse_layout[3] * row])
+                own = row_max[lane] + np.log(row_sum[lane])
+                tile_lse[lane] = refined_lse(own, lse[lse_base + lse_layout[3] * row])
             else:
-                lse_log2[lane] = lse[lse_base + lse_layout[3] * row] * LOG2E
-            if lse_log2[lane] == -np.inf:  # no weight at all: 2 ** (s - inf) is 0
-                lse_log2[lane] = np.inf
+                tile_lse[lane] = lse[lse_base + lse_layout[3] * row]
+            if tile_lse[lane] == -np.inf:  # no weight at all: exp(s - inf) is 0
+                tile_lse[lane] = np.inf
             dout_at = dout_base + dout_layout[3] * row
             out_at = out_base + out_layout[3] * row
             delta[lane] = row_product(
                 dout[dout_at : dout_at + head_dim_v], out[out_at : out_at + head_dim_v]
             )
-            row_lse[q_at + lane] = lse_log2[lane]
+            row_lse[q_at + lane] = tile_lse[lane]
             row_delta[q_at + lane] = delta[lane]
 
         for n0 in range(low, high, BLOCK):
@@ -191,7 +190,7 @@ def dq_tiles(
             if part == NOTHING:
                 continue
 
-            # s = q @ k.T, in log2 units; dp = dout @ v.T
+            # s = scale * q @ k.T; dp = dout @ v.T
             load_rows(
                 k, k_base, k_layout[3], k_index, k_at + n0, count, head_dim, width, one, k_rows
             )
@@ -199,10 +198,11 @@ def dq_tiles(
                 v, v_base, v_layout[3], k_index, k_at + n0, count, head_dim_v, width_v, one, v_rows
             )
             multiply(k_rows, width, count, head_dim, q_lanes, rows, scores, ones)
+            scale_scores(scores, count, scale[0])
             multiply(v_rows, width_v, count, head_dim_v, dout_lanes, rows, dp, ones)
 
             # ds = p * (dp - delta)
-            score_gradients(scores, dp, count, n0, starts, ends, seen, lse_log2, delta, part)
+            score_gradients(scores, dp, count, n0, starts, ends, seen, tile_lse, delta, part)
 
             # dq = dq + ds @ k
             found = 0
@@ -223,7 +223,7 @@ def key_weights(scores, dp, count, starts, ends, first, seen, lse, delta, at, pa
         row, grad = scores[r * BLOCK : (r + 1) * BLOCK], dp[r * BLOCK : (r + 1) * BLOCK]
         row_lse, row_delta = lse[at + r], delta[at + r]
         for lane in range(BLOCK):
-            weight = exp2(row[lane] - row_lse)
+            weight = exp(row[lane] - row_lse)
             row[lane] = weight
             grad[lane] = weight * (grad[lane] - row_delta)
         if part != FULL:
@@ -243,7 +243,7 @@ def dkdv_tiles(
     dout, dout_layout, q, q_layout, k, k_layout, v, v_layout, dk, dk_layout, dv, dv_layout,
     q_index, k_index, key_start, key_end,
     row_lse, row_delta, tile_low, tile_high,
-    scale, scale_log2,
+    scale,
     monotone,
     sample,
 ):  # fmt: skip
@@ -279,7 +279,7 @@ def dkdv_tiles(
         v_base = head_at(v_layout, b, g)
         dk_base = head_at(dk_layout, b, g)
         dv_base = head_at(dv_layout, b, g)
-        load_lanes(k, k_base, k_layout[3], k_index, k_at, keys, head_dim, scale_log2[0], k_lanes)
+        load_lanes(k, k_base, k_layout[3], k_index, k_at, keys, head_dim, one, k_lanes)
         load_lanes(v, v_base, v_layout[3], k_index, k_at, keys, head_dim_v, one, v_lanes)
         acc_dk[:] = 0
         acc_dv[:] = 0
@@ -309,16 +309,17 @@ def dkdv_tiles(
                 if part == NOTHING:
                     continue
 
-                # s = q @ k.T, in log2 units; dp = dout @ v.T
+                # s = scale * q @ k.T; dp = dout @ v.T
                 load_rows(q, q_base, q_layout[3], q_index, q_at, rows, head_dim, width, one, q_rows)
                 load_rows(
                     dout, dout_base, dout_layout[3], q_index, q_at, rows, head_dim_v, width_v,
                     one, dout_rows,
                 )  # fmt: skip
                 multiply(q_rows, width, rows, head_dim, k_lanes, keys, scores, ones)
+                scale_scores(scores, rows, scale[0])
                 multiply(dout_rows, width_v, rows, head_dim_v, v_lanes, keys, dp, ones)
 
-                # p = 2 ** (s - lse); ds = p * (dp - delta)
+                # p = exp(s - lse); ds = p * (dp - delta)
                 key_weights(
                     scores, dp, rows, starts, ends, n0, seen, row_lse, row_delta, q_at, part
                 )

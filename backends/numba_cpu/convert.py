@@ -1,4 +1,4 @@
-"""Stored type <-> arithmetic type, and 2**x, as straight-line code that vectorises.
+"""Stored type <-> arithmetic type, and e**x, as straight-line code that vectorises.
 
 Stored types are float32, float64, int16 (bits of a float16) and uint16 (bits of a bfloat16);
 the arithmetic type is float64 for float64 and float32 for the rest.
@@ -7,18 +7,18 @@ the arithmetic type is float64 for float64 and float32 for the rest.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 # numba infers the types of compiled functions from their arguments.
 
-from math import factorial, log
+from math import factorial
 
 import numpy as np
 from numba import types
 from numba.extending import overload, register_jitable
 from scfa_core.backends.numba_cpu.vector import as_bits, as_float
 
-__all__ = ["exp2", "narrow", "widen"]
+__all__ = ["exp", "narrow", "widen"]
 
 
-def exp2(x):
-    """2**x to about one unit in the last place; 0 below the normal range, NaN for NaN and +inf."""
+def exp(x):
+    """e**x to a few units in the last place; 0 below the normal range, NaN for NaN and +inf."""
     raise NotImplementedError("compiled code only")
 
 
@@ -32,28 +32,34 @@ def narrow(x, like):
     raise NotImplementedError("compiled code only")
 
 
+_LN2 = 0.6931471805599453
+
+
 def _polynomial(degree: int) -> list[float]:
-    """Coefficients of 2**f on |f| <= 1/2 by Chebyshev interpolation, constant term exactly one."""
-    nodes = 0.5 * np.cos(np.pi * (np.arange(degree) + 0.5) / degree)
-    # 2**f = 1 + f * r(f): interpolate r, whose Taylor series avoids cancellation near zero.
-    powers = [sum(log(2) ** (n + 1) * f**n / factorial(n + 1) for n in range(25)) for f in nodes]
+    """Coefficients of e**f on |f| <= log(2) / 2 by Chebyshev interpolation; the first is one."""
+    nodes = _LN2 / 2 * np.cos(np.pi * (np.arange(degree) + 0.5) / degree)
+    # e**f = 1 + f * r(f): interpolate r, whose Taylor series avoids cancellation near zero.
+    powers = [sum(f**n / factorial(n + 1) for n in range(25)) for f in nodes]
     return [1.0, *np.linalg.solve(np.vander(nodes, increasing=True), powers).tolist()]
 
 
 _F0, _F1, _F2, _F3, _F4, _F5, _F6 = (np.float32(c) for c in _polynomial(6))
 _F_MAGIC = np.float32(1.5 * 2**23)  # adding it rounds to an integer, kept in the lowest bits
-_F_LOWEST = np.float32(-126)
+_F_LOG2E, _F_LN2 = np.float32(1 / _LN2), np.float32(_LN2)
+_F_LOWEST = np.float32(-126 * _LN2)
 _F_ZERO = np.float32(0)
 _D = tuple(_polynomial(12))
 _D0, _D1, _D2, _D3, _D4, _D5, _D6, _D7, _D8, _D9, _D10, _D11, _D12 = _D
 _D_MAGIC = 1.5 * 2**52
+_D_LOG2E, _D_LN2, _D_LN2_REST = 1 / _LN2, _LN2, 2.3190468138462996e-17
+_D_LOWEST = -1022 * _LN2
 
 
 @register_jitable
-def _exp2_single(x):
-    """2**x in float32."""
-    shifted = x + _F_MAGIC
-    f = x - (shifted - _F_MAGIC)
+def _exp_single(x):
+    """e**x = 2**n * e**f in float32, n whole; as many operations as 2**x takes where FMA is."""
+    shifted = x * _F_LOG2E + _F_MAGIC
+    f = x - (shifted - _F_MAGIC) * _F_LN2
     power = _F5 + f * _F6
     power = _F4 + f * power
     power = _F3 + f * power
@@ -65,10 +71,11 @@ def _exp2_single(x):
 
 
 @register_jitable
-def _exp2_double(x):
-    """2**x in float64."""
-    shifted = x + _D_MAGIC
-    f = x - (shifted - _D_MAGIC)
+def _exp_double(x):
+    """e**x in float64, where n * log(2) takes two parts: its rest counts from n of a few up."""
+    shifted = x * _D_LOG2E + _D_MAGIC
+    whole = shifted - _D_MAGIC
+    f = x - whole * _D_LN2 - whole * _D_LN2_REST
     power = _D11 + f * _D12
     power = _D10 + f * power
     power = _D9 + f * power
@@ -82,12 +89,12 @@ def _exp2_double(x):
     power = _D1 + f * power
     power = _D0 + f * power
     scale = as_float((as_bits(shifted) + 1023) << 52)
-    return 0.0 if x < -1022.0 else power * scale
+    return 0.0 if x < _D_LOWEST else power * scale
 
 
-@overload(exp2)
-def _choose_exp2(x):
-    return _exp2_double if x == types.float64 else _exp2_single
+@overload(exp)
+def _choose_exp(x):
+    return _exp_double if x == types.float64 else _exp_single
 
 
 _HALF_SCALE = np.float32(2.0**112)  # moves the exponent bias from 15 to 127, subnormals included

@@ -1,16 +1,16 @@
-"""Forward: one task per tile of 64 sorted queries, online softmax in base 2 over the keys they see.
+"""Forward: one task per tile of 64 sorted queries, online softmax over the keys they see.
 
 A lane is a query, a row of the score tile is a key: maxima, sums and masks stay in their lane.
+Scores and lse are in natural units, so that lse is stored as it is and backward reads it so: a
+change of base would round a large score once more, each way.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 # numba infers the types of compiled functions from their arguments.
 
-import math
-
 import numpy as np
 from scfa_core.backends.numba_cpu.compiling import device_function, kernel
-from scfa_core.backends.numba_cpu.convert import exp2
+from scfa_core.backends.numba_cpu.convert import exp
 from scfa_core.backends.numba_cpu.tiles import (
     BLOCK,
     FULL,
@@ -30,9 +30,21 @@ from scfa_core.backends.numba_cpu.tiles import (
 )
 from scfa_core.backends.numba_cpu.vector import atomic_next
 
-__all__ = ["forward_tiles", "hide", "softmax_update"]
+__all__ = ["forward_tiles", "hide", "scale_scores", "softmax_update"]
 
-LN2 = math.log(2.0)
+
+@device_function
+def scale_scores(scores, count, scale):
+    """Multiply the first `count` rows by softmax_scale, the last rounding of a score.
+
+    Not folded into q or k: that would round every product, in forward and dq those of q, in dk and
+    dv those of k, and sharp scores would differ by more than a weight can bear. `hide` comes later:
+    -inf is no number to scale.
+    """
+    for r in range(count):
+        row = scores[r * BLOCK : (r + 1) * BLOCK]
+        for lane in range(BLOCK):
+            row[lane] *= scale
 
 
 @device_function
@@ -51,7 +63,7 @@ def hide(scores, count, first, starts, ends, seen):
 
 @device_function
 def softmax_update(scores, count, row_max, row_sum, keep, base, tile_sum):
-    """Turn scores (log2) into weights, move row_max and row_sum on; `keep` rescales old sums.
+    """Turn scores into weights, move row_max and row_sum on; `keep` rescales old sums.
 
     `base` is the subtracted maximum, 0 in lanes that have seen nothing, so that (-inf) - (-inf)
     never happens. Weights of a tile are added up by themselves: one by one, small ones would vanish
@@ -68,13 +80,13 @@ def softmax_update(scores, count, row_max, row_sum, keep, base, tile_sum):
         old = row_max[lane]
         row_max[lane] = base[lane]
         base[lane] = base[lane] if base[lane] > -np.inf else zero
-        keep[lane] = exp2(old - base[lane])
+        keep[lane] = exp(old - base[lane])
         row_sum[lane] *= keep[lane]
         tile_sum[lane] = zero
     for r in range(count):
         row = scores[r * BLOCK : (r + 1) * BLOCK]
         for lane in range(BLOCK):
-            weight = exp2(row[lane] - base[lane])
+            weight = exp(row[lane] - base[lane])
             row[lane] = weight
             tile_sum[lane] += weight
     for lane in range(BLOCK):
@@ -87,13 +99,13 @@ def forward_tiles(
     sizes,
     q, q_layout, k, k_layout, v, v_layout, out, out_layout, lse, lse_layout,
     q_index, k_index, key_start, key_end,
-    scale_log2,
+    scale,
     sample,
 ):  # fmt: skip
     """Write out and lse for the tiles drawn from `counter`.
 
-    Tensors are flat arrays with (offset, batch, head, row) strides in elements. `scale_log2` is
-    softmax_scale * log2(e), one element in the arithmetic type; `sample` is an empty array of it.
+    Tensors are flat arrays with (offset, batch, head, row) strides in elements. `scale` is
+    softmax_scale, one element in the arithmetic type; `sample` is an empty array of it.
     """
     batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v = sizes
     blocks = (seqlen_q + BLOCK - 1) // BLOCK
@@ -135,24 +147,23 @@ def forward_tiles(
         row_sum[:] = 0
         acc_o[:] = 0
         if low < high:
-            load_lanes(
-                q, q_base, q_layout[3], q_index, q_at, rows, head_dim, scale_log2[0], q_lanes
-            )
+            load_lanes(q, q_base, q_layout[3], q_index, q_at, rows, head_dim, one, q_lanes)
         for n0 in range(low, high, BLOCK):
             count = min(BLOCK, high - n0)
             part = visibility(starts, ends, rows, n0, n0 + count)
             if part == NOTHING:
                 continue
 
-            # s = q @ k.T, in log2 units
+            # s = scale * q @ k.T
             load_rows(
                 k, k_base, k_layout[3], k_index, k_at + n0, count, head_dim, width, one, k_rows
             )
             multiply(k_rows, width, count, head_dim, q_lanes, rows, scores, keep)
+            scale_scores(scores, count, scale[0])
             if part != FULL:
                 hide(scores, count, n0, starts, ends, seen)
 
-            # p = 2 ** (s - row_max)
+            # p = exp(s - row_max)
             softmax_update(scores, count, row_max, row_sum, keep, base, tile_sum)
 
             # out = keep * out + p @ v
@@ -173,6 +184,6 @@ def forward_tiles(
                 lse[row] = -np.inf
                 base[lane] = 0
             else:
-                lse[row] = (row_max[lane] + np.log2(total)) * LN2
+                lse[row] = row_max[lane] + np.log(total)
                 base[lane] = 1 / total
         store_lanes(out, out_base, out_layout[3], q_index, q_at, rows, head_dim_v, base, acc_o)

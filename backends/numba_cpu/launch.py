@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scfa_core.backends.numba_cpu.backward import dkdv_tiles, dq_tiles
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["backward", "forward", "make_plan"]
 
-LOG2E = 1.0 / math.log(2.0)
 SMALL = 2**21  # multiply-adds below which waking other threads costs more than it saves
 SMALL_ROWS = 2**13
 
@@ -72,12 +70,10 @@ def _sizes(problem: Problem) -> tuple[int, ...]:
     )
 
 
-def _arithmetic(problem: Problem) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray]:
-    """Arithmetic type, softmax_scale and its base-2 twin as one-element arrays, an empty array."""
+def _arithmetic(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """softmax_scale as an array of one element, and an empty array, in the arithmetic type."""
     real = np.float64 if problem.dtype == "float64" else np.float32
-    scale = np.array([problem.softmax_scale], real)
-    scale_log2 = np.array([problem.softmax_scale * LOG2E], real)
-    return real, scale, scale_log2, np.empty(0, real)
+    return np.array([problem.softmax_scale], real), np.empty(0, real)
 
 
 def _worth_helpers(problem: Problem) -> bool:
@@ -96,13 +92,13 @@ def forward(
     ctx: CallContext,
 ) -> None:
     """Write out and lse."""
-    _, _, scale_log2, sample = _arithmetic(problem)
+    scale, sample = _arithmetic(problem)
     tensors = [part for x in (q, k, v, out) for part in flat(x, problem.dtype)]
     q_index, _, k_index, _, key_start, key_end = _plan_rows(*plan[:6])
     tiles = problem.batch * problem.heads * -(-problem.seqlen_q // BLOCK)
     run_tiles(
         forward_tiles, tiles, _sizes(problem), *tensors, *flat(lse, "float32"),
-        q_index, k_index, key_start, key_end, scale_log2, sample,
+        q_index, k_index, key_start, key_end, scale, sample,
         helpers=_worth_helpers(problem),
     )  # fmt: skip
 
@@ -122,7 +118,7 @@ def backward(
     ctx: CallContext,
 ) -> None:
     """Write dq, then dk and dv."""
-    _, scale, scale_log2, sample = _arithmetic(problem)
+    scale, sample = _arithmetic(problem)
     sizes, helpers = _sizes(problem), _worth_helpers(problem)
     inputs = [part for x in (dout, q, k, v) for part in flat(x, problem.dtype)]
     q_index, _, k_index, _, key_start, key_end = _plan_rows(*plan[:6])
@@ -133,7 +129,7 @@ def backward(
     workspace = [
         ctx.empty((lists * size,), dtype)
         for size, dtype in (
-            (problem.seqlen_q, arithmetic),  # lse in log2 units
+            (problem.seqlen_q, arithmetic),  # lse
             (problem.seqlen_q, arithmetic),  # delta
             (blocks_q, "int32"),  # smallest key_start of each query tile
             (blocks_q, "int32"),  # largest key_end
@@ -142,10 +138,10 @@ def backward(
     run_tiles(
         dq_tiles, lists * blocks_q, sizes, *inputs, *flat(out, problem.dtype),
         *flat(lse, "float32"), *flat(dq, problem.dtype), *ranges, *workspace,
-        scale, scale_log2, plan.monotone, problem.dtype == "float64", sample, helpers=helpers,
+        scale, plan.monotone, problem.dtype == "float64", sample, helpers=helpers,
     )  # fmt: skip
     tiles_k = problem.batch * problem.heads_kv * -(-problem.seqlen_k // BLOCK)
     run_tiles(
         dkdv_tiles, tiles_k, sizes, *inputs, *flat(dk, problem.dtype), *flat(dv, problem.dtype),
-        *ranges, *workspace, scale, scale_log2, plan.monotone, sample, helpers=helpers,
+        *ranges, *workspace, scale, plan.monotone, sample, helpers=helpers,
     )  # fmt: skip
