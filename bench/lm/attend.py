@@ -51,14 +51,19 @@ def _part(
     directions: Tensor | None,
     center: Tensor | None,
     blocks: tuple[int, int],
+    sides: int = 1,
 ) -> scfa.Pattern:
-    """One pattern; `blocks`: so many heads more than those of a hash see blocks of so many rows."""
+    """One pattern; `blocks`: so many heads more than those of a hash see blocks of so many rows.
+
+    Of two `sides` the buckets of keys come behind those of queries, as further heads.
+    """
     kind, number, others = named
     if kind == "hash":
         bucket = q if directions is None else angular_hash(q, directions, center)[0]
+        ids = list(bucket.chunk(sides, dim=1))
         if blocks[0]:
-            bucket = with_near_heads(bucket, *blocks)
-        return scfa.HashSparse(bucket, bucket, include_self=not others)
+            ids = [with_near_heads(x, *blocks) for x in ids]
+        return scfa.HashSparse(ids[0], ids[-1], include_self=not others)
     if kind == "blocks":
         numbers = near_groups(q.shape[2], q.shape[1], number, q.new_empty(0, dtype=torch.int32))
         block = numbers.expand(q.shape[:3])
@@ -97,7 +102,7 @@ def sparse(config: Config) -> Attend:
         center: Tensor | None,
         documents: Tensor | None,
     ) -> Tensor:
-        patterns = [_part(parts[0], hashed, directions, center, blocks)]
+        patterns = [_part(parts[0], hashed, directions, center, blocks, config.sides)]
         if near:  # the window's keys, and those before it that the other pattern shows
             window = _part(parts[1], hashed, None, None, (0, 0))
             patterns = [patterns[0] & scfa.Causal(lag=near), window]

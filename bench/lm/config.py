@@ -75,7 +75,7 @@ class Config:
                 "after a comma comes what the last heads see, such as hash16,window128x4 or "
                 f"hash16,blocks256x4 of {self.heads} heads, got {self.attention!r}"
             )
-        if match[1].startswith("blocks") and re.fullmatch(r"hash\d+[cwre]?", main) is None:
+        if match[1].startswith("blocks") and re.fullmatch(r"hash\d+[cwre]?k?", main) is None:
             raise SystemExit(
                 f"blocks are groups beside those of a hash, such as hash16,blocks256x4, got "
                 f"{self.attention!r}"
@@ -97,12 +97,18 @@ class Config:
         """Whether keys are projected, not the normalised queries: variants that end with "k"."""
         if not self.attention.partition(",")[0].endswith("k"):
             return False
-        if re.fullmatch(r"densek|(window|blocks|drop)\d+k", self.attention) is None:
+        hashed = r"hash\d+[re]k(,blocks\d+x\d+)?"
+        if re.fullmatch(rf"densek|(window|blocks|drop)\d+k|{hashed}", self.attention) is None:
             raise SystemExit(
-                "keys of their own are for variants without a hash: densek, window128k, drop50k; "
-                f"got {self.attention!r}"
+                "keys of their own are for densek, window128k, blocks256k, drop50k, hash16ek and "
+                f"hash16ek,blocks256x4; got {self.attention!r}"
             )
         return True
+
+    @property
+    def sides(self) -> int:
+        """How much of a head is hashed: its queries, or its queries and its keys, each apart."""
+        return 2 if self.own_keys and self.buckets else 1
 
     @property
     def scale(self) -> float | None:

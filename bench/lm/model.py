@@ -38,10 +38,14 @@ def rotate(x: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
-def cost_of(bucket: Tensor, buckets: int) -> float:
-    """Same-bucket pairs over those of even buckets, averaged over all but the last axis."""
-    count = functional.one_hot(bucket.long(), buckets).sum(-2).double()
-    return float(((count / bucket.shape[-1]) ** 2).sum(-1).mean()) * buckets
+def cost_of(bucket: Tensor, buckets: int, sides: int = 1) -> float:
+    """Same-bucket pairs over those of even buckets, averaged over all but the last axis.
+
+    (batch, heads, seqlen); of two `sides` the second half of the heads is of the keys.
+    """
+    share = functional.one_hot(bucket.long(), buckets).sum(-2).double() / bucket.shape[-1]
+    halves = share.chunk(sides, dim=1)
+    return float((halves[0] * halves[-1]).sum(-1).mean()) * buckets
 
 
 class Mix(nn.Module):
@@ -54,6 +58,7 @@ class Mix(nn.Module):
         super().__init__()
         self.heads, self.hashed_heads = config.heads, config.hashed_heads
         self.adapts, self.follows_past = config.adapts, config.follows_past
+        self.sides = config.sides
         self.attend = attend_for(config)
         self.rotary = config.positions == "rotary"
         self.projected = 3 if config.own_keys else 2
@@ -77,7 +82,7 @@ class Mix(nn.Module):
         """(batch, seqlen, width) to the same, and a sample of what an adapting hash was given."""
         q, k, v = self.project(x)
         turned = (rotate(q), rotate(k)) if self.rotary else (q, k)
-        hashed = q.detach()[:, : self.hashed_heads]
+        hashed = self.rows_to_hash(q, k)
         sample = hashed[:, :, :: sample_every(q.shape[0], q.shape[2])]
         if self.follows_past and directions is not None:
             hashed, center = self.buckets(hashed, directions, center)
@@ -90,13 +95,20 @@ class Mix(nn.Module):
         sample = sample.clone(memory_format=torch.contiguous_format)
         return mixed_back, (sample, center if self.follows_past else None)
 
+    def rows_to_hash(self, q: Tensor, k: Tensor) -> Tensor:
+        """Queries of the heads that hash; keys of their own behind them, as further heads."""
+        rows = [x.detach()[:, : self.hashed_heads] for x in (q, k)[: self.sides]]
+        return torch.cat(rows, dim=1) if self.sides == 2 else rows[0]
+
     def buckets(
-        self, q: Tensor, directions: Tensor, center: Tensor | None
+        self, rows: Tensor, directions: Tensor, center: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Buckets of queries (batch, heads, seqlen), and what they were hashed about."""
+        """Buckets of `rows_to_hash` (batch, heads, seqlen), and what they were hashed about."""
         if center is None or not self.follows_past:
-            return angular_hash(q, directions, center)[0], center
-        bucket, about = past_hash(q, directions, center, self.adapts == "e")
+            return angular_hash(rows, directions, center)[0], center
+        if self.sides == 2:  # queries and keys meet by the same directions
+            directions = torch.cat((directions, directions), dim=1)
+        bucket, about = past_hash(rows, directions, center, self.adapts == "e")
         return bucket[0], about
 
 
@@ -197,11 +209,12 @@ class LanguageModel(nn.Module):
         self.center: Tensor | None
         self.spread: Tensor | None
         self.turn: Tensor | None
-        means = (config.layers, config.hashed_heads, config.head_dim)
+        means = (config.layers, config.sides * config.hashed_heads, config.head_dim)
+        turns = (config.layers, config.hashed_heads, config.head_dim, config.head_dim)
         for name, shape, kinds in (
             ("center", means, "cwre"),
             ("spread", (*means, config.head_dim), "wre"),
-            ("turn", (*means, config.head_dim), "wre"),
+            ("turn", turns, "wre"),
         ):
             used = bool(config.adapts) and config.adapts in kinds
             self.register_buffer(name, torch.zeros(shape) if used else None)
@@ -286,18 +299,20 @@ class LanguageModel(nn.Module):
         self.spread.lerp_(square, share)
         size = self.spread.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         one = torch.eye(mean.shape[-1], device=mean.device)
-        root, _ = torch.linalg.cholesky_ex(self.spread / size.clamp(min=1e-20) + RIDGE * one)
+        common = self.spread / size.clamp(min=1e-20)
+        common = common.unflatten(1, (self.config.sides, -1)).mean(1)  # each side counts alike
+        root, _ = torch.linalg.cholesky_ex(common + RIDGE * one)
         inverse = torch.linalg.solve_triangular(root, one.expand_as(root), upper=False)
         self.turn.copy_(inverse.transpose(-1, -2))
 
     @torch.no_grad()
     def queries(self, text: Tensor, directions: Tensor | None) -> Iterator[Tensor]:
-        """Queries (batch, hashed_heads, seqlen, head_dim), layer by layer, not compiled."""
+        """What is hashed (batch, heads, seqlen, head_dim), layer by layer, not compiled."""
         x = self.embed.forward(text)
         for layer, block in enumerate(self.blocks):
             mixed = block.norm_attention(x)
             if isinstance(block.mix, Mix):
-                yield block.mix.project(mixed)[0][:, : block.mix.hashed_heads]
+                yield block.mix.rows_to_hash(*block.mix.project(mixed)[:2])
             else:
                 yield block.mix.query(mixed).unflatten(-1, (self.config.heads, -1)).transpose(1, 2)
             x, _ = block.forward(x, *self._hash_of(layer, directions), None)
@@ -317,7 +332,7 @@ class LanguageModel(nn.Module):
             mix = self.blocks[layer].mix
             plain = not isinstance(mix, Mix)
             bucket = angular_hash(q, drawn)[0] if plain else mix.buckets(q, drawn, center)[0]
-            costs.append(cost_of(bucket, self.config.buckets))
+            costs.append(cost_of(bucket, self.config.buckets, self.config.sides))
         return costs
 
     @torch.no_grad()

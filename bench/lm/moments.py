@@ -1,4 +1,4 @@
-"""What hashes learn of the queries: mean and second moments of the last batch, of all layers."""
+"""What hashes learn of their rows: mean and second moments of the last batch, of all layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scfa_core.nn.centers import second_moments
 
 SAMPLED = 2048  # about so many queries of a head count
 
-# Sampled queries (batch, heads, rows, head_dim) of one layer, and what those of a sequence were
+# Sampled rows (batch, heads, rows, head_dim) of one layer, and what those of a sequence were
 # hashed about: (batch, heads, blocks of CENTER_ROWS, head_dim), or None.
 Seen = tuple[Tensor, "Tensor | None"]
 
@@ -32,7 +32,7 @@ class Moments(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.layers = config.layers
-        shape = (config.layers, config.hashed_heads, config.head_dim)
+        shape = (config.layers, config.sides * config.hashed_heads, config.head_dim)
         self.mean: Tensor
         self.square: Tensor
         self.register_buffer("mean", torch.zeros(shape))

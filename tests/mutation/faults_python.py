@@ -141,6 +141,17 @@ FAULTS = (
         "for h in range(g * group_size, (g + 1) * group_size - (group_size > 2)):",
         "the last query head of groups of three or more gives no dk and dv", "cpu",
     ),
+    Fault("hidden-before-scaled", FORWARD,
+        """            scale_scores(scores, count, scale[0])
+            if part != FULL:
+                hide(scores, count, n0, starts, ends, seen)
+""",
+        """            if part != FULL:
+                hide(scores, count, n0, starts, ends, seen)
+            scale_scores(scores, count, scale[0])
+""",
+        "hidden scores of -inf meet a scale of 0 or below", "cpu",
+    ),
     Fault("stale-lse", BACKWARD,
         "row_lse[q_at + lane] = tile_lse[lane]",
         "row_lse[q_at + lane] = tile_lse[lane - (lane == 63)]",
@@ -177,7 +188,7 @@ FAULTS = (
     ),
     Fault("exp2-underflow", CONVERT,
         "return _F_ZERO if x < _F_LOWEST else power * scale", "return power * scale",
-        "2**x of a masked score is garbage instead of 0", "cpu-convert",
+        "exp(x) of a masked score is garbage instead of 0", "cpu-convert",
     ),
     Fault("bfloat16-nan", CONVERT,
         "if (bits & 0x7FFFFFFF) > 0x7F800000:", "if (bits & 0x7FFFFFFF) > 0x7FFFFFFF:",
