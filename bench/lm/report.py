@@ -100,8 +100,9 @@ row from itself, and window, dense and dropped variants do not, nor does the win
 all and takes weight from the others. In a tiny model on a CPU (T=256, 350 steps, two seeds) hiding
 it was worth 0.11 nats to a window and 0.07 to dense attention, and put that window below buckets
 with blocks, by 0.03 and 0.05. In a larger one (4 layers, T=1024, 250 steps of 4096 tokens, one
-seed) a window of 64 ended at 4.442, hiding it at 4.322, with keys of its own at 4.280,
-`hash16e,blocks128x3` at 4.409, dense at 4.540, with keys of its own at 4.450. `window128o`,
+seed) a window of 64 ended at 4.442, hiding it at 4.322, with keys of its own at 4.280, blocks of
+128 at 4.368, `hash16e,blocks128x3` at 4.409, with keys of its own at 4.360, dense at 4.540, with
+keys of its own at 4.450. `window128o`,
 `denseo`, `hash16e+window128o` hide it; `densek`, `window128k` and `hash16ek,blocks256x6` have keys
 of their own: they are to be run at this size, and so is `blocks256` alone.
 
