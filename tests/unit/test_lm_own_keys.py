@@ -1,0 +1,46 @@
+"""The language model's hash of keys of their own is that of the public layer."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the language model needs torch (extra 'torch')")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("adapt", ["past", "even"])
+def test_keys_of_their_own_are_hashed_apart_as_in_the_public_layer(adapt, monkeypatch):
+    """The model's buckets, and what each head then sees, are `HashSelfAttention`'s."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.lm.config import PRESETS
+    from bench.lm.model import LanguageModel
+    from scfa_core.nn import HashSelfAttention
+
+    name = {"past": "hash4rk,blocks24x1", "even": "hash4ek,blocks24x1"}[adapt]
+    config = dataclasses.replace(PRESETS["tiny"], attention=name, seqlen=200, layers=1, heads=3)
+    torch.manual_seed(0)
+    model = LanguageModel(config)
+    layer = HashSelfAttention(
+        config.width, 3, 4, seed=1, adapt=adapt, near_heads=1, near_block=24, momentum=0.5
+    )
+    block = model.blocks[0]
+    q_weight, v_weight, k_weight = block.mix.query_value.weight.detach().split(config.width)
+    layer.load_state_dict(
+        {"query.weight": q_weight, "key.weight": k_weight, "value.weight": v_weight,
+         "output.weight": block.mix.output.weight.detach()}, strict=False,
+    )  # fmt: skip
+    for step in range(3):
+        text = torch.randint(0, 256, (2, 200))
+        model(text, text)
+        layer(block.norm_attention(model.embed(text)))
+        model.adapt(max(1 / (step + 1), 0.5))
+        layer.hash.move_centers()
+    torch.testing.assert_close(model.turn[0], layer.hash.turn, rtol=1e-3, atol=1e-3)
+
+    drawn = torch.nn.functional.normalize(torch.randn(1, 2, config.head_dim, 2), dim=2)
+    layer.eval().hash.directions.copy_(drawn)
+    directions = model.turn[0] @ drawn
+    x = block.norm_attention(model.embed(text))
+    got, _ = block.mix(x, directions, model.center[0], None)
+    torch.testing.assert_close(got, layer(x), rtol=0, atol=1e-4)
