@@ -86,8 +86,9 @@ What 92 % of the bound, the aim, would take: of the paper's model, attention ove
 backward), and 92 % leave 4.5 ms for it, for hashing and for planning. That is 240, 490 and
 960 TFLOP/s. An H200 multiplies matrices at 720 to 790 here: at T=32768 no kernel can reach it."""
 QUALITY = """\
-What these runs show, by tokens at T=16384, 165 seconds each on one H200: buckets beside neighbours
-end far below dense attention, at 2.104 and 2.140 nats (two seeds) with two of eight heads hashed
+What these runs show, by tokens at T=16384, 165 seconds each on one of two H200s (dense, window and
+three near heads of seed 0 on the first, the others on the second): buckets beside neighbours end
+far below dense attention, at 2.104 and 2.140 nats (two seeds) with two of eight heads hashed
 and six that see blocks (`hash16e,blocks256x6`), where dense ends at 3.196 (one seed) and takes 2.4
 times as long for a step. More near heads are better: 2.217 with three. Buckets alone end above
 dense attention (3.535): they leave out the neighbours, whom a language model needs first.
@@ -99,10 +100,11 @@ row from itself, and window, dense and dropped variants do not, nor does the win
 `hash16e+window128`. Keys are the normalised queries here, so that a row's own key is the nearest of
 all and takes weight from the others. In a tiny model on a CPU (T=256, 350 steps, two seeds) hiding
 it was worth 0.11 nats to a window and 0.07 to dense attention, and put that window below buckets
-with blocks, by 0.03 and 0.05. In a larger one (4 layers, T=1024, 250 steps of 4096 tokens, one
-seed) a window of 64 ended at 4.442, hiding it at 4.322, with keys of its own at 4.280, blocks of
-128 at 4.368, `hash16e,blocks128x3` at 4.409, with keys of its own at 4.360, dense at 4.540, with
-keys of its own at 4.450. `window128o`,
+with blocks, by 0.03 and 0.05. In a larger one (the last table of tokens: 4 layers, T=1024, 250
+steps, one seed, on a CPU) a window of 64 ended at 4.442, hiding it at 4.322, with keys of its own
+at 4.280, `hash16e,blocks128x3` at 4.409, dense at 4.540, with keys of its own at 4.450; blocks of
+128 in all heads at 4.368 and `hash16ek,blocks128x3` at 4.360, two runs that were ended by hand
+after their last validation. `window128o`,
 `denseo`, `hash16e+window128o` hide it; `densek`, `window128k` and `hash16ek,blocks256x6` have keys
 of their own: they are to be run at this size, and so is `blocks256` alone.
 
@@ -111,6 +113,14 @@ steps taken, the table at equal steps says what a step is worth."""
 SMALL_MODEL = (
     "**The model is small and was trained on a CPU for a short time.** Counts do not depend on the "
     "device, but on how far training has crowded the buckets."
+)
+EQUAL_STEPS = (
+    "The same runs at equal steps, before the learning rate falls (it does in the last fifth of a "
+    "run); between two validations on the line through them:"
+)
+PLACES = (
+    "Validation, nats, by the tokens that a sequence holds before: what later tokens cost less is "
+    "what a variant makes of the text that it reaches."
 )
 IMAGES = """\
 Pixels in reading order, each one of the grey levels, predicted from those before; the paper did
@@ -241,20 +251,11 @@ def curve_sections(
         pictures.save(curves.painter(runs), plots, stem, 2, (9.6, 4.0))
         parts += _unless_gpu([run["machine"] for run in runs])
         parts += ["\n".join(curves.end_table(runs)), _setting_words(runs)]
-        equal_steps = curves.steps_table(runs)
-        if equal_steps:
-            parts += [
-                "The same runs at equal steps, before the learning rate falls (it does in the last "
-                "fifth of a run); between two validations on the line through them:",
-                "\n".join(equal_steps),
-            ]
-        by_place = curves.places_table(runs)
-        if by_place:
-            parts += [
-                "Validation, nats, by the tokens that a sequence holds before: what later tokens "
-                "cost less is what a variant makes of the text that it reaches.",
-                "\n".join(by_place),
-            ]
+        for words, more in (
+            (EQUAL_STEPS, curves.steps_table(runs)),
+            (PLACES, curves.places_table(runs)),
+        ):
+            parts += [words, "\n".join(more)] if more else []
         parts.append(picture(f"{home}/{stem}", "Validation loss against seconds and steps"))
         first = next((run for run in runs if run["done"] and "samples" in run), None)
         if first is not None:

@@ -52,7 +52,7 @@ class Center(nn.Module):
         self.register_buffer("place", zeros(heads, head_dim))
         self.register_buffer("mean", zeros(heads, head_dim))
         self.register_buffer("moves", zeros())
-        self.register_buffer("notes", zeros())  # batches in `mean` and `scatter`
+        self.register_buffer("notes", zeros(heads))  # batches in `mean` and `scatter`
         self.spread: Tensor | None
         self.scatter: Tensor | None
         square = (heads, head_dim, head_dim)
@@ -74,13 +74,15 @@ class Center(nn.Module):
             number = x.shape[2] * known.sum(0)
             mean = sums.where(known, 0.0).sum(0) / number
             share = 1 / (self.notes + 1)
-            self.notes += 1
-            self._store(self.mean, mean[:, 0], share)
+            self.notes += number[:, 0, 0] > 0  # a head with no finite sequence learns nothing
+            self._store(self.mean, mean[:, 0], share[:, None])
             if self.scatter is None:
                 return
             # with `past` what is left is what must spread, its mean as well
             rows = less_past(given, place) if self.past else x - mean
-            self._store(self.scatter, second_moments(rows.where(known, 0.0)) / number, share)
+            self._store(
+                self.scatter, second_moments(rows.where(known, 0.0)) / number, share[:, None, None]
+            )
 
     @staticmethod
     def _store(buffer: Tensor, found: Tensor, share: Tensor) -> None:

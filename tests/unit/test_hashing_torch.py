@@ -317,7 +317,21 @@ def test_accumulated_batches_count_alike_and_recomputed_ones_once(adapt):
         apart(given)
     apart.move_centers(share=1)
     torch.testing.assert_close(apart.centers[0].place, places[2], rtol=0, atol=1e-5)
-    assert apart.centers[0].notes == 0
+    assert not apart.centers[0].notes.any()
+
+
+def test_a_batch_that_a_head_cannot_learn_from_does_not_count_in_it():
+    first, second = rows(0, 1, 2, 200, DIM) + 3, rows(1, 1, 2, 200, DIM) - 1
+    own, right = (nn.AngularHash(2, DIM, BUCKETS, seed=3, adapt="whiten") for _ in range(2))
+    bad = first.clone()
+    bad[0, 1, 7] = torch.nan
+    for given in (bad, first, second):
+        own(given)
+    for given in (first, first, second):
+        right(given)
+    assert own.centers[0].notes.tolist() == [3, 2]
+    torch.testing.assert_close(own.centers[0].mean[0], right.centers[0].mean[0])
+    torch.testing.assert_close(own.centers[0].mean[1], (first + second)[0, 1].mean(0) / 2)
 
 
 def test_a_seed_of_directions_that_are_redrawn_would_say_nothing():
