@@ -125,7 +125,7 @@ def attend_for(config: Config) -> Attend:
     most = _attend_for(config)
     if not name.startswith("window"):
         return most
-    last = sparse(dataclasses.replace(config, attention=name))
+    last = sparse(dataclasses.replace(config, attention=name + "k" * config.own_keys))
     shares = [config.hashed_heads, heads]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *hashed: Tensor | None) -> Tensor:

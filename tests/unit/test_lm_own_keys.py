@@ -9,6 +9,26 @@ torch = pytest.importorskip("torch", reason="the language model needs torch (ext
 ROOT = Path(__file__).parents[2]
 
 
+def test_window_heads_beside_such_a_hash_see_themselves_and_take_the_usual_scale(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.lm.config import PRESETS
+    from bench.lm.model import Mix
+
+    config = dataclasses.replace(
+        PRESETS["tiny"], attention="hash4ek,window24x2", heads=3, softmax_scale=5.0
+    )
+    torch.manual_seed(0)
+    mix, x = Mix(config), torch.randn(2, 90, config.width)
+    mix.output = torch.nn.Identity()
+    got, _ = mix(x, torch.randn(1, 1, config.head_dim, 2), torch.zeros(2, config.head_dim), None)
+    q, k, v = (rows[:, 1:] for rows in mix.project(x))
+    row = torch.arange(90)
+    near = (row[:, None] >= row) & (row[:, None] < row + 24)
+    right = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=near)
+    last = got.unflatten(2, (3, -1)).transpose(1, 2)[:, 1:]
+    torch.testing.assert_close(last, right, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("adapt", ["past", "even"])
 def test_keys_of_their_own_are_hashed_apart_as_in_the_public_layer(adapt, monkeypatch):
     """The model's buckets, and what each head then sees, are `HashSelfAttention`'s."""
