@@ -136,7 +136,7 @@ def _ways(problem: Problem, asked: str | None, monotone: bool = True) -> tuple[b
         return True, False
     if way == "fused":
         return False, True
-    # Where keys are few there is nothing to ask, which takes time.
+    # A few keys: the split kernels are faster in any order.
     if problem.seqlen_k <= sm90._FEW_KEYS[problem.head_dim]:
         return True, False
     return problem.head_dim in sm90._LONG_KEYS, True

@@ -211,8 +211,8 @@ def run_backward(problem: Problem, plan: PlanArrays, *arrays_and_ctx: Any) -> No
 
     Notes
     -----
-    Arguments are those of the backend's verb. Workspace: 8 bytes a query row (lse in base 2 and
-    delta, in sorted order); on Hopper more where ranges lie in any order or are long
+    Arguments are those of the backend's verb. Workspace: 8 bytes a query row (lse and delta, in
+    sorted order); on Hopper more where ranges lie in any order or are long
     (`bound_sm90.bind_backward`).
     """
     _run(bind_backward, problem, plan, *arrays_and_ctx)

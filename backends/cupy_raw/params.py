@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 LOG2_E = 1.4426950408889634
 SMALLEST_EXPONENT_SCALE = 1e-30  # keeps -inf * scale at -inf where the scale is 0
 
-# q k v out lse dout dq dk dv lse_log2 delta q_index k_index k_count key_start key_end
+# q k v out lse dout dq dk dv row_lse delta q_index k_index k_count key_start key_end
 POINTERS = struct.Struct("<16Q")
 _STRIDES = struct.Struct("<3q")
 _TAIL = struct.Struct("<6i3fi")

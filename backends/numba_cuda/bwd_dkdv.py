@@ -29,7 +29,7 @@ def build_bwd_dkdv(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> 
     """
     element = ELEMENTS[dtype]
     acc, narrow, exp = element.acc, element.narrow, element.exp
-    log_unit = element.log_unit
+    times, log_unit = element.times, element.log_unit
     load_rows, multiply, accumulate, _ = tile_functions(dtype, shape)
     ty_count, tx_count, rows, columns = shape
     per_row, per_column = rows // ty_count, columns // tx_count
@@ -139,7 +139,7 @@ def build_bwd_dkdv(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> 
                         for i in range(per_row):
                             r = ty + ty_count * i
                             e = i * per_column + j
-                            p = exp(scores[e] * score_scale - column_lse)
+                            p = exp(times(scores[e], score_scale) - column_lse)
                             weights_p[r, c] = p
                             weights_ds[r, c] = p * (acc_dp[e] - column_delta)
                             seen[r, c] = uint8(start <= n0 + r and n0 + r < end)

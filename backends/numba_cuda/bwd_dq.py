@@ -25,7 +25,7 @@ def build_bwd_dq(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> An
     """
     element = ELEMENTS[dtype]
     acc, widen, narrow, exp = element.acc, element.widen, element.narrow, element.exp
-    log_unit = element.log_unit
+    times, log_unit = element.times, element.log_unit
     load_rows, multiply, accumulate, _ = tile_functions(dtype, shape)
     shift_of, rescale_factor, log_of = softmax_functions(dtype)
     exact_lse = dtype == "float64"  # lse comes rounded to float32, too coarse for float64
@@ -144,7 +144,7 @@ def build_bwd_dq(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> An
                                 )
                             weights[r, c] = acc(-INFINITY)
                             if visible:
-                                weights[r, c] = scores[i * per_column + j] * score_scale
+                                weights[r, c] = times(scores[i * per_column + j], score_scale)
                     cuda.syncthreads()  # scores are there
                     for i in range(per_row):
                         r = ty + ty_count * i
@@ -192,7 +192,7 @@ def build_bwd_dq(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> An
                     for j in range(per_column):
                         c = tx + tx_count * j
                         e = i * per_column + j
-                        p = exp(scores[e] * score_scale - row_lse[i])
+                        p = exp(times(scores[e], score_scale) - row_lse[i])
                         weights[r, c] = p * (acc_dp[e] - row_delta[i])
                         seen[r, c] = uint8(start <= n0 + c and n0 + c < end)
                 cuda.syncthreads()  # weights are there

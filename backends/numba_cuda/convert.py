@@ -11,9 +11,12 @@ from scfa_core.backends.numba_cuda.intrinsics import (
     bits_to_float,
     exp2_float,
     exp_double,
+    exp_float,
     float_to_bits,
     float_to_half,
     half_to_float,
+    times_double,
+    times_float,
 )
 
 
@@ -25,6 +28,7 @@ class Element(NamedTuple):
     acc_name: str
     widen: Any  # stored element -> acc
     narrow: Any  # acc -> stored element, to nearest even
+    times: Any  # of two acc, rounded: forward and backward find the same score
     exp: Any  # of acc, to base 2 or e
     log_unit: float  # scores times this are in that base; powers of 2 are fast, of e exact
 
@@ -84,13 +88,20 @@ def pair_widener(dtype: str) -> tuple[Any, Any]:
 
 ELEMENTS = {
     "float16": Element(
-        "uint16", float32, "float32", half_to_float, float_to_half, exp2_float, LOG2_E
+        "uint16", float32, "float32", half_to_float, float_to_half, times_float, exp2_float, LOG2_E
     ),
     "bfloat16": Element(
-        "uint16", float32, "float32", _widen_bfloat16, _narrow_bfloat16, exp2_float, LOG2_E
+        "uint16",
+        float32,
+        "float32",
+        _widen_bfloat16,
+        _narrow_bfloat16,
+        times_float,
+        exp2_float,
+        LOG2_E,
     ),
-    "float32": Element("float32", float32, "float32", _same, _same, exp2_float, LOG2_E),
-    "float64": Element("float64", float64, "float64", _same, _same, exp_double, 1.0),
+    "float32": Element("float32", float32, "float32", _same, _same, times_float, exp_float, 1.0),
+    "float64": Element("float64", float64, "float64", _same, _same, times_double, exp_double, 1.0),
 }
 
 

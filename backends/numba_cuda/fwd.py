@@ -1,7 +1,7 @@
 """Portable forward: out = softmax(scale * q @ k.T) @ v over each query's range of sorted keys.
 
 One block owns `rows` consecutive sorted queries of one head and streams the union of their key
-ranges past them, tile by tile, with the online softmax in base 2.
+ranges past them, tile by tile, with the online softmax.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def build_fwd(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> Any:
     """
     element = ELEMENTS[dtype]
     acc, narrow, exp = element.acc, element.narrow, element.exp
-    log_unit = element.log_unit
+    times, log_unit = element.times, element.log_unit
     shift_of, rescale_factor, log_of = softmax_functions(dtype)
     load_rows, multiply, accumulate, add_with_loss = tile_functions(dtype, shape)
     ty_count, tx_count, rows, columns = shape
@@ -122,7 +122,7 @@ def build_fwd(dtype: str, head_dim: int, head_dim_v: int, shape: Shape) -> Any:
                         seen[r, c] = uint8(visible)
                         weights[r, c] = acc(-INFINITY)
                         if visible:
-                            weights[r, c] = scores[i * per_column + j] * score_scale
+                            weights[r, c] = times(scores[i * per_column + j], score_scale)
                 cuda.syncthreads()  # scores are there, keys are consumed
 
                 # m' = max(m, S), O *= exp(m - m'): every thread of a row does it for itself

@@ -17,7 +17,10 @@ from numba.cuda.extending import intrinsic
 
 exp2_float = libdevice.exp2f
 exp_double = libdevice.exp
+exp_float = libdevice.expf
 maximum = libdevice.fmaxf
+times_double = libdevice.dmul_rn  # never fused with a later addition
+times_float = libdevice.fmul_rn
 
 _HALF = ir.HalfType()
 _FLOAT = ir.FloatType()

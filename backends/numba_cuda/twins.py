@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-exp_double = np.exp
+exp_double = exp_float = np.exp
 exp2_float = exp2_fast = np.exp2
 maximum = np.fmax
+times_double = times_float = np.multiply
 _BOARD: dict[int, Any] = {}
 
 

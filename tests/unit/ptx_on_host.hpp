@@ -28,6 +28,7 @@ SCFA_INLINE To bits_of(From x) {
   std::memcpy(&y, &x, sizeof(To));
   return y;
 }
+SCFA_INLINE float __fmul_rn(float x, float y) { return x * y; }  // -ffp-contract=off
 inline float __int_as_float(int x) { return bits_of<float>(x); }
 SCFA_INLINE float __uint_as_float(unsigned x) { return bits_of<float>(x); }
 inline unsigned __float_as_uint(float x) { return bits_of<unsigned>(x); }

@@ -1,5 +1,7 @@
 """The portable kernels on fibers (portable_host.py) against the truth."""
 
+import dataclasses
+
 import host_build
 import numpy as np
 import portable_host
@@ -102,6 +104,19 @@ def test_float32_sums_that_are_made_anew(kernels, heads, seqlen_q, seqlen_k):
     mask = q_hash[..., :, None] == k_hash[..., None, :]
     case = Case(spec, *arrays, scfa.HashSparse(q_hash, k_hash, causal=False), mask)
     assert_margin(case, Machine(kernels, case).results())
+
+
+def test_the_weight_of_an_only_key_is_one(kernels):
+    """Forward and both kernels of backward find the same bits of a score, and lse is one."""
+    case = testing.build(Spec(1, 4, 2, 150, 150, 24, 16, "float32", seed=6))
+    spread = np.float32(1e3)
+    case = dataclasses.replace(
+        case, q=case.q * spread, k=case.k * spread, pattern=scfa.SlidingWindow(1)
+    )
+    got = Machine(kernels, case).results()
+    np.testing.assert_array_equal(got.out, case.v.repeat(2, axis=1))
+    dv = case.dout.reshape(1, 2, 2, 150, 16)
+    np.testing.assert_array_equal(got.dv, dv[:, :, 0] + dv[:, :, 1])
 
 
 def test_float32_infinity_stays_infinite(kernels):

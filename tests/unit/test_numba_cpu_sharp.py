@@ -1,27 +1,12 @@
-"""Sharp scores, of sizes up to a million: float32 gradients are as exact as their formula allows.
-
-q, k, v and dout are multiples of 1 / 64 (times a power of two), so that dot products are exact and
-no order of summation makes one evaluation luckier than another: what is left is one rounding of
-a score, one of lse, and those of weights and results.
-"""
+"""Sharp scores, of sizes up to a million: float32 gradients are as exact as the formula allows."""
 
 import numpy as np
 import pytest
+from sharp import HEADS, SEQLEN, SIZES, dense, on_a_grid, pairs, visible
 
 import scfa_core as scfa
 
 BACKEND = "numba-cpu"
-SIZES = {1: (1, 1), 8: (4, 2), 128: (16, 8), 1024: (32, 32), 2**13: (128, 64), 2**17: (512, 256),
-         2**20: (1024, 1024)}  # fmt: skip
-HEADS, SEQLEN = 4, 160
-
-
-def on_a_grid(head_dim, size=1, seqlen=SEQLEN, seed=0):
-    """q, k, v and dout; scores before softmax_scale have a standard deviation of about size *
-    sqrt(head_dim)."""
-    draws = np.random.default_rng(seed).standard_normal((4, 1, HEADS, seqlen, head_dim))
-    q, k, v, dout = (np.rint(draws * 64) / 64).astype(np.float32)
-    return q * np.float32(SIZES[size][0]), k * np.float32(SIZES[size][1]), v, dout
 
 
 def ours(q, k, v, dout, pattern, scale=None):
@@ -29,20 +14,6 @@ def ours(q, k, v, dout, pattern, scale=None):
     options = {"softmax_scale": scale, "backend": BACKEND}
     out, lse = scfa.attention(q, k, v, pattern, return_lse=True, **options)
     return out, lse, *scfa.attention_backward(dout, q, k, v, out, lse, pattern, **options)
-
-
-def dense(q, k, v, dout, mask, dtype):
-    """dq, dk, dv by the formula of flash attention, every step in `dtype`."""
-    scale = dtype(np.float32(q.shape[-1] ** -0.5))
-    q, k, v, dout = (x.astype(dtype) for x in (q, k, v, dout))
-    scores = np.where(mask, q @ k.swapaxes(-1, -2) * scale, dtype(-np.inf))
-    row_max = scores.max(axis=-1, keepdims=True)
-    weights = np.exp(scores - row_max)
-    total = weights.sum(axis=-1, keepdims=True)
-    delta = (dout * (weights @ v / total)).sum(axis=-1, keepdims=True)
-    p = np.exp(scores - (row_max + np.log(total)))
-    ds = p * (dout @ v.swapaxes(-1, -2) - delta)
-    return ds @ k * scale, ds.swapaxes(-1, -2) @ q * scale, p.swapaxes(-1, -2) @ dout
 
 
 def torch_flash(q, k, v, dout, buckets):
@@ -69,11 +40,6 @@ def plain(q, k, v, dout, buckets):
     return dense(q, k, v, dout, visible(buckets), np.float32)
 
 
-def visible(buckets):
-    """Mask of causal attention within buckets."""
-    return np.tri(SEQLEN, dtype=bool) & (buckets[..., :, None] == buckets[..., None, :])
-
-
 @pytest.mark.parametrize("rival", [plain, torch_flash])
 @pytest.mark.parametrize("buckets", [1, 8])
 @pytest.mark.parametrize("head_dim", [16, 24, 64])
@@ -93,15 +59,6 @@ def test_gradients_of_sharp_scores_are_as_exact_as_others(head_dim, buckets, riv
             where = f"{name} of scores of size {size}"
             assert error.max() <= 2 * allowed.max() + floor, where
             assert np.linalg.norm(error) <= 2 * np.linalg.norm(allowed) + floor, where
-
-
-def pairs(seqlen=SEQLEN):
-    """A pattern that shows every query one key, and that key of each head and query."""
-    rng = np.random.default_rng(2)
-    q_ids = np.stack([rng.permutation(seqlen) for _ in range(HEADS)])[None]
-    k_ids = np.stack([rng.permutation(seqlen) for _ in range(HEADS)])[None]
-    key = np.take_along_axis(np.argsort(k_ids), q_ids, -1)[..., None]
-    return scfa.HashSparse(q_ids, k_ids, causal=False), key
 
 
 @pytest.mark.parametrize("scale", [None, -0.3])

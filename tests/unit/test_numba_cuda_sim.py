@@ -142,6 +142,22 @@ def merged_parts():
     return max(float(np.abs(x - y).max()) for x, y in zip(summed, right, strict=True))
 
 
+def sharp_only_keys():
+    """Whether out and dv are copies, where a row has one key and scores are of thousands."""
+    import numpy as np
+
+    import scfa_core as scfa
+
+    rng = np.random.default_rng(1)
+    q, k, v, dout = rng.standard_normal((4, 1, 1, 18, 16)).astype(np.float32)
+    q, k = q * np.float32(1000), k * np.float32(30)
+    # A power of 2 as softmax_scale would let every score come back from base 2 unharmed.
+    call = {"pattern": scfa.SlidingWindow(1), "softmax_scale": 0.3}
+    out, lse = scfa.attention(q, k, v, return_lse=True, **call)
+    _, _, dv = scfa.attention_backward(dout, q, k, v, out, lse, **call)
+    return bool(np.array_equal(out, v) and np.array_equal(dv, dout))
+
+
 def lse_of_which():
     """For pairs of an own and a given lse, whether the own one was taken."""
     import numpy as np
@@ -171,6 +187,7 @@ def main():
     report["lse"] = lse_of_which()
     with use_backend("numba-cuda"):
         report["merged parts"] = merged_parts()
+        report["sharp"] = sharp_only_keys()
     print(json.dumps(report))
 
 
@@ -201,6 +218,11 @@ def test_float32_sums_over_many_tiles(report):
 
 def test_float64_gradients_of_parts_under_the_merged_lse(report):
     assert report["merged parts"] < 1e-5
+
+
+def test_the_weight_of_an_only_key_is_one(report):
+    """In base 2 the rounding of another factor parts lse from the score."""
+    assert report["sharp"] is True
 
 
 def test_another_lse_is_taken_as_it_is(report):

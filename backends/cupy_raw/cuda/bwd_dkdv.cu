@@ -7,7 +7,7 @@
 //            kWarpRows keys; query tiles of kBlockM rows stream by, taken kSubM at a time, head after head: the order of every
 //            sum is fixed, so results are the same bit for bit.
 // Shared     k and v tiles (reused for dk and dv) + kStages * (q tile + dout tile + row data) + query indices; see Shared.
-// Inputs     q k v dout float16 | bfloat16 | float32 (products TF32); float32 lse_log2, delta of scfa_bwd_dq, sorted; plan arrays.
+// Inputs     q k v dout float16 | bfloat16 | float32 (products TF32); float32 row_lse, delta of scfa_bwd_dq, sorted; plan arrays.
 // Outputs    dk like k, dv like v: every row, 0 for keys nobody sees.
 // Exactness  as scfa_fwd: exact.cuh recomputes every row of dk and dv that is not finite.
 // Source     Dao, FlashAttention-2, the key-owner half of its backward; transposed scores as in FlashAttention-3.

@@ -5,7 +5,7 @@
 // Grid       one block of 256 threads per kBlockN sorted keys of one (batch, kv head); see simt.cuh for who owns what. Sums run
 //            over heads and queries in order, so results are the same bit for bit.
 // Shared     k, v, q, dout tiles + p + ds + row data; see Shared.
-// Inputs     q k v dout float32; lse_log2 and delta from scfa_bwd_dq_fp32; plan arrays.
+// Inputs     q k v dout float32; row_lse and delta from scfa_bwd_dq_fp32; plan arrays.
 // Outputs    dk like k, dv like v: every row, 0 for keys nobody sees.
 // Exactness  as fwd.cu.
 // Source     as bwd_dkdv.cu; plain, correct first.
@@ -28,7 +28,7 @@ struct Shared {
   float ds[kBlockN * (kBlockM + 1)];
   float scratch[2 * kThreads];
   int start[kBlockM], end[kBlockM];
-  float lse_log2[kBlockM], delta[kBlockM];
+  float lse[kBlockM], delta[kBlockM];
   char tainted[kBlockN];
 };
 static_assert(sizeof(Shared) <= SCFA_SHARED_BYTES, "launch.py asks for less shared memory than Shared needs");
@@ -69,12 +69,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scfa_bwd_dkdv_fp32(con
       for (int i = threadIdx.x; i < kBlockM; i += kThreads) {
         shared.start[i] = i < valid ? p.key_start[list + row + i] : 0;
         shared.end[i] = i < valid ? p.key_end[list + row + i] : 0;
-        shared.lse_log2[i] = i < valid ? p.lse_log2[list + row + i] : infinity();
+        shared.lse[i] = i < valid ? p.row_lse[list + row + i] : infinity();
         shared.delta[i] = i < valid ? p.delta[list + row + i] : 0.0f;
       }
       __syncthreads();  // k, v, q, dout and row data are complete
 
-      // p^T = 2^(k @ q^T * scale - lse), ds^T = p^T * (v @ dout^T - delta), 0 where query i does not see key j
+      // p^T = exp(k @ q^T * scale - lse), ds^T = p^T * (v @ dout^T - delta), 0 where query i does not see key j
       float acc_s[kR][kC], acc_dp[kR][kC];
       thread_dots<kHeadDim>(acc_s, shared.k, shared.q);
       thread_dots<kHeadDimV>(acc_dp, shared.v, shared.dout);
@@ -84,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scfa_bwd_dkdv_fp32(con
         for (int c = 0; c < kC; ++c) {
           const int key = thread_y() * kR + r, column = thread_x() + kSide * c;
           const bool visible = is_visible(tile.first_row + key, shared.start[column], shared.end[column]);
-          const float probability = exp2_fast(acc_s[r][c] * p.softmax_scale_log2 - shared.lse_log2[column]);
+          const float probability = weight_of(score_of(acc_s[r][c], p) - shared.lse[column]);
           shared.p[key * (kBlockM + 1) + column] = visible ? probability : 0.0f;
           shared.ds[key * (kBlockM + 1) + column] = visible ? probability * (acc_dp[r][c] - shared.delta[column]) : 0.0f;
         }

@@ -83,7 +83,7 @@ SCFA_DEVICE void block_row_statistics(Shared& shared, const Params& p, const Til
       shared.lse_log2[row] = natural == -infinity() ? infinity() : natural * kLog2E;
       if (q_row >= 0) {
         p.delta[list + row] = shared.delta[row];
-        p.lse_log2[list + row] = shared.lse_log2[row];
+        p.row_lse[list + row] = shared.lse_log2[row];
       }
     }
   }

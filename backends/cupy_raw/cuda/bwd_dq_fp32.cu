@@ -5,7 +5,7 @@
 // Grid       one block of 256 threads per kBlockM sorted query rows of one (batch, head); see simt.cuh for who owns what.
 // Shared     q, dout, k, v tiles + ds + row data; see Shared.
 // Inputs     q k v dout out float32; lse float32; plan arrays.
-// Outputs    dq like q, every row; delta and lse * log2(e) in sorted order for scfa_bwd_dkdv_fp32.
+// Outputs    dq like q, every row; delta and lse in sorted order for scfa_bwd_dkdv_fp32.
 // Exactness  as fwd.cu.
 // Source     as bwd_dq.cu; plain, correct first.
 #include "mask.cuh"
@@ -25,7 +25,7 @@ struct Shared {
   float ds[kBlockM * (kBlockN + 1)];
   float scratch[kThreads];
   RowRanges<kBlockM> rows;
-  float lse_log2[kBlockM];
+  float lse[kBlockM];
   float delta[kBlockM];
   char tainted[kBlockM];
 };
@@ -72,8 +72,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scfa_bwd_dq_fp32(const
       const bool sees = shared.rows.start[row] < shared.rows.end[row];
       const float natural = sees ? lse[q_row * p.lse_strides.row] : -infinity();
       shared.delta[row] = sees ? delta : 0.0f;
-      shared.lse_log2[row] = natural == -infinity() ? infinity() : natural * kLog2E;
-      if (q_row >= 0) p.delta[list + row] = shared.delta[row], p.lse_log2[list + row] = shared.lse_log2[row];
+      shared.lse[row] = natural == -infinity() ? infinity() : natural;
+      if (q_row >= 0) p.delta[list + row] = shared.delta[row], p.row_lse[list + row] = shared.lse[row];
     }
   }
 
@@ -94,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scfa_bwd_dq_fp32(const
 #pragma unroll
       for (int c = 0; c < kC; ++c) {
         const int row = thread_y() * kR + r, column = thread_x() + kSide * c;
-        const float probability = exp2_fast(acc_s[r][c] * p.softmax_scale_log2 - shared.lse_log2[row]);
+        const float probability = weight_of(score_of(acc_s[r][c], p) - shared.lse[row]);
         const bool visible = is_visible(key + column, shared.rows.start[row], shared.rows.end[row]);
         shared.ds[row * (kBlockN + 1) + column] = visible ? probability * (acc_dp[r][c] - shared.delta[row]) : 0.0f;
       }
@@ -123,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scfa_bwd_dq_fp32(const
     for (int row = 0; row < kBlockM; ++row) {
       if (!shared.tainted[row]) continue;
       const i64 q_row = shared.rows.index[row];
-      block_exact_dq<kThreads>(q + q_row * p.q_strides.row, dout + q_row * p.dout_strides.row, shared.lse_log2[row],
+      block_exact_dq<kThreads>(q + q_row * p.q_strides.row, dout + q_row * p.dout_strides.row, shared.lse[row],
                                shared.delta[row], k, v, k_index, shared.rows.start[row], shared.rows.end[row], p,
                                shared.scratch, dq + q_row * p.dq_strides.row);
     }

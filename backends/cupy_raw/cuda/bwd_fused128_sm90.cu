@@ -105,7 +105,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       };
       // dQ = dS K: half the columns, all keys of the tile.
       const auto issue_grad_q = [&](unsigned slot) {
-        product_of_columns<kBlockN, false>(grad_q, shared.changes(slot), key_panel);
+        product_of_columns<kBlockN>(grad_q, shared.changes(slot), key_panel);
         wgmma_commit();
       };
       QueryRows query_rows;

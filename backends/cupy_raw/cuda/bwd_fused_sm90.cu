@@ -39,12 +39,18 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       shared_store(job + 20, 0);
     }
   };
-  // ... and about the query tile of the step after it, if that is known: the end of its key tiles.
-  const auto announce_next = [&](int beyond) {
+  // ... and about the query tile of the step after it, in `slot`: the end of its key tiles.
+  const auto announce_next = [&](unsigned slot) {
     if (group == 0 && warp == 0) {
       __syncwarp();  // all lanes have written what is in its place
-      shared_store(shared.job(change.slot) + 20, beyond);
+      const int end = shared_load(shared.ends(slot) + 4 * (kBlockM - 1));
+      shared_store(shared.job(change.slot) + 20, (end + kBlockN - 1) / kBlockN);
     }
+  };
+  // The same where this warpgroup would not look at those queries yet.
+  const auto announce_coming = [&]() {
+    if (group == 0 && warp == 0) barrier_wait(shared.query_full(query.slot), query.parity);
+    announce_next(query.slot);
   };
   const auto announce_end = [&](int kind) {
     barrier_wait(shared.changes_empty(change.slot), change.parity ^ 1);
@@ -103,13 +109,11 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       accumulate_weighted_rows<kBlockM>(grad_k, changes, shared.query(slot));
       wgmma_commit();
     };
-    // The key tiles before this one's end are those that rows up to the last of a step may see.
-    const auto beyond_last = [](int end) { return (end + kBlockN - 1) / kBlockN; };
     // dS^T to shared memory, and then to the warpgroup that makes dq. One fence for what this warp
     // wrote and for the queries that it is about to multiply.
     const auto store_changes = [&](int query_tile, bool ends) {
       barrier_wait(shared.changes_empty(change.slot), change.parity ^ 1);
-      announce(query_tile, at.number, first_start / kBlockN, beyond_last(last_end),
+      announce(query_tile, at.number, first_start / kBlockN, (last_end + kBlockN - 1) / kBlockN,
                key.slot | (ends ? kTileEnds : 0));
       store_fragments(shared.changes(change.slot) + group * 64 * kRowBytes, changes, warp, lane);
     };
@@ -119,15 +123,17 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       change.advance();
     };
     // A block whose queries see none of this warpgroup's keys: dS of zeros, for the other half's dq.
-    const auto pass_over = [&](int query_tile, bool ends) {
-      barrier_wait(shared.query_full(query.slot), query.parity);
-      load_ends(query.slot);
+    const auto pass_over = [&](int query_tile, bool ends, bool more) {
+      const unsigned slot = query.slot;
+      barrier_wait(shared.query_full(slot), query.parity);
+      query.advance();
+      load_ends(slot);
 #pragma unroll
       for (int i = 0; i < kBlockM / 4; ++i) changes[i] = 0;
       store_changes(query_tile, ends);
+      if (more) announce_coming();
       send_changes();
-      barrier_release(shared.query_empty(query.slot), lane);
-      query.advance();
+      barrier_release(shared.query_empty(slot), lane);
     };
     const auto pin_operands = [&]() {
       pin(grad_v);
@@ -153,7 +159,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
       // The tile's last step, unless further heads have none.
       ended = member + 1 == p.group_size;
       const auto ends = [&](int block) { return ended && block + 1 == end; };
-      for (int block = begin; block < first; ++block) pass_over(block, ends(block));
+      for (int block = begin; block < first; ++block) pass_over(block, ends(block), block + 1 < end);
       if (first < last) {
         unsigned slot = query.slot, before = 0;
         barrier_wait(shared.query_full(slot), query.parity);
@@ -175,9 +181,9 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
           // The next scores run behind these products.
           slot = query.slot;
           barrier_wait(shared.query_full(slot), query.parity);
-          load_ends(slot);
-          announce_next(beyond_last(last_end));
+          announce_next(slot);
           send_changes();
+          load_ends(slot);
           load_columns(slot);
           pin_operands();
           pin(scores);
@@ -186,6 +192,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
           accumulate(before);
           issue_scores(slot);
         }
+        if (last < end) announce_coming();
         send_changes();
         pin_operands();
         wgmma_fence();
@@ -194,7 +201,9 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
         pin_operands();
         barrier_release(shared.query_empty(before), lane);
       }
-      for (int block = max(first, last); block < end; ++block) pass_over(block, ends(block));
+      for (int block = max(first, last); block < end; ++block) {
+        pass_over(block, ends(block), block + 1 < end);
+      }
     }
     if (!ended) announce_end(kTileDone);
     barrier_release(shared.key_empty(key.slot), lane);

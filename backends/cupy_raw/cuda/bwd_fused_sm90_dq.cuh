@@ -59,6 +59,7 @@ __device__ __forceinline__ void sum_queries(const Params& p, Shared shared) {
   Ring<kCarriers> sum;
   unsigned loads = 0;  // a bit for each carrier: parity of the next sum that it fetches
   bool asked = false;  // is the sum of this step on its way?
+  bool begins = true;  // is this the first step of its key tile?
   // Tell a carrier of a tile, whose sum is to be added to or, ~before, fetched; its room is free.
   const auto tell_carrier = [&](int tile, int before) {
     if (thread == 0) {
@@ -75,16 +76,20 @@ __device__ __forceinline__ void sum_queries(const Params& p, Shared shared) {
   while (true) {
     barrier_wait(shared.changes_full(change.slot), change.parity);
     const unsigned job = shared.job(change.slot);
-    const int tile = uniform(shared_load(job));
+    unsigned words[4];
+    shared_load_words(words, job);
+    const int tile = uniform(static_cast<int>(words[0]));
     if (tile == kAllDone) break;
-    const int number = uniform(shared_load(job + 4));  // of the key tile
-    const int lowest = uniform(shared_load(job + 8)), beyond = uniform(shared_load(job + 12));
+    const int number = uniform(static_cast<int>(words[1]));  // of the key tile
+    const int lowest = uniform(static_cast<int>(words[2]));
+    const int beyond = uniform(static_cast<int>(words[3]));
     const int keys_of_step = uniform(shared_load(job + 16));
     const unsigned keys = keys_of_step & (kTileEnds - 1);  // buffer
     if (tile == kTileDone) {
       barrier_release(shared.changes_empty(change.slot), lane);
       barrier_release(shared.key_empty(keys), lane);
       change.advance();
+      begins = true;
       continue;
     }
     const int z = p.by_query_tiles.quotient(tile);
@@ -95,11 +100,13 @@ __device__ __forceinline__ void sum_queries(const Params& p, Shared shared) {
     float grad[kHeadDim / 2];
     QueryRows rows;
     if (finishes) rows.look_up(p, z, tile, 16 * warp + lane / 4);
-    async_proxy_fence();  // also of what was read in the room of the next sum
+    // Keys of a tile, which others copied, and rooms of sums, which this warp has read.
+    if (begins || finishes) async_proxy_fence();
+    begins = keys_of_step & kTileEnds;
     if (joins && !asked) ask_for_sum(tile, before);
     const unsigned room = sum.slot ^ 1;  // of this step's sum
     wgmma_fence();
-    product_of_columns<kBlockN, false>(grad, shared.changes(change.slot), shared.key(keys));
+    product_of_columns<kBlockN>(grad, shared.changes(change.slot), shared.key(keys));
     wgmma_commit();
     asked = before_next > 0;
     if (asked) ask_for_sum(tile + 1, before_next);

@@ -10,6 +10,7 @@
 #pragma once
 #include "mma.cuh"
 #include "params.cuh"
+#include "scores.cuh"
 
 template <int kDim>
 SCFA_DEVICE float dot_rows(const Element* a, const Element* b) {
@@ -99,20 +100,20 @@ SCFA_DEVICE void block_exact_out(const Element* q_row, const Element* k, const E
     const int mine = first + threadIdx.x;
     __syncthreads();  // the scores of the last round have been read
     if (mine < end) {
-      scratch[threadIdx.x] = dot_rows<kHeadDim>(q_row, k + k_index[mine] * p.k_strides.row) * p.softmax_scale_log2;
+      scratch[threadIdx.x] = score_of(dot_rows<kHeadDim>(q_row, k + k_index[mine] * p.k_strides.row), p);
     }
     __syncthreads();  // scores are complete
 
     float moved = reference;
     for (int j = 0; j < count; ++j) moved = fmaxf(moved, scratch[j]);
-    const float factor = moved == reference ? 1.0f : exp2_fast(reference - moved);
+    const float factor = moved == reference ? 1.0f : weight_of(reference - moved);
     acc.scale(factor);
     row_sum *= factor;
     row_lost *= factor;
     reference = moved;
     float chain = 0.0f;
     for (int j = 0; j < count; ++j) {
-      const float probability = exp2_fast(scratch[j] - reference);
+      const float probability = weight_of(scratch[j] - reference);
       chain += probability;
       acc.add(probability, v + k_index[first + j] * p.v_strides.row);
       if (!ends_chain(j, count)) continue;
@@ -125,12 +126,12 @@ SCFA_DEVICE void block_exact_out(const Element* q_row, const Element* k, const E
   const bool empty = reference == -infinity() && !is_nan(row_sum);
   acc.scale(empty ? 0.0f : 1.0f / row_sum);
   acc.store(out_row);
-  if (threadIdx.x == 0) *lse = empty ? -infinity() : (reference + log2f(row_sum)) * kLn2;
+  if (threadIdx.x == 0) *lse = empty ? -infinity() : lse_of(reference, row_sum);
 }
 
 // dq of one query row. `scratch`: kThreads floats of shared memory.
 template <int kThreads>
-SCFA_DEVICE void block_exact_dq(const Element* q_row, const Element* dout_row, float lse_log2, float delta, const Element* k,
+SCFA_DEVICE void block_exact_dq(const Element* q_row, const Element* dout_row, float row_lse, float delta, const Element* k,
                                 const Element* v, const int* k_index, int start, int end, const Params& p, float* scratch,
                                 Element* dq_row) {
   RowSlice<kHeadDim, kThreads> acc;
@@ -140,9 +141,9 @@ SCFA_DEVICE void block_exact_dq(const Element* q_row, const Element* dout_row, f
     const int mine = first + threadIdx.x;
     __syncthreads();  // the gradients of the last round have been read
     if (mine < end) {
-      const float score = dot_rows<kHeadDim>(q_row, k + k_index[mine] * p.k_strides.row) * p.softmax_scale_log2;
+      const float score = score_of(dot_rows<kHeadDim>(q_row, k + k_index[mine] * p.k_strides.row), p);
       const float dp = dot_rows<kHeadDimV>(dout_row, v + k_index[mine] * p.v_strides.row);
-      scratch[threadIdx.x] = exp2_fast(score - lse_log2) * (dp - delta);
+      scratch[threadIdx.x] = weight_of(score - row_lse) * (dp - delta);
     }
     __syncthreads();  // gradients of the scores are complete
     for (int j = 0; j < count; ++j) {
@@ -180,9 +181,9 @@ struct ExactKeyRow {
         // A probability of -1 marks a query that does not see the key.
         probabilities[threadIdx.x] = -1.0f;
         if (key >= p.key_start[list + mine] && key < p.key_end[list + mine]) {
-          const float score = dot_rows<kHeadDim>(q + q_index[mine] * p.q_strides.row, k_row) * p.softmax_scale_log2;
+          const float score = score_of(dot_rows<kHeadDim>(q + q_index[mine] * p.q_strides.row, k_row), p);
           const float dp = dot_rows<kHeadDimV>(dout + q_index[mine] * p.dout_strides.row, v_row);
-          probabilities[threadIdx.x] = exp2_fast(score - p.lse_log2[list + mine]);
+          probabilities[threadIdx.x] = weight_of(score - p.row_lse[list + mine]);
           gradients[threadIdx.x] = probabilities[threadIdx.x] * (dp - p.delta[list + mine]);
         }
       }

@@ -67,13 +67,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scfa_fwd_fp32(const __
 #pragma unroll
       for (int c = 0; c < kC; ++c) {
         const bool visible = is_visible(key + thread_x() + kSide * c, shared.rows.start[row], shared.rows.end[row]);
-        acc_s[r][c] = visible ? acc_s[r][c] * p.softmax_scale_log2 : -infinity();
+        acc_s[r][c] = visible ? score_of(acc_s[r][c], p) : -infinity();
         m = fmaxf(m, acc_s[r][c]);
       }
 
-      // p = 2^(acc_s - reference)
+      // p = exp(acc_s - reference)
       const float moved = fmaxf(reference[r], row_max(m));
-      const float factor = moved == reference[r] ? 1.0f : exp2_fast(reference[r] - moved);
+      const float factor = moved == reference[r] ? 1.0f : weight_of(reference[r] - moved);
       reference[r] = moved;
       acc_o.scale_row(r, factor);
       sum[r] *= factor;
@@ -81,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scfa_fwd_fp32(const __
       float tile_sum = 0.0f;
 #pragma unroll
       for (int c = 0; c < kC; ++c) {
-        const float probability = exp2_fast(acc_s[r][c] - (moved == -infinity() ? 0.0f : moved));
+        const float probability = weight_of(acc_s[r][c] - (moved == -infinity() ? 0.0f : moved));
         tile_sum += probability;
         shared.p[row * (kBlockN + 1) + thread_x() + kSide * c] = probability;
       }
@@ -112,8 +112,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) scfa_fwd_fp32(const __
     if (q_row < 0) continue;
     acc_o.store_row(r, out + q_row * p.out_strides.row, empty ? 0.0f : 1.0f / total);
     if (thread_x() == 0) {
-      const float natural = reference[r] == -infinity() ? total : (reference[r] + log2f(total)) * kLn2;
-      lse[q_row * p.lse_strides.row] = empty ? -infinity() : natural;
+      const float of_row = reference[r] == -infinity() ? total : lse_of(reference[r], total);
+      lse[q_row * p.lse_strides.row] = empty ? -infinity() : of_row;
     }
   }
 

@@ -16,7 +16,7 @@ struct Params {
   Element* dq;           // like q
   Element* dk;           // like k
   Element* dv;           // like v
-  float* lse_log2;       // (batch, heads, seqlen_q) contiguous, sorted rows; +inf where nothing is visible
+  float* row_lse;        // (batch, heads, seqlen_q) contiguous, sorted rows, in the units of scores.cuh; +inf where nothing is visible
   float* delta;          // (batch, heads, seqlen_q) contiguous, sorted rows; rowsum(dout * out)
   const int* q_index;    // (batch, heads, seqlen_q) original row of each sorted query
   const int* k_index;    // (batch, heads_kv, seqlen_k)

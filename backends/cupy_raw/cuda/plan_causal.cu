@@ -7,9 +7,10 @@
 //                3 * 2 bytes a row, whose place the 32-bit counts take first
 // inputs         group columns int32 or int64 (both alike), keep columns of bytes, (batch, heads, rows) with any strides
 // version        one counting pass over digits common to queries and keys. When row i is placed, the running count of the
-//                keys in its group is the end of its range: nothing is searched. More than `max_bits` bits: not served.
-//                Beside staged orders counts are kept in 16 bits, so that two blocks of 512 threads hold 128 bins at
-//                16384 rows. Long lists, few or very long, are shared by several blocks in plan_parts_*.
+//                keys in its group is the end of its range: nothing is searched. One column for both is read
+//                once. More than `max_bits` bits: not served. Beside staged orders counts are kept in 16 bits, so that two
+//                blocks of 512 threads hold 128 bins at 16384 rows. Long lists, few or very long, are shared by several
+//                blocks in plan_parts_*.
 #include "plan_joint.cuh"
 
 struct JointSurvey {

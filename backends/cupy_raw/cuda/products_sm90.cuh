@@ -80,13 +80,13 @@ __device__ __forceinline__ void product_of_held_rows(float (&d)[32], const unsig
   }
 }
 
-// d = A^T B over kRows rows, added to d with kSum: A is one panel, B starts at `tile_b` within one.
-template <int kRows, bool kSum, int kCount>
+// d = A^T B over kRows rows: A is one panel, B starts at `tile_b` within one.
+template <int kRows, int kCount>
 __device__ __forceinline__ void product_of_columns(float (&d)[kCount], unsigned tile_a,
                                                    unsigned tile_b) {
   constexpr unsigned kStep = step_offset<kRows, ReduceOver::kRows>(1) >> 4;
   const unsigned long long a = tile_descriptor(tile_a), b = tile_descriptor(tile_b);
-  wgmma_issue<ReduceOver::kRows, kSum>(d, a, b);
+  wgmma_issue<ReduceOver::kRows, false>(d, a, b);
 #pragma unroll
   for (int step = 1; step < kRows / kStepColumns; ++step) {
     wgmma_issue<ReduceOver::kRows, true>(d, a + step * kStep, b + step * kStep);

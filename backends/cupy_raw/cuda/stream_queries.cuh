@@ -40,7 +40,7 @@ template <int kThreads, int kRows>
 SCFA_DEVICE void block_copy_rows(QueryRows<kRows>& rows, const Params& p, i64 list, int valid) {
   constexpr int kTeam = kThreads / 4;
   const u32 thread = thread_here(), kind = thread / kTeam;
-  const int* statistics = reinterpret_cast<const int*>(kind == 2 ? p.lse_log2 : p.delta);
+  const int* statistics = reinterpret_cast<const int*>(kind == 2 ? p.row_lse : p.delta);
   const int* source = kind == 0 ? p.key_start : kind == 1 ? p.key_end : statistics;
   const u32 target = shared_address(rows.start) + kind * kRows * 4;
 #pragma unroll
