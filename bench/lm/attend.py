@@ -71,9 +71,9 @@ def _part(
     pattern: scfa.Pattern = scfa.Causal(include_self=not others)
     if kind == "drop":
         keep = torch.rand((2, *q.shape[:3]), device=q.device) * 100 >= number
-        pattern &= scfa.QKSparse(keep[0], keep[1])
+        pattern = pattern & scfa.QKSparse(keep[0], keep[1])
     elif kind == "window":
-        pattern &= scfa.SlidingWindow(number)
+        pattern = pattern & scfa.SlidingWindow(number)
     return pattern
 
 
