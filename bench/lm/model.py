@@ -25,15 +25,21 @@ ROTARY_BASE = 10000.0
 RIDGE = 0.01  # of the mean variance, added to all before dividing by the covariance
 
 
-def rotate(x: Tensor) -> Tensor:
+def rotary_table(seqlen: int, head_dim: int) -> Tensor:
+    """Cosines and sines (2, seqlen, head_dim // 2) of the angles by which `rotate` turns a row."""
+    rates = ROTARY_BASE ** -(torch.arange(head_dim // 2) / (head_dim // 2))
+    angles = torch.arange(seqlen)[:, None] * rates
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Turn pairs of channels (batch, heads, seqlen, head_dim) by angles that grow with the row.
 
-    Rotary embedding (Su et al. 2021, arXiv 2104.09864): scores then depend on distances.
+    Rotary embedding (Su et al. 2021, arXiv 2104.09864): scores then depend on distances. `table`
+    has as many rows or more. Angles are not found here: torch.compile would find a power, a sine
+    and a cosine for every element of every tensor that is turned.
     """
-    seqlen, half = x.shape[-2], x.shape[-1] // 2
-    rates = ROTARY_BASE ** -(torch.arange(half, device=x.device) / half)
-    angles = torch.arange(seqlen, device=x.device)[:, None] * rates
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = table[:, : x.shape[-2]].unbind()
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
@@ -60,7 +66,6 @@ class Mix(nn.Module):
         self.adapts, self.follows_past = config.adapts, config.follows_past
         self.sides = config.sides
         self.attend = attend_for(config)
-        self.rotary = config.positions == "rotary"
         self.projected = 3 if config.own_keys else 2
         self.query_value = nn.Linear(config.width, self.projected * config.width, bias=False)
         self.output = nn.Linear(config.width, config.width, bias=False)
@@ -78,10 +83,11 @@ class Mix(nn.Module):
         directions: Tensor | None,
         center: Tensor | None,
         documents: Tensor | None,
+        table: Tensor | None = None,
     ) -> tuple[Tensor, Seen | None]:
         """(batch, seqlen, width) to the same, and a sample of what an adapting hash was given."""
         q, k, v = self.project(x)
-        turned = (rotate(q), rotate(k)) if self.rotary else (q, k)
+        turned = (q, k) if table is None else (rotate(q, table), rotate(k, table))
         hashed = self.rows_to_hash(q, k)
         sample = hashed[:, :, :: sample_every(q.shape[0], q.shape[2])]
         if self.follows_past and directions is not None:
@@ -152,11 +158,12 @@ class Block(nn.Module):
         directions: Tensor | None,
         center: Tensor | None,
         documents: Tensor | None,
+        table: Tensor | None = None,
     ) -> tuple[Tensor, Seen | None]:
         """(batch, seqlen, width) to the same, and what `Mix` tells of it."""
         mixed, seen = self.norm_attention(x), None
         if isinstance(self.mix, Mix):
-            mixed, seen = self.mix(mixed, directions, center, documents)
+            mixed, seen = self.mix(mixed, directions, center, documents, table)
         else:
             mixed = self.mix(mixed)
         x = x + mixed
@@ -206,6 +213,10 @@ class LanguageModel(nn.Module):
         for name, weight in self.named_parameters():
             if name.endswith(("output.weight", "narrow.weight")):
                 nn.init.normal_(weight, std=0.02 / (2 * config.layers) ** 0.5)
+        self.table: Tensor | None  # not saved: it follows from the configuration
+        rotary = config.positions == "rotary"
+        table = rotary_table(config.seqlen, config.head_dim) if rotary else None
+        self.register_buffer("table", table, persistent=False)
         self.center: Tensor | None
         self.spread: Tensor | None
         self.turn: Tensor | None
@@ -267,7 +278,7 @@ class LanguageModel(nn.Module):
         documents = document_ids(text) if self.config.packed else None
         x, seen = self.embed(text), []
         for layer, block in enumerate(self.blocks):
-            x, of_layer = block(x, *self._hash_of(layer, directions), documents)
+            x, of_layer = block(x, *self._hash_of(layer, directions), documents, self.table)
             seen.append(of_layer)
         if self.moments is not None:
             self.moments(*gather(seen), sample_every(*text.shape))
@@ -315,7 +326,7 @@ class LanguageModel(nn.Module):
                 yield block.mix.rows_to_hash(*block.mix.project(mixed)[:2])
             else:
                 yield block.mix.query(mixed).unflatten(-1, (self.config.heads, -1)).transpose(1, 2)
-            x, _ = block.forward(x, *self._hash_of(layer, directions), None)
+            x, _ = block.forward(x, *self._hash_of(layer, directions), None, self.table)
 
     @torch.no_grad()
     def bucket_cost(self, text: Tensor) -> list[float]:
@@ -345,7 +356,7 @@ class LanguageModel(nn.Module):
         documents = document_ids(text) if self.config.packed else None
         x = self.embed.forward(text)
         for layer, block in enumerate(self.blocks):
-            x, _ = block.forward(x, *self._hash_of(layer, directions), documents)
+            x, _ = block.forward(x, *self._hash_of(layer, directions), documents, self.table)
         normed: Tensor = self.head.norm(x)
         return normed
 

@@ -64,9 +64,17 @@ FAULTS = (
     Fault(
         "hopper-join-foreseen",
         CUDA + "bwd_fused_sm90.cu",
-        "announce_next(beyond_last(last_end));",
-        "announce_next(last_end / kBlockN);",
+        "shared_store(shared.job(change.slot) + 20, (end + kBlockN - 1) / kBlockN);",
+        "shared_store(shared.job(change.slot) + 20, end / kBlockN);",
         "the sum of the next step is asked for with fewer key tiles than add to it",
+        "hopper-one-pass",
+    ),
+    Fault(
+        "hopper-join-unread",
+        CUDA + "bwd_fused_sm90.cu",
+        "if (group == 0 && warp == 0) barrier_wait(shared.query_full(query.slot), query.parity);",
+        "",
+        "the sum of the next step is asked for by ranges that have not arrived",
         "hopper-one-pass",
     ),
     Fault(

@@ -49,19 +49,20 @@ def test_variants_that_cannot_have_keys_of_their_own_say_so(name, monkeypatch):
 def test_keys_are_projected_or_the_normalised_queries(name, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from bench.lm.config import PRESETS
-    from bench.lm.model import Mix, rotate
+    from bench.lm.model import Mix, rotary_table, rotate
 
     config = dataclasses.replace(
         PRESETS["tiny"], attention=name, positions="rotary", softmax_scale=1.0
     )
     torch.manual_seed(0)
     mix, x, width = Mix(config), torch.randn(2, 40, config.width), config.width
-    got, _ = mix(x, None, None, None)
+    table = rotary_table(50, config.head_dim)
+    got, _ = mix(x, None, None, None, table)
     by_heads = lambda y: y.unflatten(-1, (config.heads, -1)).transpose(1, 2)  # noqa: E731
     q, v, *own = (by_heads(y) for y in (x @ mix.query_value.weight.T).split(width, -1))
     assert bool(own) is name.endswith("k")
     k = own[0] if own else q / q.norm(dim=-1, keepdim=True)
-    scores = rotate(q) @ rotate(k).mT * (config.head_dim**-0.5 if own else 1.0)
+    scores = rotate(q, table) @ rotate(k, table).mT * (config.head_dim**-0.5 if own else 1.0)
     ago = torch.arange(40)[:, None] - torch.arange(40)
     hidden = name == "blocks8" or name.endswith("o")  # where its own key is the nearest of all
     seen = (ago >= int(hidden)) & (ago < (8 if "window" in name else 40))
