@@ -41,6 +41,7 @@ class Pattern:
         return Intersection(*self.parts, *other.parts)
 
     __rand__ = __and__
+    __iand__ = __and__  # torch.compile of torch 2.11 knows no other way to &=
 
     def __or__(self, other: object) -> NoReturn:
         raise self._no_such(

@@ -28,7 +28,9 @@ def inputs(torch, rows=300, seed=0):
 
 def by_hash(backend):
     def attend(q, k, v, q_hash, k_hash):
-        return scfa.attention(q, k, v, scfa.HashSparse(q_hash, k_hash), backend=backend)
+        pattern = scfa.Causal()
+        pattern &= scfa.HashSparse(q_hash, k_hash)
+        return scfa.attention(q, k, v, pattern, backend=backend)
 
     return attend
 

@@ -69,6 +69,17 @@ def test_pattern_made_inside_compiles_once_for_all_batches():
     assert counter.frame_count == 1
 
 
+def test_patterns_may_be_joined_one_by_one():
+    def attend(q, k, v, q_hash, k_hash):
+        pattern = scfa.Causal()
+        for part in (scfa.HashSparse(q_hash, k_hash), scfa.SlidingWindow(6)):
+            pattern &= part
+        return scfa.attention(q, k, v, pattern, backend=BACKEND)
+
+    compiled, _ = counted(attend)
+    same(compiled, attend, batch(0))
+
+
 @pytest.mark.parametrize(("dynamic", "graphs"), [(True, 1), (None, 2)])
 def test_lengths_can_be_dynamic(dynamic, graphs):
     """dynamic=None is torch's default: a second length makes the size symbolic, and that is all."""
