@@ -84,29 +84,41 @@ SPEED = """\
 What 92 % of the bound, the aim, would take: of the paper's model, attention over 16 even buckets is
 1.1, 2.2 and 4.3 times 10^12 flop a step at T=8192, 16384 and 32768 (visible pairs, forward and
 backward), and 92 % leave 4.5 ms for it, for hashing and for planning. That is 240, 490 and
-960 TFLOP/s. An H200 multiplies matrices at 720 to 790 here: at T=32768 no kernel can reach it."""
+960 TFLOP/s. An H200 multiplies matrices at 720 to 790 here: at T=32768 no kernel can reach it.
+Where three of twelve heads are hashed and nine see blocks of 256 neighbours, 94, 93 and 90 % are
+reached, and the 1.6, 2.2 and 3.5 times the speed of dense attention that were aimed at."""
 QUALITY = """\
-What these runs show, by tokens at T=16384, 165 seconds each on one of two H200s (dense, window and
-three near heads of seed 0 on the first, the others on the second): buckets beside neighbours end
-far below dense attention, at 2.104 and 2.140 nats (two seeds) with two of eight heads hashed
-and six that see blocks (`hash16e,blocks256x6`), where dense ends at 3.196 (one seed) and takes 2.4
-times as long for a step. More near heads are better: 2.217 with three. Buckets alone end above
-dense attention (3.535): they leave out the neighbours, whom a language model needs first.
+What these runs show, by tokens at T=16384, 165 seconds each on one of three H200s (dense, window128
+and three near heads of seed 0 on the first; variants with "k" and window128o on the third; the
+others on the second): buckets beside neighbours end far below dense attention, at 2.104 and 2.140
+nats (two seeds) with two of eight heads hashed and six that see blocks (`hash16e,blocks256x6`),
+where dense ends at 3.196 (one seed) and takes 2.4 times as long for a step. More near heads are
+better: 2.217 with three. Buckets alone end above dense attention (3.535): they leave out the
+neighbours, whom a language model needs first.
 
-What they do not: whether the far rows of a bucket add anything. A window of 128 keys in all heads
-ends at 2.202 and 2.230, and by place in the sequence the six near heads are as good up to token
-1024, where a bucket holds few rows, and lower by 0.09 to 0.11 beyond. But a hash and blocks hide a
-row from itself, and window, dense and dropped variants do not, nor does the window of
-`hash16e+window128`. Keys are the normalised queries here, so that a row's own key is the nearest of
-all and takes weight from the others. In a tiny model on a CPU (T=256, 350 steps, two seeds) hiding
-it was worth 0.11 nats to a window and 0.07 to dense attention, and put that window below buckets
-with blocks, by 0.03 and 0.05. In a larger one (the last table of tokens: 4 layers, T=1024, 250
-steps, one seed, on a CPU) a window of 64 ended at 4.442, hiding it at 4.322, with keys of its own
-at 4.280, `hash16e,blocks128x3` at 4.409, dense at 4.540, with keys of its own at 4.450; blocks of
-128 in all heads at 4.368 and `hash16ek,blocks128x3` at 4.360, two runs that were ended by hand
-after their last validation. `window128o`,
-`denseo`, `hash16e+window128o` hide it; `densek`, `window128k` and `hash16ek,blocks256x6` have keys
-of their own: they are to be run at this size, and so is `blocks256` alone.
+What they do not: that far rows of a bucket are worth much beside a window that is held to the same
+rules. `window128` ends at 2.202 and 2.230, above buckets with blocks. But a hash and blocks hide a
+row from itself, and keys are the normalised queries here, so that a row's own key is the nearest of
+all and takes weight from the others. With itself hidden that window ends at 2.036 (`window128o`),
+below them. With keys of their own, which are worth more still, `window128k` ends at 2.019,
+`hash16ek,window128x6` at 1.994 and `hash16ek,blocks256x6` at 1.992: two hashed heads of eight are
+worth 0.025 nats in equal time, one seed each, where two seeds differ by 0.03. By place they are
+alike in the first 1024 tokens, and the hashed ones 0.03 lower beyond 8192. `densek` and `denseo`
+are to be run at this size.
+
+Two things weigh on variants with "k". Up to cd2701f, which these runs are of, the compiled model
+found a power, a sine and a cosine for every element that rotary positions turn, and variants with
+keys of their own paid most for it: steps of `window128o`, `window128k`, `hash16ek,window128x6` and
+`hash16ek,blocks256x6` took 33.6, 40.5, 36.9 and 42.1 ms where they take 27.1, 28.0, 30.4 and 29.9
+with a table (on the same card; the second table of steps). So the last of them would have taken
+two fifths more steps than it did, the first a quarter. And tokens of the corpus are 57 million:
+in 165 seconds a window reads them two to three times.
+
+On a CPU (the last table of tokens: 4 layers, T=1024, 250 steps, one seed) the same order of effects:
+a window of 64 ended at 4.442, hiding itself at 4.322, with keys of its own at 4.280,
+`hash16e,blocks128x3` at 4.409, dense at 4.540, with keys of its own at 4.450; blocks of 128 in all
+heads at 4.368 and `hash16ek,blocks128x3` at 4.360, two runs that were ended by hand after their
+last validation.
 
 Minutes of training are far from an end, too. Equal seconds are the user's; where runs differ in
 steps taken, the table at equal steps says what a step is worth."""
