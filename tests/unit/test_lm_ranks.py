@@ -102,7 +102,7 @@ def folder(tmp_path):
 @pytest.mark.slow
 def test_the_leading_clock_is_everybodys(folder):
     environment = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    run_ranks(__file__, RANKS, folder, timeout=120, **environment)
+    run_ranks(__file__, RANKS, folder, timeout=300, **environment)
     first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS))
     assert {name: [step for step, _ in ends] for name, ends in first.items()} == {
         name: steps for name, (_, steps) in CASES.items()
