@@ -25,23 +25,32 @@ ROTARY_BASE = 10000.0
 RIDGE = 0.01  # of the mean variance, added to all before dividing by the covariance
 
 
-def rotary_table(seqlen: int, head_dim: int) -> Tensor:
-    """Cosines and sines (2, seqlen, head_dim // 2) of the angles by which `rotate` turns a row."""
-    rates = ROTARY_BASE ** -(torch.arange(head_dim // 2) / (head_dim // 2))
-    angles = torch.arange(seqlen)[:, None] * rates
-    return torch.stack((angles.cos(), angles.sin()))
-
-
-def rotate(x: Tensor, table: Tensor) -> Tensor:
+class Rotary(nn.Module):
     """Turn pairs of channels (batch, heads, seqlen, head_dim) by angles that grow with the row.
 
-    Rotary embedding (Su et al. 2021, arXiv 2104.09864): scores then depend on distances. `table`
-    has as many rows or more. Angles are not found here: torch.compile would find a power, a sine
-    and a cosine for every element of every tensor that is turned.
+    Rotary embedding (Su et al. 2021, arXiv 2104.09864): scores then depend on distances. Angles are
+    found once, for `rows`: in a compiled call a power, a sine and a cosine would be found for every
+    element of every tensor that is turned.
     """
-    cos, sin = table[:, : x.shape[-2]].unbind()
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+
+    def __init__(self, rows: int, head_dim: int) -> None:
+        super().__init__()
+        self.table: Tensor
+        rates = ROTARY_BASE ** -(torch.arange(head_dim // 2) / (head_dim // 2))
+        angles = torch.arange(rows)[:, None] * rates
+        table = torch.stack((angles.cos(), angles.sin()))
+        self.register_buffer("table", table, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of x's shape and dtype."""
+        cos, sin = self.table[:, : x.shape[-2]].unbind()
+        a, b = x.float().chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+
+
+def rotary(config: Config) -> Rotary | None:
+    """What turns queries and keys, if positions are not learned."""
+    return None if config.positions == "learned" else Rotary(config.seqlen, config.head_dim)
 
 
 def cost_of(bucket: Tensor, buckets: int, sides: int = 1) -> float:
@@ -66,6 +75,7 @@ class Mix(nn.Module):
         self.adapts, self.follows_past = config.adapts, config.follows_past
         self.sides = config.sides
         self.attend = attend_for(config)
+        self.rotary, self.hashes_turned = rotary(config), config.positions == "rotary-first"
         self.projected = 3 if config.own_keys else 2
         self.query_value = nn.Linear(config.width, self.projected * config.width, bias=False)
         self.output = nn.Linear(config.width, config.width, bias=False)
@@ -83,12 +93,11 @@ class Mix(nn.Module):
         directions: Tensor | None,
         center: Tensor | None,
         documents: Tensor | None,
-        table: Tensor | None = None,
     ) -> tuple[Tensor, Seen | None]:
         """(batch, seqlen, width) to the same, and a sample of what an adapting hash was given."""
         q, k, v = self.project(x)
-        turned = (q, k) if table is None else (rotate(q, table), rotate(k, table))
-        hashed = self.rows_to_hash(q, k)
+        turned = self.turn(q, k)
+        hashed = self.rows_to_hash(*(turned if self.hashes_turned else (q, k)))
         sample = hashed[:, :, :: sample_every(q.shape[0], q.shape[2])]
         if self.follows_past and directions is not None:
             hashed, center = self.buckets(hashed, directions, center)
@@ -100,6 +109,10 @@ class Mix(nn.Module):
         # A copy: what shares memory with q would be given a gradient, of zeros, by torch.compile.
         sample = sample.clone(memory_format=torch.contiguous_format)
         return mixed_back, (sample, center if self.follows_past else None)
+
+    def turn(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys at their places."""
+        return (q, k) if self.rotary is None else (self.rotary(q), self.rotary(k))
 
     def rows_to_hash(self, q: Tensor, k: Tensor) -> Tensor:
         """Queries of the heads that hash; keys of their own behind them, as further heads."""
@@ -136,7 +149,7 @@ def _reformer(config: Config) -> nn.Module:
         rounds=1,
         redraw=True,
         softmax_scale=config.softmax_scale,
-        rotary=rotate if config.positions == "rotary" else None,
+        rotary=rotary(config),
     )
 
 
@@ -158,12 +171,11 @@ class Block(nn.Module):
         directions: Tensor | None,
         center: Tensor | None,
         documents: Tensor | None,
-        table: Tensor | None = None,
     ) -> tuple[Tensor, Seen | None]:
         """(batch, seqlen, width) to the same, and what `Mix` tells of it."""
         mixed, seen = self.norm_attention(x), None
         if isinstance(self.mix, Mix):
-            mixed, seen = self.mix(mixed, directions, center, documents, table)
+            mixed, seen = self.mix(mixed, directions, center, documents)
         else:
             mixed = self.mix(mixed)
         x = x + mixed
@@ -176,8 +188,10 @@ class Embed(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.token = nn.Embedding(config.vocabulary, config.width)
-        if config.positions not in ("learned", "rotary"):
-            raise SystemExit(f"positions must be 'learned' or 'rotary', got {config.positions!r}")
+        if config.positions not in ("learned", "rotary", "rotary-first"):
+            raise SystemExit(
+                f"positions must be 'learned', 'rotary' or 'rotary-first', got {config.positions!r}"
+            )
         learned = config.positions == "learned"
         self.position = nn.Embedding(config.seqlen, config.width) if learned else None
 
@@ -213,10 +227,6 @@ class LanguageModel(nn.Module):
         for name, weight in self.named_parameters():
             if name.endswith(("output.weight", "narrow.weight")):
                 nn.init.normal_(weight, std=0.02 / (2 * config.layers) ** 0.5)
-        self.table: Tensor | None  # not saved: it follows from the configuration
-        rotary = config.positions == "rotary"
-        table = rotary_table(config.seqlen, config.head_dim) if rotary else None
-        self.register_buffer("table", table, persistent=False)
         self.center: Tensor | None
         self.spread: Tensor | None
         self.turn: Tensor | None
@@ -278,7 +288,7 @@ class LanguageModel(nn.Module):
         documents = document_ids(text) if self.config.packed else None
         x, seen = self.embed(text), []
         for layer, block in enumerate(self.blocks):
-            x, of_layer = block(x, *self._hash_of(layer, directions), documents, self.table)
+            x, of_layer = block(x, *self._hash_of(layer, directions), documents)
             seen.append(of_layer)
         if self.moments is not None:
             self.moments(*gather(seen), sample_every(*text.shape))
@@ -323,10 +333,13 @@ class LanguageModel(nn.Module):
         for layer, block in enumerate(self.blocks):
             mixed = block.norm_attention(x)
             if isinstance(block.mix, Mix):
-                yield block.mix.rows_to_hash(*block.mix.project(mixed)[:2])
+                q, k, _ = block.mix.project(mixed)
+                yield block.mix.rows_to_hash(
+                    *(block.mix.turn(q, k) if block.mix.hashes_turned else (q, k))
+                )
             else:
                 yield block.mix.query(mixed).unflatten(-1, (self.config.heads, -1)).transpose(1, 2)
-            x, _ = block.forward(x, *self._hash_of(layer, directions), None, self.table)
+            x, _ = block.forward(x, *self._hash_of(layer, directions), None)
 
     @torch.no_grad()
     def bucket_cost(self, text: Tensor) -> list[float]:
@@ -356,7 +369,7 @@ class LanguageModel(nn.Module):
         documents = document_ids(text) if self.config.packed else None
         x = self.embed.forward(text)
         for layer, block in enumerate(self.blocks):
-            x, _ = block.forward(x, *self._hash_of(layer, directions), documents, self.table)
+            x, _ = block.forward(x, *self._hash_of(layer, directions), documents)
         normed: Tensor = self.head.norm(x)
         return normed
 

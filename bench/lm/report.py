@@ -114,8 +114,8 @@ with a table (on the same card; the second table of steps). So the last of them 
 two fifths more steps than it did, the first a quarter. And tokens of the corpus are 57 million:
 in 165 seconds a window reads them two to three times.
 
-On a CPU (the last table of tokens: 4 layers, T=1024, 250 steps, one seed) the same order of effects:
-a window of 64 ended at 4.442, hiding itself at 4.322, with keys of its own at 4.280,
+On a CPU (the last table of tokens: 4 layers, T=1024, 250 steps, one seed) effects are of the same
+order: a window of 64 ended at 4.442, hiding itself at 4.322, with keys of its own at 4.280,
 `hash16e,blocks128x3` at 4.409, dense at 4.540, with keys of its own at 4.450; blocks of 128 in all
 heads at 4.368 and `hash16ek,blocks128x3` at 4.360, two runs that were ended by hand after their
 last validation.

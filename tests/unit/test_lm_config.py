@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -49,20 +50,20 @@ def test_variants_that_cannot_have_keys_of_their_own_say_so(name, monkeypatch):
 def test_keys_are_projected_or_the_normalised_queries(name, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from bench.lm.config import PRESETS
-    from bench.lm.model import Mix, rotary_table, rotate
+    from bench.lm.model import Mix, Rotary
 
     config = dataclasses.replace(
         PRESETS["tiny"], attention=name, positions="rotary", softmax_scale=1.0
     )
     torch.manual_seed(0)
     mix, x, width = Mix(config), torch.randn(2, 40, config.width), config.width
-    table = rotary_table(50, config.head_dim)
-    got, _ = mix(x, None, None, None, table)
+    rotate = Rotary(50, config.head_dim)
+    got, _ = mix(x, None, None, None)
     by_heads = lambda y: y.unflatten(-1, (config.heads, -1)).transpose(1, 2)  # noqa: E731
     q, v, *own = (by_heads(y) for y in (x @ mix.query_value.weight.T).split(width, -1))
     assert bool(own) is name.endswith("k")
     k = own[0] if own else q / q.norm(dim=-1, keepdim=True)
-    scores = rotate(q, table) @ rotate(k, table).mT * (config.head_dim**-0.5 if own else 1.0)
+    scores = rotate(q) @ rotate(k).mT * (config.head_dim**-0.5 if own else 1.0)
     ago = torch.arange(40)[:, None] - torch.arange(40)
     hidden = name == "blocks8" or name.endswith("o")  # where its own key is the nearest of all
     seen = (ago >= int(hidden)) & (ago < (8 if "window" in name else 40))
@@ -71,6 +72,43 @@ def test_keys_are_projected_or_the_normalised_queries(name, monkeypatch):
         seen = (block[:, :, None] == block[:, None, :]) & seen
     out = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1).nan_to_num(0.0) @ v
     torch.testing.assert_close(got, mix.output(out.transpose(1, 2).flatten(2)))
+
+
+def test_a_layer_of_another_kind_is_turned_too(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.lm.config import PRESETS
+    from bench.lm.model import LanguageModel, Rotary
+
+    config = dataclasses.replace(PRESETS["tiny"], attention="reformer4", positions="rotary")
+    model, text = LanguageModel(config), torch.randint(0, 256, (1, 60))
+    turns = [part for part in model.modules() if isinstance(part, Rotary)]
+    assert len(turns) == config.layers
+    assert torch.isfinite(model(text, text))
+    assert not [name for name in model.state_dict() if "table" in name]
+
+
+@pytest.mark.parametrize("name", ["hash4e", "hash4ek"])
+def test_rows_are_hashed_before_or_after_they_are_turned(name, monkeypatch):
+    """What the model says is hashed, and what its attention is given."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.lm.config import PRESETS
+    from bench.lm.model import LanguageModel
+
+    told, text = {}, torch.randint(0, 256, (1, 60))
+    for positions in ("rotary", "rotary-first"):
+        config = dataclasses.replace(PRESETS["tiny"], attention=name, positions=positions, layers=1)
+        torch.manual_seed(0)
+        model = LanguageModel(config)
+        mix = model.blocks[0].mix
+        # What attention is given in place of buckets: the rows themselves.
+        monkeypatch.setattr(mix, "buckets", lambda rows, *_: (rows, None))
+        monkeypatch.setattr(mix, "attend", mock.Mock(side_effect=lambda q, k, v, *_: v))
+        model.states(text)
+        given = mix.attend.call_args.args[3]
+        (told[positions],) = model.queries(text, model.directions())
+        torch.testing.assert_close(given, told[positions])
+        rotate = mix.rotary
+    torch.testing.assert_close(rotate(told["rotary"]), told["rotary-first"])
 
 
 def test_rates_of_learning(monkeypatch):
