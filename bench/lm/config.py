@@ -44,7 +44,7 @@ class Config:
     head_dim: int = 64
     vocabulary: int = 50304
     softmax_scale: float | None = None  # 1 / sqrt(head_dim) by default, though keys have length 1
-    # or "rotary": queries and keys turned by their place, once hashed, or "rotary-first", before that
+    # or "rotary": queries and keys turned by their place, once hashed, or "rotary-first": before
     positions: str = "learned"
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
