@@ -2,7 +2,9 @@
 
 import hashlib
 import logging
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 import numba
+from numba.core.compiler_lock import global_compiler_lock
 
 __all__ = ["device_function", "kernel"]
 
@@ -35,6 +38,13 @@ def device_function(function: Callable[..., Any]) -> Any:
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile an entry point on its first call and keep the machine code on disk where possible."""
+    dispatcher = _cached(function)
+    if hasattr(dispatcher, "_compile_for_args"):  # what its first call of each kind goes through
+        dispatcher._compile_for_args = _out_of_reach(dispatcher._compile_for_args)
+    return dispatcher
+
+
+def _cached(function: Callable[..., Any]) -> Any:
     try:
         dispatcher = numba.njit(cache=True, **_OPTIONS)(function)
     except RuntimeError as error:  # numba found no folder it may write to
@@ -47,6 +57,37 @@ def kernel(function: Callable[..., Any]) -> Any:
         return dispatcher
     _logger.warning("compiled code is not cached on disk: unknown cache layout of this numba")
     return numba.njit(**_OPTIONS)(function)
+
+
+def _out_of_reach(compile_for: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile on a thread that no signal interrupts: Python handles them on the main one.
+
+    Ctrl-C amid numba's and llvmlite's own bookkeeping could leave an object of LLVM that two owners
+    free: the process crashed, seldom. Now it is raised at once, and the compilation goes on.
+    """
+
+    def compile_aside(*arguments: Any, **named: Any) -> Any:
+        def compile_here() -> Any:
+            return compile_for(*arguments, **named)
+
+        aside = threading.current_thread() is threading.main_thread()
+        if not aside or global_compiler_lock.is_locked():  # by this thread: another would wait
+            return compile_here()
+        compiled: Future[Any] = Future()
+
+        def compile_there() -> None:
+            try:
+                compiled.set_result(compile_here())
+            except BaseException as error:
+                compiled.set_exception(error)
+
+        try:
+            threading.Thread(target=compile_there, name="scfa-compile").start()
+        except RuntimeError:  # no thread to be had
+            return compile_here()
+        return compiled.result()
+
+    return compile_aside
 
 
 def _make_robust(index: Any) -> None:

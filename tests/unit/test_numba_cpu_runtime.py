@@ -4,6 +4,7 @@ import logging
 import os
 import platform
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -158,6 +159,35 @@ def test_a_thread_that_compiles_may_fork():
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     """
     python(code)
+
+
+def no_thread(_):
+    raise RuntimeError("can't start new thread")
+
+
+def test_kernels_compile_where_no_signal_strikes(monkeypatch):
+    """Signals are handled by the main thread, which waits; where it must, it compiles itself."""
+    from numba.core.compiler_lock import global_compiler_lock
+    from scfa_core.backends.numba_cpu import backward, compiling, forward, plan
+
+    kernels = [forward.forward_tiles, backward.dq_tiles, backward.dkdv_tiles]
+    for kernel in (*kernels, plan.sort_lists, plan.key_ranges):
+        assert kernel._compile_for_args.__name__ == "compile_aside"
+
+    def compile_for(x, *, by):
+        return threading.current_thread().name, 1 // x, by
+
+    call = compiling._out_of_reach(compile_for)
+    here = threading.main_thread().name
+    assert call(1, by=2) == ("scfa-compile", 1, 2)
+    with pytest.raises(ZeroDivisionError):
+        call(0, by=2)
+    with ThreadPoolExecutor(1, "other") as pool:
+        assert pool.submit(call, 1, by=2).result()[0].startswith("other")
+    with global_compiler_lock:
+        assert call(1, by=2)[0] == here
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    assert call(1, by=2)[0] == here
 
 
 def test_error_in_a_kernel_thread_is_raised(monkeypatch):
