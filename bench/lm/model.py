@@ -97,7 +97,7 @@ class Mix(nn.Module):
         """(batch, seqlen, width) to the same, and a sample of what an adapting hash was given."""
         q, k, v = self.project(x)
         turned = self.turn(q, k)
-        hashed = self.rows_to_hash(*(turned if self.hashes_turned else (q, k)))
+        hashed = self.rows_to_hash((q, k), turned)
         sample = hashed[:, :, :: sample_every(q.shape[0], q.shape[2])]
         if self.follows_past and directions is not None:
             hashed, center = self.buckets(hashed, directions, center)
@@ -114,9 +114,10 @@ class Mix(nn.Module):
         """Queries and keys at their places."""
         return (q, k) if self.rotary is None else (self.rotary(q), self.rotary(k))
 
-    def rows_to_hash(self, q: Tensor, k: Tensor) -> Tensor:
+    def rows_to_hash(self, plain: tuple[Tensor, Tensor], turned: tuple[Tensor, Tensor]) -> Tensor:
         """Queries of the heads that hash; keys of their own behind them, as further heads."""
-        rows = [x.detach()[:, : self.hashed_heads] for x in (q, k)[: self.sides]]
+        chosen = turned if self.hashes_turned else plain
+        rows = [x.detach()[:, : self.hashed_heads] for x in chosen[: self.sides]]
         return torch.cat(rows, dim=1) if self.sides == 2 else rows[0]
 
     def buckets(
@@ -334,9 +335,7 @@ class LanguageModel(nn.Module):
             mixed = block.norm_attention(x)
             if isinstance(block.mix, Mix):
                 q, k, _ = block.mix.project(mixed)
-                yield block.mix.rows_to_hash(
-                    *(block.mix.turn(q, k) if block.mix.hashes_turned else (q, k))
-                )
+                yield block.mix.rows_to_hash((q, k), block.mix.turn(q, k))
             else:
                 yield block.mix.query(mixed).unflatten(-1, (self.config.heads, -1)).transpose(1, 2)
             x, _ = block.forward(x, *self._hash_of(layer, directions), None)

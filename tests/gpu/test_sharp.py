@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from gpu_calls import everything
-from sharp import HEADS, SEQLEN, SIZES, dense, on_a_grid, pairs, visible
+from sharp import HEADS, SEQLEN, SIZES, assert_as_exact, dense, on_a_grid, pairs, visible
 
 import scfa_core as scfa
 
@@ -41,10 +41,4 @@ def test_gradients_are_as_exact_as_the_formula(torch, backend, head_dim, buckets
         case = on_a_grid(head_dim, size)
         right, others = (dense(*case, visible(ids), kind) for kind in (np.float64, np.float32))
         got = call(torch, backend, case, hashes(torch, (ids, ids)))[2:]
-        for name, mine, other, true in zip(("dq", "dk", "dv"), got, others, right, strict=True):
-            error, allowed = np.abs(mine - true), np.abs(other - true)
-            # Of what is tiny altogether, a weight of e**-80, no more than its size is asked.
-            floor = 4 * np.spacing(np.float32(max(np.abs(true).max(), 1e-20)))
-            where = f"{name} of scores of size {size}"
-            assert error.max() <= 2 * allowed.max() + floor, where
-            assert np.linalg.norm(error) <= 2 * np.linalg.norm(allowed) + floor, where
+        assert_as_exact(got, others, right, f"scores of size {size}")

@@ -48,3 +48,13 @@ def pairs(seqlen=SEQLEN):
     k_ids = np.stack([rng.permutation(seqlen) for _ in range(HEADS)])[None]
     key = np.take_along_axis(np.argsort(k_ids), q_ids, -1)[..., None]
     return scfa.HashSparse(q_ids, k_ids, causal=False), key
+
+
+def assert_as_exact(got, others, right, where):
+    """dq, dk and dv err by at most twice what others do, at the largest entry and in norm."""
+    for name, mine, other, true in zip(("dq", "dk", "dv"), got, others, right, strict=True):
+        error, allowed = np.abs(mine - true), np.abs(other - true)
+        # Of what is tiny altogether, a weight of e**-80, no more than its size is asked.
+        floor = 4 * np.spacing(np.float32(max(np.abs(true).max(), 1e-20)))
+        assert error.max() <= 2 * allowed.max() + floor, f"{name} of {where}"
+        assert np.linalg.norm(error) <= 2 * np.linalg.norm(allowed) + floor, f"{name} of {where}"

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from sharp import HEADS, SEQLEN, SIZES, dense, on_a_grid, pairs, visible
+from sharp import HEADS, SEQLEN, SIZES, assert_as_exact, dense, on_a_grid, pairs, visible
 
 import scfa_core as scfa
 
@@ -50,15 +50,7 @@ def test_gradients_of_sharp_scores_are_as_exact_as_others(head_dim, buckets, riv
         case = on_a_grid(head_dim, size)
         right = dense(*case, visible(ids), np.float64)
         others = rival(*case, ids)
-        for name, mine, other, true in zip(
-            ("dq", "dk", "dv"), ours(*case, pattern)[2:], others, right, strict=True
-        ):
-            error, allowed = np.abs(mine - true), np.abs(other - true)
-            # Of what is tiny altogether, a weight of e**-80, no more than its size is asked.
-            floor = 4 * np.spacing(np.float32(max(np.abs(true).max(), 1e-20)))
-            where = f"{name} of scores of size {size}"
-            assert error.max() <= 2 * allowed.max() + floor, where
-            assert np.linalg.norm(error) <= 2 * np.linalg.norm(allowed) + floor, where
+        assert_as_exact(ours(*case, pattern)[2:], others, right, f"scores of size {size}")
 
 
 @pytest.mark.parametrize("scale", [None, -0.3])
