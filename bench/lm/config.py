@@ -44,7 +44,7 @@ class Config:
     head_dim: int = 64
     vocabulary: int = 50304
     softmax_scale: float | None = None  # 1 / sqrt(head_dim) by default, though keys have length 1
-    # or "rotary": queries and keys turned by their place, once hashed, or "rotary-first": before
+    # or "rotary-first": queries and keys turned by their places, then hashed; "rotary": after
     positions: str = "learned"
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
@@ -162,7 +162,7 @@ PRESETS = {
     "paper": Config(),
     "small": Config(
         layers=8, heads=8, vocabulary=256, micro_batch=4, schedule="trapezoid", steps=10**6,
-        softmax_scale=1.0, positions="rotary",
+        softmax_scale=1.0, positions="rotary-first",
     ),
     "tiny": Config(
         layers=2, heads=2, head_dim=32, vocabulary=256, seqlen=512, tokens_per_step=1024, steps=40,

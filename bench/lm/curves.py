@@ -202,7 +202,7 @@ def unfinished(runs: Sequence[Run]) -> list[str]:
     """What failed or stopped, in words."""
     return [
         f"{run['config']['attention']} seed {run['config']['seed']} "
-        f"({run.get('error') or run.get('stopped') or 'stopped'}, "
+        f"({(run.get('error') or run.get('stopped') or 'stopped').split('. ')[0]}, "
         f"step {run['curve'][-1]['step'] if run['curve'] else 0})"
         for run in runs
         if not run["done"]

@@ -49,27 +49,21 @@ other corpora. `--tokens bpe` takes a byte-pair tokeniser trained on the trainin
 Steps are timed on the same text by words hashed to the model's vocabulary, so that their
 frequencies, and with them the buckets, are like a tokeniser's. Where variants took turns, the card
 is warm: a step without attention, which is at the card's power limit, then takes 55 ms where a cool
-one gives 52, and one with hashing 60 for 58. (Up to 6b95987 the first round of a variant came right
-after it was compiled.) One after the other, sources of the same day gave 88 to 91 % of the bound at
-T=8192, by the card. Speeds that name no commit are from
-before c7dc36e: until then each step waited for the GPU before it drew its batch, which a slow host
-shows (79.9 ms a step of hash16r at T=16384 on an H100 where 69.4 came after).
+one gives 52, and one with hashing 60 for 58.
 
-This page is made by `python -m bench.lm report` from stored JSON. In order: the paper's 12 layers
-at T=8192 to 32768; each step beside the same as one CUDA graph, which leaves the host little to do
-(`--graph` of the other commands trains so); the kernels of their steps; 8 layers of 512 at T=8192,
-ten minutes each for dense, hash16 and drop50, to be called again until a file holds all seeds; 12
-layers by tokens at T=16384, 165 seconds each; the paper's model with checkpoints, resumed where it
-stopped; images; pairs that the Reformer keeps; this page.
+This page is made by `python -m bench.lm report` from stored JSON (`bench/results/`, where the files
+of earlier kernels lie as well; the log tells of them). In order: the paper's 12 layers at T=8192 to
+32768, beside an H100 with earlier kernels; the same as one CUDA graph a step, which leaves the host
+little to do (`--graph` of the other commands trains so); quality by tokens at T=16384, 165 seconds
+each, to be called again until a file holds all seeds; the paper's model with checkpoints, resumed
+where it stopped; images; pairs that the Reformer keeps; this page.
 
 ```text
 python -m bench.lm speed --rounds 5 --json speed.json
 python -m bench.lm speed --graph --lengths 16384
-python -m bench.lm speed --profile --lengths 16384
-python -m bench.lm quality --seconds 600 --seeds 0 1 --budget 1800 --json quality.json
 python -m bench.lm quality --seconds 165 --layers 12 --tokens bpe --vocabulary 16384 \\
     --bpe-folder tokens --seqlen 16384 --micro-batch 2 --graph \\
-    --variants dense window128 hash16e,blocks256x6 --json bpe.json
+    --variants dense densek window128k hash16e hash16ek,blocks256x6 --json quality.json
 python -m bench.lm train --attention hash16 --out runs
 python -m bench.lm images --seconds 60 --json images.json
 python -m bench.lm coverage --json coverage.json
@@ -88,46 +82,34 @@ backward), and 92 % leave 4.5 ms for it, for hashing and for planning. That is 2
 Where three of twelve heads are hashed and nine see blocks of 256 neighbours, 94, 93 and 90 % are
 reached, and the 1.6, 2.2 and 3.5 times the speed of dense attention that were aimed at."""
 QUALITY = """\
-What these runs show, by tokens at T=16384, 165 seconds each on one of three H200s (dense, window128
-and three near heads of seed 0 on the first; variants with "k" and window128o on the third; the
-others on the second): buckets beside neighbours end far below dense attention, at 2.104 and 2.140
-nats (two seeds) with two of eight heads hashed and six that see blocks (`hash16e,blocks256x6`),
-where dense ends at 3.196 (one seed) and takes 2.4 times as long for a step. More near heads are
-better: 2.217 with three. Buckets alone end above dense attention (3.535): they leave out the
-neighbours, whom a language model needs first.
+The first table is by tokens at T=16384, 165 seconds each on one H200; rows are turned by their
+places (rotary positions) before they are hashed, as in the layers of `scfa_core.nn`.
 
-What they do not: that far rows of a bucket are worth much beside a window that is held to the same
-rules. `window128` ends at 2.202 and 2.230, above buckets with blocks. But a hash and blocks hide a
-row from itself, and keys are the normalised queries here, so that a row's own key is the nearest of
-all and takes weight from the others. With itself hidden that window ends at 2.036 (`window128o`),
-below them. With keys of their own, which are worth more still, `window128k` ends at 2.019,
-`hash16ek,window128x6` at 1.994 and `hash16ek,blocks256x6` at 1.992: two hashed heads of eight are
-worth 0.025 nats in equal time, one seed each, where two seeds differ by 0.03. By place they are
-alike in the first 1024 tokens, and the hashed ones 0.03 lower beyond 8192. `densek` and `denseo`
-are to be run at this size.
+- The paper's attention, 16 buckets in all heads and keys that are the normalised queries
+  (`hash16e`), ends at 2.234 nats, dense attention over the same projections at 3.109: it takes 2.5
+  times as long for a step. At equal steps the hash is 0.13 behind (3.732 and 3.598 at step 1550).
+- With keys of their own, as models without a hash have, both end lower: `hash16ek` at 2.022,
+  `densek` at 2.422. At step 1520 the hash is behind by 0.68: it gains in seconds, not in steps.
+- Two hashed heads and six that see blocks of neighbours (`hash16ek,blocks256x6`) end lowest, at
+  1.783 and 1.836 (two seeds), and need no more steps for it than dense attention: at step 1520 they
+  are at 2.908 and 3.151, `densek` at 2.988 (one seed).
+- Far rows of a bucket add something to near ones: a window alone (`window128k`) ends at 1.862 and
+  1.877, 0.08 and 0.04 above, though it takes 5 % more steps in that time. By place the difference
+  is 0.02 in the first 1024 tokens and 0.06 beyond 8192. Seeds differ by 0.02 to 0.05.
 
-Two things weigh on variants with "k". Up to cd2701f, which these runs are of, the compiled model
-found a power, a sine and a cosine for every element that rotary positions turn, and variants with
-keys of their own paid most for it: steps of `window128o`, `window128k`, `hash16ek,window128x6` and
-`hash16ek,blocks256x6` took 33.6, 40.5, 36.9 and 42.1 ms where they take 27.1, 28.0, 30.4 and 29.9
-with a table (on the same card; the second table of steps). So the last of them would have taken
-two fifths more steps than it did, the first a quarter. And tokens of the corpus are 57 million:
-in 165 seconds a window reads them two to three times.
+What decides for a hash is that rows are turned first. Until 2026-11-30 they were hashed before, so
+that nothing told a bucket where its rows lie: tables with plain "rotary positions" below. Buckets
+alone ended at 3.535 there, above dense attention, and two hashed heads beside six near ones added
+no more to a window than two seeds differ by. (Their steps were slower, too: the compiled model
+found a power, a sine and a cosine for every element that is turned, which a table spares; dense
+attention gained 8 % of steps by it, hash16e 21 %.) There is also what a row is worth to itself: a
+hash and blocks hide it, a window does not unless it is told to, and where keys are the normalised
+queries a row's own key is the nearest of all (`window128` 2.202, `window128o` 2.036).
 
-On a CPU (tables of 4 layers below: T=1024, 250 steps, one seed) effects are of the same
-order: a window of 64 ended at 4.442, hiding itself at 4.322, with keys of its own at 4.280,
-`hash16e,blocks128x3` at 4.409, dense at 4.540, with keys of its own at 4.450; blocks of 128 in all
-heads at 4.368 and `hash16ek,blocks128x3` at 4.360, two runs that were ended by hand after their
-last validation.
-
-Rows are hashed before they are turned by their places, so that nothing tells a bucket where they
-lie. The layers of `scfa_core.nn` hash turned rows, and so does `--positions rotary-first`, new: on
-a CPU, in the same small model, hash16e alone ends at 4.596 so and at 4.763
-otherwise, hash16ek at 4.597; beside three near heads of four it matters less
-(hash16ek,blocks128x3 4.336 and 4.360). It is to be run at T=16384.
-
-Minutes of training are far from an end, too. Equal seconds are the user's; where runs differ in
-steps taken, the table at equal steps says what a step is worth."""
+Minutes of training are far from an end; the corpus is 57 million tokens, which a window reads three
+times in 165 seconds, dense attention once. The Reformer with 16 buckets did not fit the card at two
+sequences a pass. Equal seconds are the user's; where runs differ in steps taken, the table at equal
+steps says what a step is worth."""
 SMALL_MODEL = (
     "**The model is small and was trained on a CPU for a short time.** Counts do not depend on the "
     "device, but on how far training has crowded the buckets."
@@ -145,7 +127,10 @@ Pixels in reading order, each one of the grey levels, predicted from those befor
 this with MNIST. A sequence is many images at random, one after the other, so that length can grow
 with the images as they are. One image in twenty is kept for validation. The data are small: a long
 run learns them by heart, so the lowest validation loss on the way stands beside the last. Pictures
-are the model's own, drawn pixel by pixel from an empty sequence, below some of validation."""
+are the model's own, drawn pixel by pixel from an empty sequence, below some of validation.
+
+On an H200 dense attention reaches 1.90 bits a pixel before it knows the data by heart, 16 buckets
+in all heads 2.11, where a row sees a sixteenth of its sequence: some 32 pixels of 16 images."""
 COVERAGE = """\
 Exact hash attention computes all earlier keys of a query's bucket. The Reformer (arXiv 2001.04451)
 sorts rows by bucket, cuts them into chunks of equal size and looks at a row's own chunk and the one
@@ -154,7 +139,12 @@ the sequence too; what a row of a hash variant sees does not.) Counted here: pai
 that share a bucket, for one round of hashing with fresh directions, with chunks of twice the mean
 bucket (2T/n for n buckets, its paper's rule) and of 64 rows, whatever T. `normal` are random normal
 queries, whose buckets are nearly even; the others those of a model on validation text, over all
-layers, before and after training."""
+layers, before and after training, hashed without regard to their mean.
+
+Queries that are turned by their places before they are hashed (first table) fill buckets nearly
+evenly, so that chunks of twice the mean bucket lose little; where learned positions are added to
+the text (second table) half of a trained model's pairs and more are lost, and the work of exact
+hash attention grows. Chunks of 64 rows lose most pairs either way, more with each doubling of T."""
 
 
 def _machine(facts: dict[str, Any]) -> str:
