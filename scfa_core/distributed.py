@@ -35,6 +35,7 @@ from scfa_core.distributed_patterns import (
 )
 from scfa_core.errors import OptionError, PatternError, ShapeError
 from scfa_core.patterns import Pattern
+from scfa_core.patterns.base import PATTERN, require_pattern
 from scfa_core.problem import as_size
 from scfa_core.torch_checks import check_tensor
 
@@ -119,6 +120,7 @@ def ulysses_attention(
             pattern = heads_of(pattern, dist.get_rank(group), ranks)
         else:
             pattern = pattern(q, k)
+            require_pattern(f"ulysses_attention: the function must return {PATTERN}", pattern)
         out: Tensor = attention(q, k, v, pattern, **options)
     (out,) = to_rows((out,), group)
     return out
@@ -145,10 +147,10 @@ def gathered_attention(
         Of the whole sequence, the same on every rank: each takes its queries (`queries_of`).
     group : ProcessGroup, optional
     rows : integer Tensor, (seqlen / ranks,), optional
-        Global row of each local one, of q and of k; all ranks together name each row once (which is
-        not checked, as that would wait for the device). By default ranks hold consecutive
-        stretches, and under a causal pattern later ranks have more to do; `zigzag_rows` evens that
-        out.
+        Global row of each local one, of q and of k; all ranks together name each row once (on
+        GPUs that is not checked, as it would wait for the device). By default ranks hold
+        consecutive stretches, and under a causal pattern later ranks have more to do; `zigzag_rows`
+        evens that out.
     **options
         As for `scfa_core.attention`, but layout and lse.
 

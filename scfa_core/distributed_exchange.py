@@ -15,6 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from scfa_core.errors import PatternError
+from scfa_core.torch_meta import is_traced
+
 Group: TypeAlias = "dist.ProcessGroup | None"
 Tensors = tuple[Tensor, ...]
 # Into one tensor; the first names are torch 2.13's, which warns of the others.
@@ -44,7 +47,21 @@ def from_all(tensors: Sequence[Tensor], rows: Tensor | None, group: Group) -> Te
     if rows is None:
         return _by_kind(_FromAll, tensors, None, None, group)
     held = gather(rows, 0, group)  # global row of each gathered one
+    _refuse_no_permutation(held)
     return _by_kind(_FromAll, tensors, torch.argsort(held), held, group)
+
+
+def _refuse_no_permutation(held: Tensor) -> None:
+    """Raise where ranks name a row twice or one that nobody has; not on a GPU, which would wait."""
+    if held.device.type != "cpu" or is_traced(held):
+        return
+    found = held.sort().values.tolist()
+    wrong = next((place for place, row in enumerate(found) if row != place), None)
+    if wrong is not None:
+        raise PatternError(
+            f"rows of all ranks must be 0 to {len(found) - 1}, each once; in order they have "
+            f"{found[wrong]} in place of {wrong}"
+        )
 
 
 def gather(x: Tensor, dim: int, group: Group) -> Tensor:

@@ -40,6 +40,7 @@ __all__ = [
 
 _WORKSPACE = 1 << 24  # projections of arrays held at once: 64 MiB of float32
 _PACKED_BITS = 62
+MOST_PARTS = 1024  # patterns of `disjoint_rounds`; each is an attention call
 
 
 def random_directions(
@@ -319,7 +320,7 @@ def disjoint_rounds(
         Other axes than these four.
     PatternError
         Buckets that are no int of at least 1, different numbers of rounds, none, or so many that
-        their bits do not fit 64.
+        more than 1,024 patterns come of them.
 
     Notes
     -----
@@ -342,16 +343,12 @@ def disjoint_rounds(
             )
         check_integers(name, x)
     rounds = q_bucket.shape[0]
-    bits = max((buckets - 1).bit_length(), 1)
+    bits = bits_of(buckets)
     if k_bucket.shape[0] != rounds:
         raise PatternError(f"q has {rounds} rounds of buckets, k has {k_bucket.shape[0]}")
     if not rounds:
         raise PatternError("q_bucket and k_bucket must hold at least one round, got none")
-    if rounds * bits > _PACKED_BITS:
-        raise PatternError(
-            f"{rounds} rounds of {buckets} buckets need {rounds * bits} bits, at most "
-            f"{_PACKED_BITS} fit; use fewer rounds"
-        )
+    check_rounds(rounds, buckets)
     q, k = _as_int64(q_bucket), _as_int64(k_bucket)
     patterns = []
     for r in range(rounds):
@@ -369,6 +366,22 @@ def disjoint_rounds(
             HashSparse(a, b, causal=causal, include_self=include_self) for a, b in prefixes
         ]
     return patterns
+
+
+def bits_of(buckets: int) -> int:
+    """Bits that tell so many buckets apart."""
+    return max((buckets - 1).bit_length(), 1)
+
+
+def check_rounds(rounds: int, buckets: int) -> None:
+    """Refuse rounds of which `disjoint_rounds` would make too many patterns."""
+    bits = bits_of(buckets)
+    parts = sum(bits**r for r in range(rounds))
+    if parts > MOST_PARTS or rounds * bits > _PACKED_BITS:
+        raise PatternError(
+            f"{rounds} rounds of {buckets} buckets are {parts:,} patterns, each an attention call "
+            f"(1 + {bits} + {bits}**2 + ...); at most {MOST_PARTS:,} are made: use 2 or 3 rounds"
+        )
 
 
 # No shift operators: those of DTensors (torch 2.13) give back what they were to shift.

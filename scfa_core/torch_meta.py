@@ -18,8 +18,8 @@ from scfa_core.torch_transforms import functorch_is_active
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
 
-def _is_traced(q: torch.Tensor) -> bool:
-    """Whether somebody records this call, to run it later."""
+def is_traced(q: torch.Tensor) -> bool:
+    """Whether somebody records this call, to run it later, so that values cannot be read."""
     if torch.compiler.is_compiling() or functorch_is_active() or type(q) not in _ORDINARY:
         return True
     return bool(torch._C._len_torch_dispatch_stack()) or torch._C._get_tracing_state() is not None
@@ -34,7 +34,7 @@ def check_on_meta(
     layout: str,
 ) -> None:
     """Raise what a forward of tensors with memory raises; nothing while somebody traces."""
-    if _is_traced(q):
+    if is_traced(q):
         return
     infos = [TORCH_FRAMEWORK.info(x) for x in (q, k, v)]
     problem = build_problem(*infos, softmax_scale=softmax_scale, layout=layout)
@@ -48,7 +48,7 @@ def check_backward_on_meta(
     q: torch.Tensor, v: torch.Tensor, layout: str, **results: torch.Tensor
 ) -> None:
     """Raise what a backward says of `dout`, `out` and `lse`; nothing while somebody traces."""
-    if _is_traced(q):
+    if is_traced(q):
         return
     rows = TORCH_FRAMEWORK.info(q)
     shape = (*rows.shape[:3], v.shape[-1])

@@ -194,7 +194,7 @@ class SparseSelfAttention(nn.Module):
             Axes other than these, what is no tensor, or a dtype other than that of the weights
             outside of autocast.
         PatternError
-            A plan beside documents or keep.
+            A plan beside documents or keep; a plan that is none.
         """
         if check_tensor("x", x, "batch", "seqlen", "width").shape[2] != self.width:
             raise ShapeError(f"x must be (batch, seqlen, {self.width}), got {tuple(x.shape)}")
@@ -203,6 +203,11 @@ class SparseSelfAttention(nn.Module):
         if plan is None:
             limits = limits_of(x, documents, keep)
             patterns = [narrowed(p, limits) for p in self._made_patterns(q, k)]
+        elif not isinstance(plan, Plan):
+            raise PatternError(
+                f"plan must be a Plan, as make_plan makes it, got {type(plan).__name__}; a pattern "
+                "is given to SparseSelfAttention when it is made"
+            )
         elif documents is None and keep is None:
             patterns = [plan]
         else:

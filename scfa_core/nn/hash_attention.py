@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from scfa_core.errors import OptionError, PatternError
-from scfa_core.hashing import disjoint_rounds
+from scfa_core.hashing import check_rounds, disjoint_rounds
 from scfa_core.nn.attention import SparseSelfAttention
 from scfa_core.nn.hashing import AngularHash
 from scfa_core.nn.near import with_near_heads
@@ -92,6 +92,7 @@ class HashSelfAttention(SparseSelfAttention):
             adapt=adapt,
             momentum=momentum,
         )
+        check_rounds(rounds, buckets)
 
     def make_patterns(self, q: Tensor, k: Tensor) -> list[Pattern]:
         """One hash pattern per round and way of differing from the earlier ones.

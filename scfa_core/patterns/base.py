@@ -207,10 +207,13 @@ def kind_of(part: Pattern) -> type[Pattern]:
     Raises
     ------
     PatternError
-        It is derived from `Pattern` alone, and nothing says which clauses it is made of.
+        It is derived from `Pattern` alone, and nothing says which clauses it is made of; or it has
+        a `mask` of its own, which kernels would not know.
     """
     for kind in type(part).__mro__:
         if kind.__module__.startswith("scfa_core.patterns.") and kind is not Pattern:
+            if type(part) is not kind and type(part).mask is not kind.mask:
+                raise unknown_pattern(part)
             return kind
     raise unknown_pattern(part)
 

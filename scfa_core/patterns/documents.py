@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
-from scfa_core.errors import DTypeError, ShapeError
+import numpy as np
+
+from scfa_core.errors import DTypeError, PatternError, ShapeError
 from scfa_core.patterns.base import (
     Pattern,
     describe_array,
@@ -56,7 +59,7 @@ class Documents(Pattern):
             Where each document starts, and where the last one ends; an empty one is no harm.
         rows : int
             Length of the packed sequence, e.g. ``q.shape[2]``. Rows past the last bound, padding,
-            are a document of their own, as are rows before the first.
+            are a document of their own.
         causal : bool
             See above.
 
@@ -69,11 +72,12 @@ class Documents(Pattern):
         Raises
         ------
         PatternError, DTypeError, ShapeError
-            What is no array of integers of one axis, or rows that are no int of at least 0.
+            What is no array of integers of one axis, or rows that are no int of at least 0. Bounds
+            on the host that do not begin with 0 or that fall, as lengths taken for bounds do.
 
         Notes
         -----
-        Reads no value and waits for no device.
+        Values on a GPU are not read; it is not waited for.
         """
         from scfa_core.array_kinds import adopt, dtype_name, framework_of, is_torch_tensor
         from scfa_core.arrays import INT_DTYPES
@@ -91,6 +95,7 @@ class Documents(Pattern):
                 "documents become bounds by a cumsum after a 0"
             )
         xp = namespace(bounds)
+        _refuse_lengths(bounds)
         if is_torch_tensor(bounds):
             places = xp.arange(rows, device=bounds.device)
             ids = xp.searchsorted(bounds.long().contiguous(), places, right=True) - 1
@@ -104,4 +109,26 @@ class Documents(Pattern):
         return (
             f"Documents(q_ids={describe_array(self.q_ids)}, k_ids={describe_array(self.k_ids)}, "
             f"causal={self.causal})"
+        )
+
+
+def _refuse_lengths(bounds: Any) -> None:
+    """Raise where bounds on the host do not begin with 0 or fall: they may be lengths."""
+    from scfa_core.array_kinds import is_torch_tensor
+
+    if is_torch_tensor(bounds):
+        from scfa_core.torch_meta import is_traced
+
+        if is_traced(bounds) or bounds.device.type != "cpu":
+            return
+        values = bounds.tolist()
+    elif isinstance(bounds, np.ndarray):
+        values = bounds.tolist()
+    else:
+        return
+    if values and (values[0] != 0 or any(b < a for a, b in pairwise(values))):
+        raise PatternError(
+            "cu_seqlens must begin with 0 and never fall, got "
+            f"{np.array2string(np.array(values), threshold=8, separator=', ')}; lengths of "
+            "documents become bounds by a cumsum after a 0"
         )

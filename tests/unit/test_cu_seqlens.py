@@ -22,9 +22,18 @@ def test_a_masked_array_is_refused():
         scfa.Documents.from_cu_seqlens(np.ma.array([0, 2, 5], mask=[0, 1, 0]), 5)
 
 
-def test_rows_before_the_first_bound_are_no_part_of_it():
-    ids = scfa.Documents.from_cu_seqlens(np.array([2, 4]), 5).q_ids
-    assert ids.tolist() == [[-1, -1, 0, 0, 1]]
+@pytest.mark.parametrize("bounds", [[20, 20, 10], [2, 4], [0, 5, 2], [0, 9, 9, 0]])
+def test_lengths_are_not_taken_for_bounds(bounds):
+    with pytest.raises(scfa.PatternError, match=r"begin with 0 and never fall.*cumsum"):
+        scfa.Documents.from_cu_seqlens(np.array(bounds), 50)
+    torch = pytest.importorskip("torch", reason="tensors are torch's")
+    with pytest.raises(scfa.PatternError, match=r"begin with 0 and never fall.*cumsum"):
+        scfa.Documents.from_cu_seqlens(torch.tensor(bounds), 50)
+
+
+def test_no_bounds_are_no_mistake():
+    ids = scfa.Documents.from_cu_seqlens(np.array([], np.int32), 2).q_ids
+    assert ids.tolist() == [[-1, -1]]
 
 
 class Mine(scfa.Documents):

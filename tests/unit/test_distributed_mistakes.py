@@ -96,6 +96,14 @@ CASES = {
     for attend in (ULYSSES, GATHERED)
 }
 CASES["function", "ulysses_attention"] = (ULYSSES, lambda *x: x, fail, {}, KeyError, "no such tab")
+CASES["forgot", "ulysses_attention"] = (
+    ULYSSES,
+    lambda *x: x,
+    lambda q, k: None,
+    {},
+    scfa.PatternError,
+    "function must return .* got NoneType",
+)
 CASES["rows", "gathered_attention"] = (
     GATHERED,
     lambda *x: x,

@@ -137,6 +137,8 @@ def test_mistakes_are_told():
         (rows[:5], scfa.ShapeError, f"name the {SEQLEN} rows of q, got 5"),
         (rows.double(), scfa.DTypeError, "rows must be an integer tensor"),
         (rows.tolist(), scfa.DTypeError, "rows must be a torch tensor"),
+        (rows + 9, scfa.PatternError, "each once; in order they have 9 in place of 0"),
+        (rows * 0, scfa.PatternError, "each once; in order they have 0 in place of 1"),
     ):
         with pytest.raises(error, match=words):
             distributed.gathered_attention(*draw()[:3], scfa.Causal(), rows=wrong)

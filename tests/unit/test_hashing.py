@@ -110,8 +110,10 @@ def test_attention_over_rounds_is_attention_over_their_union():
 
 def test_too_many_rounds_and_unequal_rounds_raise():
     ids = np.zeros((16, 1, 1, 4), np.int32)
-    with pytest.raises(scfa.PatternError, match="bits"):
-        hashing.disjoint_rounds(ids, ids, 16)
+    for rounds, buckets, parts in ((16, 16, "1,431,655,765"), (6, 16, "1,365"), (64, 2, "64")):
+        many = np.zeros((rounds, 1, 1, 4), np.int32)
+        with pytest.raises(scfa.PatternError, match=f"are {parts} patterns.*2 or 3 rounds"):
+            hashing.disjoint_rounds(many, many, buckets)
     with pytest.raises(scfa.PatternError, match="rounds of buckets"):
         hashing.disjoint_rounds(ids[:2], ids[:1], 16)
 

@@ -98,6 +98,8 @@ def test_own_pattern_and_plan():
     )
     with pytest.raises(scfa.PatternError, match="belong into the plan"):
         layer(x, plan=plan, keep=torch.ones(2, SEQLEN, dtype=torch.bool))
+    with pytest.raises(scfa.PatternError, match=r"plan must be a Plan.*got Causal"):
+        layer(x, plan=scfa.Causal())
 
 
 @pytest.mark.parametrize("heads_kv", [4, 2])

@@ -35,6 +35,13 @@ class Homemade(scfa.Pattern):
     """Derived from nothing that says who sees what."""
 
 
+class Masked(scfa.SlidingWindow):
+    """A window whose mask is its own; kernels would not know."""
+
+    def mask(self, *sizes, **options):
+        return super().mask(*sizes, **options) & False
+
+
 def attend(x=X, pattern=None, **options):
     return scfa.attention(x, x, x, pattern, backend="reference", **options)
 
@@ -68,6 +75,11 @@ MISTAKES = {
         scfa.PatternError,
         "Homemade is no pattern of scfa_core: build yours of HashSparse",
         lambda: attend(pattern=Homemade() & WINDOW),
+    ),
+    "a mask of one's own": (
+        scfa.PatternError,
+        "Masked is no pattern of scfa_core: build yours of HashSparse",
+        lambda: attend(pattern=Masked(9)),
     ),
     "its mask": (scfa.PatternError, "it is none of Causal", lambda: Homemade().mask(3, 3)),
     "a mask of negative size": (
