@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from transformers import masking_utils
 
 from scfa_core.api import make_plan
-from scfa_core.errors import PatternError
+from scfa_core.errors import OptionError, PatternError
 from scfa_core.hf_reading import read_function
 from scfa_core.hf_symbols import Band, Positions
 from scfa_core.patterns import (
@@ -68,6 +68,15 @@ class StructuredMask(BlockMask):
     def ndim(self) -> int:
         """4, as of the tensor that it stands for."""
         return 4
+
+    def __add__(self, other: Any) -> Any:
+        """Say what a model that adds its mask to scores of its own has to be loaded with."""
+        raise OptionError(
+            "this model adds its mask to scores that it computes itself, and calls no attention "
+            "function; load it with attn_implementation='eager'"
+        )
+
+    __radd__ = __add__
 
     def __repr__(self) -> str:
         kept = "" if self.keep is None else ", padded"

@@ -230,6 +230,8 @@ def _advice(name: str, got: tuple[int, ...], want: tuple[int, ...]) -> str:
         return f"; {name}[None] has the axis of sequences"
     if len(got) == 3 and fits(got[0], got[2], got[1]):
         return "; heads come before rows here, whatever layout says"
+    if name.startswith("k_") and len(got) == 3 and fits(got[0], want[1], got[2]):
+        return f"; keys have {want[1]} heads (heads_kv), each shared by several of the queries"
     return ""
 
 

@@ -13,8 +13,13 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import torch
-from torch import Tensor
+from scfa_core.extras import missing
+
+try:
+    import torch
+    from torch import Tensor
+except ModuleNotFoundError as error:
+    raise missing("scfa_core.torch_flash", "torch", error) from error
 
 from scfa_core.api import attention, attention_backward
 from scfa_core.arrays import strides_in_order

@@ -9,8 +9,13 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-import torch
-from torch import Tensor
+from scfa_core.extras import missing
+
+try:
+    import torch
+    from torch import Tensor
+except ModuleNotFoundError as error:
+    raise missing("scfa_core.torch_flops", "torch", error) from error
 
 import scfa_core.torch_hashing
 import scfa_core.torch_union_ops  # noqa: F401  (both define operators)

@@ -198,6 +198,11 @@ class TorchFramework:
 
     def to_numpy(self, x: torch.Tensor) -> np.ndarray:
         """Copy to the host (synchronises); bfloat16 as float32, for NumPy knows values alone so."""
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+            raise DeviceError(
+                "values are read here, and inside torch.func (vmap, grad) a tensor has none to "
+                "read: look at it outside"
+            )
         x = x.detach().cpu().resolve_neg()
         return host_view(x.float() if x.dtype is torch.bfloat16 else x)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from scfa_core.api import attention
+from scfa_core.dispatch import check_name
 from scfa_core.errors import DTypeError, OptionError, PatternError, ShapeError
 from scfa_core.merging import attention_over
 from scfa_core.nn.limits import limits_of, narrowed
@@ -140,6 +141,8 @@ class SparseSelfAttention(nn.Module):
                 "pass head_dim, which need not be width // heads"
             )
         check_scale(softmax_scale, self.head_dim, "float64")  # what no dtype takes
+        if backend is not None:
+            check_name(backend)
         self.pattern = pattern
         self.shared_qk = shared_qk
         self.include_self = include_self

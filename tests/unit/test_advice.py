@@ -27,6 +27,10 @@ MEANT = {
     "hashes of a row": (hashed(IDS[0]), "q_hash[None, None] has the axes of sequences and heads"),
     "rounds": (hashed(ONE_ROUND), "of one round take q_hash[0], of several scfa_core.hashing.dis"),
     "rows first": (hashed(np.zeros((2, 8, 4), int)), "heads come before rows here, whatever"),
+    "keys of query heads": (
+        scfa.HashSparse(np.zeros((2, 4, 8), int), np.zeros((2, 4, 8), int)),
+        "keys have 2 heads (heads_kv), each shared by several of the queries",
+    ),
     "the class": (scfa.Causal, "got the class Causal; make one: Causal(...)"),
     "a list": ([scfa.Causal()], "got list; where all must hold a & b is the pattern"),
     "a word": ("causal", "got 'causal'; Causal() is the default"),

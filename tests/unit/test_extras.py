@@ -30,6 +30,8 @@ except ModuleNotFoundError as error:
         ("scfa_core.hf", "torch", "torch"),
         ("scfa_core.hf", "transformers", "hf"),
         ("scfa_core.nn", "torch", "torch"),
+        ("scfa_core.torch_flash", "torch", "torch"),
+        ("scfa_core.torch_flops", "torch", "torch"),
     ],
 )
 def test_a_missing_library_is_named_with_its_extra(module, library, extra):

@@ -183,6 +183,13 @@ def test_a_padding_mask_of_other_axes_raises(shape):
         read_mask(2, 4, 4, attention_mask=torch.ones(shape, dtype=torch.bool))
 
 
+def test_a_model_that_adds_its_mask_is_told():
+    mask = read_mask(2, 4, 4)
+    for add in (lambda: torch.zeros(2, 1, 4, 4) + mask, lambda: mask + torch.zeros(1)):
+        with pytest.raises(scfa.OptionError, match="load it with attn_implementation='eager'"):
+            add()
+
+
 def test_a_padding_mask_of_another_batch_raises():
     with pytest.raises(scfa.PatternError, match=r"got shape \(3, 4\) for a batch of 2"):
         read_mask(2, 4, 4, attention_mask=torch.ones(3, 4, dtype=torch.bool))

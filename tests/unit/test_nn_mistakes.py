@@ -38,6 +38,12 @@ def test_unknown_options_name_the_layer_that_was_called(name):
         LAYERS[name](kv=1, dropout=0.5, bias=True)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_backend_of_no_name_is_refused_when_the_layer_is_made(name):
+    with pytest.raises(scfa.UnknownBackend, match=r"backend must be one of .* got 'numba'"):
+        LAYERS[name](backend="numba")
+
+
 def test_the_options_told_are_those_there_are():
     with pytest.raises(scfa.OptionError) as caught:
         nn.DenseSelfAttention(WIDTH, HEADS, foo=1)

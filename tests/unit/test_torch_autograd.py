@@ -279,6 +279,17 @@ def test_vmap_over_nothing_is_told():
         torch.func.vmap(lambda x: scfa.attention(x, x, x))(q)
 
 
+def test_values_that_vmap_hides_are_told():
+    q, flags = torch.randn(1, 2, 9, 16), torch.ones(3, 1, 2, 9, dtype=torch.int64)
+
+    def look(keep):
+        scfa.validate(scfa.QKSparse(keep, keep), q, q)
+        return keep
+
+    with pytest.raises(scfa.DeviceError, match=r"inside torch\.func"):
+        torch.func.vmap(look)(flags)
+
+
 def test_vmap_and_grad_nest_both_ways():
     _, k, v = tensors(requires_grad=False)
     qs = torch.stack([tensors(requires_grad=False, seed=seed)[0] for seed in range(2)])
