@@ -212,7 +212,7 @@ def kind_of(part: Pattern) -> type[Pattern]:
     """
     for kind in type(part).__mro__:
         if kind.__module__.startswith("scfa_core.patterns.") and kind is not Pattern:
-            if type(part) is not kind and type(part).mask is not kind.mask:
+            if type(part) is not kind and type(part).mask is not Pattern.mask:
                 raise unknown_pattern(part)
             return kind
     raise unknown_pattern(part)
