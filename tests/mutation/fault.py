@@ -28,6 +28,7 @@ SUITES = {
         ("tests/unit/test_torch_autograd.py", "tests/unit/test_torch_bridge.py"),
         ("tests/unit/test_faults.py", "tests/property/test_torch_exact.py"),
     ),
+    "torch-half": (("tests/unit/test_torch_lse_float16.py",),),
     "torch-union": (("tests/unit/test_torch_union.py",),),
     "torch-hash": (("tests/unit/test_hashing_torch.py", "tests/unit/test_hashing_past.py"),),
     "dropping": (("tests/unit/test_dropping.py",), ("tests/unit/test_dropping_layers.py",)),
