@@ -18,6 +18,7 @@ from scfa_core.dispatch import (
     ENVIRONMENT_VARIABLE,
     backends,
 )
+from scfa_core.environment import strangers
 from scfa_core.errors import ScfaError
 from scfa_core.terminal import Terminal
 from scfa_core.versions import PACKAGES, version_of
@@ -232,6 +233,8 @@ def run_info(_options: argparse.Namespace, terminal: Terminal) -> int:
         f"${ENVIRONMENT_VARIABLE}: {requested or 'not set (auto: by the device of the arrays)'}"
         f"{', which is no backend: every call will raise' if unknown else ''}"
     )
+    for name, meant in strangers().items():
+        terminal.print(f"${name}: nobody reads it{f'; is ${meant} meant?' if meant else ''}")
     terminal.print()
     terminal.table(("backend", "state"), list(backends().items()))
     terminal.print()

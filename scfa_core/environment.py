@@ -10,6 +10,25 @@ import os
 
 from scfa_core.errors import BackendUnavailable
 
+READ = (  # what this package reads; tests read three more
+    "SCFA_BACKEND",
+    "SCFA_CACHE_DIR",
+    "SCFA_CUPY_BACKWARD",
+    "SCFA_CUPY_FP32",
+    "SCFA_CUPY_KERNELS",
+    "SCFA_CUPY_SANITIZE",
+)
+_OF_TESTS = ("SCFA_GPU_BACKENDS", "SCFA_HYPOTHESIS", "SCFA_REQUIRE")
+
+
+def strangers() -> dict[str, str]:
+    """Variables that look like ours and that nobody reads, each with what may be meant, or ""."""
+    from difflib import get_close_matches
+
+    known = (*READ, *_OF_TESTS)
+    names = sorted(name for name in os.environ if name.startswith("SCFA_") and name not in known)
+    return {name: "".join(get_close_matches(name, READ, n=1)) for name in names}
+
 
 class Variable:
     """One environment variable; its value is read anew at every call."""

@@ -5,15 +5,18 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scfa_core.reference.backend import BACKEND
 
-from scfa_core import cli, testing, verify
+from scfa_core import cli, environment, testing, verify
 from scfa_core.dispatch import BACKEND_NAMES
 from scfa_core.errors import BackendUnavailable, ScfaError, UnknownBackend
 from scfa_core.terminal import Terminal
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def call(capsys, *arguments):
@@ -31,6 +34,27 @@ def test_info_names_every_backend_and_its_state(capsys):
         assert len(line.split(maxsplit=1)[1]) > 3
     assert re.search(r"^reference +available$", out, re.MULTILINE)
     assert re.search(rf"^numpy +{re.escape(np.__version__)}$", out, re.MULTILINE)
+
+
+def test_info_names_variables_that_nobody_reads(capsys, monkeypatch):
+    monkeypatch.setenv("SCFA_BACKND", "cupy")
+    monkeypatch.setenv("SCFA_XYZ", "1")
+    monkeypatch.setenv("SCFA_CACHE_DIR", "kernels")
+    out = call(capsys, "info")[1]
+    assert "$SCFA_BACKND: nobody reads it; is $SCFA_BACKEND meant?\n" in out
+    assert "$SCFA_XYZ: nobody reads it\n" in out
+    assert "CACHE_DIR" not in out
+
+
+@pytest.mark.skipif(not (ROOT / "backends").exists(), reason="needs the source tree")
+def test_every_variable_that_is_read_is_known():
+    sources = [*(ROOT / "scfa_core").rglob("*.py"), *(ROOT / "backends").rglob("*.py")]
+    named = {
+        name
+        for path in sources
+        for name in re.findall(r"""["'](SCFA_[A-Z0-9_]*[A-Z0-9])["']""", path.read_text())
+    }
+    assert named == {*environment.READ, *environment._OF_TESTS}
 
 
 def test_module_and_script_are_one_program(tmp_path):
