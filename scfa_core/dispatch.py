@@ -119,7 +119,7 @@ def check_name(name: str) -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Choose the backend for all calls in this context (of this thread or task).
+    """Choose the backend for all calls in this context (of this thread or task), in a ``with``.
 
     >>> with use_backend("reference"):
     ...     pass
