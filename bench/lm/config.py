@@ -98,10 +98,10 @@ class Config:
         """Whether keys are projected, not the normalised queries: variants that end with "k"."""
         if not self.attention.partition(",")[0].endswith("k"):
             return False
-        hashed = r"hash\d+[re]k(,(blocks|window)\d+x\d+)?"
+        hashed = r"hash\d+[re]?k(,(blocks|window)\d+x\d+)?"
         if re.fullmatch(rf"densek|(window|blocks|drop)\d+k|{hashed}", self.attention) is None:
             raise SystemExit(
-                "keys of their own are for densek, window128k, blocks256k, drop50k, hash16ek, "
+                "keys of their own are for densek, window128k, blocks256k, drop50k, hash16k, "
                 f"hash16ek,blocks256x4 and hash16ek,window128x4; got {self.attention!r}"
             )
         return True

@@ -99,7 +99,7 @@ class Mix(nn.Module):
         turned = self.turn(q, k)
         hashed = self.rows_to_hash((q, k), turned)
         sample = hashed[:, :, :: sample_every(q.shape[0], q.shape[2])]
-        if self.follows_past and directions is not None:
+        if directions is not None and (self.follows_past or self.sides == 2):
             hashed, center = self.buckets(hashed, directions, center)
             directions = None
         out = self.attend(*turned, v, hashed, directions, center, documents)
@@ -124,10 +124,10 @@ class Mix(nn.Module):
         self, rows: Tensor, directions: Tensor, center: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Buckets of `rows_to_hash` (batch, heads, seqlen), and what they were hashed about."""
-        if center is None or not self.follows_past:
-            return angular_hash(rows, directions, center)[0], center
         if self.sides == 2:  # queries and keys meet by the same directions
             directions = torch.cat((directions, directions), dim=1)
+        if center is None or not self.follows_past:
+            return angular_hash(rows, directions, center)[0], center
         bucket, about = past_hash(rows, directions, center, self.adapts == "e")
         return bucket[0], about
 

@@ -25,8 +25,8 @@ last so many heads see a window, the others what stands before the comma),
 blocks of each head beginning elsewhere: groups like buckets, so that one call does for all heads),
 `naive` (masked, all scores in memory), `reformer<buckets>`, and `none`: attention replaced by the
 sum of queries, keys and values, which nothing can beat in speed. `densek`, `window<keys>k`,
-`blocks<keys>k`, `drop<percent>k` and `hash<buckets>ek` (or `rk`; before a comma, too) project keys
-of their own, and hash them apart from the queries, by the same directions; the others share the
+`blocks<keys>k`, `drop<percent>k` and `hash<buckets>k` (`ek`, `rk`; before a comma, too) project
+keys of their own, and hash them apart from the queries, by the same directions; the others share the
 paper's projections. Of these a row sees itself, as with `dense`, unless the name ends with "o" for
 others (`denseo`, by this package's kernels, `window<keys>o`, `drop<percent>o`), as hash and blocks
 hide it.

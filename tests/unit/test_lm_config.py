@@ -34,7 +34,7 @@ def test_heads_of_two_kinds_held_wrong(name, told, monkeypatch):
         attend_for(Config(attention=name))
 
 
-@pytest.mark.parametrize("name", ["hash4k", "hash4e+window8k", "nonek", "densek,window8x1"])
+@pytest.mark.parametrize("name", ["hash4ck", "hash4e+window8k", "nonek", "densek,window8x1"])
 def test_variants_that_cannot_have_keys_of_their_own_say_so(name, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from bench.lm.config import PRESETS
