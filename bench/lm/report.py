@@ -26,8 +26,8 @@ blocks of each head beginning elsewhere: groups like buckets, so that one call d
 `naive` (masked, all scores in memory), `reformer<buckets>`, and `none`: attention replaced by the
 sum of queries, keys and values, which nothing can beat in speed. `densek`, `window<keys>k`,
 `blocks<keys>k`, `drop<percent>k` and `hash<buckets>k` (`ek`, `rk`; before a comma, too) project
-keys of their own, and hash them apart from the queries, by the same directions; the others share the
-paper's projections. Of these a row sees itself, as with `dense`, unless the name ends with "o" for
+keys of their own, and hash them apart from the queries, by the same directions; the others share
+the paper's projections. Of these a row sees itself, as with `dense`, unless the name ends with "o" for
 others (`denseo`, by this package's kernels, `window<keys>o`, `drop<percent>o`), as hash and blocks
 hide it.
 
@@ -40,7 +40,8 @@ the earlier rows of the same sequence (by blocks of 64 rows; the last step's mea
 more, to begin with) and divides by the covariance, of earlier steps, of what is left.
 `hash<buckets>e` does that and gives less to buckets that those rows filled. None looks at later
 rows of the sequence. The tables name the multiple (bucket cost; 1 is even, the number of
-buckets is dense attention).
+buckets is dense attention). Queries that rotary positions turn before they are hashed fill buckets
+nearly evenly without any of this (the last section).
 
 Text is the standard library of Python and the installed packages of the machine, by bytes,
 deduplicated, split by file; a run records the hash of its corpus. Packages copy from each other, so
