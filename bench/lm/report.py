@@ -27,9 +27,9 @@ blocks of each head beginning elsewhere: groups like buckets, so that one call d
 sum of queries, keys and values, which nothing can beat in speed. `densek`, `window<keys>k`,
 `blocks<keys>k`, `drop<percent>k` and `hash<buckets>k` (`ek`, `rk`; before a comma, too) project
 keys of their own, and hash them apart from the queries, by the same directions; the others share
-the paper's projections. Of these a row sees itself, as with `dense`, unless the name ends with "o" for
-others (`denseo`, by this package's kernels, `window<keys>o`, `drop<percent>o`), as hash and blocks
-hide it.
+the paper's projections. Of these a row sees itself, as with `dense`, unless the name ends with "o"
+for others (`denseo`, by this package's kernels, `window<keys>o`, `drop<percent>o`), as hash and
+blocks hide it.
 
 The queries of a layer have much in common, so that an angular hash puts most of them into few
 buckets, and the more so the deeper the layer: the work is then a multiple of what even buckets
