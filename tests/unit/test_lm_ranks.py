@@ -71,26 +71,28 @@ def weights(trainer):
 
 
 def work(rank, folder):
-    """One process: every case, a group for each; writes where its trainers ended."""
+    """One process: every case, in one group; writes where its trainers ended.
+
+    A group for each case, taken down after it, left a process waiting for good once in a while.
+    """
     from bench.lm import __main__ as command
     from bench.lm import train
 
-    init, found = train.dist.init_process_group, {}
+    found = {}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+    store = torch.distributed.FileStore(f"{folder}/store", RANKS)
+    train.dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     with pytest.MonkeyPatch.context() as patch:
         trainers = counted(patch, TICKS[rank])
+        patch.setattr(train.dist, "init_process_group", lambda backend: None)
+        patch.setattr(train.dist, "destroy_process_group", lambda: None)
         for name in CASES:
-            store = torch.distributed.FileStore(f"{folder}/store-{name}", RANKS)
-
-            def join(backend, store=store):
-                init(backend, store=store, rank=rank, world_size=RANKS)
-
             trainers.clear()
-            patch.setattr(train.dist, "init_process_group", join)
             patch.setattr(sys, "argv", command_line(name, folder))
             command.main()
             found[name] = [(trainer.step, weights(trainer)) for trainer in trainers]
     Path(f"{folder}/{rank}.json").write_text(json.dumps(found))
+    train.dist.barrier()  # both leave together
 
 
 @pytest.fixture
