@@ -44,7 +44,6 @@ MAX_BOUND_VERBS = 64  # of one call; dout comes in few stride orders
 _HOST_CONTEXT = HostContext()
 _NEGATIVE_INFINITY = float("-inf")
 _FLOAT16_BITS = 15  # 2**15 is the largest power of 2 in float16
-_FARTHEST = 100  # an exponent that float32 has, whichever its sign
 _FORWARD = ()  # its key among a call's bound verbs; that of a backward has strides
 
 Seven = tuple[Any, Any, Any, Any, Any, Any, Any]  # the arrays of a plan
@@ -379,10 +378,12 @@ def _backward_of_lse(
     options = (problem.softmax_scale, layout, problem.deterministic, call.backend.name)
     keys_as_values = find_call(q, k, k, *options)
     mean_key, _ = run_forward(keys_as_values, plan, q, k, k)
-    weighted = dlse * q
-    raised = _room_in_float16(weighted, problem.seqlen_q) if call.dtype == torch.float16 else None
-    narrow = (weighted if raised is None else torch.ldexp(weighted, -raised)).to(call.dtype)
-    _, _, dk = run_backward(keys_as_values, plan, narrow, None, q, k, k, mean_key, lse)
+    weighted, raised = dlse * q, None
+    if call.dtype == torch.float16:
+        raised = _room_in_float16(weighted, problem.seqlen_q * problem.heads // problem.heads_kv)
+        weighted = torch.ldexp(weighted, -raised)
+    dout = weighted.to(call.dtype)
+    _, _, dk = run_backward(keys_as_values, plan, dout, None, q, k, k, mean_key, lse)
     if raised is not None:
         dk = torch.ldexp(dk.float(), raised).to(call.dtype)
     return (dlse * mean_key).to(call.dtype), dk
@@ -395,5 +396,5 @@ def _room_in_float16(x: torch.Tensor, rows: int) -> torch.Tensor:
     has no say: it spoils its own rows, not others'.
     """
     size = torch.where(x.isfinite(), x.abs(), 0.0).amax(dim=(1, 2, 3), keepdim=True)
-    exponent = torch.frexp(size).exponent + rows.bit_length() - _FLOAT16_BITS
-    return exponent.clamp(-_FARTHEST, _FARTHEST)
+    raised = torch.frexp(size).exponent + rows.bit_length() - _FLOAT16_BITS
+    return raised.clamp(-100, 100)  # exponents that float32 has, whichever their sign

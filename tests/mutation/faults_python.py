@@ -256,7 +256,7 @@ FAULTS = (
         "an incoming gradient with a strided last axis is misread", "torch",
     ),
     Fault("lse-narrowed", CALLS,
-        "call.dtype == torch.float16 else None", "call.dtype == torch.int8 else None",
+        "if call.dtype == torch.float16:", "if call.dtype == torch.int8:",
         "in float16 the gradient of lse overflows before it is averaged", "torch-half",
     ),
     Fault("lse-sums-overflow", CALLS,

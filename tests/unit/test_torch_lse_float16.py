@@ -42,6 +42,16 @@ def test_gradients_of_lse(size, layout):
         assert (mine.double() - true).abs().max() <= allowed
 
 
+def test_a_key_that_all_heads_of_a_group_see_alone():
+    """Its gradient is the sum of all their rows, the most that it can be."""
+    q, k = torch.full((1, 16, 60, 32), 0.5).half(), torch.zeros(1, 1, 1, 32).half()
+    q, k = q.requires_grad_(), k.requires_grad_()
+    _, lse = scfa.attention(q, k, k, scfa.Intersection(), return_lse=True)
+    (got,) = torch.autograd.grad(lse, k, torch.full_like(lse, 100.0))
+    true = 16 * 60 * 100.0 * 0.5 * 32**-0.5
+    torch.testing.assert_close(got.double(), torch.full_like(got, true).double(), rtol=1e-3, atol=0)
+
+
 def test_parts_that_merge_by_lse_lose_no_gradient():
     q, k, v = draw((4, 64), (4, 256), (4, 256))
     with torch.no_grad():
