@@ -15,10 +15,13 @@ Run = dict[str, Any]
 SKIPPED = 0.1  # share of the longest curve whose losses may lie above the plot
 
 
+APART = ("attention", "seed", "micro_batch")  # what runs of one table need not share
+
+
 def settings(run: Run) -> tuple[Any, ...]:
-    """What runs of one table share."""
+    """What runs of one table share; a step may be made of more or fewer passes."""
     given = {"graph": False} | run["config"]  # older runs lack what they did not do
-    config = {k: v for k, v in given.items() if k not in ("attention", "seed")}
+    config = {k: v for k, v in given.items() if k not in APART}
     facts = run["machine"]
     return (run["corpus"], facts["card"], facts["torch"], *sorted(config.items(), key=str))
 
@@ -141,7 +144,8 @@ def end_table(runs: Sequence[Run]) -> list[str]:
         if unit == "pixel":
             low = [min(point["validation"] for point in run["curve"]) for run in same]
             row.append(f"{statistics.fmean(low) / math.log(2):.4f}")
-        rows.append([*row, f"{same[0]['bucket_cost']:.2f}" if same[0].get("bucket_cost") else "-"])
+        costs = [run["bucket_cost"] for run in same if run.get("bucket_cost")]
+        rows.append([*row, f"{statistics.fmean(costs):.2f}" if costs else "-"])
     return _markdown([*head, "bucket cost"], rows)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,34 +84,43 @@ backward), and 92 % leave 4.5 ms for it, for hashing and for planning. That is 2
 Where three of twelve heads are hashed and nine see blocks of 256 neighbours, 94, 93 and 90 % are
 reached, and the 1.6, 2.2 and 3.5 times the speed of dense attention that were aimed at."""
 QUALITY = """\
-The first table is by tokens at T=16384, 165 seconds each on one H200; rows are turned by their
-places (rotary positions) before they are hashed, as in the layers of `scfa_core.nn`.
+By tokens on one H200; rows are turned by their places (rotary positions) before they are hashed, as
+in the layers of `scfa_core.nn`. First T=16384 and 165 seconds each:
 
-- The paper's attention, 16 buckets in all heads and keys that are the normalised queries
-  (`hash16e`), ends at 2.234 nats, dense attention over the same projections at 3.109: it takes 2.5
-  times as long for a step. At equal steps the hash is 0.13 behind (3.732 and 3.598 at step 1550).
+- The paper's attention, 16 buckets in all heads and keys that are the normalised queries, ends at
+  2.141 and 2.247 nats (`hash16`, two seeds), dense attention over the same projections at 3.109 and
+  3.150: it takes 2.5 times as long for a step. At equal steps the hash is 0.10 ± 0.03 behind (step
+  1550), and 0.13 at the end of a schedule of as many steps (`hash16e` 3.241 after 2060, second
+  table, dense 3.109 after 2064).
+- A hash that follows the past (`hash16e`, 2.234) is no better, but keeps its buckets even: a plain
+  hash costs 1.3 to 1.4 times even buckets by the end, 1.1 at first. The longer the training, the
+  more that is worth.
 - With keys of their own, as models without a hash have, both end lower: `hash16ek` at 2.022,
   `densek` at 2.422. At step 1520 the hash is behind by 0.68: it gains in seconds, not in steps.
-- Two hashed heads and six that see blocks of neighbours (`hash16ek,blocks256x6`) end lowest, at
-  1.783 and 1.836 (two seeds), and need no more steps for it than dense attention: at step 1520 they
-  are at 2.908 and 3.151, `densek` at 2.988 (one seed).
+- Two hashed heads and six that see blocks of neighbours end lowest: `hash16k,blocks256x6` at 1.736,
+  `hash16ek,blocks256x6` at 1.783 and 1.836 (two seeds). They need no more steps for it than dense
+  attention: 2.385 after 2060 (second table), `densek` 2.422 after 2024.
 - Far rows of a bucket add something to near ones: a window alone (`window128k`) ends at 1.862 and
-  1.877, 0.08 and 0.04 above, though it takes 5 % more steps in that time. By place the difference
-  is 0.02 in the first 1024 tokens and 0.06 beyond 8192. Seeds differ by 0.02 to 0.05.
+  1.877, 0.04 to 0.13 above, though it takes 4 to 5 % more steps in that time. By place the
+  difference to the better hash is 0.06 in the first 1024 tokens, 0.13 beyond 8192. Seeds differ by
+  0.01 to 0.11.
+
+At T=8192, 60 seconds each, every sparse variant ends below dense attention (3.484), one seed: 8, 16
+and 32 buckets at 2.792, 2.793 and 2.865, of queries and keys dropped at random 30, 50 and 70 % at
+3.339, 3.263 and 3.361. At equal steps (780) they are above: hashes by 0.05 to 0.07, dropping by
+0.13 to 0.22. The Reformer with 16 buckets takes 4.9 times as long for a step as exact attention
+over 16 buckets, and ends at 4.553; at T=16384 two sequences a pass did not fit the card.
 
 What decides for a hash is that rows are turned first. Until 2026-11-30 they were hashed before, so
-that nothing told a bucket where its rows lie: tables with plain "rotary positions" below. Buckets
-alone ended at 3.535 there, above dense attention, and two hashed heads beside six near ones added
-no more to a window than two seeds differ by. (Their steps were slower, too: the compiled model
-found a power, a sine and a cosine for every element that is turned, which a table spares; dense
-attention gained 8 % of steps by it, hash16e 21 %.) There is also what a row is worth to itself: a
-hash and blocks hide it, a window does not unless it is told to, and where keys are the normalised
-queries a row's own key is the nearest of all (`window128` 2.202, `window128o` 2.036).
+that nothing told a bucket where its rows lie: buckets alone ended at 3.535 at T=16384, above dense
+attention (`bench/results/lm-quality-h200-tokens.json`). There is also what a row is worth to
+itself: a hash and blocks hide it, a window does not unless it is told to, and where keys are the
+normalised queries a row's own key is the nearest of all (`window128` 2.202, `window128o` 2.036
+there).
 
 Minutes of training are far from an end; the corpus is 57 million tokens, which a window reads three
-times in 165 seconds, dense attention once. The Reformer with 16 buckets did not fit the card at two
-sequences a pass. Equal seconds are the user's; where runs differ in steps taken, the table at equal
-steps says what a step is worth."""
+times in 165 seconds, dense attention once. Equal seconds are the user's; where runs differ in steps
+taken, the table at equal steps says what a step is worth."""
 SMALL_MODEL = (
     "**The model is small and was trained on a CPU for a short time.** Counts do not depend on the "
     "device, but on how far training has crowded the buckets."
@@ -253,6 +263,10 @@ def _setting_words(runs: Sequence[dict[str, Any]]) -> str:
         f"same-bucket pairs over those of even buckets, at the end. {data}. "
         f"{_machine(first['machine'])}, {_sittings([run['machine'] for run in done])}."
     )
+    passes = {run["config"]["attention"]: run["config"].get("micro_batch") for run in done}
+    usual = statistics.mode(passes.values())
+    others = [f"{name} {count}" for name, count in passes.items() if count != usual]
+    text += f" Sequences of one pass: {', '.join([str(usual), *others])}." if others else ""
     missing = curves.unfinished(runs)
     return text + (f" Not finished: {'; '.join(missing)}." if missing else "")
 

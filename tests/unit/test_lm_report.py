@@ -34,6 +34,7 @@ def test_sittings_are_merged_by_setting_and_the_run_that_got_furthest_counts():
         run("hash16", loss=0.5),
         run("hash16", done=False),
         run("dense", seqlen=16384),
+        run("reformer16", micro_batch=2),  # a step of more passes is the same step
         run("drop50", done=False) | {"error": "out of memory"},
         run("naive", seqlen=999, done=False),
     ]
@@ -42,8 +43,9 @@ def test_sittings_are_merged_by_setting_and_the_run_that_got_furthest_counts():
         "dense": 2,
         "hash8": 1,
         "hash16": 1,
+        "reformer16": 1,
     }
-    assert list(by_variant(first)) == ["dense", "hash8", "hash16"]
+    assert list(by_variant(first)) == ["dense", "hash8", "hash16", "reformer16"]
     assert by_variant(first)["hash16"][0]["curve"][-1]["validation"] == pytest.approx(3.5)
     assert unfinished(first) == ["drop50 seed 0 (out of memory, step 400)"]
     assert [x["config"]["seqlen"] for x in second] == [16384]
