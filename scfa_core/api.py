@@ -22,7 +22,7 @@ from scfa_core.problem import (
 )
 from scfa_core.runner import run_backward, run_forward, run_make_plan
 
-_OPTIONS = "pattern, softmax_scale, layout, return_lse, deterministic, backend"
+_OPTIONS = "pattern, sinks, softmax_scale, layout, return_lse, deterministic, backend"
 
 
 def attention(
@@ -31,6 +31,7 @@ def attention(
     v: Any,
     pattern: Pattern | Plan | None = None,
     *,
+    sinks: Any = None,
     softmax_scale: float | None = None,
     layout: str = "bhtd",
     return_lse: bool = False,
@@ -57,6 +58,10 @@ def attention(
         Values; head_dim_v may differ from head_dim.
     pattern : Pattern or Plan
         Which keys each query sees; `Causal()` by default. A `Plan` from `make_plan` skips planning.
+    sinks : array, (heads,), floating-point, optional
+        A logit of each head that takes weight in the softmax and gives no value, as if every query
+        saw one key more, of this score and of value 0; -inf for none. Beside torch, NumPy or CuPy
+        arrays; gradients flow to it.
     softmax_scale : float, optional
         Multiplies ``q @ k.T`` before the softmax (dimensionless). Default ``head_dim ** -0.5``;
         0.0 is kept.
@@ -78,7 +83,8 @@ def attention(
     out : array like `q`, last axis head_dim_v
         In q's dtype, stride order and library. 0 where a query sees no key.
     lse : array, (batch, heads, seqlen_q), float32
-        Natural logarithm, in nats; ``-inf`` where a query sees no key. Only if `return_lse`.
+        Natural logarithm, in nats, sinks among the scores; ``-inf`` where a query sees no key and
+        has no sink. Only if `return_lse`.
 
     Raises
     ------
@@ -98,6 +104,22 @@ def attention(
     check_flag("return_lse", return_lse)
     check_flag("deterministic", deterministic)
     pattern = Causal() if pattern is None else pattern
+    if sinks is not None:
+        from scfa_core.merging import attention_over
+
+        result = attention_over(
+            *(adopt(x) for x in (q, k, v)),
+            [adopt_pattern(pattern)],
+            sinks=adopt(sinks),
+            softmax_scale=softmax_scale,
+            layout=layout,
+            return_lse=return_lse,
+            deterministic=deterministic,
+            backend=backend,
+        )
+        if return_lse:
+            return restore_kind(result[0], q), restore_kind(result[1], q)
+        return restore_kind(result, q)
     if is_torch_tensor(q):
         from scfa_core import torch_bridge
 
@@ -155,7 +177,8 @@ def attention_backward(
     out, lse : arrays
         What `attention` returned with ``return_lse=True``. Or what `merge_attention` made of
         several patterns: these are then the gradients of this pattern's part, and all parts' add
-        up.
+        up. After `attention` with sinks they are right as they are; that of sinks comes from
+        `scfa_core.sinks.sinks_backward`.
 
     Returns
     -------

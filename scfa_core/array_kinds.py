@@ -15,6 +15,8 @@ import numpy as np
 from scfa_core.arrays import ITEMSIZE, CupyFramework, Framework, NumpyFramework
 from scfa_core.errors import DeviceError, DTypeError, LayoutError
 
+_TENSORS = (("torch", "Tensor"), ("torch.nn.parameter", "Parameter"))
+
 
 @cache
 def _numpy_framework() -> NumpyFramework:
@@ -30,10 +32,10 @@ def is_torch_tensor(x: Any) -> bool:
     """Whether `x` is a torch tensor, without importing torch.
 
     Not by ``sys.modules``: torch.compile would walk through every module of the process, and fails
-    if one is imported meanwhile.
+    if one is imported meanwhile. It cannot walk through the bases of Parameter, either.
     """
     kind = type(x)
-    if kind.__module__ == "torch" and kind.__name__ == "Tensor":
+    if (kind.__module__, kind.__name__) in _TENSORS:
         return True
     return any(base.__module__ == "torch" and base.__name__ == "Tensor" for base in kind.__mro__)
 

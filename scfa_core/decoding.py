@@ -13,7 +13,7 @@ from typing import Any
 from scfa_core.api import attention
 from scfa_core.array_kinds import adopt, check_dense, is_torch_tensor
 from scfa_core.errors import DTypeError, PatternError, ShapeError
-from scfa_core.merging import as_list, merge_attention, namespace
+from scfa_core.merging import as_list, check_sinks, merge_attention, merge_sinks, namespace
 from scfa_core.patterns import (
     Causal,
     Documents,
@@ -136,6 +136,7 @@ def attention_in_parts(
     q: Any,
     parts: Sequence[tuple[Any, Any, Pattern | Plan | None]],
     *,
+    sinks: Any = None,
     softmax_scale: float | None = None,
     layout: str = "bhtd",
     return_lse: bool = False,
@@ -155,8 +156,8 @@ def attention_in_parts(
 
     Parameters
     ----------
-    q, softmax_scale, layout, return_lse, deterministic, backend
-        As for `scfa_core.attention`; torch, NumPy or CuPy.
+    q, sinks, softmax_scale, layout, return_lse, deterministic, backend
+        As for `scfa_core.attention`; torch, NumPy or CuPy. Sinks count once, not in each piece.
     parts : sequence of (k, v, pattern)
         Pieces that no two share a key of. A pattern, or a plan of it, is that of the queries and of
         this piece's keys, which count from 0; None sees every key of the piece. A prefix that all
@@ -181,6 +182,8 @@ def attention_in_parts(
     """
     check_flag("return_lse", return_lse)
     _length("q", q, layout)  # a mistake in q is told before any part is looked at
+    if sinks is not None:
+        check_sinks(sinks, q, layout)
     options: dict[str, Any] = {
         "softmax_scale": softmax_scale,
         "layout": layout,
@@ -204,4 +207,6 @@ def attention_in_parts(
     if len(results) > 1:
         results = [merge_attention(*zip(*results, strict=True), layout=layout)]
     out, lse = results[0]
+    if sinks is not None:
+        out, lse = merge_sinks(out, lse, sinks, layout)
     return (out, lse) if return_lse else out

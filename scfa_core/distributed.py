@@ -34,6 +34,7 @@ from scfa_core.distributed_patterns import (
     require_whole,
 )
 from scfa_core.errors import OptionError, PatternError, ShapeError
+from scfa_core.merging import check_sinks
 from scfa_core.patterns import Pattern
 from scfa_core.patterns.base import PATTERN, require_pattern
 from scfa_core.problem import as_size
@@ -74,7 +75,7 @@ def ulysses_attention(
     group : ProcessGroup, optional
         All ranks by default; their number divides heads and heads_kv.
     **options
-        As for `scfa_core.attention`, but layout and lse.
+        As for `scfa_core.attention`, but layout and lse; sinks of all heads.
 
     Returns
     -------
@@ -114,6 +115,10 @@ def ulysses_attention(
                 f"{ranks} ranks must divide heads={q.shape[1]} and heads_kv={k.shape[1]}; use "
                 "gathered_attention for fewer heads"
             )
+        sinks = options.pop("sinks", None)
+        if sinks is not None:
+            check_sinks(sinks, q, "bhtd")
+            sinks = sinks.unflatten(0, (ranks, -1))[dist.get_rank(group)]
     q, k, v = to_heads((q, k, v), group)
     with agreed(group, checked):
         if isinstance(pattern, Pattern):
@@ -121,7 +126,7 @@ def ulysses_attention(
         else:
             pattern = pattern(q, k)
             require_pattern(f"ulysses_attention: the function must return {PATTERN}", pattern)
-        out: Tensor = attention(q, k, v, pattern, **options)
+        out: Tensor = attention(q, k, v, pattern, sinks=sinks, **options)
     (out,) = to_rows((out,), group)
     return out
 

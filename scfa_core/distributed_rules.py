@@ -11,13 +11,13 @@ from itertools import combinations
 from math import prod
 from typing import Any
 
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from scfa_core.problem import check_layout
 from scfa_core.torch_hashing import ANGULAR_HASH, PAST_HASH
 from scfa_core.torch_ops import BACKWARD, FORWARD, MAKE_PLAN
-from scfa_core.torch_union_ops import ATTEND_UNION, ATTEND_UNION_BACKWARD
+from scfa_core.torch_union_ops import ATTEND_UNION, ATTEND_UNION_BACKWARD, SINKS_BACKWARD
 
 Placements = list[Any]
 Rule = tuple[Placements, Placements]
@@ -74,15 +74,38 @@ def _shard_backward(dout: Any, dlse: Any, q: Any, k: Any, v: Any, *rest: Any) ->
 
 
 @register_sharding(ATTEND_UNION)
-def _shard_attend_union(q: Any, k: Any, v: Any, plans: Any, *rest: Any) -> Sequence[Rule]:
+def _shard_attend_union(
+    q: Any, k: Any, v: Any, sinks: Any, plans: Any, *rest: Any
+) -> Sequence[Rule]:
     """Shardings of ``scfa::attend_union``: those of ``scfa::forward``, for all plans alike."""
     tail: Placements = [None] * 5
     parts = len(rest[0])
-    rules = [([Replicate()] * 2, [Replicate()] * (3 + len(plans)) + tail)]
+    whole = [Replicate()] * len(plans) + tail
+    rules = [([Replicate()] * 2, [*[Replicate()] * 3, _of_sinks(sinks, 0), *whole])]
     for axis, plan_axis in _axes(q, k, rest[-2]):
         x, p = Shard(axis), Shard(plan_axis)
-        rules.append(([x, p], [x, x, x, *_plan_placements(p) * parts, *tail]))
+        inputs = [x, x, x, _of_sinks(sinks, plan_axis), *_plan_placements(p) * parts, *tail]
+        rules.append(([x, p], inputs))
     return rules
+
+
+def _of_sinks(sinks: Any, plan_axis: int) -> Any:
+    """Placement of sinks, which go with heads, where there are any."""
+    if sinks is None:
+        return None
+    return Shard(0) if plan_axis == 1 else Replicate()
+
+
+@register_sharding(SINKS_BACKWARD)
+def _shard_sinks_backward(dout: Any, out: Any, lse: Any, sinks: Any, layout: str) -> Sequence[Rule]:
+    """Shardings of ``scfa::sinks_backward``: shares of a batch have a sum each."""
+    whole = Replicate()
+    heads = Shard(2 if check_layout(layout) else 1)
+    return [
+        ([whole], [whole] * 4 + [None]),
+        ([Shard(0)], [heads, heads, Shard(1), Shard(0), None]),
+        ([Partial()], [Shard(0), Shard(0), Shard(0), whole, None]),
+    ]
 
 
 @register_sharding(ATTEND_UNION_BACKWARD)

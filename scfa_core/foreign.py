@@ -32,6 +32,8 @@ _SAID_HERE = {
     "score_mod": _SCORES,
     "alibi_slopes": _SCORES,
     "softcap": _SCORES,
+    "s_aux": "sinks=",
+    "learnable_sink": "sinks=",
     "scale": "softmax_scale=",
     "sm_scale": "softmax_scale=",
     "dropout": "there is no dropout inside the softmax",

@@ -47,8 +47,7 @@ __all__ = ["register"]
 # Arguments that change the scores or ask for them; none is supported, so each is refused by name.
 _REFUSED = {
     "softcap": "soft-capped scores",
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
+    "sinks": "attention sinks of each query",
     "indices": "a choice of keys by an indexer",
     "block_indices": "a choice of blocks by an indexer",
     "position_bias": "a position bias",
@@ -154,10 +153,11 @@ def _attend(
     size = value.shape[3]
     query, key, value = (_fit(x) for x in (query, key, value))
     patterns = patterns or [mask.plan(query, key)]
+    how = {"sinks": kwargs.get("s_aux"), "softmax_scale": scaling}  # the name of gpt-oss and others
     if len(patterns) == 1:
-        out = attention(query, key, value, patterns[0], softmax_scale=scaling)
+        out = attention(query, key, value, patterns[0], **how)
     else:
-        out = attention_over(query, key, value, patterns, softmax_scale=scaling)
+        out = attention_over(query, key, value, patterns, **how)
     return out[..., :size].transpose(1, 2).contiguous(), None
 
 

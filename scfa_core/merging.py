@@ -16,7 +16,7 @@ from scfa_core.arrays import FLOAT_DTYPES
 from scfa_core.errors import DeviceError, DTypeError, PatternError, ShapeError
 from scfa_core.patterns import Pattern
 from scfa_core.plan import Plan
-from scfa_core.problem import check_flag, check_layout
+from scfa_core.problem import check_flag, check_layout, one_framework
 
 __all__ = ["attention_over", "merge_attention", "namespace"]
 
@@ -126,6 +126,32 @@ def merge_attention(
     return _cast_like(merged, outs[0]), lse
 
 
+def merge_sinks(out: Any, lse: Any, sinks: Any, layout: str) -> tuple[Any, Any]:
+    """Merge one key more into out and lse, of score `sinks` (heads,) and value 0."""
+    xp = namespace(out)
+    nothing = xp.broadcast_to(xp.zeros_like(out[:1, :1, :1, :1]), tuple(out.shape))
+    logits = _cast_like(sinks, lse)[None, :, None]
+    return merge_attention(
+        [out, nothing], [lse, xp.broadcast_to(logits, tuple(lse.shape))], layout=layout
+    )
+
+
+def check_sinks(sinks: Any, q: Any, layout: str) -> None:
+    """Refuse sinks that are not one floating-point number a head, beside q."""
+    one_framework(q, sinks=sinks)
+    shape = tuple(q.shape)
+    heads = shape[2:3] if check_layout(layout) else shape[1:2]
+    if len(shape) == 4 and tuple(sinks.shape) != heads:
+        raise ShapeError(
+            f"sinks must be one logit a head, {heads} for q.shape={shape} and {layout=}, got "
+            f"{tuple(sinks.shape)}"
+        )
+    if dtype_name(sinks) not in FLOAT_DTYPES:
+        raise DTypeError(f"sinks must be floating-point, got {sinks.dtype}")
+    if getattr(sinks, "device", None) != getattr(q, "device", None):
+        raise DeviceError(f"sinks must be on {q.device} like q, got {sinks.device}; move them")
+
+
 def _check_kinds(**lists: list[Any]) -> None:
     """Refuse what holds no floating-point numbers, and lists of several dtypes or devices."""
     home = lists["outs"][0]
@@ -167,6 +193,7 @@ def attention_over(
     v: Any,
     patterns: Sequence[Pattern | Plan],
     *,
+    sinks: Any = None,
     softmax_scale: float | None = None,
     layout: str = "bhtd",
     return_lse: bool = False,
@@ -179,8 +206,8 @@ def attention_over(
 
     Parameters
     ----------
-    q, k, v, softmax_scale, layout, return_lse, deterministic, backend
-        As for `scfa_core.attention`; torch, NumPy or CuPy.
+    q, k, v, sinks, softmax_scale, layout, return_lse, deterministic, backend
+        As for `scfa_core.attention`; torch, NumPy or CuPy. Sinks count once, not in each part.
     patterns : sequence of Pattern or Plan
         No pair may be visible in two of them, or it counts twice; `hashing.disjoint_rounds` and
         `KeyRanges` that do not overlap are such. ``scfa_core.validate(patterns, q, k)`` finds out,
@@ -231,11 +258,15 @@ def attention_over(
         "deterministic": deterministic,
         "backend": backend,
     }
+    if sinks is not None:
+        check_sinks(sinks, q, layout)
     if not is_torch_tensor(q):
         parts = [attention(q, k, v, p, return_lse=True, **options) for p in patterns]
         out, lse = merge_attention(*zip(*parts, strict=True), layout=layout)
+        if sinks is not None:
+            out, lse = merge_sinks(out, lse, sinks, layout)
         return (out, lse) if return_lse else out
     from scfa_core.torch_union import union_attention
 
-    out, lse = union_attention(q, k, v, patterns, options, return_lse)
+    out, lse = union_attention(q, k, v, sinks, patterns, options, return_lse)
     return (out, lse) if return_lse else out

@@ -98,7 +98,9 @@ def _parts(q: Tensor, k: Tensor, plans: Sequence[Tensor], layout: str) -> int:
     return sum(_pairs(q, k, plans[at : at + PLAN_SIZE], layout) for at in each)
 
 
-def _union(q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Tensor], *rest: Any, **_: Any) -> int:
+def _union(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Any, plans: Sequence[Tensor], *rest: Any, **_: Any
+) -> int:
     return _parts(q, k, plans, rest[-2]) * _forward_of(q, v)
 
 

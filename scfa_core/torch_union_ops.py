@@ -1,7 +1,8 @@
 """The operators ``scfa::attend_union`` and ``scfa::attend_union_backward``, and what they compute.
 
-One forward and one backward kernel a part; parts are merged here, outside of autograd. lse has no
-gradient: whoever wants one differentiates every part through its own.
+One forward and one backward kernel a part; parts and sinks are merged here, outside of autograd.
+lse has no gradient: whoever wants one differentiates every part through its own. Sinks have theirs
+from ``scfa::sinks_backward``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from scfa_core.dispatch import AUTO
+from scfa_core.sinks import sinks_backward
 from scfa_core.torch_calls import (
     Call,
     NativePlan,
@@ -39,34 +41,43 @@ from scfa_core.torch_ops import (
 _PLANS = "Tensor[] plans, int[] monotone"
 
 LIBRARY.define(
-    f"attend_union(Tensor q, Tensor k, Tensor v, {_PLANS}, {OPTIONS}) -> (Tensor, Tensor)"
+    f"attend_union(Tensor q, Tensor k, Tensor v, Tensor? sinks, {_PLANS}, {OPTIONS}) "
+    "-> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "attend_union_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_PLANS}, {OPTIONS}) -> (Tensor, Tensor, Tensor)"
 )
+LIBRARY.define(
+    "sinks_backward(Tensor dout, Tensor out, Tensor lse, Tensor sinks, str layout) -> Tensor"
+)
 
 ATTEND_UNION = torch.ops.scfa.attend_union.default
 ATTEND_UNION_BACKWARD = torch.ops.scfa.attend_union_backward.default
+SINKS_BACKWARD = torch.ops.scfa.sinks_backward.default
 
 
 def merge_in_place(
-    outs: Sequence[Tensor], lses: Sequence[Tensor], swap: bool
+    outs: Sequence[Tensor], lses: Sequence[Tensor], swap: bool, sinks: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`merging.merge_attention` without gradients, in two passes over two parts.
+    """`merging.merge_attention` and `merge_sinks` without gradients, two passes over two parts.
 
     Sums are float32, or wider like outs. The memory of ``outs[0]`` takes the result.
     """
-    if len(outs) == 1:
+    if sinks is not None:
+        lses = [*lses, sinks.to(lses[0].dtype)[:, None].expand_as(lses[0])]
+    if len(lses) == 1:
         return outs[0], lses[0]
     lse = reduce(torch.logaddexp, lses)
     # Where no part sees a key the softmax of nothing but -inf would be NaN.
     shares = torch.softmax(torch.stack(list(lses)), 0).masked_fill_(torch.isneginf(lse), 0.0)
     shares = (shares.transpose(2, 3) if swap else shares).unsqueeze(-1)
+    if len(outs) == 1:
+        return outs[0].mul_(shares[0]), lse
     total = outs[0] * shares[0]
-    for out, share in zip(outs[1:-1], shares[1:-1], strict=True):
+    for out, share in zip(outs[1:-1], shares[1 : len(outs) - 1], strict=True):
         total.addcmul_(out, share)
-    return torch.addcmul(total, outs[-1], shares[-1], out=outs[0]), lse
+    return torch.addcmul(total, outs[-1], shares[len(outs) - 1], out=outs[0]), lse
 
 
 def add_gradients(gradients: Iterable[Tensors], parts: int) -> Tensors:
@@ -100,11 +111,11 @@ def _prepare(
     return call, arrays
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensors:
+def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *rest: Any) -> Tensors:
     """``scfa::attend_union`` on real tensors."""
     call, arrays = _prepare(q, k, v, *rest)
     outs, lses = zip(*[run_forward(call, plan, q, k, v) for plan in arrays], strict=True)
-    return merge_in_place(outs, lses, call.swap)
+    return merge_in_place(outs, lses, call.swap, sinks)
 
 
 def _attend_backward(
@@ -121,26 +132,46 @@ def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) ->
     return fake_gradients(q, k, v)
 
 
+def _sinks_backward(dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor, layout: str) -> Tensor:
+    """``scfa::sinks_backward`` on real tensors."""
+    dsinks: Tensor = sinks_backward(dout, out, lse, sinks, layout=layout)
+    return dsinks
+
+
+def _fake_sinks_backward(
+    dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor, layout: str
+) -> Tensor:
+    return sinks.new_empty(sinks.shape)
+
+
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    q, k, v, plans, *options = inputs
-    ctx.save_for_backward(q, k, v, *output, *plans)
+    q, k, v, sinks, plans, *options = inputs
+    ctx.save_for_backward(q, k, v, sinks, *output, *plans)
     ctx.options = options
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    """Gradients of q, k, v; None for the rest."""
-    q, k, v, out, lse, *plans = ctx.saved_tensors
+    """Gradients of q, k, v and sinks; None for the rest."""
+    q, k, v, sinks, out, lse, *plans = ctx.saved_tensors
     nothing = ([None] * len(plans), *[None] * len(ctx.options))
     if dout is None:
-        return (None, None, None, *nothing)
-    return (*ATTEND_UNION_BACKWARD(dout, q, k, v, out, lse, plans, *ctx.options), *nothing)
+        return (None, None, None, None, *nothing)
+    dsinks = None
+    if ctx.needs_input_grad[3]:
+        dsinks = SINKS_BACKWARD(dout, out, lse, sinks, ctx.options[-2])
+        if not any(ctx.needs_input_grad[:3]):
+            return (None, None, None, dsinks, *nothing)
+    grads = ATTEND_UNION_BACKWARD(dout, q, k, v, out, lse, plans, *ctx.options)
+    return (*grads, dsinks, *nothing)
 
 
 register("attend_union", _attend, fake_forward)
 register("attend_union_backward", _attend_backward, _fake_backward)
+register("sinks_backward", _sinks_backward, _fake_sinks_backward)
 torch.library.register_autograd(
     "scfa::attend_union", _differentiate, setup_context=_save_for_backward, lib=LIBRARY
 )
-torch.library.register_autograd("scfa::attend_union_backward", refuse_double_backward, lib=LIBRARY)
+for _name in ("attend_union_backward", "sinks_backward"):
+    torch.library.register_autograd(f"scfa::{_name}", refuse_double_backward, lib=LIBRARY)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
-from torch import Tensor, nn
+from torch import Tensor, nn, zeros
 from torch.nn.functional import normalize
 
 from scfa_core.api import attention
@@ -49,6 +49,9 @@ class SparseSelfAttention(nn.Module):
         else.
     softmax_scale : float, optional
         Default ``head_dim ** -0.5``.
+    sinks : bool
+        A learned logit of each head in the softmax, 0 to begin with, so that a row may attend to
+        nothing; see `scfa_core.attention`.
     bias : bool
         Of the projections.
     rotary : callable, optional
@@ -84,6 +87,7 @@ class SparseSelfAttention(nn.Module):
         shared_qk: bool = False,
         include_self: bool = True,
         softmax_scale: float | None = None,
+        sinks: bool = False,
         bias: bool = False,
         rotary: Callable[[Tensor], Tensor] | None = None,
         backend: str | None = None,
@@ -94,7 +98,7 @@ class SparseSelfAttention(nn.Module):
             raise OptionError(
                 f"{type(self).__name__} takes no option {', '.join(map(repr, sorted(unknown)))}; "
                 "beside their own all layers take heads_kv, head_dim, pattern, shared_qk, "
-                "include_self, softmax_scale, bias, rotary, backend"
+                "include_self, softmax_scale, sinks, bias, rotary, backend"
             )
         heads_kv = heads if heads_kv is None else heads_kv
         width, heads, heads_kv = (
@@ -104,6 +108,7 @@ class SparseSelfAttention(nn.Module):
         for name, flag in (
             ("shared_qk", shared_qk),
             ("include_self", include_self),
+            ("sinks", sinks),
             ("bias", bias),
         ):
             check_flag(name, flag)
@@ -147,6 +152,7 @@ class SparseSelfAttention(nn.Module):
         self.shared_qk = shared_qk
         self.include_self = include_self
         self.softmax_scale = softmax_scale
+        self.sinks = nn.Parameter(zeros(heads)) if sinks else None
         self.rotary = rotary
         self.backend = backend
         self.query = nn.Linear(width, heads * self.head_dim, bias=bias)
@@ -230,7 +236,11 @@ class SparseSelfAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, patterns: Sequence[Pattern | Plan]
     ) -> Tensor:
         """Attention of (batch, heads, seqlen, head_dim) tensors; `x` is the layer's input."""
-        options: dict[str, Any] = {"softmax_scale": self.softmax_scale, "backend": self.backend}
+        options: dict[str, Any] = {
+            "sinks": self.sinks,
+            "softmax_scale": self.softmax_scale,
+            "backend": self.backend,
+        }
         if len(patterns) == 1:
             out: Tensor = attention(q, k, v, patterns[0], **options)
         else:
@@ -260,6 +270,8 @@ class SparseSelfAttention(nn.Module):
             text += ", shared_qk=True"
         if not self.include_self:
             text += ", include_self=False"
+        if self.sinks is not None:
+            text += ", sinks=True"
         return text
 
 

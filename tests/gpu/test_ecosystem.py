@@ -85,12 +85,20 @@ def test_jax_arrays_come_through_dlpack(cupy, backend, monkeypatch):
 def test_merging_and_decoding_on_cupy_arrays(cupy, backend):
     from scfa_core.decoding import at_end, attention_in_parts
     from scfa_core.merging import attention_over
+    from scfa_core.sinks import sinks_backward
 
     (q, k, v, _), _, _ = draw()
     window, far = scfa.SlidingWindow(30), scfa.Causal(lag=30)
     right = scfa.attention(q, k, v, backend="reference")
     q, k, v = (cupy.asarray(x) for x in (q, k, v))
     same([attention_over(q, k, v, [window, far], backend=backend).get()], [right])
+    sinks = cupy.asarray(np.linspace(-2, 2, q.shape[1]).astype("float32"))
+    out, lse = scfa.attention(q, k, v, window, sinks=sinks, return_lse=True, backend=backend)
+    on_host = [x.get() for x in (q, k, v)]
+    more = {"sinks": sinks.get(), "return_lse": True, "backend": "reference"}
+    same([out.get(), lse.get()], scfa.attention(*on_host, window, **more))
+    right = sinks_backward(out.get(), out.get(), lse.get(), sinks.get())
+    np.testing.assert_allclose(sinks_backward(out, out, lse, sinks).get(), right, rtol=1e-4)
     new, below = q[:, :, -3:].copy(), scfa.Causal(align="bottom-right")
     parts = [(k[:, :, :90], v[:, :, :90], None), (k[:, :, 90:], v[:, :, 90:], below)]
     same([attention_in_parts(new, parts, backend=backend).get()], [right[:, :, -3:]])

@@ -80,6 +80,43 @@ def test_compiled_and_captured(torch, backend):
         assert torch.equal(captured, attend(*arguments))
 
 
+def test_sinks_compiled_and_captured(torch, backend):
+    """Beside the same call in float32 on the host, whose part of the error is small."""
+    torch._dynamo.reset()
+    *tensors, q_hash, k_hash = inputs(torch)
+    sinks = torch.tensor([-1.0, 0.0, 2.0, -torch.inf], device="cuda", requires_grad=True)
+
+    def attend(q, k, v, sinks, q_hash, k_hash, backend=backend):
+        pattern = scfa.HashSparse(q_hash, k_hash)
+        return scfa.attention(q, k, v, pattern, sinks=sinks, backend=backend)
+
+    def results(function, leaves, hashes):
+        out = function(*leaves, *hashes)
+        return out, *torch.autograd.grad(out.float().square().sum(), leaves)
+
+    leaves, hashes = (*tensors, sinks), (q_hash, k_hash)
+    mine = results(attend, leaves, hashes)
+    wide = [x.detach().float().cpu().requires_grad_() for x in leaves]
+    right = results(lambda *x: attend(*x, backend="numba-cpu"), wide, [x.cpu() for x in hashes])
+    for x, true in zip(mine, right, strict=True):
+        assert (x.cpu().float() - true).norm() <= 1e-2 * true.norm()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for x, true in zip(results(compiled, leaves, hashes), mine, strict=True):
+        assert torch.equal(x, true)
+    stream = torch.cuda.Stream()  # what a graph captures has run before, on another stream
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        results(attend, leaves, hashes)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(attend, leaves, hashes)
+    graph.replay()
+    torch.cuda.synchronize()
+    for x, true in zip(captured, mine, strict=True):
+        assert torch.equal(x, true)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_autocast(torch, backend, dtype):
     wide = [x.detach().float().requires_grad_() for x in inputs(torch)[:3]]

@@ -141,6 +141,9 @@ def whiten_through_dtensor(mesh, placement, adapt):
     return whitened(x, lambda module: distribute_module(module, mesh), adapt).full_tensor()
 
 
+SINKS = (0.5, -1.0, 2.0, 0.0)
+
+
 def through_sequence(attend, rows, heads_kv=2):
     """Each rank works on its rows; all results in original order."""
     *tensors, dout = (x.index_select(2, rows) for x in draw(heads_kv))
@@ -222,6 +225,17 @@ def in_a_line(rank, ranks):
     results["one key head"] = through_sequence(
         lambda q, k, v: distributed.gathered_attention(q, k, v, patterns(1)["hash"]), mine, 1
     )
+    for attend in (distributed.ulysses_attention, distributed.gathered_attention):
+        sinks = torch.tensor(SINKS, requires_grad=True)
+        name = "sinks", attend.__name__
+        results[name] = through_sequence(
+            lambda q, k, v, a=attend, s=sinks: a(q, k, v, scfa.SlidingWindow(5), sinks=s), mine
+        )
+        *tensors, dout = (x.index_select(2, mine) for x in draw())
+        out = attend(*tensors, scfa.SlidingWindow(5), sinks=sinks)
+        (dsinks,) = torch.autograd.grad(out, sinks, dout)
+        dist.all_reduce(dsinks)  # as of any parameter that all ranks hold
+        results[name].append(dsinks)
     *tensors, _ = (x.index_select(2, mine) for x in draw(1))
     try:
         distributed.ulysses_attention(*tensors, scfa.Causal())
@@ -318,6 +332,16 @@ def test_hashes_made_after_the_exchange(results):
     q, k, *_ = draw()
     pattern = scfa.HashSparse(*((x[..., 0] > 0).long() for x in (q, k)))
     torch.testing.assert_close(results["called"], whole(pattern), rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ulysses_attention", "gathered_attention"])
+def test_sinks_of_all_heads(results, name):
+    *tensors, dout = draw()
+    inputs = [x.requires_grad_() for x in (*tensors, torch.tensor(SINKS))]
+    out = scfa.attention(*inputs[:3], scfa.SlidingWindow(5), sinks=inputs[3])
+    right = [out.detach(), *torch.autograd.grad(out, inputs, dout)]
+    torch.testing.assert_close(results["sinks", name], right, rtol=0, atol=2e-6)
 
 
 @pytest.mark.slow

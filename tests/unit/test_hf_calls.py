@@ -95,13 +95,28 @@ def test_a_mask_of_other_sizes_raises(queries, keys):
         call("scfa", SimpleNamespace(is_causal=True), q, k, v, read_mask(2, 20, 20))
 
 
+@pytest.mark.parametrize("name", ["scfa", "scfa_window", "scfa_hash"])
+def test_sinks_take_weight_from_whatever_is_seen(name):
+    q, k, v = qkv()
+    module = SimpleNamespace(is_causal=True, layer_idx=0)
+    seen = call(name, module, q, k, v, None).transpose(1, 2)
+    scores = call(name, module, q, k, torch.eye(20).expand(2, 2, 20, 20), None)
+    weights = scores.transpose(1, 2)
+    assert weights.sum(-1).allclose(torch.ones(2, 4, 20))
+    sinks = torch.tensor([0.0, -1.0, 2.0, -torch.inf])
+    dots = (q @ k.repeat_interleave(2, 1).mT) * 0.2
+    total = torch.where(weights > 0, dots, -torch.inf).logsumexp(-1)
+    share = (total - sinks[:, None]).sigmoid()
+    mine = call(name, module, q, k, v, None, s_aux=sinks).transpose(1, 2)
+    torch.testing.assert_close(mine, seen * share[..., None], rtol=0, atol=1e-6)
+
+
 def test_what_is_not_supported_raises():
     q, k, v = qkv()
     module = SimpleNamespace(is_causal=True)
     for kwargs, words in (
         ({"dropout": 0.1}, "attn_pdrop"),
         ({"softcap": 30.0}, "soft-capped"),
-        ({"s_aux": torch.zeros(4)}, "sinks"),
         ({"sinks": torch.zeros(2, 4, 20, 1)}, "sinks"),
         ({"indices": torch.zeros(2, 20, 3)}, "indexer"),
         ({"block_indices": torch.zeros(2, 1, 20, 3)}, "indexer"),

@@ -47,6 +47,7 @@ FAMILIES = {
     "llama4": lambda: transformers.Llama4TextConfig(
         **SIZES, attention_chunk_size=6, num_local_experts=2, intermediate_size_mlp=96
     ),
+    "flint": lambda: transformers.FlintConfig(**SIZES, sliding_window=6),  # with sinks
 }
 
 
@@ -124,7 +125,7 @@ def test_a_mask_that_comes_with_a_batch_of_another_size():
         torch.testing.assert_close(mine[real], logits[real], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "flint"])
 def test_packed_documents_are_one_graph(family):
     compare(made(family), "eager", **packed(7, 1, 12))
 

@@ -258,23 +258,24 @@ def test_export_and_training_of_what_was_stored(runs):
     torch.testing.assert_close(loaded.scale.grad, layer.scale.grad)
 
 
-def operator_arguments(layout):
+def operator_arguments(layout, sinks=None):
     inputs = tensors(layout)
     how = {"layout": layout, "backend": BACKEND}
     plans = [scfa.make_plan(p, *inputs[:2], **how) for p in near_and_far(23)]
     arrays = [x for plan in plans for x in plan.arrays]
-    return (*inputs, arrays, [int(p.monotone) for p in plans], None, True, layout, BACKEND)
+    return (*inputs, sinks, arrays, [int(p.monotone) for p in plans], None, True, layout, BACKEND)
 
 
+@pytest.mark.parametrize("sinks", [None, torch.zeros(4, requires_grad=True)])
 @pytest.mark.parametrize("layout", ["bhtd", "bthd"])
-def test_opcheck(layout):
-    arguments = operator_arguments(layout)
+def test_opcheck(layout, sinks):
+    arguments = operator_arguments(layout, sinks)
     torch.library.opcheck(ATTEND_UNION, arguments)
     out, lse = ATTEND_UNION(*arguments)
     assert out.requires_grad
     assert not lse.requires_grad
     saved = [x.detach() for x in (*arguments[:3], out, lse)]
-    torch.library.opcheck(ATTEND_UNION_BACKWARD, (torch.ones_like(out), *saved, *arguments[3:]))
+    torch.library.opcheck(ATTEND_UNION_BACKWARD, (torch.ones_like(out), *saved, *arguments[4:]))
 
 
 def by_operator(q, k, v):
@@ -290,10 +291,10 @@ def test_there_are_no_second_derivatives(function):
 
 
 def test_operators_refuse_what_does_not_fit():
-    q, k, v, arrays, *rest = operator_arguments("bhtd")
+    q, k, v, sinks, arrays, *rest = operator_arguments("bhtd")
     with pytest.raises(scfa.ShapeError, match="k_index must have shape"):
-        ATTEND_UNION(q, k, v, [*arrays[:9], arrays[9][:, :1], *arrays[10:]], *rest)
-    out, lse = (x.detach() for x in ATTEND_UNION(q, k, v, arrays, *rest))
+        ATTEND_UNION(q, k, v, sinks, [*arrays[:9], arrays[9][:, :1], *arrays[10:]], *rest)
+    out, lse = (x.detach() for x in ATTEND_UNION(q, k, v, sinks, arrays, *rest))
     with pytest.raises(scfa.ShapeError, match="dout must have shape"):
         ATTEND_UNION_BACKWARD(out[:, :1], q, k, v, out, lse, arrays, *rest)
 

@@ -1,6 +1,7 @@
-"""DTensor: `attention_over` spread over batch or heads, eager and compiled, as one operator."""
+"""DTensor: `attention_over`, sinks too, spread over batch or heads, eager and compiled."""
 
 import sys
+from itertools import product
 
 import pytest
 from once import made_once
@@ -20,6 +21,7 @@ from scfa_core.merging import attention_over  # noqa: E402
 
 RANKS, SEQLEN, WINDOW = 2, 24, 5
 PLACEMENTS = {"batch": Shard(0), "heads": Shard(1), "whole": Replicate()}
+OF_SINKS = {"batch": Replicate(), "heads": Shard(0), "whole": Replicate()}
 SHARES = {"batch": (1, 4), "heads": (2, 2), "whole": (2, 4)}  # batch and heads of a rank's calls
 
 
@@ -31,22 +33,29 @@ def problem():
     return tensors, [scfa.SlidingWindow(WINDOW), far]
 
 
+def sinks_of():
+    return torch.tensor([0.5, -1.0, 2.0, 0.0])
+
+
 def gradients(function, tensors, dout):
-    """Out and the gradients of q, k, v."""
+    """Out and the gradients of q, k, v, and of sinks if they are among the tensors."""
     tensors = [x.detach().requires_grad_() for x in tensors]
     out = function(*tensors)
     return [out.detach(), *torch.autograd.grad(out, tensors, dout)]
 
 
-def spread(placement, traced):
+def spread(name, traced, with_sinks):
     """Results gathered, and how they lay."""
+    placement = PLACEMENTS[name]
     mesh = init_device_mesh("cpu", (RANKS,))
     tensors, patterns = problem()
     *inputs, dout = (distribute_tensor(x, mesh, [placement]) for x in tensors)
     patterns = [distributed.distribute_pattern(p, mesh, (placement,)) for p in patterns]
+    if with_sinks:
+        inputs.append(distribute_tensor(sinks_of(), mesh, [OF_SINKS[name]]))
 
-    def function(q, k, v):
-        return attention_over(q, k, v, patterns)
+    def function(q, k, v, sinks=None):
+        return attention_over(q, k, v, patterns, sinks=sinks)
 
     if traced:
         torch._dynamo.reset()
@@ -70,10 +79,9 @@ def work(rank, folder):
 
         setattr(torch_union_ops, verb, run)
     results = {}
-    for name, placement in PLACEMENTS.items():
-        for traced in (False, True):
-            sizes.clear()
-            results[name, traced] = (*spread(placement, traced), list(sizes))
+    for case in product(PLACEMENTS, (False, True), (False, True)):
+        sizes.clear()
+        results[case] = (*spread(*case), list(sizes))
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
     dist.barrier()
@@ -90,15 +98,19 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("name", PLACEMENTS)
-def test_two_processes_equal_one(results, name, traced):
-    mine, lies, sizes = results[name, traced]
+def test_two_processes_equal_one(results, name, traced, with_sinks):
+    mine, lies, sizes = results[name, traced, with_sinks]
     (*tensors, dout), patterns = problem()
-    right = gradients(lambda *x: attention_over(*x, patterns), tensors, dout)
+    tensors += [sinks_of()] * with_sinks
+    right = gradients(
+        lambda q, k, v, sinks=None: attention_over(q, k, v, patterns, sinks=sinks), tensors, dout
+    )
     for x, true in zip(mine, right, strict=True):
         torch.testing.assert_close(x, true, rtol=0, atol=1e-6)
-    assert lies == [str((PLACEMENTS[name],))] * 4  # nothing was gathered
+    assert lies[:4] == [str((PLACEMENTS[name],))] * 4  # nothing was gathered
     assert sizes == [SHARES[name]] * 4  # two parts, forward and backward
 
 
