@@ -108,7 +108,9 @@ def attention(
         from scfa_core.merging import attention_over
 
         result = attention_over(
-            *(adopt(x) for x in (q, k, v)),
+            adopt(q),
+            adopt(k),
+            adopt(v),
             [adopt_pattern(pattern)],
             sinks=adopt(sinks),
             softmax_scale=softmax_scale,

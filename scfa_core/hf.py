@@ -153,11 +153,11 @@ def _attend(
     size = value.shape[3]
     query, key, value = (_fit(x) for x in (query, key, value))
     patterns = patterns or [mask.plan(query, key)]
-    how = {"sinks": kwargs.get("s_aux"), "softmax_scale": scaling}  # the name of gpt-oss and others
+    sinks = kwargs.get("s_aux")  # the name that gpt-oss and others give them
     if len(patterns) == 1:
-        out = attention(query, key, value, patterns[0], **how)
+        out = attention(query, key, value, patterns[0], sinks=sinks, softmax_scale=scaling)
     else:
-        out = attention_over(query, key, value, patterns, **how)
+        out = attention_over(query, key, value, patterns, sinks=sinks, softmax_scale=scaling)
     return out[..., :size].transpose(1, 2).contiguous(), None
 
 
