@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scfa_core import __version__
-from scfa_core.cli_verify import INTERRUPTED, run_soak, run_verify
+from scfa_core.cli_verify import CUT_SHORT, INTERRUPTED, run_soak, run_verify
 from scfa_core.dispatch import (
     AUTO,
     BACKEND_NAMES,
@@ -64,7 +65,16 @@ def _file(text: str) -> str:
     if path.is_dir() or not path.parent.is_dir():
         what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise argparse.ArgumentTypeError(f"must be a file that can be written, {what}: {text}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"must be a file that can be written, got {text}")
     return text
+
+
+def _picture(text: str) -> str:
+    """A picture to be written: PNG where its name has no ending."""
+    if not Path(text).name:
+        raise argparse.ArgumentTypeError(f"must be a file that can be written, got {text!r}")
+    return _file(text if Path(text).suffix or Path(text).is_dir() else f"{text}.png")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -197,7 +207,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     show.add_argument("--seed", type=_whole(0), default=0)
     show.add_argument(
-        "--out", metavar="PNG", help="write a picture of mask and tiles instead of text"
+        "--out",
+        type=_picture,
+        metavar="PNG",
+        help="write a picture of mask and tiles instead of text",
     )
     show.set_defaults(run=run_show)
     return parser
@@ -213,12 +226,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"scfa {options.command}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `scfa show ... | head`
-        sys.stderr.close()
-        return 0
+        _drop_output()
+        return CUT_SHORT
+    except OSError as error:  # a full disk, say
+        print(f"scfa {options.command}: {error}", file=sys.stderr)
+        _drop_output()
+        return 2
     except KeyboardInterrupt:
         print(f"scfa {options.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
     return code
+
+
+def _drop_output() -> None:
+    """Let what waits to be written go nowhere: Python would try once more as it ends."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # no output, or of no number
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_info(_options: argparse.Namespace, terminal: Terminal) -> int:
@@ -270,16 +293,12 @@ def run_show(options: argparse.Namespace, terminal: Terminal) -> int:
     if options.out is None:
         terminal.print(plotting.text_mask(plotting.original_mask(plan)))
         return 0
-    folder = Path(options.out).is_dir()
-    out = options.out if folder or Path(options.out).suffix else f"{options.out}.png"
     try:
-        if folder:
-            raise IsADirectoryError("it is a folder")
-        plotting.plot_plan(plan, block=options.block).savefig(out, dpi=120)
+        plotting.plot_plan(plan, block=options.block).savefig(options.out, dpi=120)
     except (OSError, ValueError) as error:  # no right to write, no such format
-        print(f"scfa show: cannot write {out}: {error}", file=sys.stderr)
+        print(f"scfa show: cannot write {options.out}: {error}", file=sys.stderr)
         return 2
-    terminal.print(f"wrote {out}")
+    terminal.print(f"wrote {options.out}")
     return 0
 
 

@@ -16,7 +16,7 @@ from scfa_core.errors import ScfaError
 from scfa_core.terminal import Terminal
 from scfa_core.versions import PACKAGES, version_of
 
-INTERRUPTED = 130  # as a shell has it
+INTERRUPTED, CUT_SHORT = 130, 141  # as a shell has them: Ctrl-C, a broken pipe
 
 
 def run_verify(options: argparse.Namespace, terminal: Terminal) -> int:
@@ -111,15 +111,25 @@ def card_name(backend: str) -> str | None:
 
 
 def write_json(path: str, content: dict[str, Any]) -> None:
-    """Write a result together with the versions that it came from."""
+    """Write a result together with the versions that it came from.
+
+    Raises
+    ------
+    ScfaError
+        The file cannot be written; the message holds the result.
+    """
     import json
 
     versions = {name: version_of(name) for name in PACKAGES}
     content["versions"] = {"scfa_core": __version__, "python": platform.python_version()} | {
         name: found for name, found in versions.items() if found != "not installed"
     }
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
+    text = json.dumps(content, indent=1) + "\n"
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise ScfaError(f"cannot write {path} ({error}); this was to go there:\n{text}") from error
 
 
 def reproduction(options: argparse.Namespace, seed: int | None) -> str:

@@ -179,7 +179,7 @@ def gathered_attention(
     each other of errors as in `ulysses_attention`.
     """
     checked = is_checked(q, group)
-    with agreed(group, checked, q=q, k=k, v=v):
+    with agreed(group, checked, q=q, k=k, v=v, rows=rows):
         _refuse_options("gathered_attention", options)
         require_whole("gathered_attention", pattern)
         _check_shapes(q, k, v)

@@ -360,6 +360,9 @@ def soak(
     except KeyboardInterrupt:
         found["interrupted"] = True
     found |= run.seen()
+    if not run.done and not found["interrupted"]:
+        text = "no step was taken: the warm-up had all the time, give more seconds"
+        found["complaints"].append(text)
     graph = dict(run.graph)
     found["complaints"] += graph.pop("complaints", [])
     return found | ({"graph": graph} if graph else {})

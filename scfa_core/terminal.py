@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -10,13 +11,14 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 PLAIN_INTERVAL = 5.0  # seconds between progress lines where no bar can be drawn
+PLAINER = str.maketrans("█▀▄", "#'.")  # blocks of `plotting.text_mask`
 
 
 class Terminal:
     """Where the commands write; rich draws on terminals only, and never where `plain` is True."""
 
     def __init__(self, stream: TextIO | None = None, *, plain: bool | None = None) -> None:
-        self.stream = sys.stdout if stream is None else stream
+        self.stream = stream or sys.stdout or io.StringIO()  # a process may have no output
         if plain is None:
             plain = not self.stream.isatty() or importlib.util.find_spec("rich") is None
         self.plain = plain
@@ -27,7 +29,12 @@ class Terminal:
             self._console = Console(file=self.stream, highlight=False, soft_wrap=True)
 
     def print(self, text: str = "") -> None:
-        """Write one line."""
+        """Write one line; what the stream has no characters for in plainer ones."""
+        encoding = self.stream.encoding or "utf-8"
+        try:
+            text.encode(encoding)
+        except UnicodeEncodeError:
+            text = text.translate(PLAINER).encode(encoding, "replace").decode(encoding)
         print(text, file=self.stream, flush=True)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -69,13 +76,15 @@ class Terminal:
         """Show how far `total` steps have come: a bar on a terminal, else a line now and then."""
         if self._console is not None:
             import rich.progress as rp
+            from rich.table import Column
 
+            count = Column(min_width=2 * len(str(total)) + 1)  # narrow terminals cut the note
             columns = (
                 rp.TextColumn("{task.description}"),
-                rp.BarColumn(),
-                rp.MofNCompleteColumn(),
-                rp.TimeElapsedColumn(),
-                rp.TextColumn("{task.fields[note]}"),
+                rp.BarColumn(bar_width=20),
+                rp.MofNCompleteColumn(table_column=count),
+                rp.TimeElapsedColumn(table_column=Column(min_width=7)),
+                rp.TextColumn("{task.fields[note]}", table_column=Column(overflow="ellipsis")),
             )
             with rp.Progress(*columns, console=self._console) as bar:
                 task = bar.add_task(label, total=total, note="")

@@ -287,6 +287,11 @@ def move_centers(model: nn.Module, share: float | None = None) -> int:
     >>> move_centers(torch.nn.Sequential(*layers))
     3
     """
+    if not isinstance(model, nn.Module):
+        raise PatternError(
+            f"move_centers takes a module, got {type(model).__name__}; nn.ModuleList(layers) makes "
+            "one of a list"
+        )
     hashes = [part for part in model.modules() if isinstance(part, AngularHash) and part.centers]
     if not hashes:
         raise PatternError(

@@ -11,7 +11,10 @@ class KeyRanges(Pattern):
     """Key j is visible to query i iff ``start[i] <= j < end[i]``.
 
     Ranges are clipped to [0, seqlen_k]; where ``start >= end`` the query sees nothing. No order
-    among the queries is assumed.
+    among the queries is assumed, but it has a price: queries are taken by tiles of neighbours, each
+    over all keys from its first to its last range's. Ranges that jump from row to row cost many
+    times what sorted ones do (random ones of 40 keys among 100,000, on a CPU: 36 and 45 times,
+    forward and backward); sort queries by `start` where they come so, and the result back.
 
     Parameters
     ----------

@@ -71,6 +71,13 @@ MISTAKES = {
         scfa.ShapeError,
         r"float64 on rank 0 and q \(2, 4, 12, 16\) another dtype",
     ),
+    "a gradient": (
+        lambda q, k, v: (q, k.requires_grad_(), v),
+        HASH,
+        {},
+        scfa.ShapeError,
+        r"k \(2, 2, 12, 16\) float64, v .* on rank 0 and .* k \(2, 2, 12, 16\) float64, grad, v",
+    ),
     "axes": (
         lambda q, k, v: (q[0], k, v),
         HASH,
@@ -114,6 +121,16 @@ CASES["rows", "gathered_attention"] = (
 )
 
 
+CASES["rows of one rank", "gathered_attention"] = (
+    GATHERED,
+    lambda *x: x,
+    HASH,
+    {"rows": ROWS[12:]},
+    scfa.ShapeError,
+    r"float64, no rows on rank 0 and .*, rows \(12,\) int64 on rank 1",
+)
+
+
 def work(rank, folder):
     """One process: every case, and what came of it; a right call after each."""
     torch.set_num_threads(1)
@@ -122,6 +139,7 @@ def work(rank, folder):
     q, k, v = (x.chunk(RANKS, 2)[rank] for x in draw()[:3])
     found = {}
     for name, (attend, change, pattern, options, *_) in CASES.items():
+        q, k, v = (x.detach() for x in (q, k, v))
         mine = change(q, k, v) if rank == WRONG else (q, k, v)
         options = options if rank == WRONG else {}
         if name[0] == "rows" and rank != WRONG:
@@ -130,7 +148,13 @@ def work(rank, folder):
             attend(*mine, pattern if rank == WRONG else HASH, **options)
         except Exception as error:
             found[name] = type(error).__name__, str(error)
-        found[name, "next"] = attend(q, k, v, HASH)
+        found[name, "next"] = attend(*(x.detach() for x in (q, k, v)), HASH)
+    others = dist.new_group([0])
+    if rank == WRONG:
+        try:
+            GATHERED(q, k, v, HASH, group=others)
+        except scfa.OptionError as error:
+            found["stranger"] = str(error)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -167,6 +191,11 @@ def test_all_ranks_raise_what_one_refuses(found, name):
             rtol=0,
             atol=1e-13,
         )
+
+
+@pytest.mark.slow
+def test_a_group_of_others(found):
+    assert found[WRONG]["stranger"].startswith("rank 1 is not in the group")
 
 
 def test_gpus_are_not_waited_for(monkeypatch):

@@ -139,6 +139,7 @@ def test_what_is_not_supported_raises():
     [
         ({"window": -3}, "window must be an int >= 0 .*got -3"),
         ({"window": "7"}, "window must be an int"),
+        ({"window": 0}, "window must be at least 1, got 0"),
         ({"buckets": 5}, "buckets must be an even int"),
         ({"near": -1}, "near must be at least 0"),
         ({"near": 2.5}, "near must be an int"),
