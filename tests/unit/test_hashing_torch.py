@@ -288,7 +288,7 @@ def test_all_hashes_of_a_model_move_at_once():
 
     with pytest.raises(scfa.PatternError, match="no adapting hash in HashSelfAttention: make its"):
         nn.move_centers(make("none"))
-    with pytest.raises(scfa.PatternError, match="takes a module, got list; nn.ModuleList"):
+    with pytest.raises(scfa.PatternError, match="takes a module, got list; nn"):
         nn.move_centers([model])
     with pytest.raises(scfa.PatternError, match="share"):
         nn.move_centers(model, share=2)
