@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from scfa_core.errors import DeviceError
+from scfa_core.errors import DeviceError, LayoutError
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _NUMPY_NAME = {"bfloat16": "uint16"}  # NumPy has no bfloat16: the bits travel as uint16
@@ -255,6 +255,22 @@ class CupyFramework(_ArrayModule):
 
     def _device(self, x: Any) -> str:
         return f"cuda:{x.device.id}"
+
+    def info(self, x: Any) -> ArrayInfo:
+        """Describe `x`, or refuse strides that kernels cannot count in elements.
+
+        Raises
+        ------
+        LayoutError
+            Such strides, as a field of records has them.
+        """
+        size = x.dtype.itemsize
+        if any(s % size for s, n in zip(x.strides, x.shape, strict=True) if n > 1):
+            raise LayoutError(
+                f"strides must be whole elements of {size} bytes, got {x.strides} bytes for shape "
+                f"{x.shape}; call .copy()"
+            )
+        return super().info(x)
 
     def _on_device_of(self, x: Any) -> AbstractContextManager[Any]:
         """CuPy works on the current device, whichever one its arrays are on."""

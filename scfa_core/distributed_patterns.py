@@ -25,6 +25,7 @@ from scfa_core.patterns import (
 from scfa_core.patterns.base import require_pattern
 from scfa_core.problem import as_size
 from scfa_core.torch_checks import check_tensor
+from scfa_core.torch_meta import is_traced
 
 __all__ = ["check_rows", "distribute_pattern", "heads_of", "queries_of", "require_whole"]
 
@@ -160,7 +161,7 @@ def queries_of(pattern: Pattern, rows: Tensor, seqlen_q: int, seqlen_k: int) -> 
     Raises
     ------
     PatternError
-        No pattern.
+        No pattern; on the host, a row that is none of `seqlen_q`.
     DTypeError, ShapeError
         Rows that are no integer tensor of one axis, sizes that are none, arrays that are no torch
         tensors or of another length.
@@ -168,6 +169,10 @@ def queries_of(pattern: Pattern, rows: Tensor, seqlen_q: int, seqlen_k: int) -> 
     require_whole("queries_of", pattern)
     rows = check_rows(rows)
     seqlen_q, seqlen_k = as_size("seqlen_q", seqlen_q), as_size("seqlen_k", seqlen_k)
+    if rows.device.type == "cpu" and not is_traced(rows):  # a GPU would have to be waited for
+        beyond = rows[(rows < 0) | (rows >= seqlen_q)]
+        if beyond.numel():
+            raise PatternError(f"rows must be from 0 to {seqlen_q - 1}, got {int(beyond[0])}")
 
     def take(x: Tensor) -> Tensor:
         check_tensor("each array of the pattern", x)

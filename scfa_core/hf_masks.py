@@ -133,7 +133,7 @@ class StructuredMask(BlockMask):
             if band == Band(hi=1) and self.shift == keys - queries:
                 return Causal(align="bottom-right")
             if self.shift == 0 and band.lo is not None and band.hi in (1, 1 - band.lo):
-                return SlidingWindow(1 - band.lo, causal=band.hi == 1)
+                return SlidingWindow(max(1 - band.lo, 0), causal=band.hi == 1)
         shift = self.shift.to(device) if isinstance(self.shift, Tensor) else self.shift
         position = torch.arange(queries, device=device) + shift
         start = torch.zeros_like(position) if band.lo is None else position + band.lo

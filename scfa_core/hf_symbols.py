@@ -282,6 +282,8 @@ class _Distance(Symbol):
     def __abs__(self) -> Any:
         return _Reach(self)
 
+    abs = __abs__  # as of a tensor
+
     def __le__(self, other: Any) -> Any:
         return self._between(None, other)
 

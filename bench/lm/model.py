@@ -330,6 +330,7 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def queries(self, text: Tensor, directions: Tensor | None) -> Iterator[Tensor]:
         """What is hashed (batch, heads, seqlen, head_dim), layer by layer, not compiled."""
+        documents = document_ids(text) if self.config.packed else None
         x = self.embed.forward(text)
         for layer, block in enumerate(self.blocks):
             mixed = block.norm_attention(x)
@@ -338,7 +339,7 @@ class LanguageModel(nn.Module):
                 yield block.mix.rows_to_hash((q, k), block.mix.turn(q, k))
             else:
                 yield block.mix.query(mixed).unflatten(-1, (self.config.heads, -1)).transpose(1, 2)
-            x, _ = block.forward(x, *self._hash_of(layer, directions), None)
+            x, _ = block.forward(x, *self._hash_of(layer, directions), documents)
 
     @torch.no_grad()
     def bucket_cost(self, text: Tensor) -> list[float]:

@@ -8,7 +8,7 @@ import pytest
 
 from scfa_core import arrays
 from scfa_core.api import _dense_rows
-from scfa_core.errors import ShapeError
+from scfa_core.errors import LayoutError, ShapeError
 from scfa_core.lowering import lower
 from scfa_core.patterns import Documents, HashSparse, KeyRanges, QKSparse
 from scfa_core.plan import Plan, plan_shapes
@@ -127,6 +127,17 @@ def test_gradients_are_made_dense_where_they_live(cupy):
     assert dense.flags.c_contiguous
     assert np.array_equal(np.asarray(dense), np.asarray(strided))
     assert _dense_rows(cupy, dense) is dense
+
+
+@pytest.mark.parametrize("padding", ["V2", "V4"])
+def test_strides_that_are_no_whole_elements_are_refused(cupy, padding):
+    records = np.zeros((1, 2, 7), np.dtype([("row", "f4", (16,)), ("more", padding)]))
+    field = on_card_1(records["row"])
+    if padding == "V4":
+        assert cupy.info(field).strides == (238, 119, 17, 1)
+        return
+    with pytest.raises(LayoutError, match=r"whole elements of 4 bytes, got \(924, 462, 66, 4\)"):
+        cupy.info(field)
 
 
 def test_workspace_is_of_the_arrays_card(cupy):

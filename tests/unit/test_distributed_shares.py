@@ -217,6 +217,8 @@ def test_shares_of_heads_that_do_not_fit_raise(arguments, error, words):
         ((scfa.Causal(), torch.tensor([[1]]), 6, 6), scfa.ShapeError, r"must have 1 axis \(n\)"),
         ((scfa.Causal(), torch.tensor([1]), "6", 6), scfa.ShapeError, "seqlen_q must be an int"),
         ((NUMPY_HASH, torch.tensor([1]), 6, 6), scfa.DTypeError, "torch tensor, got ndarray"),
+        ((scfa.Causal(), torch.tensor([1, 6]), 6, 6), scfa.PatternError, "from 0 to 5, got 6"),
+        ((scfa.Causal(), torch.tensor([-1]), 6, 6), scfa.PatternError, "from 0 to 5, got -1"),
         ((TOO_SHORT, torch.tensor([1]), 6, 6), scfa.ShapeError, "each of the 6 queries .*whole"),
     ],
 )

@@ -92,6 +92,16 @@ MISTAKES = {
         "uint64 compares with uint64 only",
         lambda: attend(pattern=scfa.HashSparse(INTS.astype(np.uint64), K_INTS)),
     ),
+    "int64 against uint64": (
+        scfa.DTypeError,
+        "uint64 compares with uint64 only",
+        lambda: attend(pattern=scfa.HashSparse(INTS, K_INTS.astype(np.uint64))),
+    ),
+    "more rows than an int32 counts": (
+        scfa.ShapeError,
+        "must be at most 2147483647, got 1073741824 + 1073741824",
+        lambda: scfa.attention(*[np.broadcast_to(np.zeros(16, np.float32), (1, 1, 2**30, 16))] * 3),
+    ),
     "hash shape": (
         scfa.ShapeError,
         "must broadcast to",

@@ -100,6 +100,7 @@ def custom_functions():
     kinds = torch.arange(16).expand(2, -1) % 3
     return {
         "distance": lambda b, h, q, k: abs(q - k) < 4,
+        "distance by a method": lambda b, h, q, k: (q - k).abs() < 4,
         "distance the other way": lambda b, h, q, k: q - k + 1 <= 6,
         "diagonal": lambda b, h, q, k: q == k,
         "strict": lambda b, h, q, k: k < q,
@@ -162,6 +163,29 @@ def test_what_is_no_clause_raises(name):
     function = theirs.and_masks(theirs.causal_mask_function, ODD[name])
     with pytest.raises(scfa.PatternError, match=r"cannot express: .* use attn_implementation"):
         read_mask(2, 4, 4, mask_function=function, use_vmap=True)
+
+
+def test_a_distance_that_no_pair_has():
+    function = theirs.and_masks(theirs.causal_mask_function, lambda b, h, q, k: k - q >= 2)
+    mask = read_mask(1, 6, 6, mask_function=function, use_vmap=True)
+    assert not mask.pattern(torch.device("cpu")).mask(6, 6).any()
+
+
+def test_a_short_padding_mask_counts_from_its_own_first_key():
+    real = torch.tensor([[1, 1, 1, 0, 1]]).bool()
+    mask = read_mask(1, 4, 4, q_offset=2, kv_offset=2, attention_mask=real)
+    seen = mask.pattern(torch.device("cpu")).mask(4, 4)[0, 0]
+    assert seen.any(0).tolist() == [True, False, True, False]  # of the last nothing is told
+
+
+def test_packed_ids_that_are_shifted_against_each_other_are_not_packed():
+    ids = torch.tensor([[0, 0, 1, 1]])
+
+    def steps(b, h, q, k):
+        return (ids[b, q] + 1 == ids[b, k]) & (ids[b, k] <= ids[b, q])
+
+    with pytest.raises(scfa.PatternError, match="looked up"):
+        read_mask(1, 4, 4, mask_function=steps, use_vmap=True)
 
 
 def test_positions_that_a_user_looks_up_are_not_trusted():

@@ -16,6 +16,7 @@ SCRIPT = """
 import dataclasses, pathlib, sys, torch
 from bench.lm.config import PRESETS
 from bench.lm.data import as_words, load_corpus
+from bench.lm.model import Mix
 from bench.lm.train import Trainer, World
 from scfa_core.hashing import angular_hash
 
@@ -47,7 +48,18 @@ assert costs["hash4e"] < costs["hash4r"], costs
 short = corpus._replace(validation=corpus.validation[:40])  # less than one sequence
 assert Trainer(dataclasses.replace(tiny, attention="hash4"), short, here).bucket_cost() >= 1.0
 packed = dataclasses.replace(tiny, attention="hash4", packed=True)
-assert Trainer(packed, corpus, here).train_step() < 6.0
+trainer = Trainer(packed, corpus, here)
+assert trainer.train_step() < 6.0
+model, hashed = trainer.model, []
+directions, to_hash = model.directions(), Mix.rows_to_hash
+model.directions = lambda: directions
+Mix.rows_to_hash = lambda self, *rows: (hashed.append(to_hash(self, *rows)), hashed[-1])[1]
+model.states(torch.tensor([list(b"ab\\0cde\\0f" * 8)]))
+seen = list(model.queries(torch.tensor([list(b"ab\\0cde\\0f" * 8)]), directions))
+assert len(seen) == tiny.layers
+for mine, true in zip(seen, hashed):
+    assert torch.equal(mine, true)  # packed as they are trained
+Mix.rows_to_hash = to_hash
 
 for name in ("hash4", "hash4r"):
     whole = Trainer(dataclasses.replace(tiny, attention=name), corpus, here)

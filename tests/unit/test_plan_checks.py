@@ -19,6 +19,15 @@ def problem():
     return (q, k, v), plan
 
 
+def test_a_plan_of_another_device():
+    torch = pytest.importorskip("torch", reason="devices are torch's")
+    here, nowhere = (torch.zeros(1, 1, 5, 16, device=device) for device in ("cpu", "meta"))
+    for of, other in ((here, nowhere), (nowhere, here)):
+        plan = scfa.make_plan(scfa.Causal(), of, of)
+        with pytest.raises(scfa.DeviceError, match="the plan lives on"):
+            scfa.attention(other, other, other, plan)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("change", "error", "message"),

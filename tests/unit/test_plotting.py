@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import scfa_core as scfa
+from scfa_core.plotting import original_mask
 
 pytest.importorskip("matplotlib", reason="draws (extra 'plot')")
 
@@ -30,6 +31,15 @@ def plan_of(batch=2, heads=3, seqlen=8):
 def test_what_is_no_place_in_a_plan(options, words):
     with pytest.raises(scfa.ShapeError, match=f"^{words}$"):
         plan_of().plot(**options)
+
+
+def test_the_mask_of_a_head_is_the_plans():
+    rng = np.random.default_rng(0)
+    q, k = (np.zeros((2, heads, 9, 16), np.float32) for heads in (6, 2))
+    ids = [rng.integers(0, 3, (2, heads, 9)) for heads in (6, 2)]
+    plan = scfa.make_plan(scfa.HashSparse(*ids), q, k, backend="reference")
+    for b, h in np.ndindex(2, 6):
+        assert (original_mask(plan, b, h) == plan.to_dense()[b, h]).all()
 
 
 @pytest.mark.parametrize("sizes", [{"batch": 0}, {"heads": 0}])

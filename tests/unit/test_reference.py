@@ -80,3 +80,6 @@ def test_bfloat16_rounding_is_to_nearest_even():
         widen(narrow(single.astype(np.float64), "bfloat16"), "bfloat16"), expected
     )
     assert widen(narrow(np.array([1 + 2.0**-8 + 2.0**-50]), "bfloat16"), "bfloat16") == 1 + 2.0**-7
+    near = np.array([1 + 2.0**-8 + 2.0**-40, 1 + 2.0**-8 - 2.0**-40, 1 + 3 * 2.0**-8 - 2.0**-40])
+    assert widen(narrow(near, "bfloat16"), "bfloat16").tolist() == [1 + 2.0**-7, 1, 1 + 2.0**-7]
+    assert (narrow(-near, "bfloat16") == narrow(near, "bfloat16") ^ 0x8000).all()
