@@ -110,7 +110,8 @@ FOREIGN = {
     "window_size": "SlidingWindow(left + 1)",
     "cu_seqlens_q": "Documents.from_cu_seqlens(cu_seqlens, rows)",
     "return_softmax_lse": "return_lse=True",
-    "softmax_sclae": "it takes pattern, softmax_scale, layout, return_lse, deterministic, backend",
+    "s_aux": "sinks=",
+    "softmax_sclae": "it takes pattern, sinks, softmax_scale, layout, return_lse, deterministic, ",
 }
 
 

@@ -176,10 +176,17 @@ def test_backward_takes_no_pattern_for_causal_as_attention_does():
     assert all((a == b).all() for a, b in zip(none, causal, strict=True))
 
 
-@pytest.mark.parametrize("name", ["missing/x.png", "x.nonsense", "."])
+@pytest.mark.parametrize("name", ["missing/x.png", "."])
 def test_a_picture_that_cannot_be_written(name, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["show", "hash", "--out", str(tmp_path / name)])
+    assert ended.value.code == 2
+    assert "must be a file that can be written" in capsys.readouterr().err
+
+
+def test_a_picture_of_no_kind(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="draws (extra 'plot')")
-    path = tmp_path / name
+    path = tmp_path / "x.nonsense"
     assert cli.main(["show", "hash", "--out", str(path)]) == 2
     assert f"scfa show: cannot write {path}" in capsys.readouterr().err
 
