@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import scfa_core as scfa
 from bench.lm.config import Config
+from scfa_core.choosing import chosen_blocks
 from scfa_core.hashing import angular_hash
 from scfa_core.merging import attention_over
 from scfa_core.nn.near import near_groups, with_near_heads
@@ -75,6 +76,22 @@ def _part(
     elif kind == "window":
         pattern = pattern & scfa.SlidingWindow(number)
     return pattern
+
+
+def chosen(config: Config) -> Attend:
+    """Own block, and the blocks that each query scores highest (MoBA): ``chosen256x3``."""
+    block, top = map(int, config.main.removeprefix("chosen").split("x"))
+    options = {"softmax_scale": config.scale, "backend": config.backend}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> Tensor:
+        patterns = chosen_blocks(q, k, block=block, top=top)
+        documents = rest[-1]
+        if documents is not None:
+            patterns = [pattern & scfa.Documents(documents) for pattern in patterns]
+        out: Tensor = attention_over(q, k, v, patterns, **options)
+        return out
+
+    return attend
 
 
 def sparse(config: Config) -> Attend:
@@ -157,4 +174,6 @@ def _attend_for(config: Config) -> Attend:
             return torch.softmax(scores, -1) @ v
 
         return naive
+    if re.fullmatch(r"chosen0*[1-9]\d*x\d+", config.main):
+        return chosen(config)
     return sparse(config)

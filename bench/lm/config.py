@@ -15,7 +15,9 @@ class Config:
 
     `attention` is ``dense``, ``hash<buckets>``, ``drop<percent>``, ``window<keys>``,
     ``hash<buckets>+window<keys>`` (keys of the same bucket and the last so many; ``drop`` as well),
-    ``naive``, ``reformer<buckets>`` or ``none``: q + k + v, the bound on speed. After a comma,
+    ``chosen<rows>x<top>`` (the own block of so many rows, and the blocks before it that a query
+    scores highest), ``naive``, ``reformer<buckets>`` or ``none``: q + k + v, the bound on speed.
+    After a comma,
     ``window<keys>x<heads>``, the last so many heads see a window instead, as in
     ``hash16r,window128x4``; or ``blocks<keys>x<heads>``, earlier rows of the block of so many that
     a row lies in, each head's blocks beginning elsewhere: groups like a hash's, in the same call.
@@ -99,10 +101,11 @@ class Config:
         if not self.attention.partition(",")[0].endswith("k"):
             return False
         hashed = r"hash\d+[re]?k(,(blocks|window)\d+x\d+)?"
-        if re.fullmatch(rf"densek|(window|blocks|drop)\d+k|{hashed}", self.attention) is None:
+        others = r"densek|chosen\d+x\d+k|(window|blocks|drop)\d+k"
+        if re.fullmatch(rf"{others}|{hashed}", self.attention) is None:
             raise SystemExit(
-                "keys of their own are for densek, window128k, blocks256k, drop50k, hash16k, "
-                f"hash16ek,blocks256x4 and hash16ek,window128x4; got {self.attention!r}"
+                "keys of their own are for densek, window128k, blocks256k, chosen256x3k, drop50k, "
+                f"hash16k, hash16ek,blocks256x4 and hash16ek,window128x4; got {self.attention!r}"
             )
         return True
 

@@ -24,13 +24,14 @@ mode. Variants differ by attention alone: `dense` (torch SDPA, on a GPU cuDNN's 
 last so many heads see a window, the others what stands before the comma),
 `hash...,blocks<keys>x<heads>` (the last heads see the earlier rows of their block of so many,
 blocks of each head beginning elsewhere: groups like buckets, so that one call does for all heads),
-`naive` (masked, all scores in memory), `reformer<buckets>`, and `none`: attention replaced by the
-sum of queries, keys and values, which nothing can beat in speed. `densek`, `window<keys>k`,
-`blocks<keys>k`, `drop<percent>k` and `hash<buckets>k` (`ek`, `rk`; before a comma, too) project
-keys of their own, and hash them apart from the queries, by the same directions; the others share
-the paper's projections. Of these a row sees itself, as with `dense`, unless the name ends with "o"
-for others (`denseo`, by this package's kernels, `window<keys>o`, `drop<percent>o`), as hash and
-blocks hide it.
+`chosen<rows>x<top>` (MoBA: the row's block of so many as far as itself, and those before it whose
+mean key it scores highest), `naive` (masked, all scores in memory), `reformer<buckets>`, and
+`none`: attention replaced by the sum of queries, keys and values, which nothing can beat in speed.
+`densek`, `window<keys>k`, `blocks<keys>k`, `chosen<rows>x<top>k`, `drop<percent>k` and
+`hash<buckets>k` (`ek`, `rk`; before a comma, too) project keys of their own, and hash them apart
+from the queries, by the same directions; the others share the paper's projections. Of these a row
+sees itself, as with `dense`, unless the name ends with "o" for others (`denseo`, by this package's
+kernels, `window<keys>o`, `drop<percent>o`), as hash and blocks hide it.
 
 The queries of a layer have much in common, so that an angular hash puts most of them into few
 buckets, and the more so the deeper the layer: the work is then a multiple of what even buckets

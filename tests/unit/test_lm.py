@@ -29,7 +29,7 @@ here = World(0, 1, "cpu")
 names = "dense hash4 hash4c hash4w hash4r hash4e drop50 window16 hash4+window16 naive reformer4"
 names += " none hash4r,window16x1 hash4+window16,window8x1 dense,window16x1 hash4r,blocks16x1"
 names += " densek window16k drop50k blocks16 blocks16k denseo window16o drop50o"
-names += " hash4+window16o hash4,window16ox1 hash4ek hash4rk,blocks16x1"
+names += " hash4+window16o hash4,window16ox1 hash4ek hash4rk,blocks16x1 chosen16x2 chosen16x2k"
 for name in names.split():
     trainer = Trainer(dataclasses.replace(tiny, attention=name), corpus, here)
     assert trainer.train_step() < 6.0, name
