@@ -59,19 +59,6 @@ OTHERS = {  # chunks, windows of several kinds of layers, cross attention
         forced_eos_token_id=None,
     ),
 }
-SINKS = {  # in every layer, or where a window is
-    "gpt-oss": lambda: transformers.GptOssConfig(
-        **ROPE,
-        num_key_value_heads=2,
-        head_dim=16,
-        sliding_window=6,
-        num_local_experts=2,
-        num_experts_per_tok=2,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-    ),
-    "mimo": lambda: transformers.MiMoV2FlashConfig(**ROPE, num_key_value_heads=2, sliding_window=6),
-    "flint": lambda: transformers.FlintConfig(**ROPE, num_key_value_heads=2, sliding_window=6),
-}
 NAMES = hf.register(window=7, buckets=4, near=3, seed=0)
 
 
@@ -227,25 +214,6 @@ def test_compiled_generation_with_a_static_cache_is_one_graph():
         return {"compile_config": config} if name == "scfa" else {}
 
     assert same_text(model, compiled, cache_implementation="static")
-
-
-@pytest.mark.parametrize("name", SINKS)
-def test_sinks(name):
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(SINKS[name]()).eval()
-    of_heads = [x for key, x in model.named_parameters() if key.endswith("sinks")]
-    assert of_heads
-    for x in of_heads:
-        torch.nn.init.normal_(x)  # as of a trained model; a new one has all alike
-    compare(model, input_ids=tokens())
-    real = torch.arange(20).expand(2, -1) >= torch.tensor([[0], [7]])
-    compare(model, where=real, input_ids=tokens(), attention_mask=real.long())
-    assert same_text(model, num_beams=2)
-    model.set_attn_implementation("scfa")
-    logits = model(tokens()).logits
-    for x in of_heads:
-        torch.nn.init.constant_(x, -torch.inf)
-    assert (model(tokens()).logits - logits).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", SCALED)

@@ -4,6 +4,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import watched_verbs
 
 import scfa_core as scfa
 from scfa_core.decoding import attention_in_parts
@@ -14,10 +15,11 @@ torch = pytest.importorskip("torch", reason="the truth here is torch's autograd 
 
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
-from scfa_core import torch_bridge, torch_ops, torch_union_ops  # noqa: E402
+from scfa_core import torch_union_ops  # noqa: E402
 from scfa_core.nn import HashSelfAttention, WindowSelfAttention  # noqa: E402
 
 ROWS, HEADS, SCALE = 23, 4, 0.3
+runs = watched_verbs.runs
 SINKS = (0.5, -1.0, 3.0, -float("inf"))  # the last head has none
 KEPT = torch.arange(ROWS) % 3 > 0
 PATTERNS = {
@@ -66,22 +68,6 @@ def rms(x):
 
 def mask_of(pattern):
     return torch.as_tensor(pattern.mask(ROWS, ROWS))
-
-
-@pytest.fixture
-def verbs(monkeypatch):
-    """The verbs of backends as they run."""
-    seen = []
-    for module in (torch_bridge, torch_ops, torch_union_ops):
-        for verb in ("run_forward", "run_backward"):
-            plain = getattr(module, verb)
-
-            def run(*arguments, plain=plain, verb=verb):
-                seen.append(verb.removeprefix("run_"))
-                return plain(*arguments)
-
-            monkeypatch.setattr(module, verb, run)
-    return seen
 
 
 @pytest.mark.parametrize("layout", ["bhtd", "bthd"])
@@ -168,18 +154,18 @@ def test_pieces_that_are_widened_do_not_matter(size, monkeypatch):
     torch.testing.assert_close(sinks_backward(*turned, lse, sinks, layout="bthd"), right)
 
 
-def test_one_call_each_way_and_none_where_only_sinks_learn(verbs):
+def test_one_call_each_way_and_none_where_only_sinks_learn(runs):
     q, k, v, dout = tensors()
     sinks = torch.nn.Parameter(torch.tensor(SINKS))
     attend = partial(scfa.attention, pattern=scfa.SlidingWindow(5), backend="numba-cpu")
     *_, right = results(lambda *x: attend(*x[:3], sinks=x[3]), (q, k, v, sinks), dout)
-    assert verbs == ["forward", "backward"]
-    verbs.clear()
+    assert runs == ["forward", "backward"]
+    runs.clear()
     for function in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
         (grad,) = torch.autograd.grad(function(q, k, v, sinks=sinks), sinks, dout)
         torch.testing.assert_close(grad, right)
-        assert verbs == ["forward"]
-        verbs.clear()
+        assert runs == ["forward"]
+        runs.clear()
 
 
 def test_sinks_count_once_over_several_patterns_and_pieces():

@@ -4,6 +4,7 @@ import io
 from functools import partial
 
 import pytest
+import watched_verbs
 
 torch = pytest.importorskip("torch", reason="the torch bridge needs torch (extra 'torch')")
 
@@ -15,7 +16,6 @@ from torch.utils.checkpoint import (  # noqa: E402
 )
 
 import scfa_core as scfa  # noqa: E402
-from scfa_core import torch_bridge, torch_ops, torch_union_ops  # noqa: E402
 from scfa_core.merging import attention_over, merge_attention  # noqa: E402
 from scfa_core.torch_union_ops import (  # noqa: E402
     ATTEND_UNION,
@@ -29,6 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
 ]
 BACKEND = "numba-cpu"
+runs = watched_verbs.runs
 WINDOW = 5
 HASHES = torch.randint(0, 3, (2, 2, 64), generator=torch.Generator().manual_seed(7))
 
@@ -63,22 +64,6 @@ def compiled(function, backend="aot_eager", dynamic=None):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
     return torch.compile(function, fullgraph=True, backend=counter, dynamic=dynamic), counter
-
-
-@pytest.fixture
-def runs(monkeypatch):
-    """The verbs of backends as they run."""
-    seen = []
-    for module in (torch_bridge, torch_ops, torch_union_ops):
-        for verb in ("run_forward", "run_backward"):
-            plain = getattr(module, verb)
-
-            def run(*arguments, plain=plain, verb=verb):
-                seen.append(verb.removeprefix("run_"))
-                return plain(*arguments)
-
-            monkeypatch.setattr(module, verb, run)
-    return seen
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])
