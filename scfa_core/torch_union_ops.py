@@ -12,7 +12,7 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from scfa_core.dispatch import AUTO
 from scfa_core.sinks import sinks_backward
@@ -170,8 +170,8 @@ def _differentiate(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Any
 register("attend_union", _attend, fake_forward)
 register("attend_union_backward", _attend_backward, _fake_backward)
 register("sinks_backward", _sinks_backward, _fake_sinks_backward)
-torch.library.register_autograd(
+library.register_autograd(
     "scfa::attend_union", _differentiate, setup_context=_save_for_backward, lib=LIBRARY
 )
 for _name in ("attend_union_backward", "sinks_backward"):
-    torch.library.register_autograd(f"scfa::{_name}", refuse_double_backward, lib=LIBRARY)
+    library.register_autograd(f"scfa::{_name}", refuse_double_backward, lib=LIBRARY)

@@ -13,9 +13,8 @@ class KeyRanges(Pattern):
     Ranges are clipped to [0, seqlen_k]; where ``start >= end`` the query sees nothing. No order
     among the queries is assumed, but it has a price: queries are taken by tiles of neighbours, each
     over all keys from its first to its last range's. Ranges that jump from row to row cost many
-    times what sorted ones do (random ones of 40 keys among 100,000, on a CPU: 36 and 45 times,
-    forward and backward). Where ranges are whole blocks, let these be groups, by which queries are
-    sorted: ``HashSparse(block of each query, block of each key, causal=False)``.
+    times what sorted ones do. Where ranges are whole blocks, let these be groups, by which queries
+    are sorted: ``HashSparse(block of each query, block of each key, causal=False)``.
 
     Parameters
     ----------

@@ -1,5 +1,7 @@
 """What torch builds around a call, on the card: compiled graphs, autocast, checkpoints."""
 
+from functools import partial
+
 import pytest
 
 import scfa_core as scfa
@@ -80,26 +82,36 @@ def test_compiled_and_captured(torch, backend):
         assert torch.equal(captured, attend(*arguments))
 
 
+def dense_with_sinks(torch, q, k, v, sinks, q_hash, k_hash):
+    """The formula step by step in the inputs' dtype; rows that see nothing come out of a sink."""
+    k, v, k_hash = (x.repeat_interleave(2, 1) for x in (k, v, k_hash))
+    seen = (q_hash[..., None] == k_hash[..., None, :]).tril()
+    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf)
+    sink = sinks.to(q.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+    return torch.cat([scores, sink], -1).softmax(-1)[..., :-1] @ v
+
+
 def test_sinks_compiled_and_captured(torch, backend):
-    """Beside the same call in float32 on the host, whose part of the error is small."""
+    """Errors beside float64 are at most twice those of the formula in the same dtype."""
     torch._dynamo.reset()
     *tensors, q_hash, k_hash = inputs(torch)
-    sinks = torch.tensor([-1.0, 0.0, 2.0, -torch.inf], device="cuda", requires_grad=True)
+    sinks = torch.tensor([-1.0, 0.0, 2.0, 0.5], device="cuda", requires_grad=True)
 
-    def attend(q, k, v, sinks, q_hash, k_hash, backend=backend):
+    def attend(q, k, v, sinks, q_hash, k_hash):
         pattern = scfa.HashSparse(q_hash, k_hash)
         return scfa.attention(q, k, v, pattern, sinks=sinks, backend=backend)
 
     def results(function, leaves, hashes):
         out = function(*leaves, *hashes)
-        return out, *torch.autograd.grad(out.float().square().sum(), leaves)
+        return out, *torch.autograd.grad(out.double().square().sum(), leaves)
 
     leaves, hashes = (*tensors, sinks), (q_hash, k_hash)
     mine = results(attend, leaves, hashes)
-    wide = [x.detach().float().cpu().requires_grad_() for x in leaves]
-    right = results(lambda *x: attend(*x, backend="numba-cpu"), wide, [x.cpu() for x in hashes])
-    for x, true in zip(mine, right, strict=True):
-        assert (x.cpu().float() - true).norm() <= 1e-2 * true.norm()
+    dense = partial(dense_with_sinks, torch)
+    usual = results(dense, leaves, hashes)
+    right = results(dense, [x.detach().double().requires_grad_() for x in leaves], hashes)
+    for x, theirs, true in zip(mine, usual, right, strict=True):
+        assert (x - true).norm() <= 2 * (theirs - true).norm()
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     for x, true in zip(results(compiled, leaves, hashes), mine, strict=True):
         assert torch.equal(x, true)

@@ -13,6 +13,7 @@ from scfa_core.sinks import sinks_backward
 
 torch = pytest.importorskip("torch", reason="the truth here is torch's autograd (extra 'torch')")
 
+from torch import library  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from scfa_core import torch_union_ops  # noqa: E402
@@ -232,7 +233,7 @@ def test_no_keys_and_no_rows():
 def test_opcheck(layout):
     *_, out = tensors(torch.float16, layout)
     arguments = (torch.ones_like(out), out, torch.randn(2, HEADS, ROWS), torch.zeros(HEADS), layout)
-    torch.library.opcheck(torch_union_ops.SINKS_BACKWARD, arguments)
+    library.opcheck(torch_union_ops.SINKS_BACKWARD, arguments)
 
 
 def test_second_derivatives_are_refused():

@@ -8,6 +8,7 @@ import watched_verbs
 
 torch = pytest.importorskip("torch", reason="the torch bridge needs torch (extra 'torch')")
 
+from torch import library  # noqa: E402
 from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 from torch.utils.checkpoint import (  # noqa: E402
@@ -255,12 +256,12 @@ def operator_arguments(layout, sinks=None):
 @pytest.mark.parametrize("layout", ["bhtd", "bthd"])
 def test_opcheck(layout, sinks):
     arguments = operator_arguments(layout, sinks)
-    torch.library.opcheck(ATTEND_UNION, arguments)
+    library.opcheck(ATTEND_UNION, arguments)
     out, lse = ATTEND_UNION(*arguments)
     assert out.requires_grad
     assert not lse.requires_grad
     saved = [x.detach() for x in (*arguments[:3], out, lse)]
-    torch.library.opcheck(ATTEND_UNION_BACKWARD, (torch.ones_like(out), *saved, *arguments[4:]))
+    library.opcheck(ATTEND_UNION_BACKWARD, (torch.ones_like(out), *saved, *arguments[4:]))
 
 
 def by_operator(q, k, v):
