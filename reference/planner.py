@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scfa_core.lowering import START_BITS
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
 def sorted_rows(groups: list[Any], keeps: list[Any], seqlen: int) -> tuple[list[int], int]:
-    """Order rows by (groups, row) with dropped rows last; also how many are kept.
+    """Order rows by (groups..., row) with dropped rows last; also how many are kept.
 
     `groups` and `keeps` are lists of (seqlen,) sequences; a row is kept if every keep is nonzero.
     """
@@ -62,9 +64,10 @@ def plan_lists(clauses: Any, batch: int, heads: int, heads_kv: int, tq: int, tk:
         for h in range(heads):
             keys = sorted_keys[h // (heads // heads_kv)]
             groups = _rows(clauses.q_groups, b, h)
-            order, count = sorted_rows(groups, _rows(clauses.q_keeps, b, h), tq)
-            q_index[b, h], q_count[b, h] = order, count
             starts, ends = _rows(clauses.starts, b, h), _rows(clauses.ends, b, h)
+            bounds = _bound_keys(starts, ends, tk) if clauses.sorted_bounds(tq) else []
+            order, count = sorted_rows(groups + bounds, _rows(clauses.q_keeps, b, h), tq)
+            q_index[b, h], q_count[b, h] = order, count
             key_start[b, h, count:] = key_end[b, h, count:] = len(keys)
             for r, i in enumerate(order[:count]):
                 lo, hi = query_interval(i, tk, clauses.lo_offset, clauses.hi_offset, starts, ends)
@@ -72,6 +75,14 @@ def plan_lists(clauses: Any, batch: int, heads: int, heads_kv: int, tq: int, tk:
                 key_start[b, h, r] = bisect_left(keys, (*group, lo))
                 key_end[b, h, r] = bisect_left(keys, (*group, hi))
     return q_index, q_count, k_index, k_count, key_start, key_end
+
+
+def _bound_keys(starts: list[list[int]], ends: list[list[int]], seqlen_k: int) -> list[list[int]]:
+    """What queries are sorted by after their groups, for each row."""
+    firsts, lasts = (
+        [[min(max(x, 0), seqlen_k) for x in bound] for bound in bounds] for bounds in (starts, ends)
+    )
+    return [[x >> START_BITS for x in bound] for bound in firsts] + lasts
 
 
 def _rows(arrays: tuple[NDArray[Any], ...], b: int, h: int) -> list[list[int]]:

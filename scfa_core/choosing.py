@@ -81,15 +81,24 @@ def chosen_blocks(q: Any, k: Any, *, block: int, top: int) -> list[Pattern]:
     if not whole or not top:
         return patterns
     chosen = _choices(q.detach(), k.detach()[:, :, : whole * block], own, block, min(top, whole))
-    patterns += [HashSparse(ids, of_key, causal=False) for ids in chosen.unbind(-1)]
+    patterns += [HashSparse(ids, of_key, causal=False) for ids in chosen]
     return patterns
 
 
-def _choices(q: Tensor, k: Tensor, own: Tensor, block: int, top: int) -> Tensor:
-    """Blocks (batch, heads, seqlen_q, top) with the highest scores; -1 where there are fewer."""
+def _choices(q: Tensor, k: Tensor, own: Tensor, block: int, top: int) -> list[Tensor]:
+    """Blocks (batch, heads, seqlen_q) of the highest scores, `top` times; -1 where there is none.
+
+    Scores of a query lie a row apart, so that neighbouring queries are read side by side; one
+    maximum after the other then takes a fraction of the time of topk.
+    """
     means = k.unflatten(2, (-1, block)).mean(3)
     grouped = q.unflatten(1, (means.shape[1], -1))
-    scores = (grouped @ means.mT.unsqueeze(2)).flatten(1, 2)
-    later = torch.arange(means.shape[2], device=q.device) >= own.unsqueeze(-1)
-    best = scores.masked_fill_(later, -torch.inf).topk(top, dim=-1, sorted=False)
-    return torch.where(best.values.isneginf(), -1, best.indices).int()
+    scores = (means.unsqueeze(2) @ grouped.mT).flatten(1, 2)
+    later = torch.arange(means.shape[2], device=q.device).unsqueeze(-1) >= own.unsqueeze(-2)
+    scores = scores.masked_fill_(later, -torch.inf)
+    found = []
+    for _ in range(top):
+        best = scores.max(dim=-2, keepdim=True)
+        scores.scatter_(-2, best.indices, -torch.inf)
+        found.append(torch.where(best.values.isneginf(), -1, best.indices).squeeze(-2).int())
+    return found

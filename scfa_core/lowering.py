@@ -26,6 +26,8 @@ from scfa_core.patterns.base import PATTERN_OR_PLAN, require_pattern, unknown_pa
 from scfa_core.problem import Problem
 
 MAX_GROUP_CLAUSES = 8
+START_BITS = 10  # queries are sorted by their starts in steps of 1024 keys, then by their ends
+ROWS_IN_ANY_ORDER = 64  # so few queries are one tile, whose order does not matter
 ARRAY_FIELDS = ("q_groups", "k_groups", "q_keeps", "k_keeps", "starts", "ends")
 
 
@@ -62,6 +64,16 @@ class Clauses(NamedTuple):
     def monotone(self) -> bool:
         """Whether ranges are nondecreasing along sorted queries: all patterns but KeyRanges."""
         return not self.starts
+
+    def sorted_bounds(self, seqlen_q: int) -> tuple[Any, ...]:
+        """Starts, then ends, by which queries are sorted after their groups; () where they are not.
+
+        Neighbours share a tile, so those that see much the same keys are made neighbours. Bounds
+        count as clipped to [0, seqlen_k], starts shifted right by `START_BITS`: finer steps would
+        leave no order of ends, which tells as much of causal queries.
+        """
+        fits = len(self.q_groups) + 2 * len(self.starts) <= MAX_GROUP_CLAUSES
+        return (*self.starts, *self.ends) if fits and seqlen_q > ROWS_IN_ANY_ORDER else ()
 
 
 class _Lowering:

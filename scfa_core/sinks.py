@@ -54,14 +54,8 @@ def sinks_backward(dout: Any, out: Any, lse: Any, sinks: Any, *, layout: str = "
     ``-sum(exp(sink - lse) * sum(dout * out))`` over the rows of a head, in float32 (float64 for
     float64), widened a piece at a time.
     """
-    swap = check_layout(layout)
-    check_sinks(sinks, out, layout)
-    one_framework(out, dout=dout, lse=lse)
-    if tuple(dout.shape) != tuple(out.shape):
-        raise ShapeError(f"dout must be like out, {tuple(out.shape)}, got {tuple(dout.shape)}")
-    batch, heads, rows, size = (out.shape[at] for at in ((0, 2, 1, 3) if swap else range(4)))
-    if tuple(lse.shape) != (batch, heads, rows):
-        raise ShapeError(f"lse must be {(batch, heads, rows)}, got {tuple(lse.shape)}")
+    swap = check_sinks_backward(dout, out, lse, sinks, layout)
+    (batch, heads, rows), size = lse.shape, out.shape[3]
     xp = namespace(out)
     wide = xp.float64 if dtype_name(out) == "float64" else xp.float32
     logits = _cast(sinks, wide)[None, :, None]
@@ -77,6 +71,19 @@ def sinks_backward(dout: Any, out: Any, lse: Any, sinks: Any, *, layout: str = "
         pieces.append(-(weights[:, begin : begin + step] * dots).sum((0, 2)))
     whole = xp.concatenate(pieces) if pieces else xp.zeros_like(logits[0, :, 0])
     return _cast(whole, sinks.dtype)
+
+
+def check_sinks_backward(dout: Any, out: Any, lse: Any, sinks: Any, layout: str) -> bool:
+    """Refuse arrays that do not fit each other; return whether heads and seqlen are swapped."""
+    swap = check_layout(layout)
+    check_sinks(sinks, out, layout)
+    one_framework(out, dout=dout, lse=lse)
+    if tuple(dout.shape) != tuple(out.shape):
+        raise ShapeError(f"dout must be like out, {tuple(out.shape)}, got {tuple(dout.shape)}")
+    batch, heads, rows, _ = (out.shape[at] for at in ((0, 2, 1, 3) if swap else range(4)))
+    if tuple(lse.shape) != (batch, heads, rows):
+        raise ShapeError(f"lse must be {(batch, heads, rows)}, got {tuple(lse.shape)}")
+    return swap
 
 
 def _cast(x: Any, dtype: Any) -> Any:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, library
 
 from scfa_core.dispatch import AUTO
-from scfa_core.sinks import sinks_backward
+from scfa_core.sinks import check_sinks_backward, sinks_backward
 from scfa_core.torch_calls import (
     Call,
     NativePlan,
@@ -34,6 +34,12 @@ from scfa_core.torch_ops import (
     fake_gradients,
     refuse_double_backward,
     register,
+)
+from scfa_core.torch_parts import (
+    add_by_kernel,
+    adds_by_kernel,
+    merge_by_kernel,
+    sinks_gradient_by_kernel,
 )
 
 # The seven tensors of every part, one after another; flags as 0 and 1, as torch.jit.trace takes no
@@ -62,8 +68,13 @@ def merge_in_place(
 ) -> tuple[Tensor, Tensor]:
     """`merging.merge_attention` and `merge_sinks` without gradients, two passes over two parts.
 
-    Sums are float32, or wider like outs. The memory of ``outs[0]`` takes the result.
+    Sums are float32, or wider like outs. The memory of ``outs[0]`` takes the result. On a GPU one
+    kernel where it serves.
     """
+    if len(outs) > 1 or sinks is not None:
+        merged = merge_by_kernel(outs, lses, swap, sinks)
+        if merged is not None:
+            return merged
     if sinks is not None:
         lses = [*lses, sinks.to(lses[0].dtype)[:, None].expand_as(lses[0])]
     if len(lses) == 1:
@@ -83,16 +94,17 @@ def merge_in_place(
 def add_gradients(gradients: Iterable[Tensors], parts: int) -> Tensors:
     """Sum dq, dk, dv over parts, in float32 or wider; the memory of the first takes two of them.
 
-    A narrow sum of two is rounded once, as one in float32 that is narrowed would be.
+    A narrow sum of two is rounded once, as one in float32 that is narrowed would be. Of more, on a
+    GPU, one kernel where it serves.
     """
-    totals: Tensors = ()
-    dtype = torch.float32
-    for grads in gradients:
-        if not totals:
-            dtype = grads[0].dtype
-            wide = dtype if parts <= 2 else torch.promote_types(dtype, torch.float32)
-            totals = tuple(x.to(wide) for x in grads)
-            continue
+    others = iter(gradients)
+    first = next(others)
+    dtype = first[0].dtype
+    if parts > 2 and adds_by_kernel(first):
+        return add_by_kernel(first, others, parts)
+    wide = dtype if parts <= 2 else torch.promote_types(dtype, torch.float32)
+    totals = tuple(x.to(wide) for x in first)
+    for grads in others:
         for total, grad in zip(totals, grads, strict=True):
             total += grad
     return tuple(x.to(dtype) for x in totals)
@@ -134,8 +146,9 @@ def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) ->
 
 def _sinks_backward(dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor, layout: str) -> Tensor:
     """``scfa::sinks_backward`` on real tensors."""
-    dsinks: Tensor = sinks_backward(dout, out, lse, sinks, layout=layout)
-    return dsinks
+    swap = check_sinks_backward(dout, out, lse, sinks, layout)
+    dsinks = sinks_gradient_by_kernel(dout, out, lse, sinks, swap)
+    return sinks_backward(dout, out, lse, sinks, layout=layout) if dsinks is None else dsinks
 
 
 def _fake_sinks_backward(

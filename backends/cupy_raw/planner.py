@@ -49,7 +49,7 @@ FAR = 1 << 40  # an offset beyond every row
 _SURVEY_WORDS = 10  # PartSurvey
 
 _COLUMN = struct.Struct("<Qqqqq")
-_LIST_TAIL = struct.Struct("<QQQiiii")
+_LIST_TAIL = struct.Struct("<QQQiiiiii")
 _SORT_TAIL = struct.Struct("<qQQQiiiiii")
 _RANGE_TAIL = struct.Struct("<qqQQQQQQQiiiiiiiiiiii")
 _NO_COLUMN = bytes(_COLUMN.size)
@@ -105,14 +105,17 @@ def sort_params(
 ) -> bytes:
     """Pack SortParams; query lists borrow key_start as scratch, which plan_ranges fills later."""
     one_pass = one_pass or OnePass(0, 0, 0, staged=False)
+    bounds = clauses.sorted_bounds(problem.seqlen_q)
     queries = _LIST_TAIL.pack(
         plan.q_index.pointer,
         plan.q_count.pointer,
         plan.key_start.pointer,
-        len(clauses.q_groups),
+        len(clauses.q_groups) + len(bounds),
         len(clauses.q_keeps),
         problem.heads,
         problem.seqlen_q,
+        len(bounds),
+        problem.seqlen_k,
     )
     keys = _LIST_TAIL.pack(
         plan.k_index.pointer,
@@ -122,10 +125,12 @@ def sort_params(
         len(clauses.k_keeps),
         problem.heads_kv,
         problem.seqlen_k,
+        0,
+        0,
     )
     return b"".join(
         (
-            _columns(clauses.q_groups, "group"),
+            _columns((*clauses.q_groups, *bounds), "group"),
             _columns(clauses.q_keeps, "keep"),
             queries,
             _columns(clauses.k_groups, "group"),
@@ -199,8 +204,9 @@ class _Step(NamedTuple):
     params: bytes
 
 
-def _needs_sort(clauses: Clauses) -> bool:
-    return bool(clauses.q_groups or clauses.q_keeps or clauses.k_keeps)
+def _needs_sort(problem: Problem, clauses: Clauses) -> bool:
+    by_bounds = clauses.sorted_bounds(problem.seqlen_q)
+    return bool(clauses.q_groups or clauses.q_keeps or clauses.k_keeps or by_bounds)
 
 
 def _one_pass(problem: Problem, clauses: Clauses, device: int) -> OnePass | None:
@@ -221,7 +227,7 @@ def _workspace(problem: Problem, clauses: Clauses, one_pass: OnePass | None) -> 
 
     What blocks of a list share lies in the scratch, which is free until plan_sort.
     """
-    if not _needs_sort(clauses):
+    if not _needs_sort(problem, clauses):
         return 0, 0
     query_rows = problem.batch * problem.heads * problem.seqlen_q
     key_rows = problem.batch * problem.heads_kv * problem.seqlen_k
@@ -246,7 +252,7 @@ def _steps(
     """What to launch, in order; `k_scratch` and `done` are where `_workspace` is, or 0."""
     n_query_lists = problem.batch * problem.heads
     n_key_lists = problem.batch * problem.heads_kv
-    if not _needs_sort(clauses):
+    if not _needs_sort(problem, clauses):
         tiles_q, tiles_k = tiles = list_tiles(problem, IDENTITY_TILE)
         blocks = n_query_lists * tiles_q + n_key_lists * tiles_k
         params = range_params(problem, clauses, plan, 0, tiles)

@@ -12,6 +12,8 @@ from scfa_core.backends.numba_cpu.plan import UNBOUNDED, key_ranges, sort_lists,
 from scfa_core.backends.numba_cpu.threads import run_tiles
 from scfa_core.backends.numba_cpu.tiles import BLOCK
 
+from scfa_core.lowering import START_BITS
+
 if TYPE_CHECKING:
     from scfa_core.arrays import CallContext
     from scfa_core.lowering import Clauses
@@ -40,14 +42,15 @@ def make_plan(problem: Problem, clauses: Clauses, plan: PlanArrays, ctx: CallCon
     batch, heads, heads_kv = problem.batch, problem.heads, problem.heads_kv
     seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
     q_groups, k_groups = table(clauses.q_groups), table(clauses.k_groups)
-    for count, seqlen, groups, keeps, index, counts in (
-        (heads_kv, seqlen_k, k_groups, table(clauses.k_keeps), k_index, k_count),
-        (heads, seqlen_q, q_groups, table(clauses.q_keeps), q_index, q_count),
+    no_bounds, bounds = table(()), table(clauses.sorted_bounds(seqlen_q))
+    for count, seqlen, columns, keeps, index, counts in (
+        (heads_kv, seqlen_k, (k_groups, no_bounds), table(clauses.k_keeps), k_index, k_count),
+        (heads, seqlen_q, (q_groups, bounds), table(clauses.q_keeps), q_index, q_count),
     ):
         lists = batch * count
         run_tiles(
-            sort_lists, lists, lists, count, seqlen, groups, keeps, index, counts,
-            helpers=lists * seqlen > SMALL_ROWS,
+            sort_lists, lists, lists, count, seqlen, *columns, seqlen_k, START_BITS, keeps,
+            index, counts, helpers=lists * seqlen > SMALL_ROWS,
         )  # fmt: skip
     run_tiles(
         key_ranges, batch * heads, batch, heads, heads_kv, seqlen_q, seqlen_k,

@@ -1,4 +1,4 @@
-"""Plan: sort rows by groups with a stable counting sort, then find every query's key range.
+"""Plan: sort rows by groups and bounds with a stable counting sort, then find every query's range.
 
 Near-linear in seqlen. Clause arrays come as a table of addresses and byte strides, so that any
 number of columns, of either integer type and any strides, is served by one compiled kernel.
@@ -16,6 +16,7 @@ __all__ = ["key_ranges", "sort_lists", "table"]
 ADDRESS, ITEMSIZE, BATCH_STRIDE, HEAD_STRIDE, ROW_STRIDE = range(5)
 DIGIT_BITS = 11  # of one pass over wide values
 UNBOUNDED = 2**62
+UNCLIPPED = -1  # limit of a column whose values are taken as they are
 
 
 def table(arrays: tuple[np.ndarray, ...]) -> np.ndarray:
@@ -65,13 +66,20 @@ def counting_pass(values, order, count, least, shift, bins, values_out, order_ou
 
 
 @device_function
-def sort_by_column(column, order, count, values, values_spare, order_spare):
+def key_at(column, row, limit, shift):
+    """Entry `row`, or of a bound, which has a limit: how many steps of ``2**shift`` rows."""
+    value = value_at(column, row)
+    return value if limit == UNCLIPPED else min(max(value, np.int64(0)), limit) >> shift
+
+
+@device_function
+def sort_by_column(column, limit, shift, order, count, values, values_spare, order_spare):
     """Sort ``order[:count]`` by a column, stably, in as few counting passes as its range needs."""
-    least = greatest = value_at(column, np.int64(order[0]))
+    least = greatest = key_at(column, np.int64(order[0]), limit, shift)
     ascending = True
     previous = least
     for r in range(count):
-        value = value_at(column, np.int64(order[r]))
+        value = key_at(column, np.int64(order[r]), limit, shift)
         values[r] = value
         ascending = ascending and value >= previous
         previous = value
@@ -95,8 +103,13 @@ def sort_by_column(column, order, count, values, values_spare, order_spare):
 
 
 @kernel
-def sort_lists(counter, lists, heads, seqlen, groups, keeps, index, counts):
-    """Fill `index` and `counts` of every list: kept rows by (groups, row), then dropped rows."""
+def sort_lists(
+    counter, lists, heads, seqlen, groups, bounds, seqlen_k, start_bits, keeps, index, counts
+):
+    """Fill `index` and `counts` of every list: kept rows by (groups, bounds, row), then dropped.
+
+    The first half of `bounds` are starts, which count in steps of ``2**start_bits`` keys.
+    """
     values, values_spare = np.empty(seqlen, np.int64), np.empty(seqlen, np.int64)
     order_spare = np.empty(seqlen, np.int32)
     while True:
@@ -119,10 +132,17 @@ def sort_lists(counter, lists, heads, seqlen, groups, keeps, index, counts):
                 dropped += 1
         order[kept:] = order_spare[:dropped]
         counts[task] = kept
-        columns = at_head(groups, b, h)
+        columns, limits = at_head(groups, b, h), at_head(bounds, b, h)
         if kept > 1:
+            for c in range(len(limits) - 1, -1, -1):
+                shift = np.int64(start_bits if 2 * c < len(limits) else 0)
+                sort_by_column(
+                    limits[c], seqlen_k, shift, order, kept, values, values_spare, order_spare
+                )
             for c in range(len(columns) - 1, -1, -1):
-                sort_by_column(columns[c], order, kept, values, values_spare, order_spare)
+                sort_by_column(
+                    columns[c], UNCLIPPED, 0, order, kept, values, values_spare, order_spare
+                )
 
 
 @device_function

@@ -1,4 +1,4 @@
-"""Planner, step 2, once per group clause from the last to the first: stable sort by that clause.
+"""Planner, step 2, once per bound and group, from the last to the first: stable sort by it.
 
 A radix sort, one block per list. Each warp counts the digits of its stretch; the scan of the
 counts, digit by digit and within a digit warp by warp, says where each warp writes. Only as many
@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import cache
 
 from numba import cuda, int32, int64, uint32
-from scfa_core.backends.numba_cuda.compiling import Kernel, kernel
+from scfa_core.backends.numba_cuda.compiling import Kernel, device, kernel
 from scfa_core.backends.numba_cuda.plan_warp import (
     ROUNDS,
     THREADS,
@@ -30,11 +30,21 @@ DIGIT_BITS = 8
 BINS = 1 << DIGIT_BITS
 PITCH = BINS + 1  # of a warp's counts
 COUNTS = WARPS * PITCH
+UNCLIPPED = -1  # limit of a column whose values are taken as they are
+
+
+@device
+def sort_key(keys, row, limit, shift):
+    """Entry `row`, or of a bound, which has a limit: how many steps of ``2**shift`` rows."""
+    value = int64(keys[row])
+    if limit == UNCLIPPED:
+        return value
+    return min(max(value, int64(0)), int64(limit)) >> shift
 
 
 @cache
 def build_plan_sort(dtype: str) -> Kernel:
-    """Sort the first count[b, h] entries of index by column[b, h, entry].
+    """Sort the first count[b, h] entries of index by column[b, h, entry], as `sort_key` takes it.
 
     `from_rows`: index is yet to be written; all rows are kept, and count says so afterwards.
     Lists that are done are left alone, if any `may_be_done`: done has an entry for every query
@@ -45,9 +55,10 @@ def build_plan_sort(dtype: str) -> Kernel:
 
     @kernel(
         f"{dtype}:3", "int32:3", "int32:3", "int32:2", "int32:2", "bool", "bool",
+        "int32", "int32",
         bounds=(THREADS, 2),
     )  # fmt: skip
-    def scfa_plan_sort(column, index, scratch, count, done, from_rows, may_be_done):
+    def scfa_plan_sort(column, index, scratch, count, done, from_rows, may_be_done, limit, shift):
         counts = cuda.shared.array(COUNTS, int32)
         sums = cuda.shared.array(BINS, int32)
         lows = cuda.shared.array(THREADS, int64)
@@ -74,11 +85,12 @@ def build_plan_sort(dtype: str) -> Kernel:
         last = uint32(seqlen - 1)
 
         # Which values are there? Sorted are their distances from the least, as unsigned numbers.
-        least = int64(keys[0 if from_rows else mine[0]])
+        least = sort_key(keys, 0 if from_rows else mine[0], limit, shift)
         most = least
         place = uint32(thread)
         while place < uint32(seqlen):
-            key = int64(keys[uint32(place if from_rows else mine[uint32(place)])])
+            row = uint32(place if from_rows else mine[uint32(place)])
+            key = sort_key(keys, row, limit, shift)
             least = min(least, key)
             most = max(most, key)
             place = uint32(place + threads)
@@ -112,7 +124,7 @@ def build_plan_sort(dtype: str) -> Kernel:
         my_counts = int32(warp * PITCH)
         ones = int32(bins - 1)
         for done_passes in range(passes):
-            shift = int32(done_passes * digit_bits)
+            digit_shift = int32(done_passes * digit_bits)
             in_order = from_rows and done_passes == 0  # entry i is row i
             # The first pass reads row numbers or index; with the former the last one writes index.
             left = passes - done_passes if from_rows else done_passes
@@ -131,7 +143,9 @@ def build_plan_sort(dtype: str) -> Kernel:
                 for u in range(ROUNDS):
                     place = min(uint32(start + 32 * u + lane), last)
                     row = uint32(place if in_order else source[place])
-                    digits[u] = int32(int64(keys[row]) - least >> shift & ones)
+                    digits[u] = int32(
+                        sort_key(keys, row, limit, shift) - least >> digit_shift & ones
+                    )
                 for u in range(ROUNDS):
                     if uint32(start + 32 * u + lane) < end:
                         cuda.atomic.add(counts, uint32(my_counts + digits[u]), 1)
@@ -157,7 +171,9 @@ def build_plan_sort(dtype: str) -> Kernel:
                     place = min(uint32(start + 32 * u + lane), last)
                     row = uint32(place if in_order else source[place])
                     rows[u] = row
-                    digits[u] = int32(int64(keys[row]) - least >> shift & ones)
+                    digits[u] = int32(
+                        sort_key(keys, row, limit, shift) - least >> digit_shift & ones
+                    )
                 for u in range(ROUNDS):
                     now = uint32(start + 32 * u)
                     if now < end:  # the same for all lanes

@@ -23,7 +23,7 @@ from scfa_core.backends.numba_cuda.plan_warp import threads_of
 from scfa_core.backends.numba_cuda.views import device_of, multiprocessors, queue_of, view
 
 from scfa_core.arrays import CallContext
-from scfa_core.lowering import Clauses
+from scfa_core.lowering import START_BITS, Clauses
 from scfa_core.plan import PlanArrays
 from scfa_core.problem import Problem
 
@@ -57,7 +57,7 @@ def fits_one_pass(problem: Problem, clauses: Clauses) -> bool:
 
 
 class _Lists:
-    """One side of a plan: its rows sorted by keeps and groups."""
+    """One side of a plan: its rows sorted by keeps, groups and bounds."""
 
     def __init__(self, index: Any, count: Any, ctx: CallContext) -> None:
         self.shape, self.ctx = index.shape, ctx
@@ -92,31 +92,45 @@ class _Lists:
     def sort(
         self,
         keeps: tuple[Any, ...],
-        groups: tuple[Any, ...],
+        columns: tuple[tuple[Any, int, int], ...],
         scratch: Any,
         done: Any,
         may_be_done: bool,
     ) -> None:
-        """Write index and count; leave out lists that are done."""
+        """Write index and count; leave out lists that are done. Columns: array, limit, shift."""
         if keeps:
             self.keep(keeps)
-        elif not groups:
+        elif not columns:
             self.write_rows()
-        for place, group in enumerate(reversed(groups)):
-            plan_sort.build_plan_sort(_type_name(group)).launch(
+        for place, (column, limit, shift) in enumerate(reversed(columns)):
+            plan_sort.build_plan_sort(_type_name(column)).launch(
                 self.lists,
                 self.threads,
                 self.queue,
                 (
-                    view(group),
+                    view(column),
                     self.index,
                     scratch,
                     self.count,
                     done,
                     not keeps and place == 0,
                     may_be_done,
+                    limit,
+                    shift,
                 ),
             )
+
+
+def _groups(arrays: tuple[Any, ...]) -> tuple[tuple[Any, int, int], ...]:
+    """Columns whose values are taken as they are."""
+    return tuple((x, plan_sort.UNCLIPPED, 0) for x in arrays)
+
+
+def _bounds(problem: Problem, clauses: Clauses) -> tuple[tuple[Any, int, int], ...]:
+    """Columns of starts and ends by which queries are sorted after their groups."""
+    bounds = clauses.sorted_bounds(problem.seqlen_q)
+    shifts = (START_BITS,) * (len(bounds) // 2) + (0,) * (len(bounds) // 2)
+    return tuple((x, problem.seqlen_k, shift) for x, shift in zip(bounds, shifts, strict=True))
 
 
 def _limits(problem: Problem, clauses: Clauses, q_shape: tuple[int, ...], ctx: CallContext) -> Any:
@@ -163,8 +177,9 @@ def run_make_plan(problem: Problem, clauses: Clauses, plan: PlanArrays, ctx: Cal
         k_scratch = key_end
         if clauses.k_groups and problem.seqlen_k > problem.seqlen_q:
             k_scratch = view(ctx.empty(plan.k_index.shape, "int32"))
-        queries.sort(clauses.q_keeps, clauses.q_groups, key_start, done, may_be_done)
-        keys.sort(clauses.k_keeps, clauses.k_groups, k_scratch, done, may_be_done)
+        columns = (*_groups(clauses.q_groups), *_bounds(problem, clauses))
+        queries.sort(clauses.q_keeps, columns, key_start, done, may_be_done)
+        keys.sort(clauses.k_keeps, _groups(clauses.k_groups), k_scratch, done, may_be_done)
         if problem.seqlen_q == 0:
             return
         *before_last, last = (*zip(clauses.q_groups, clauses.k_groups, strict=True),) or (None,)

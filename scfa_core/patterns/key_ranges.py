@@ -10,11 +10,10 @@ from scfa_core.patterns.base import Pattern, describe_array, require_arrays
 class KeyRanges(Pattern):
     """Key j is visible to query i iff ``start[i] <= j < end[i]``.
 
-    Ranges are clipped to [0, seqlen_k]; where ``start >= end`` the query sees nothing. No order
-    among the queries is assumed, but it has a price: queries are taken by tiles of neighbours, each
-    over all keys from its first to its last range's. Ranges that jump from row to row cost many
-    times what sorted ones do. Where ranges are whole blocks, let these be groups, by which queries
-    are sorted: ``HashSparse(block of each query, block of each key, causal=False)``.
+    Ranges are clipped to [0, seqlen_k]; where ``start >= end`` the query sees nothing. They may
+    jump from query to query: queries are sorted by their ranges, so that those with much the same
+    keys share a tile (docs/plan.md). Where ranges are whole blocks, groups are cheaper still:
+    ``HashSparse(block of each query, block of each key, causal=False)``.
 
     Parameters
     ----------

@@ -20,6 +20,7 @@ from scfa_core.backends.cupy_raw import planner_shapes
 
 import scfa_core as scfa
 from scfa_core.dispatch import load_backend
+from scfa_core.merging import attention_over
 
 ROWS = 150  # two tiles of 128, the last one ragged
 
@@ -103,6 +104,22 @@ class Lists(NamedTuple):
     shared: bool = True  # cupy may let several blocks share a list
 
 
+class Union(NamedTuple):
+    """Attention over several patterns, and a sink; forward and backward."""
+
+    dtype: str
+    head_dim: int
+    parts: int
+    sinks: bool = False
+    rows: int = ROWS
+
+
+PARTS = (
+    Union("bfloat16", 64, 1, sinks=True),
+    Union("float16", 72, 3),
+    Union("bfloat16", 64, 6, sinks=True, rows=70),  # gradients are added in two launches
+    Union("float32", 16, 5, sinks=True, rows=300),
+)
 PLANNER = (
     Lists(ROWS, ROWS),
     Lists(4100, 70, causal=False),
@@ -184,6 +201,18 @@ def run_call(backend, device, call):
     read(out, lse, *grads)
 
 
+def run_union(backend, device, union):
+    """Windows one behind the other, each a pattern of its own."""
+    shape, dtype = (1, 2, union.rows, union.head_dim), getattr(torch, union.dtype)
+    q, k, v = (torch.randn(shape).to(dtype).to(device).requires_grad_() for _ in range(3))
+    sinks = torch.randn(2).to(device).requires_grad_() if union.sinks else None
+    row = torch.arange(union.rows, device=device).view(1, 1, -1)
+    patterns = [scfa.KeyRanges(row - 9 * at - 8, row - 9 * at + 1) for at in range(union.parts)]
+    out = attention_over(q, k, v, patterns, sinks=sinks, backend=backend)
+    leaves = [x for x in (q, k, v, sinks) if x is not None]
+    read(out, *torch.autograd.grad(out, leaves, torch.randn(shape).to(dtype).to(device)))
+
+
 def run_lists(backend, device, lists):
     """Plan once."""
     heads, heads_kv = (1, 1) if max(lists.seqlen_q, lists.seqlen_k) > 4096 else (2, 1)
@@ -222,6 +251,7 @@ def families_of(backend, device):
         families["hopper"] = ("auto", "split", run_call, HOPPER)
         families["fused"] = ("auto", "fused", run_call, HOPPER)
     if backend == "cupy":
+        families["parts"] = ("sm80", "auto", run_union, PARTS)
         families["tf32"] = ("sm80", "auto", run_call, TF32)
     return families
 
@@ -241,6 +271,12 @@ def compile_kernels(families):
             for name, (*_, run, cases) in families.items()
             if run is run_call
             for call in cases
+        }
+        | {
+            (union.dtype, union.head_dim, union.head_dim, True, False, 1)
+            for *_, run, cases in families.values()
+            if run is run_union
+            for union in cases
         }
     )
     if "hopper" in families or "fused" in families:

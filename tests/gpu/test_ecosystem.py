@@ -97,8 +97,8 @@ def test_merging_and_decoding_on_cupy_arrays(cupy, backend):
     on_host = [x.get() for x in (q, k, v)]
     more = {"sinks": sinks.get(), "return_lse": True, "backend": "reference"}
     same([out.get(), lse.get()], scfa.attention(*on_host, window, **more))
-    right = sinks_backward(out.get(), out.get(), lse.get(), sinks.get())
-    np.testing.assert_allclose(sinks_backward(out, out, lse, sinks).get(), right, rtol=1e-4)
+    gradient = sinks_backward(out.get(), out.get(), lse.get(), sinks.get())
+    np.testing.assert_allclose(sinks_backward(out, out, lse, sinks).get(), gradient, rtol=1e-4)
     new, below = q[:, :, -3:].copy(), scfa.Causal(align="bottom-right")
     parts = [(k[:, :, :90], v[:, :, :90], None), (k[:, :, 90:], v[:, :, 90:], below)]
     same([attention_in_parts(new, parts, backend=backend).get()], [right[:, :, -3:]])

@@ -127,6 +127,23 @@ def test_ranges(equal):
     equal(problem, Clauses((q_group,), (k_group,), starts=(bounds[0],), ends=(bounds[1],)))
 
 
+@pytest.mark.parametrize("seqlen", [64, 65, 4097, 20000, 66000])
+def test_queries_are_sorted_by_ranges(equal, seqlen):
+    rng = np.random.default_rng(seqlen)
+    problem = problem_of(1, 2, 1, seqlen, 50000)
+    shape = (1, 2, seqlen)
+    start = rng.integers(-99, 50000, shape)
+    row = np.broadcast_to(np.arange(seqlen), shape)
+    groups = random_groups(rng, problem, 5)
+    keep = ((rng.random(shape) < 0.7).astype(np.uint8),)
+    anywhere, wide = start + 640, rng.choice([-(2**63), 9, 1024, 49999, 2**63 - 1], shape)
+    equal(problem, Clauses(starts=(start,), ends=(anywhere,)), copies=3)
+    equal(problem, Clauses(starts=(row,), ends=(row + 40,)))
+    equal(problem, Clauses(starts=(row // 900,), ends=(wide,), q_keeps=keep))
+    equal(problem, Clauses(starts=(start, row - 9), ends=(wide, anywhere), hi_offset=3))
+    equal(problem, Clauses(*((x,) for x in groups), starts=(start,), ends=(anywhere,)))
+
+
 def test_broadcast_and_strided_ids(torch, backend):
     """Ids shared by all heads (stride 0) and ids that lie transposed."""
     ids = torch.randint(0, 9, (2, 1, 600), device="cuda")

@@ -115,6 +115,7 @@ def test_sinks_compiled_and_captured(torch, backend):
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     for x, true in zip(results(compiled, leaves, hashes), mine, strict=True):
         assert torch.equal(x, true)
+    leaves = tuple(x.detach().requires_grad_() for x in leaves)  # of the stream that captures
     stream = torch.cuda.Stream()  # what a graph captures has run before, on another stream
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

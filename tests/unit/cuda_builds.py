@@ -4,7 +4,7 @@ import re
 from typing import NamedTuple
 
 import pytest
-from scfa_core.backends.cupy_raw import hashing, launch_sm90, planner, shapes_sm90
+from scfa_core.backends.cupy_raw import hashing, launch_sm90, parts, planner, shapes_sm90
 from scfa_core.backends.cupy_raw.variants import ELEMENTS, SMALLEST_SHARED, shipped_variants
 
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
@@ -110,7 +110,7 @@ def hopper_builds(partial=PARTIAL, any_order=None) -> list[Build]:
 
 
 def portable_builds() -> list[Build]:
-    """Planner, hashing and kernels for every card."""
+    """Planner, hashing, parts and kernels for every card."""
     builds = [
         Build(f"{name}.cu", (), arch) for name in planner.KERNEL_NAMES for arch in ARCHITECTURES
     ]
@@ -118,6 +118,8 @@ def portable_builds() -> list[Build]:
         builds += [Build(hashing.SOURCE, v, arch) for v in hashing.shipped_constants()]
         past = hashing.shipped_constants(past=True)
         builds += [Build(hashing.PAST_SOURCE, v, arch) for v in past]
+        own = parts.shipped_constants()
+        builds += [Build(f"{name}.cu", v, arch) for name in parts.NAMES for v in own]
         limit = SMALLEST_SHARED if arch in ("86", "89", "120") else 160 * 1024
         builds += [Build(v.source, v.constants, arch) for v in shipped_variants(limit)]
     return builds

@@ -129,6 +129,17 @@ def other_cases():
     ends = (RNG.integers(-3, 80, few[0].shape),)
     starts = (np.zeros_like(few[0]),)
     yield "ranges", sizes, causal(few, starts=starts, ends=ends), None
+    sizes = (1, 2, 1, 70, 2100)
+    groups = ids(sizes, below(3))
+    starts, ends = (ids(sizes, below(2300, -99))[0] for _ in range(2))
+    of_groups = Clauses((groups[0],), (groups[1],), starts=(starts,), ends=(ends,))
+    yield "sorted-ranges", sizes, Clauses(starts=(starts,), ends=(ends,)), None
+    yield "sorted-ranges-of-groups", sizes, of_groups, None
+    wide_ends = (ids(sizes, one_of(-(2**63), 5, 1024, 2100, 2**63 - 1), (np.int64,) * 2)[0],)
+    q_keep = (ids(sizes, below(2), (np.uint8,) * 2)[0],)
+    dropped = Clauses(q_keeps=q_keep, starts=(starts,), ends=wide_ends)
+    yield "sorted-ranges-dropped", sizes, dropped, None
+    sizes = (1, 2, 1, 70, 70)
     yield "causal-alone", sizes, Clauses(hi_offset=1), None
     yield "no-queries", (1, 2, 1, 0, 9), causal(ids((1, 2, 1, 0, 9), below(3))), None
     yield "no-keys", (1, 2, 1, 9, 0), causal(ids((1, 2, 1, 9, 0), below(3))), None
@@ -181,7 +192,17 @@ def touch_lists_that_are_done():
     arrays = [view(x) for x in (index, index, count, count, start, end)]
     group, index, count, done = (view(x) for x in (group, index, count, done))
     kernels = {
-        plan_sort.build_plan_sort("int32"): (group, index, view(start), count, done, True, True),
+        plan_sort.build_plan_sort("int32"): (
+            group,
+            index,
+            view(start),
+            count,
+            done,
+            True,
+            True,
+            -1,
+            0,
+        ),
         plan_ranges.build_plan_ranges("int32", "int32"): (
             *(group, group, *arrays, index, index, done, 0, 1),
             *(True, False, True, True),

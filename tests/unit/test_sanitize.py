@@ -12,6 +12,7 @@ import torch
 from scfa_core.backends.cupy_raw import bound_sm90, planner, shapes_sm90, variants
 
 import scfa_core as scfa
+from scfa_core import torch_parts
 from scfa_core.array_kinds import framework_of
 from scfa_core.lowering import lower
 from scfa_core.plan import PlanArrays
@@ -170,7 +171,7 @@ def test_both_backwards_of_hopper(sanitize, monkeypatch):
     assert {kernels for kernels, *_ in found.values()} == {"auto", "sm80"}
     portable = {"planner", "long-lists", "portable", "float32"}
     assert set(sanitize.families_of("numba-cuda", "cuda")) == portable
-    assert set(found) == portable | {"hopper", "fused", "tf32"}
+    assert set(found) == portable | {"hopper", "fused", "tf32", "parts"}
 
 
 def test_the_calls_run_on_the_host(sanitize, monkeypatch, capsys):
@@ -187,5 +188,8 @@ def test_the_calls_run_on_the_host(sanitize, monkeypatch, capsys):
     assert "numba-cpu planner: 7 calls" in printed
     assert "long-lists" not in printed
     assert printed.endswith("all calls done\n")
+    for union in sanitize.PARTS:
+        sanitize.run_union("numba-cpu", "cpu", union)
+    assert max(union.parts for union in sanitize.PARTS) > torch_parts._HELD
     for call in sanitize.HOPPER[:9]:
         sanitize.run_call("numba-cpu", "cpu", call)

@@ -46,8 +46,8 @@ __device__ __forceinline__ void walk_both(
     u32 of_query[kUnroll], of_key[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) rows[u] = round + 32 * u + lane < end ? round + 32 * u + lane : 0;
-    digits_of(queries, cursor, digit, rows, of_query);
-    if constexpr (!kSame) digits_of(keys, cursor, digit, rows, of_key);
+    digits_of<false>(queries, cursor, digit, rows, of_query);
+    if constexpr (!kSame) digits_of<false>(keys, cursor, digit, rows, of_key);
     visit(rows, of_query, kSame ? of_query : of_key, end - round);
   }
 }

@@ -15,6 +15,7 @@ typedef unsigned long long u64;
 
 constexpr int kMaxColumns = 8;    // group clauses, and keep clauses, of one side
 constexpr int kMaxDigitBits = 8;  // of one counting pass
+constexpr int kStartBits = 10;    // START_BITS of scfa_core.lowering
 
 SCFA_HD int count_bits(u64 value) {
 #ifdef __CUDA_ARCH__
@@ -100,6 +101,12 @@ SCFA_HD u32 segment_value(const Segment& segment, u64 key, u64 low) {
 SCFA_HD int rows_per_warp(int length, int parts) { return ceil_div(ceil_div(length, parts), 32) * 32; }
 
 SCFA_HD i64 clip(i64 value, i64 low, i64 high) { return value < low ? low : value > high ? high : value; }
+
+// What orders queries by a bound, given as `ordered_key` makes it: whole steps of 2^shift rows of the keys there are.
+SCFA_HD u64 bound_key(u64 key, bool wide, int seqlen_k, int shift) {
+  const i64 bound = wide ? (i64)(key ^ (1ull << 63)) : (i64)(int)((u32)key ^ 0x80000000u);
+  return (u64)clip(bound, 0, seqlen_k) >> shift;
+}
 
 // One step of a search by 32 probes: probe `lane` looks at entry `position(lane)`; `below` says how many probes
 // (a prefix of them) lie below the target.

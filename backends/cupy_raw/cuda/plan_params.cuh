@@ -13,12 +13,13 @@ struct Column {
 
 // The query lists or the key lists: one list per (batch, head).
 struct ListSet {
-  Column groups[kMaxColumns];
+  Column groups[kMaxColumns];  // then, for queries that are sorted by them, starts and as many ends
   Column keeps[kMaxColumns];
   int* index;    // (batch, heads, length) out
   int* count;    // (batch, heads) out
   int* scratch;  // (batch, heads, length), anything
   int n_groups, n_keeps, heads, length;
+  int n_bounds, seqlen_k;  // how many of n_groups are starts or ends; rows that these may name
 };
 
 struct SortParams {

@@ -9,6 +9,7 @@ struct ListRows {
   ColumnRow groups[kMaxColumns];
   ColumnRow keeps[kMaxColumns];
   int n_groups, n_keeps, length;
+  int n_bounds, seqlen_k;  // as in ListSet
 
   // Bit u: rows[u] is kept. All loads of one column are under way before the first is used.
   template <int kRows>
@@ -41,6 +42,17 @@ __device__ __forceinline__ void load_keys(const ColumnRow& column, const int (&r
   }
 }
 
+// The same of column c of a list, whose last columns may be bounds.
+template <int kRows>
+__device__ __forceinline__ void load_keys(const ListRows& list, int c, const int (&rows)[kRows], u64 (&keys)[kRows]) {
+  load_keys(list.groups[c], rows, keys);
+  const int first_bound = list.n_groups - list.n_bounds;
+  if (c < first_bound) return;
+  const int shift = c < first_bound + list.n_bounds / 2 ? kStartBits : 0;
+#pragma unroll
+  for (int u = 0; u < kRows; ++u) keys[u] = bound_key(keys[u], list.groups[c].wide, list.seqlen_k, shift);
+}
+
 // Calls visit(rows, present) for all rows of the list, kUnroll of them at a time; bit u of `present`: rows[u] is in
 // the list (otherwise it is 0, which may be read).
 template <class Visit>
@@ -58,12 +70,14 @@ __device__ __forceinline__ void visit_rows(int length, Visit visit) {
   }
 }
 
-// The digit of each row; that of a dropped one tells only that it is.
+// The digit of each row; that of a dropped one tells only that it is. kBounds: whether columns may be bounds.
+template <bool kBounds>
 __device__ __forceinline__ void digits_of(
     const ListRows& list, const DigitCursor& cursor, const Digit& digit, const int (&rows)[kUnroll], u32 (&digits)[kUnroll]) {
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) digits[u] = 0;
-  if (digit.n_segments == 1 && !list.groups[digit.segments[0].column].wide) {  // as below, in a quarter of the instructions
+  const bool one_group = digit.n_segments == 1 && (!kBounds || digit.segments[0].column < list.n_groups - list.n_bounds);
+  if (one_group && !list.groups[digit.segments[0].column].wide) {  // as below, in a quarter of the instructions
     const Segment segment = digit.segments[0];
     const ColumnRow column = list.groups[segment.column];
     const u32 low = (u32)cursor.low[segment.column];
@@ -78,7 +92,11 @@ __device__ __forceinline__ void digits_of(
       const Segment segment = digit.segments[s];
       const u64 low = cursor.low[segment.column];
       u64 keys[kUnroll];
-      load_keys(list.groups[segment.column], rows, keys);
+      if constexpr (kBounds) {
+        load_keys(list, segment.column, rows, keys);
+      } else {
+        load_keys(list.groups[segment.column], rows, keys);
+      }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) digits[u] |= segment_value(segment, keys[u], low);
     }

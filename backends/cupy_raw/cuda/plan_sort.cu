@@ -1,11 +1,12 @@
 // plan_sort: the sorted query and key lists of a plan.
 //
-// computes       index[list] = the rows of a list ordered by (dropped, groups..., row); count[list] = rows kept
+// computes       index[list] = the rows of a list ordered by (dropped, groups..., starts..., ends..., row); count[list] =
+//                rows kept
 // grid/block     one block per list, query lists first; any multiple of 32 threads up to 512
 // shared memory  warps * (256 + 1) * 4 + 256 * 4 + capacity * 2 bytes
-// inputs         group columns int32 or int64, keep columns of bytes, (batch, heads, rows) with any strides
+// inputs         group and bound columns int32 or int64, keep columns of bytes, (batch, heads, rows) with any strides
 // version        LSD counting sort of at most 8 bits a pass, over only those key bits that differ within the list, so
-//                that 16 buckets are one pass of 4 bits. Orders alternate between shared memory (lists up to
+//                that 16 buckets are one pass of 4 bits, and no pass at all where the rows are in order. Orders alternate between shared memory (lists up to
 //                `capacity`) or the output (longer ones), and scratch; the last pass ends in the former.
 #include "sort.cuh"
 
@@ -40,10 +41,13 @@ extern "C" __global__ void __launch_bounds__(512, 2) scfa_plan_sort(const __grid
     list.n_groups = set.n_groups;
     list.n_keeps = set.n_keeps;
     list.length = length;
+    list.n_bounds = set.n_bounds;
+    list.seqlen_k = set.seqlen_k;
   }
   __syncthreads();  // list is complete
 
   // digits: which bits of the keys order this list
+  survey_order(list, survey);
   survey_rows(list, survey);
   survey_distances(list, survey);
   if (threadIdx.x == 0) {

@@ -26,6 +26,7 @@ struct Survey {
   u64 any_one[kMaxColumns], all_one[kMaxColumns], low[kMaxColumns];  // over kept rows
   u64 any_above[kMaxColumns];                                        // ones of key - low
   int dropped;
+  int n_columns;  // the last ones, by which the rows are in order already, left out
 };
 
 // Calls visit(key) for one column of all kept rows.
@@ -33,13 +34,36 @@ template <class Visit>
 __device__ __forceinline__ void visit_keys(const ListRows& list, int column, Visit visit) {
   visit_rows(list.length, [&](const int(&rows)[kUnroll], u32 present) {
     u64 keys[kUnroll];
-    load_keys(list.groups[column], rows, keys);
+    load_keys(list, column, rows, keys);
     present &= list.kept(rows);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (present >> u & 1) visit(keys[u]);
     }
   });
+}
+
+// Finds the last column in which some row, dropped or not, has a lesser key than the row before.
+__device__ inline void survey_order(const ListRows& list, Survey& survey) {
+  if (threadIdx.x == 0) survey.n_columns = 0;
+  __syncthreads();  // it starts from this value
+#pragma unroll 1
+  for (int c = list.n_groups - 1; c >= 0; --c) {
+    bool in_order = true;
+    visit_rows(list.length, [&](const int(&rows)[kUnroll], u32) {
+      int rows_before[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) rows_before[u] = rows[u] > 0 ? rows[u] - 1 : 0;
+      u64 keys[kUnroll], keys_before[kUnroll];
+      load_keys(list, c, rows, keys);
+      load_keys(list, c, rows_before, keys_before);
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) in_order &= keys[u] >= keys_before[u];
+    });
+    if (!in_order) atomicMax(&survey.n_columns, c + 1);
+    __syncthreads();  // every thread has told
+    if (survey.n_columns > c) break;  // the same for all threads: what the next column adds is less
+  }
 }
 
 // Counts dropped rows and finds, per column, the bits that differ among kept rows.
@@ -58,7 +82,7 @@ __device__ inline void survey_rows(const ListRows& list, Survey& survey) {
     if (lane == 0 && dropped) atomicAdd(&survey.dropped, dropped);
   }
 #pragma unroll 1
-  for (int c = 0; c < list.n_groups; ++c) {
+  for (int c = 0; c < survey.n_columns; ++c) {
     u64 any_one = 0, any_zero = 0;
     visit_keys(list, c, [&](u64 key) {
       any_one |= key;
@@ -78,7 +102,7 @@ __device__ inline void survey_rows(const ListRows& list, Survey& survey) {
 // Ids from -1 to 15 differ in every bit, but their distances from -1 in five.
 __device__ inline void survey_distances(const ListRows& list, Survey& survey) {
 #pragma unroll 1
-  for (int c = 0; c < list.n_groups; ++c) {
+  for (int c = 0; c < survey.n_columns; ++c) {
     if (survey.dropped == list.length || count_bits(survey.any_one[c] ^ survey.all_one[c]) <= kMaxDigitBits) continue;
     u64 low = ~0ull;
     visit_keys(list, c, [&](u64 key) { low = key < low ? key : low; });
@@ -95,9 +119,9 @@ __device__ inline void survey_distances(const ListRows& list, Survey& survey) {
 }
 
 __device__ inline void start_cursor(const ListRows& list, const Survey& survey, DigitCursor& cursor) {
-  cursor.n_columns = list.n_groups;
+  cursor.n_columns = survey.n_columns;
   cursor.has_dropped = survey.dropped > 0 && survey.dropped < list.length;
-  for (int c = 0; c < list.n_groups; ++c) {
+  for (int c = 0; c < survey.n_columns; ++c) {
     u64 differing = survey.dropped == list.length ? 0 : survey.any_one[c] ^ survey.all_one[c];
     bool by_distance = count_bits(differing) > kMaxDigitBits && count_bits(survey.any_above[c]) < count_bits(differing);
     cursor.varying[c] = by_distance ? survey.any_above[c] : differing;
@@ -135,7 +159,7 @@ __device__ __forceinline__ void walk_stretch(
       const u32 i = round + 32 * u + lane;
       rows[u] = i < end ? source.get((int)i) : 0;
     }
-    digits_of(list, cursor, digit, rows, digits);
+    digits_of<true>(list, cursor, digit, rows, digits);
     visit(rows, digits, (int)(end - round));
   }
 }
