@@ -11,6 +11,7 @@ SUITES = {
         ("tests/property/test_algebra.py",),
     ),
     "cpu-plan": (("tests/property/test_numba_cpu_plan.py", "tests/unit/test_faults.py"),),
+    "cpu-ranges": (("tests/unit/test_ranges_order.py",),),
     "cpu": (
         tuple(f"{ATTENTION}::{name}" for name in ("test_lengths", "test_ranges_in_any_order")),
         (f"{ATTENTION}::test_head_dims", "tests/unit/test_faults.py"),
@@ -39,9 +40,11 @@ SUITES = {
     "cuda-plan": (
         ("tests/unit/test_cuda_host_heads.py",),
         tuple(f"tests/unit/test_cuda_host_{name}.py" for name in ("logic", "one_pass", "parts")),
+        ("tests/unit/test_ranges_order.py",),
     ),
     "cuda": (("tests/unit/test_kernels_on_host.py",),),
     "cuda-hash": (("tests/unit/test_hashing_on_host.py",),),
+    "cuda-parts": (("tests/unit/test_parts_on_host.py",),),
     "cuda-tf32": (("tests/unit/test_tf32_on_host.py",),),
 }
 
