@@ -53,13 +53,10 @@ def merge_by_kernel(
     lses = [x.float().contiguous() for x in lses]
     lse = torch.empty_like(lses[0])
     own = None if sinks is None else sinks.detach().float().contiguous()
-    run_merge(
-        _native(*(_by_heads(x, swap) for x in outs)),
-        _native(*lses),
-        None if own is None else _native(own)[0],
-        *_native(_by_heads(first, swap), lse),
-        raw_stream(first.device.index),
-    )
+    rows = _native(*(_by_heads(x, swap) for x in outs))
+    logits = None if own is None else _native(own)[0]
+    stream = raw_stream(first.device.index)
+    run_merge(rows, _native(*lses), logits, rows[0], _native(lse)[0], stream)
     return first, lse
 
 
@@ -116,5 +113,6 @@ def sinks_gradient_by_kernel(
     tiles = tiles_of(seqlen, head_dim, GRADIENT_ROUNDS)
     partial = torch.empty((batch, heads, tiles), dtype=torch.float32, device=out.device)
     floats = lse.float().contiguous(), sinks.detach().float().contiguous(), partial
-    run_sinks_gradient(*_native(*rows, *floats), raw_stream(out.device.index))
+    given, made, logs, logits, sums = _native(*rows, *floats)
+    run_sinks_gradient(given, made, logs, logits, sums, raw_stream(out.device.index))
     return partial.sum((0, 2)).to(sinks.dtype)

@@ -203,3 +203,83 @@ def test_grids_beyond_the_largest_are_refused():
     long = DeviceArray(0, (2**10, 2**10, 2**20, 256), (0, 0, 0, 1), "float32", 0)
     with pytest.raises(ValueError, match="blocks, at most"):
         parts.run_merge([long], [long], None, long, long, 0)
+
+
+@pytest.fixture
+def glue(on_host, monkeypatch):
+    """The torch side, as if tensors of the host were on a GPU; with it what was launched."""
+    torch = pytest.importorskip("torch", reason="needs the extra torch")
+    from scfa_core import torch_parts, torch_union_ops
+
+    class Framework:
+        @staticmethod
+        def native(x, memory):
+            assert memory == "cuda"
+            dtype = str(x.dtype).removeprefix("torch.")
+            return DeviceArray(x.data_ptr(), tuple(x.shape), x.stride(), dtype, 0)
+
+    monkeypatch.setattr(torch_parts, "TORCH_FRAMEWORK", Framework)
+    monkeypatch.setattr(torch_parts, "raw_stream", lambda device: 0)
+    monkeypatch.setattr(torch_parts, "kernel_reason", lambda x: None)
+
+    def plain(function):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch_parts, "kernel_reason", lambda x: "asked not to")
+            return function()
+
+    return torch, torch_union_ops, plain
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize(("count", "has_sinks"), [(1, True), (3, False), (2, True)])
+def test_torch_merges_by_the_kernel(glue, on_host, count, has_sinks, swap):
+    torch, ops, plain = glue
+    outs = torch.randn(count, 2, 3, 40, 16).bfloat16()
+    lses = torch.randn(count, *((2, 40, 3) if swap else (2, 3, 40)))
+    sinks = torch.randn(lses.shape[2]).bfloat16() if has_sinks else None
+    mine, own = [x.clone() for x in outs], [x.clone() for x in outs]
+    out, lse = ops.merge_in_place(mine, list(lses), swap, sinks)
+    assert out is mine[0]
+    right, right_lse = plain(lambda: ops.merge_in_place(own, list(lses), swap, sinks))
+    torch.testing.assert_close(out.float(), right.float(), rtol=2**-7, atol=1e-6)
+    torch.testing.assert_close(lse, right_lse)
+    assert on_host == ["parts_merge"]
+
+
+def test_torch_merges_by_itself_what_the_kernel_does_not_take(glue, on_host):
+    torch, ops, _ = glue
+    lses = list(torch.zeros(17, 1, 2, 5))
+    ops.merge_in_place(list(torch.randn(17, 1, 2, 5, 16)), lses, False)
+    uneven = [torch.randn(1, 2, 5, 16), torch.randn(1, 5, 2, 16).transpose(1, 2)]
+    ops.merge_in_place(uneven, lses[:2], False)
+    assert on_host == []
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 9])
+def test_torch_adds_by_the_kernel(glue, on_host, count):
+    torch, ops, plain = glue
+    grads = [
+        (torch.randn(2, 4, 9, 16).half(), torch.randn(2, 2, 7, 24).half()) for _ in range(count)
+    ]
+
+    def added():
+        return ops.add_gradients((tuple(x.clone() for x in part) for part in grads), count)
+
+    for mine, right in zip(added(), plain(added), strict=True):
+        assert torch.equal(mine, right)
+    launches = 0 if count < 3 else 2 * -(-count // 4)
+    assert on_host == ["parts_add"] * launches
+
+
+@pytest.mark.parametrize("layout", ["bhtd", "bthd"])
+def test_torch_makes_the_gradient_of_sinks_by_the_kernel(glue, on_host, layout):
+    torch, ops, plain = glue
+    dout, out = torch.randn(2, 2, 40, 3, 16)
+    dout = dout[..., :1].expand_as(dout)  # one number a row: its last axis has no step
+    lse = 3 + torch.rand(2, *((40, 3) if layout == "bhtd" else (3, 40)))
+    sinks = torch.linspace(-1, 1, lse.shape[1]).bfloat16()
+    mine = ops.SINKS_BACKWARD(dout, out, lse, sinks, layout)
+    assert mine.dtype is torch.bfloat16
+    right = plain(lambda: ops.SINKS_BACKWARD(dout, out, lse, sinks, layout))
+    torch.testing.assert_close(mine.float(), right.float(), rtol=2**-7, atol=1e-5)
+    assert on_host == ["sinks_gradient"]
