@@ -251,8 +251,8 @@ def families_of(backend, device):
         families["hopper"] = ("auto", "split", run_call, HOPPER)
         families["fused"] = ("auto", "fused", run_call, HOPPER)
     if backend == "cupy":
-        families["parts"] = ("sm80", "auto", run_union, PARTS)
         families["tf32"] = ("sm80", "auto", run_call, TF32)
+        families["parts"] = ("sm80", "auto", run_union, PARTS)
     return families
 
 
