@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from scfa_core.arrays import stride_order, strides_in_order
 from scfa_core.dispatch import load_backend
 from scfa_core.torch_framework import TORCH_FRAMEWORK, dtype_name, raw_stream
 
-_HELD = 4  # gradients at once: no more memory than a float32 sum and two of them
+_MOST_HELD = 4  # narrow gradients at once, if that is all: as much memory as a float32 sum and two
 
 
 def kernel_reason(x: Tensor) -> str | None:
@@ -29,6 +30,17 @@ def kernel_reason(x: Tensor) -> str | None:
     from scfa_core.backends.cupy_raw.parts import reason_against
 
     return reason_against(dtype_name(x.dtype), x.shape[-1], x.device.index)
+
+
+def _in_memory(*tensors: Tensor) -> bool:
+    """Whether values lie where a tensor says: it is no batch, no pair, and has no lazy minus sign.
+
+    Gradients may be such where q, k and v are none: `is_grads_batched`, a subclass of Tensor.
+    """
+    return all(
+        type(x) in (Tensor, Parameter) and torch._C._has_storage(x) and not x.is_neg()
+        for x in tensors
+    )
 
 
 def _native(*tensors: Tensor) -> list[Any]:
@@ -44,8 +56,13 @@ def merge_by_kernel(
 ) -> tuple[Tensor, Tensor] | None:
     """Out, in the memory of ``outs[0]``, and lse."""
     first = outs[0]
-    if kernel_reason(first) is not None or any(x.stride() != first.stride() for x in outs):
+    given = () if sinks is None else (sinks,)
+    if not _in_memory(*outs, *lses, *given) or kernel_reason(first) is not None:
         return None
+    if any(x.stride() != first.stride() for x in outs):
+        return None
+    if any(x.shape != lses[0].shape[1:2] for x in given):
+        return None  # plain torch says so
     from scfa_core.backends.cupy_raw.parts import MOST_PARTS, run_merge
 
     if len(outs) > MOST_PARTS or first.stride(-1) != 1:
@@ -67,26 +84,33 @@ def _is_dense(x: Tensor) -> bool:
 
 def adds_by_kernel(gradients: tuple[Tensor, ...]) -> bool:
     """Whether `add_by_kernel` adds such gradients."""
-    return all(_is_dense(x) and kernel_reason(x) is None for x in gradients)
+    return _in_memory(*gradients) and all(
+        _is_dense(x) and kernel_reason(x) is None for x in gradients
+    )
 
 
 def add_by_kernel(
-    first: tuple[Tensor, ...], others: Iterator[tuple[Tensor, ...]], parts: int
+    held: list[tuple[Tensor, ...]], others: Iterator[tuple[Tensor, ...]], parts: int
 ) -> tuple[Tensor, ...]:
-    """Sum of `first` and `others`, `parts` in all, in the memory of some of them.
+    """Sum of what `held` and `others` have, `parts` in all, in the memory of some of them.
 
-    A few are held and added at once; between such launches sums are float32.
+    A few are added at once, and `held` is emptied; between such launches sums are float32.
     """
-    held, before = [first], None
-    for count in range(2, parts + 1):
+    narrow = held[0][0].dtype != torch.float32
+    most = _MOST_HELD if narrow and parts <= _MOST_HELD else 2
+    sums: list[Tensor] = []
+    for count in range(len(held) + 1, parts + 1):
         held.append(next(others))
-        if len(held) == _HELD or count == parts:
-            before = [
-                _add(column, None if before is None else before[at], count == parts)
-                for at, column in enumerate(zip(*held, strict=True))
+        if len(held) == most or count == parts:
+            columns = list(zip(*held, strict=True))
+            held.clear()
+            before = sums or [None] * len(columns)
+            sums = [
+                _add(column, own, count == parts)
+                for column, own in zip(columns, before, strict=True)
             ]
-            held = []
-    return tuple(before or first)
+            del columns
+    return tuple(sums)
 
 
 def _add(parts: Sequence[Tensor], before: Tensor | None, last: bool) -> Tensor:
@@ -94,7 +118,8 @@ def _add(parts: Sequence[Tensor], before: Tensor | None, last: bool) -> Tensor:
 
     out = parts[0] if last else before
     if out is None:
-        out = torch.empty_like(parts[0], dtype=torch.float32)
+        wide = parts[0].dtype == torch.float32
+        out = parts[0] if wide else torch.empty_like(parts[0], dtype=torch.float32)
     native, held = _native(*parts, out), None if before is None else _native(before)[0]
     run_add(native[:-1], held, native[-1], raw_stream(out.device.index))
     return out
@@ -104,7 +129,9 @@ def sinks_gradient_by_kernel(
     dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor, swap: bool
 ) -> Tensor | None:
     """What `sinks.sinks_backward` gives."""
-    if kernel_reason(out) is not None or dout.dtype != out.dtype:
+    if not _in_memory(dout, out, lse, sinks) or dout.dtype != out.dtype:
+        return None
+    if kernel_reason(out) is not None:
         return None
     from scfa_core.backends.cupy_raw.parts import GRADIENT_ROUNDS, run_sinks_gradient, tiles_of
 

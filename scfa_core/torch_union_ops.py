@@ -98,12 +98,12 @@ def add_gradients(gradients: Iterable[Tensors], parts: int) -> Tensors:
     GPU, one kernel where it serves.
     """
     others = iter(gradients)
-    first = next(others)
-    dtype = first[0].dtype
-    if parts > 2 and adds_by_kernel(first):
-        return add_by_kernel(first, others, parts)
+    held = [next(others)]  # let go of as soon as it is added
+    dtype = held[0][0].dtype
+    if parts > 2 and adds_by_kernel(held[0]):
+        return add_by_kernel(held, others, parts)
     wide = dtype if parts <= 2 else torch.promote_types(dtype, torch.float32)
-    totals = tuple(x.to(wide) for x in first)
+    totals = tuple(x.to(wide) for x in held.pop())
     for grads in others:
         for total, grad in zip(totals, grads, strict=True):
             total += grad

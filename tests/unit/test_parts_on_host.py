@@ -1,6 +1,8 @@
 """Kernels that make parts one, compiled as host C++ and run on fibers, against float64."""
 
 import ctypes
+import weakref
+from contextlib import nullcontext
 
 import host_build
 import numpy as np
@@ -8,7 +10,9 @@ import pytest
 from once import shared_folder
 from scfa_core.backends.cupy_raw import nvrtc, parts
 
+import scfa_core as scfa
 from scfa_core.arrays import DeviceArray
+from scfa_core.merging import attention_over
 
 SOURCE = """
 #include "cuda_on_host.hpp"
@@ -267,7 +271,7 @@ def test_torch_adds_by_the_kernel(glue, on_host, count):
 
     for mine, right in zip(added(), plain(added), strict=True):
         assert torch.equal(mine, right)
-    launches = 0 if count < 3 else 2 * -(-count // 4)
+    launches = 0 if count < 3 else 2 if count <= 4 else 2 * -(-count // 2)
     assert on_host == ["parts_add"] * launches
 
 
@@ -283,3 +287,79 @@ def test_torch_makes_the_gradient_of_sinks_by_the_kernel(glue, on_host, layout):
     right = plain(lambda: ops.SINKS_BACKWARD(dout, out, lse, sinks, layout))
     torch.testing.assert_close(mine.float(), right.float(), rtol=2**-7, atol=1e-5)
     assert on_host == ["sinks_gradient"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "count", "most"), [("half", 3, 3), ("half", 4, 4), ("half", 9, 2), ("float", 4, 3)]
+)
+def test_gradients_take_no_more_memory_than_a_wide_sum_and_two(glue, dtype, count, most):
+    """In units of one of them; counted by what is alive when a launch begins."""
+    torch, ops, _ = glue
+    alive, seen = [], []
+
+    def gradients():
+        for _ in range(count):
+            made = torch.ones(1, 2, 8, 16).to(getattr(torch, dtype))
+            alive.append(weakref.ref(made))
+            seen.append(sum(x() is not None for x in alive))
+            yield (made,)
+            del made
+
+    (total,) = ops.add_gradients(gradients(), count)
+    assert (total == count).all()
+    assert max(seen) <= most
+
+
+def three_windows(q, k, v, **options):
+    patterns = [
+        scfa.SlidingWindow(3),
+        scfa.Causal(lag=3) & scfa.SlidingWindow(6),
+        scfa.Causal(lag=6),
+    ]
+    return attention_over(q, k, v, patterns, backend="numba-cpu", **options)
+
+
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_gradients_without_memory_of_their_own_are_left_to_torch(glue, on_host, has_sinks):
+    torch, _, plain = glue
+    q, k, v = (torch.randn(1, 2, 20, 16, requires_grad=True) for _ in range(3))
+    sinks = torch.randn(2, requires_grad=True) if has_sinks else None
+    out = three_windows(q, k, v, sinks=sinks)
+    leaves = [x for x in (q, k, v, sinks) if x is not None]
+    douts = torch.randn(3, *out.shape)
+    batch = torch.autograd.grad(out, leaves, douts, is_grads_batched=True, retain_graph=True)
+    for at in range(3):
+        right = plain(lambda at=at: torch.autograd.grad(out, leaves, douts[at], retain_graph=True))
+        for mine, own in zip(batch, right, strict=True):
+            torch.testing.assert_close(mine[at], own, rtol=0, atol=1e-5)
+    assert "parts_add" not in on_host
+
+
+def test_gradients_of_a_derived_class_are_left_to_torch(glue, on_host):
+    torch, _, plain = glue
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    q, k, v = (torch.randn(1, 2, 20, 16, requires_grad=True) for _ in range(3))
+    out = three_windows(q, k, v)
+    dout = torch.randn_like(out)
+    (pair,) = torch.autograd.grad(out, q, TwoTensor(dout, dout.clone()), retain_graph=True)
+    (right,) = plain(lambda: torch.autograd.grad(out, q, dout))
+    torch.testing.assert_close(pair.a, right)
+    assert "parts_add" not in on_host
+
+
+def test_sinks_with_a_lazy_minus_sign(glue):
+    torch, _, _ = glue
+    q, k, v = (torch.randn(1, 2, 20, 16) for _ in range(3))
+    sinks = torch._neg_view(torch.tensor([1.0, 3.0]))
+    out = three_windows(q, k, v, sinks=sinks)
+    torch.testing.assert_close(out, three_windows(q, k, v, sinks=sinks.resolve_neg()))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 7])
+def test_sinks_of_other_heads_are_not_read(glue, on_host, heads):
+    torch, ops, _ = glue
+    outs, lses = torch.randn(2, 1, 4, 5, 16), torch.randn(2, 1, 4, 5)
+    with nullcontext() if heads == 1 else pytest.raises(RuntimeError, match="size"):
+        ops.merge_in_place(list(outs), list(lses), False, torch.zeros(heads))
+    assert on_host == []
