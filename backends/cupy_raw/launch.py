@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from scfa_core.backends.cupy_raw import bound_sm90, launch_sm90
+from scfa_core.backends.cupy_raw import bound_sm90, few_queries, launch_sm90
 from scfa_core.backends.cupy_raw.loader import (
     compute_capability,
     get_kernel,
@@ -126,15 +126,19 @@ class _BoundForward:
         run(plan, arrays, ctx)
 
     def _choose(self, plan: PlanAddresses, addresses: tuple[int, ...], tf32: bool) -> Bound:
-        """Take the Hopper kernel where it serves, else a portable one."""
+        """Take the kernel for few queries, the Hopper kernel where it serves, or a portable one."""
         problem = self._problem
         arrays = _at(self._arrays, addresses)
         q, k, v, out, _ = arrays
-        device = q.device
-        if _hopper(device) and launch_sm90.supports_forward(problem, q, k, v, _lists(plan, device)):
+        device, lists = q.device, _lists(plan, q.device)
+        few = few_queries.serves(problem) and _asked.get() != "sm90"
+        hopper = not few and _hopper(device)
+        if hopper and launch_sm90.supports_forward(problem, q, k, v, lists):
             return bound_sm90.bind_forward(problem, plan.monotone, *self._arrays)
         aligned = _aligned((q, k, v, out))
         strides = pack_strides((*(x.strides for x in arrays), None, None, None, None))
+        if few:
+            return few_queries.bind_forward(problem, device, aligned, strides)
         launch = _prepare("fwd", problem, device, aligned, True, tf32, strides)
 
         def run(plan: PlanAddresses, arrays: tuple[int, ...], ctx: CallContext) -> None:

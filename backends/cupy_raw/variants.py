@@ -71,6 +71,11 @@ _SHAPES: dict[str, tuple[tuple[int, tuple[Shape, ...]], ...]] = {
             ),
         ),
     ),
+    "fwd_few": (
+        (64, (Shape(16, 64, 4, own_in_registers=1, min_blocks=4),)),
+        (128, (Shape(16, 64, 4, own_in_registers=1, min_blocks=3),)),
+        (256, (Shape(16, 64, 4), Shape(16, 32, 2))),
+    ),
     "fwd_tf32": (
         (64, (Shape(128, 64, 4, sub=32), Shape(128, 32, 4, sub=32))),
         (128, (Shape(128, 16, 4, sub=16),)),
@@ -119,6 +124,11 @@ def _shared_bytes(kernel: str, shape: Shape, dim: int, dim_v: int) -> int:
     floats, floats_v = dim + 4, dim_v + 4
     size = {
         "fwd": own + stages * (keys + 4 * n) + 13 * m + 16 * shape.warps + 40,
+        "fwd_few": _tile(m, dim, itemsize)
+        + stages * (keys + 16 * n)
+        + 24 * m
+        + 8 * shape.warps * m
+        + 48,
         "bwd_dq": queries + stages * (keys + 4 * n) + 21 * m + 16 * shape.warps + 40,
         "bwd_dkdv": keys + stages * (queries + 20 * m + 16) + 5 * n + 16 + _MEMBER_BYTES,
         "fwd_fp32": 4 * (m * floats + n * max(floats, floats_v) + m * (n + 1)) + 13 * m,
@@ -140,7 +150,7 @@ def choose(
     group_size: int,
     shared_limit: int,
 ) -> Variant:
-    """Return the variant of `kernel` ("fwd", "bwd_dq", "bwd_dkdv") for one kind of problem.
+    """Return the variant of `kernel` ("fwd", "fwd_few", "bwd_dq", "bwd_dkdv") for one problem.
 
     Parameters
     ----------
@@ -252,6 +262,7 @@ def shipped_variants(shared_limit: int = SMALLEST_SHARED) -> list[Variant]:
                 shared_limit=shared_limit,
             )
             for dtype, head_dim, head_dim_v, aligned, monotone in cases
-            for kernel in ("fwd", "bwd_dq", "bwd_dkdv")
+            for kernel in ("fwd", "fwd_few", "bwd_dq", "bwd_dkdv")
+            if kernel != "fwd_few" or dtype in ("float16", "bfloat16")
         )
     )

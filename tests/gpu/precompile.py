@@ -46,7 +46,7 @@ def compile_portable(problems):
 
     The dtype may be "tf32": float32 under $SCFA_CUPY_FP32=tf32.
     """
-    from scfa_core.backends.cupy_raw import loader, planner, variants
+    from scfa_core.backends.cupy_raw import few_queries, loader, planner, variants
 
     chosen = {
         variants.choose(
@@ -60,9 +60,15 @@ def compile_portable(problems):
             shared_limit=227 * 1024,
         )
         for dtype, head_dim, head_dim_v, aligned, monotone, group_size in problems
-        for kernel in ("fwd", "bwd_dq", "bwd_dkdv")
+        for kernel in ("fwd", "fwd_few", "bwd_dq", "bwd_dkdv")
+        if kernel != "fwd_few" or dtype in ("float16", "bfloat16")
     }
     requests = {(v.name, v.source, v.constants, "") for v in chosen}
+    requests |= {
+        ("scfa_fwd_few_merge", "fwd_few_merge.cu", few_queries.merge_constants(v), "")
+        for v in chosen
+        if v.source == "fwd_few.cu"
+    }
     requests |= {(f"scfa_{name}", f"{name}.cu", (), "") for name in planner.KERNEL_NAMES}
     loader.preload(sorted(requests), 0, threads=os.cpu_count() or 4)
 
@@ -87,10 +93,10 @@ def compile_hopper():
         for head_dim in PARTIAL
     ]
     jobs += [
-        (name, 0, dtype, head_dim, table[head_dim], False)
-        for name, table in widths.items()
+        (name, 0, dtype, head_dim, shapes_sm90.shape_of(table, head_dim, False), False)
+        for name, table in tables.items()
         for dtype in ("bfloat16", "float16")
-        for head_dim in (*table, *(PARTIAL if dtype == "bfloat16" else ()))
+        for head_dim in (*table, *(PARTIAL if name in widths and dtype == "bfloat16" else ()))
     ]
     with ThreadPoolExecutor(len(jobs) + 1) as pool:
         pool.submit(launch_sm90._envelope_kernel, 0)

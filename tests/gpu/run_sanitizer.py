@@ -28,9 +28,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 TOOLS = ("racecheck", "initcheck", "synccheck", "memcheck")  # the slowest first
-FAMILIES = ("planner", "long-lists", "portable", "float32", "hopper", "fused", "tf32", "parts")
+FAMILIES = (
+    *("planner", "long-lists", "portable", "float32", "hopper", "fused", "tf32", "parts", "few"),
+)
 HOPPER_FAMILIES = ("hopper", "fused")
-CUPY_FAMILIES = (*HOPPER_FAMILIES, "tf32", "parts")  # only cupy has them
+CUPY_FAMILIES = (*HOPPER_FAMILIES, "tf32", "parts", "few")  # only cupy has them
 OWN_BUILD = ("racecheck", "initcheck")  # tools with a build of their own, kSanitize in mbarrier.cuh
 TARGET = Path(__file__).parent / "sanitize.py"
 FOUND = 9  # exit code for "the tool found something"

@@ -37,6 +37,7 @@ class Call(NamedTuple):
     rows: int = ROWS
     aligned: bool = True
     poison: bool = False  # NaN in a key that nobody sees: tensor cores leave its tile to others
+    keys: int = 0  # 0: as many as rows
 
 
 PORTABLE = (
@@ -51,6 +52,14 @@ PORTABLE = (
     Call("bfloat16", 256, pattern="ranges"),
     Call("float16", 64, poison=True),
     Call("bfloat16", 64, pattern="window", heads=17, heads_kv=1, rows=40),
+)
+FEW = (  # fewer than 16 queries a tile, many keys, in one chunk or in several
+    Call("bfloat16", 64, heads=4, rows=1, keys=520),
+    Call("float16", 64, 40, pattern="keep", heads=8, heads_kv=2, rows=5, keys=1100, poison=True),
+    Call("bfloat16", 128, pattern="ranges", heads=3, rows=3, keys=2100),
+    Call("bfloat16", 72, heads=2, rows=2, keys=1030, aligned=False),
+    Call("float16", 256, pattern="window", heads=2, rows=1, keys=1030),
+    Call("bfloat16", 192, heads=2, rows=7, keys=600, poison=True),
 )
 FLOAT32 = (
     Call("float32", 64),
@@ -136,12 +145,16 @@ PLANNER = (
     Lists(1030, 1030, ("few", "bytes"), keeps=1),
     Lists(1030, 1030, ("few",), ranges="int64"),
     Lists(900, 1030, ("far",), keeps=1, ranges="int32", causal=False),
+    *(Lists(2, rows, ("few",), keeps=1) for rows in (ROWS, 1040, 4100)),
+    Lists(1030, 1030, ("few",), keeps=1, causal=False),
 )
 LONG_LISTS = (  # blocks of 1024 threads; several blocks a list; orders that 16 bits cannot hold
     Lists(4100, 4100, ("bytes",), keeps=1),
     Lists(65_537, 65_537, ("few",), shared=False),
     Lists(16_390, 16_390, ("few",), keeps=1),
     Lists(65_540, 65_538, ("few",)),
+    Lists(3, 16_390, ("bytes",), keeps=1),
+    Lists(16_390, 16_390, ("few",), causal=False),
 )
 
 
@@ -163,19 +176,22 @@ def read(*tensors):
 
 def pattern_of(call, device):
     """The pattern of a call; a poisoned key is one that the ids show to nobody."""
-    q_shape, k_shape = (1, call.heads, call.rows), (1, call.heads_kv, call.rows)
+    keys = call.keys or call.rows
+    q_shape, k_shape = (1, call.heads, call.rows), (1, call.heads_kv, keys)
     if call.pattern == "hash":
         q_hash, k_hash = (
             torch.randint(0, 3, shape, dtype=torch.int32) for shape in (q_shape, k_shape)
         )
         if call.poison:
             k_hash[..., 5] = 9
-        return scfa.HashSparse(q_hash.to(device), k_hash.to(device))
+        causal = not call.keys
+        return scfa.HashSparse(q_hash.to(device), k_hash.to(device), causal=causal)
     if call.pattern == "keep":
-        return scfa.QKSparse(*((torch.rand(s) < 0.6).to(device) for s in (q_shape, k_shape)))
+        keeps = ((torch.rand(s) < 0.6).to(device) for s in (q_shape, k_shape))
+        return scfa.QKSparse(*keeps, causal=not call.keys)
     if call.pattern == "ranges":
-        start = torch.randint(0, call.rows, q_shape)
-        return scfa.KeyRanges(start.to(device), (start + call.rows // 3).to(device))
+        start = torch.randint(0, keys, q_shape)
+        return scfa.KeyRanges(start.to(device), (start + keys // 3).to(device))
     return {"causal": scfa.Causal(), "window": scfa.SlidingWindow(20)}.get(
         call.pattern, scfa.SlidingWindow(0)
     )
@@ -185,15 +201,16 @@ def run_call(backend, device, call):
     """Plan, forward and backward once."""
     head_dim_v = call.head_dim_v or call.head_dim
 
-    def tensor(heads, width, poison=False):
-        wide = torch.randn((1, heads, call.rows, width + 16)).to(getattr(torch, call.dtype))
+    def tensor(heads, width, poison=False, rows=call.rows):
+        wide = torch.randn((1, heads, rows, width + 16)).to(getattr(torch, call.dtype))
         if poison:
             wide[..., 5, :] = float("nan")
         first = 0 if call.aligned else 1
         return wide.to(device)[..., first : first + width]
 
-    q, k = tensor(call.heads, call.head_dim), tensor(call.heads_kv, call.head_dim, call.poison)
-    v, dout = tensor(call.heads_kv, head_dim_v, call.poison), tensor(call.heads, head_dim_v)
+    q, dout = (tensor(call.heads, width) for width in (call.head_dim, head_dim_v))
+    keys = call.keys or call.rows
+    k, v = (tensor(call.heads_kv, x, call.poison, keys) for x in (call.head_dim, head_dim_v))
     pattern = pattern_of(call, device)
     plan = scfa.make_plan(pattern, q, k, backend=backend)
     out, lse = scfa.attention(q, k, v, plan, return_lse=True, backend=backend)
@@ -253,6 +270,7 @@ def families_of(backend, device):
     if backend == "cupy":
         families["tf32"] = ("sm80", "auto", run_call, TF32)
         families["parts"] = ("sm80", "auto", run_union, PARTS)
+        families["few"] = ("sm80", "auto", run_call, FEW)
     return families
 
 

@@ -43,6 +43,7 @@ SUITES = {
         ("tests/unit/test_ranges_order.py",),
     ),
     "cuda": (("tests/unit/test_kernels_on_host.py",),),
+    "cuda-few": (("tests/unit/test_few_queries_on_host.py",),),
     "cuda-hash": (("tests/unit/test_hashing_on_host.py",),),
     "cuda-parts": (("tests/unit/test_parts_on_host.py",),),
     "cuda-tf32": (("tests/unit/test_tf32_on_host.py",),),

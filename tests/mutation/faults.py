@@ -6,6 +6,7 @@ of a kernel must bring its faults along.
 """
 
 import faults_cuda
+import faults_few
 import faults_hopper
 import faults_hopper_one_pass
 import faults_hopper_steps
@@ -14,6 +15,7 @@ import faults_python
 FAULTS = (
     *faults_python.FAULTS,
     *faults_cuda.FAULTS,
+    *faults_few.FAULTS,
     *faults_hopper.FAULTS,
     *faults_hopper_one_pass.FAULTS,
     *faults_hopper_steps.FAULTS,

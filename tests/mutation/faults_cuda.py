@@ -39,7 +39,7 @@ FAULTS = (
         "one pass: dropped keys in the groups of their queries are seen", "cuda-plan",
     ),
     Fault("cuda-causal-same-self", CUDA + "plan_causal.cu",
-        "p.key_end[offset + i] = i + p.sees_itself;", "p.key_end[offset + i] = i + 1;",
+        "p.key_end[offset + i] = i + sees_itself;", "p.key_end[offset + i] = i + 1;",
         "one pass, one column for both: a query without self sees its own key", "cuda-plan",
     ),
     Fault("cuda-causal-key-list", CUDA + "plan_causal.cu",

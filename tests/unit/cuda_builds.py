@@ -4,7 +4,14 @@ import re
 from typing import NamedTuple
 
 import pytest
-from scfa_core.backends.cupy_raw import hashing, launch_sm90, parts, planner, shapes_sm90
+from scfa_core.backends.cupy_raw import (
+    few_queries,
+    hashing,
+    launch_sm90,
+    parts,
+    planner,
+    shapes_sm90,
+)
 from scfa_core.backends.cupy_raw.variants import ELEMENTS, SMALLEST_SHARED, shipped_variants
 
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
@@ -103,8 +110,13 @@ def hopper_builds(partial=PARTIAL, any_order=None) -> list[Build]:
                 for head_dim in [*table, *filled_in_part(partial if any_order is None
                                                          else any_order)]:  # fmt: skip
                     ask(name, head_dim, shapes_sm90.shape_of(table, head_dim, False), False)
+            for head_dim in [] if several else table:  # for those of such ranges that are in order
+                ask(name, head_dim, table[head_dim], False)
+                ask(name, head_dim, table[head_dim], False, False)
         for head_dim in launch_sm90._LONG_KEYS:
             launch_sm90._choose_kernel.__wrapped__(0, head_dim)
+        for head_dim in shapes_sm90.FUSED:
+            launch_sm90._choose_kernel.__wrapped__(0, head_dim, False)
         launch_sm90._envelope_kernel.__wrapped__(0)
     return asked
 
@@ -121,7 +133,10 @@ def portable_builds() -> list[Build]:
         own = parts.shipped_constants()
         builds += [Build(f"{name}.cu", v, arch) for name in parts.NAMES for v in own]
         limit = SMALLEST_SHARED if arch in ("86", "89", "120") else 160 * 1024
-        builds += [Build(v.source, v.constants, arch) for v in shipped_variants(limit)]
+        shipped = shipped_variants(limit)
+        builds += [Build(v.source, v.constants, arch) for v in shipped]
+        few = [few_queries.merge_constants(v) for v in shipped if v.source == "fwd_few.cu"]
+        builds += [Build("fwd_few_merge.cu", v, arch) for v in few]
     return builds
 
 

@@ -244,6 +244,11 @@ struct Groups {
       oldest.clear();
     }
   }
+  bool any() const {
+    for (const std::vector<T>& things : kept)
+      if (!things.empty()) return true;
+    return false;
+  }
   void start() {
     for (std::vector<T>& things : kept) things.clear();
     closed = ended = 0;

@@ -109,6 +109,7 @@ SCFA_INLINE float number_of_16(unsigned bits, bool bfloat16) {
   return (float)x;
 }
 void start_copies(int threads);
+int copies_under_way(int threads);
 void queue_copy(unsigned target, const void* source, int bytes, bool wanted);
 void close_copies();
 void end_copies(unsigned pending);

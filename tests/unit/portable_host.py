@@ -16,8 +16,10 @@ from scfa_core.problem import Problem
 from scfa_core.testing import Results
 
 DRIVER = """
-extern "C" void run(const Params* p, int blocks, int passes, int threads, int shared_bytes,
-                    int order) {
+// How many threads end with copies under way that nobody waits for.
+extern "C" int run(const PARAMS* p, int blocks, int passes, int threads, int shared_bytes,
+                   int order) {
+  int left = 0;
   std::vector<char> shared(shared_bytes + 256);
   dynamic_shared = (char*)(((size_t)shared.data() + 127) / 128 * 128);
   gridDim = {(unsigned)blocks, (unsigned)passes, 1};
@@ -29,7 +31,9 @@ extern "C" void run(const Params* p, int blocks, int passes, int threads, int sh
       blockIdx = {(unsigned)x, (unsigned)y, 0};
       host::body = [&] { KERNEL(*p); };
       host::run_block(threads, order);
+      left += host::copies_under_way(threads);
     }
+  return left;
 }
 """
 
@@ -45,7 +49,8 @@ class Kernels(host_build.HostCompiler):
         """Promise of the function that runs a kernel."""
         headers = ("cuda_on_host.hpp", "ptx.cuh", variant.source)
         lines = [f'#include "{header}"' for header in headers]
-        lines += [f"#define KERNEL {variant.name}", DRIVER]
+        params = "FewParams" if variant.name.startswith("scfa_fwd_few") else "Params"
+        lines += [f"#define KERNEL {variant.name}", f"#define PARAMS {params}", DRIVER]
         return self.start("\n".join(lines), variant.constants)
 
 
@@ -105,20 +110,26 @@ class Machine:
             shared_limit=self.shared_limit,
         )
 
-    def run(self, kernel):
-        problem, plan, variant = self.problem, self.plan, self.variant(kernel)
+    def packed(self):
+        """Arguments of a kernel: Params of params.cuh."""
+        plan = self.plan
         lists = (plan.q_index, plan.k_index, plan.k_count, plan.key_start, plan.key_end)
-        arrays = (*self.arrays, *self.statistics, *map(np.ascontiguousarray, lists))
+        self.lists = [*map(np.ascontiguousarray, lists)]
+        arrays = (*self.arrays, *self.statistics, *self.lists)
         strides = [tuple(s // x.itemsize for s in x.strides) for x in self.arrays]
         packed = params.POINTERS.pack(*(x.ctypes.data for x in arrays))
-        packed += params.pack_strides(strides) + params.pack_sizes(problem)
+        return packed + params.pack_strides(strides) + params.pack_sizes(self.problem)
+
+    def run(self, kernel):
+        problem, variant, packed = self.problem, self.variant(kernel), self.packed()
         per_list = -(-problem.seqlen_q // variant.shape.block_m) * problem.heads
         if kernel == "bwd_dkdv":
             per_list = -(-problem.seqlen_k // variant.shape.block_n) * problem.heads_kv
-        self.kernels.kernel(variant).result()(
+        left = self.kernels.kernel(variant).result()(
             *(packed, problem.batch * per_list, 1 + variant.shape.split, variant.threads),
             *(variant.shared(problem.group_size), self.order),
         )
+        assert left == 0, f"{kernel}: {left} threads end with copies under way"
 
     def results(self):
         names = ("fwd", "bwd_dq", "bwd_dkdv")

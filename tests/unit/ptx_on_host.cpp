@@ -14,6 +14,11 @@ static Groups<PendingCopy> copy_queues[kMostThreads];
 void start_copies(int threads) {
   for (int i = 0; i < threads; ++i) copy_queues[i].start();
 }
+int copies_under_way(int threads) {
+  int found = 0;
+  for (int i = 0; i < threads; ++i) found += copy_queues[i].any();
+  return found;
+}
 void queue_copy(unsigned target, const void* source, int bytes, bool wanted) {
   if ((size_t)source % bytes || target % bytes) std::fprintf(stderr, "unaligned copy\n"), std::abort();
   copy_queues[current].open().push_back({dynamic_shared + target, source, bytes, wanted});

@@ -64,6 +64,8 @@ def test_hashed_rows():
     assert not hashing.is_aligned(wide)  # a row's last eight elements would be read beyond it
 
 
-@pytest.mark.parametrize(("hi", "served"), [(1, True), (0, True), (-1, False), (None, False)])
+@pytest.mark.parametrize(
+    ("hi", "served"), [(1, True), (0, True), (None, True), (-1, False), (2, False)]
+)
 def test_lists_of_one_pass(hi, served):
     assert planner.fits_one_pass(PROBLEM, Clauses(hi_offset=hi)) is served

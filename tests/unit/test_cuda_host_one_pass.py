@@ -9,6 +9,7 @@ from scfa_core.backends.cupy_raw import planner_shapes
 from scfa_core.backends.cupy_raw.planner_shapes import choose_one_pass, one_pass_bytes
 
 from scfa_core.lowering import Clauses
+from scfa_core.problem import Problem
 
 pytestmark = host_build.NEEDS_COMPILER
 library = planner_host.compiled
@@ -20,7 +21,10 @@ library = planner_host.compiled
 def test_one_pass(library, monkeypatch, kind, rows, heads_kv):
     """plan_causal alone: where it served every list, the others return at once."""
     rng = np.random.default_rng(rows)
-    for order, share, hi_offset in ((0, 0.5, 1), (0, 0.7, 0), (1, 1.0, 1), (2, 0.0, 1)):
+    for order, share, hi_offset in (
+        *((0, 0.5, 1), (0, 0.7, 0), (1, 1.0, 1), (2, 0.0, 1)),
+        *((0, 0.6, None), (1, 1.0, None), (2, 0.0, None)),
+    ):
         problem, clauses = one_pass_problem(
             rng, rows, kind, heads_kv, 20, share, hi_offset=hi_offset
         )
@@ -47,7 +51,7 @@ def test_one_pass_of_one_column(library, monkeypatch, rows, shared_limit, what):
     """Queries and keys in the very same groups, or in almost the same."""
     rng = np.random.default_rng(rows)
     heads_kv = 1 if what == "heads" else 2
-    for order, dtype, hi_offset in ((0, np.int32, 1), (1, np.int64, 0)):
+    for order, dtype, hi_offset in ((0, np.int32, 1), (1, np.int64, 0), (0, np.int32, None)):
         problem, clauses = one_pass_problem(
             rng, rows, "hash and keep", heads_kv, 7, 0.6, dtype, hi_offset
         )
@@ -108,3 +112,37 @@ def test_one_pass_counts_as_many_rows_as_16_bits_hold(library, monkeypatch, spre
     problem, clauses = one_pass_problem(rng, 65535, "hash", 1, 0 if spread == "one group" else 3, 1)
     arrays = plan_on_host(library, monkeypatch, problem, clauses, shared_limit=500_000)
     assert_equals_reference(arrays, problem, clauses)
+
+
+@pytest.mark.parametrize("kind", ["hash", "keep", "hash and keep"])
+@pytest.mark.parametrize("shared_limit", [100_000, 6000], ids=["staged", "at once"])
+@pytest.mark.parametrize(("rows", "key_rows"), [(1, 3), (1, 700), (5, 130), (64, 1100)])
+def test_keys_alone(library, monkeypatch, kind, rows, key_rows, shared_limit):
+    """More keys than queries: plan_causal takes the lists of keys, plan_sort those of queries."""
+    rng = np.random.default_rng(rows + key_rows)
+    problem = Problem(2, 4, 2, rows, key_rows, 16, 16, "float32", "cpu", 1.0)
+    shapes = (2, 4, rows), (2, 2, key_rows)
+    ran = []
+    run = HostKernel.launch
+
+    def launch(self, grid, *arguments):
+        ran.append((self._run.__name__.removeprefix("run_"), grid[0]))
+        run(self, grid, *arguments)
+
+    monkeypatch.setattr(HostKernel, "launch", launch)
+    for order, top, dtype in ((0, 20, np.int32), (1, 2**40, np.int64), (2, 5, np.int64)):
+        groups = [
+            (rng.integers(-1, top, x).astype(dtype),) if "hash" in kind else () for x in shapes
+        ]
+        if groups[1]:
+            groups[1][0][:, 0] %= 7  # the first key head alone may be served
+        keeps = [
+            ((rng.random(x) < 0.7).astype(np.uint8),) if "keep" in kind else () for x in shapes
+        ]
+        clauses = Clauses(*groups, *keeps, None, key_rows - rows + 1)
+        ran.clear()
+        options = {"order": order, "shared_limit": shared_limit}
+        arrays = plan_on_host(library, monkeypatch, problem, clauses, **options)
+        assert_equals_reference(arrays, problem, clauses)
+        sorts = [("plan_sort", 4), ("plan_sort", 8)]
+        assert ran == [("plan_causal", 4), *sorts, ("plan_ranges", 8)]

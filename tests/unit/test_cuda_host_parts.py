@@ -53,7 +53,10 @@ def parts_alone(parts, monkeypatch):
 @pytest.mark.parametrize("heads_kv", [1, 2])
 def test_parts(library, monkeypatch, parts_alone, kind, rows, heads_kv):
     rng = np.random.default_rng(rows)
-    for order, share, hi_offset in ((0, 0.5, 1), (1, 0.7, 0), (1, 1.0, 1), (2, 0.0, 1)):
+    for order, share, hi_offset in (
+        *((0, 0.5, 1), (1, 0.7, 0), (1, 1.0, 1), (2, 0.0, 1)),
+        *((0, 0.7, None), (2, 1.0, None)),
+    ):
         problem, clauses = one_pass_problem(
             rng, rows, kind, heads_kv, 20, share, hi_offset=hi_offset
         )
@@ -129,6 +132,43 @@ def test_parts_of_several_keeps_and_of_views(library, monkeypatch, parts_alone):
     clauses = Clauses((q_group,), (k_group,), *keeps, None, 1)
     arrays = plan_on_host(library, monkeypatch, problem, clauses)
     assert_equals_reference(arrays, problem, clauses)
+
+
+@pytest.mark.parametrize("kind", ["hash", "keep", "hash and keep"])
+@pytest.mark.parametrize(
+    ("rows", "key_rows"), [(1, 300), (3, PART), (200, 2 * PART + 1), (900, 130)]
+)
+@pytest.mark.parametrize("bounds", ["below", "window", "ranges"])
+def test_keys_alone(library, monkeypatch, parts, kind, rows, key_rows, bounds):
+    """Other numbers of queries and keys: key lists are shared by blocks, the queries' are not."""
+    rng = np.random.default_rng(rows + key_rows)
+    problem = Problem(2, 4, 2, rows, key_rows, 16, 16, "float32", "cpu", 1.0)
+    shapes = (2, 4, rows), (2, 2, key_rows)
+    groups = [(rng.integers(-1, 20, x, np.int32),) if "hash" in kind else () for x in shapes]
+    keeps = [((rng.random(x) < 0.7).astype(np.uint8),) if "keep" in kind else () for x in shapes]
+    limits = {"below": (None, key_rows - rows + 1), "window": (key_rows - rows - 50, None)}
+    starts = np.sort(rng.integers(-3, key_rows + 3, (2, *shapes[0]), np.int32), axis=0)
+    ranges = ((starts[0],), (starts[1],)) if bounds == "ranges" else ()
+    clauses = Clauses(*groups, *keeps, *limits.get(bounds, (None, None)), *ranges)
+    for order in range(3):
+        parts.clear()
+        arrays = plan_on_host(library, monkeypatch, problem, clauses, order=order)
+        assert_equals_reference(arrays, problem, clauses)
+        assert parts[3:] == ["plan_sort", "plan_sort", "plan_ranges"]
+
+
+@pytest.mark.parametrize("top", [1, 300, 2**40])
+def test_keys_alone_that_need_several_passes(library, monkeypatch, parts, top):
+    """Lists that parts leave are sorted by one block each, as if there were none."""
+    rng = np.random.default_rng(11)
+    dtype = np.int64 if top > 2**31 else np.int32
+    problem = Problem(1, 2, 2, 7, 500, 16, 16, "float32", "cpu", 1.0)
+    groups = [(rng.integers(0, top, (1, 2, rows)).astype(dtype),) for rows in (7, 500)]
+    groups[1][0][0, 1] %= 5
+    clauses = Clauses(*groups, (), ((rng.random((1, 2, 500)) < 0.8).astype(np.uint8),))
+    arrays = plan_on_host(library, monkeypatch, problem, clauses)
+    assert_equals_reference(arrays, problem, clauses)
+    assert parts[3:] == ["plan_sort", "plan_sort", "plan_ranges"]
 
 
 def test_more_parts_than_threads(library, monkeypatch, parts_alone):

@@ -13,7 +13,7 @@ from recorded_launches import (
     forward_arrays,
     problem,
 )
-from scfa_core.backends.cupy_raw import bound_sm90, launch, launch_sm90, planner
+from scfa_core.backends.cupy_raw import bound_sm90, launch, launch_sm90, planner, shapes_sm90
 from scfa_core.backends.cupy_raw.params import POINTERS
 from scfa_core.backends.cupy_raw.prepared import Template, marks
 from scfa_core.backends.cupy_raw.tensor_maps import tensor_maps
@@ -71,7 +71,7 @@ def test_bound_planning_launches_the_same(launched, name, seqlen_k):
     assert not launched
     bound(PLAN, tuple(x.pointer for x in clauses.arrays), bound_context)
     assert launched == anew
-    assert len(anew) in (1, 2, 3)
+    assert len(anew) in (1, 2, 3, 4)
     assert bound_context.asked == context.asked
 
 
@@ -140,8 +140,9 @@ def described(address):
     return DeviceArray(address, (), (), "int32", 0)
 
 
-@pytest.mark.parametrize("backward", ["split", "fused"])
-@pytest.mark.parametrize("monotone", [True, False])
+@pytest.mark.parametrize(
+    ("monotone", "backward"), [(True, "split"), (False, "split"), (True, "fused")]
+)
 def test_hopper_arguments_are_those_packed_anew(launched, monkeypatch, monotone, backward):
     """Each field in its place, workspace too, at sizes and strides that all differ."""
     monkeypatch.setenv("SCFA_CUPY_BACKWARD", backward)
@@ -168,7 +169,7 @@ def test_hopper_arguments_are_those_packed_anew(launched, monkeypatch, monotone,
     given = (q, k, v, out, dout, dq, dk, dv)
     stats = (WORKSPACE + 4, WORKSPACE + 4 + 4 * n_rows)
     second, third, fourth = (WORKSPACE + (i << 20) for i in (1, 2, 3))
-    if backward == "fused" and monotone:
+    if backward == "fused":
         assert launched.pop(0) == ("zero", second, 8, STREAM, 0)
         records = third, third + 4 * 12 * (4 + 4 * 2)  # of key tiles, and what comes after them
         sums = launch_sm90.Sums(fourth, records[1], launch_sm90._sum_slots(sizes), 2)
@@ -274,3 +275,54 @@ def test_where_ranges_can_be_long_the_gpu_chooses(launched, monkeypatch):
         ("scfa_bwd_prepare_sm90", want(first + 8, key_tiles, 2)),
         ("scfa_bwd_fused128_sm90", want(first + 8, key_tiles, 2)),
     ]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "backward", "keys"),
+    [(64, "auto", 961), (128, "auto", 661), (64, "fused", 300), (128, "fused", 300)],
+)
+def test_where_ranges_may_be_in_order_the_gpu_chooses(
+    launched, monkeypatch, head_dim, backward, keys
+):
+    """It looks at them first; kernels of the fused way are those of ranges in order."""
+    monkeypatch.setenv("SCFA_CUPY_BACKWARD", backward)
+    native = PlanArrays.of([described(at) for at in PLAN[:7]], False)
+    sizes = problem(seqlen_k=keys, head_dim=head_dim, head_dim_v=head_dim)
+    arrays = backward_arrays(head_dim)
+    dout, q, k, v, out, lse, dq, dk, dv = arrays
+    at, context = tuple(x.pointer for x in arrays), Context()
+    without = [x._replace(pointer=0) for x in arrays]
+    plan = PLAN._replace(monotone=False)
+    bound_sm90.bind_backward(sizes, False, *without)(plan, at, context)
+    counted, choice, records, room, envelopes = (WORKSPACE + (i << 20) for i in range(1, 6))
+    n_rows, tiles = 2 * 4 * 90, -(-keys // 128)
+    assert context.asked[2] == ((8 + 2 * 2 + 2 * 2 * 4,), "int32")  # the choice
+    assert context.asked[5] == ((2 * n_rows,), "int32")
+    added = records + 4 * 4 * tiles * (4 + 4 * 2)
+    sums = launch_sm90.Sums(room, added, launch_sm90._sum_slots(sizes), 2)
+    stats = (WORKSPACE + 4, WORKSPACE + 4 + 4 * n_rows)
+    first, key_tiles = choice + 4 * launch_sm90._CHOICE_COUNTERS, (tiles, 4 * tiles)
+    given = (q, k, v, out, dout, dq, dk, dv)
+
+    def want(counter, tiles, heads, in_turn=0):
+        return launch_sm90._params(
+            *(sizes, native, given, lse, stats, counter, tiles, heads, sums, choice),
+            envelopes=(envelopes, envelopes + 4 * n_rows),
+            key_tiles=records,
+            maps=tensor_maps(q, dout),
+            in_turn=in_turn,
+        )
+
+    assert launched[0] == ("zero", counted, 8, STREAM, 0)
+    fused = want(first + 8, key_tiles, 2, launch_sm90._fused_in_turn(sizes, sums.slots))
+    assert [(x[0], x[-1]) for x in launched[1:]] == [
+        ("scfa_bwd_envelope_sm90", want(first, (1, 8), 4)),
+        ("scfa_bwd_choose_sm90", want(counted, key_tiles, 2)),
+        ("scfa_bwd_dq_sm90", want(first, (1, 8), 4)),
+        ("scfa_bwd_dkdv_sm90", want(first + 4, key_tiles, 2)),
+        ("scfa_bwd_prepare_sm90", fused),
+        (f"scfa_{shapes_sm90.FUSED_KERNELS[head_dim]}", fused),
+    ]
+    assert [x[1].get("MONOTONE") for x in launched[2:]] == [0, 0, 0, 1, 1]
+    assert {x[1]["CHOICE"] for x in launched[3:]} == {1}
+    assert launched[2][1]["LONG_KEYS"] == launch_sm90._LONG_KEYS.get(head_dim, 0)

@@ -74,10 +74,11 @@ struct RowSlice {
       for (int c = 0; c < kColumns; ++c) add_with_loss(value[c], lost[c], chain[c]), chain[c] = 0.0f;
     }
   }
-  SCFA_DEVICE void store(Element* row) const {
+  template <class Out>
+  SCFA_DEVICE void store(Out* row) const {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c)
-      if (column(c) < kDim) row[column(c)] = from_float<Element>(value[c]);
+      if (column(c) < kDim) row[column(c)] = from_float<Out>(value[c]);
   }
   SCFA_DEVICE bool all_nan() const {
     bool all = true;
@@ -88,10 +89,10 @@ struct RowSlice {
   SCFA_DEVICE static int column(int c) { return c * kThreads + threadIdx.x; }
 };
 
-// out and lse of one query row over sorted keys [start, end). `scratch`: kThreads floats of shared memory.
-template <int kThreads>
+// out and lse of one query row over sorted keys [start, end). `scratch`: kThreads floats of shared memory; Out: Element or float.
+template <int kThreads, class Out>
 SCFA_DEVICE void block_exact_out(const Element* q_row, const Element* k, const Element* v, const int* k_index, int start, int end,
-                                 const Params& p, float* scratch, Element* out_row, float* lse) {
+                                 const Params& p, float* scratch, Out* out_row, float* lse) {
   RowSlice<kHeadDimV, kThreads> acc;
   acc.init();
   float reference = -infinity(), row_sum = 0.0f, row_lost = 0.0f;

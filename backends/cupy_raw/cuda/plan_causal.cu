@@ -1,11 +1,13 @@
-// plan_causal: lists and ranges of one (batch, head) at once, where queries see the keys of their group up to their own row.
+// plan_causal: lists and ranges of one (batch, head) at once, where queries see the keys of their group up to their own row,
+// or all of them.
 //
 // computes       what plan_sort and plan_ranges do, for at most one group column and as many queries as keys; done[list] =
 //                whether this list was served (otherwise those two kernels do it)
 // grid/block     one block per query list; the first head of each key head writes the key list; a multiple of 32 threads
 // shared memory  2 * (warps * (bins + 1) + bins) * 4 bytes; where `staged`, 2 * (warps * (bins + 2) * 2 + bins * 4) bytes and
 //                3 * 2 bytes a row, whose place the 32-bit counts take first
-// inputs         group columns int32 or int64 (both alike), keep columns of bytes, (batch, heads, rows) with any strides
+// inputs         group columns int32 or int64 (both alike), keep columns of bytes, (batch, heads, rows) with any strides; key lists
+//                alone: those in both places, and no key_start
 // version        one counting pass over digits common to queries and keys. When row i is placed, the running count of the
 //                keys in its group is the end of its range: nothing is searched. One column for both is read
 //                once. More than `max_bits` bits: not served. Beside staged orders counts are kept in 16 bits, so that two
@@ -164,13 +166,15 @@ extern "C" __global__ void __launch_bounds__(1024, 1) scfa_plan_causal(const __g
   const int k_count = length - survey.dropped_keys;
   const i64 offset = list * length;
   const i64 key_offset = key_list * length;
+  const bool sees_all = p.sees == kSeesAll;  // then ends are those of groups, below
+  const int sees_itself = p.sees == kSeesItself;
   const auto place = [&](auto* queries_before, auto* keys_before, auto put) {
     if (same) {
       place_both<true>(
-          queries, keys, cursor, digit, stretch, query_firsts, key_firsts, queries_before, keys_before, k_count, p.sees_itself, put);
+          queries, keys, cursor, digit, stretch, query_firsts, key_firsts, queries_before, keys_before, k_count, sees_itself, put);
     } else {
       place_both(
-          queries, keys, cursor, digit, stretch, query_firsts, key_firsts, queries_before, keys_before, k_count, p.sees_itself, put);
+          queries, keys, cursor, digit, stretch, query_firsts, key_firsts, queries_before, keys_before, k_count, sees_itself, put);
     }
   };
   if (p.staged) {
@@ -191,11 +195,11 @@ extern "C" __global__ void __launch_bounds__(1024, 1) scfa_plan_causal(const __g
           ends[query_place] = (u16)stop;
         });
     __syncthreads();  // all rows are placed
-    flush(query_rows, p.queries.index + offset, length);
+    if (p.key_start != nullptr) flush(query_rows, p.queries.index + offset, length);
     if (writes_keys) flush(same ? query_rows : key_rows, p.keys.index + key_offset, length);
-    if (same) {
-      for (int i = threadIdx.x; i < length; i += blockDim.x) p.key_end[offset + i] = i + p.sees_itself;
-    } else {
+    if (same && !sees_all) {
+      for (int i = threadIdx.x; i < length; i += blockDim.x) p.key_end[offset + i] = i + sees_itself;
+    } else if (!sees_all) {
       flush(ends, p.key_end + offset, length);
     }
   } else {
@@ -205,14 +209,20 @@ extern "C" __global__ void __launch_bounds__(1024, 1) scfa_plan_causal(const __g
     place(my_queries, my_keys, [&](int row, u32, u32, int query_place, int key_place, int stop) {
       p.queries.index[offset + query_place] = row;
       if (writes_keys) p.keys.index[key_offset + key_place] = row;
-      p.key_end[offset + query_place] = stop;
+      if (!sees_all) p.key_end[offset + query_place] = stop;
     });
   }
 
-  // key_start: where each group's keys begin
+  // key_start: where each group's keys begin; key_end: where they end, if all are seen
+  if (p.key_start == nullptr) return;
   for (int bin = warp; bin < bins; bin += n_warps) {
     const int last = bin + 1 < bins ? query_firsts[bin + 1] : length;
-    const int start = digit.tests_keep && bin == (int)digit.dropped ? k_count : key_firsts[bin];
-    for (int i = query_firsts[bin] + lane; i < last; i += 32) p.key_start[offset + i] = start;
+    const bool dropped = digit.tests_keep && bin == (int)digit.dropped;
+    const int start = dropped ? k_count : key_firsts[bin];
+    const int stop = dropped ? k_count : bin + 1 < bins ? key_firsts[bin + 1] : length;
+    for (int i = query_firsts[bin] + lane; i < last; i += 32) {
+      p.key_start[offset + i] = start;
+      if (sees_all) p.key_end[offset + i] = stop;
+    }
   }
 }

@@ -1,5 +1,5 @@
 // Queries and keys of one (batch, head) ordered together, by digits common to both: when row i is placed, the running
-// count of the keys in its group is the end of its range. Shared by plan_causal and the plan_parts kernels.
+// count of the keys in its group is the end of its range, where it does not see all of them. Shared by plan_causal and the plan_parts kernels.
 #pragma once
 #include "plan_rows.cuh"
 #include "plan_warp.cuh"

@@ -22,16 +22,20 @@ struct ListSet {
   int n_bounds, seqlen_k;  // how many of n_groups are starts or ends; rows that these may name
 };
 
+// Of the keys of a query's group: those before it, those up to its own row, all.
+constexpr int kSeesBefore = 0, kSeesItself = 1, kSeesAll = 2;
+
 struct SortParams {
   ListSet queries, keys;
   i64 n_query_lists;    // batch * heads; key lists follow
-  int* key_start;       // (batch, heads, seqlen_q) out, by plan_causal or plan_parts only; likewise key_end
+  int* key_start;       // (batch, heads, seqlen_q) out, by plan_causal or plan_parts only; likewise key_end; both are null where the
+                        // lists of keys alone are wanted, which then stand for those of queries too
   int* key_end;
   int* done;            // (batch, heads): 1 where plan_causal or plan_parts served the list; null where neither ran
   int capacity;         // plan_sort: rows of the order buffer in shared memory
   int group_size;       // query heads per key head
   int max_bits, staged; // of these two: bits of a digit; plan_causal: whether rows are ordered in shared memory
-  int sees_itself;      // plan_causal: whether row i sees key i, or only those before it
+  int sees;             // plan_causal: what row i sees of its group's keys
   int part_rows;        // plan_parts_*: rows of a list that one block takes; what they share lies in keys.scratch
 };
 

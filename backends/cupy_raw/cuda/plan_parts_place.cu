@@ -4,7 +4,8 @@
 // grid/block     one block per part of a query list; the first head of each key head writes the key list; 64, 128,
 //                256 or 512 threads
 // shared memory  (2 * warps * (bins + 1) + 6 * bins) * 4 bytes, and 8 bytes a row of a part
-// inputs         as plan_causal, and what plan_parts_survey and plan_parts_count left
+// inputs         as plan_causal, and what plan_parts_survey and plan_parts_count left; key lists alone: those in both places,
+//                and no key_start
 // version        a part is ordered in shared memory as plan_causal orders a list. The rows of a bin then lie side by side in
 //                the list as well, after those of the parts before: place in the list = place in the part + shift[bin].
 #include "plan_parts.cuh"
@@ -77,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(512, 2) scfa_plan_parts_place(const
 
   // place: in shared memory; dropped queries get their range below
   place_both(
-      queries, keys, common.cursor, digit, stretch, firsts, firsts + bins, my_queries, my_keys, 0, p.sees_itself,
+      queries, keys, common.cursor, digit, stretch, firsts, firsts + bins, my_queries, my_keys, 0, p.sees == kSeesItself,
       [&](int row, u32 of_query, u32 of_key, int query_place, int key_place, int stop) {
         query_rows[query_place] = (u16)row;
         query_bins[query_place] = (unsigned char)of_query;
@@ -89,13 +90,14 @@ extern "C" __global__ void __launch_bounds__(512, 2) scfa_plan_parts_place(const
 
   // out: neighbours of one bin are neighbours in the list
   const i64 offset = (i64)part.list * length;
-  for (int i = threadIdx.x; i < part.rows; i += blockDim.x) {
+  for (int i = threadIdx.x; i < part.rows && p.key_start != nullptr; i += blockDim.x) {
     const int bin = query_bins[i];
     const bool dropped = digit.tests_keep && bin == (int)digit.dropped;
     const i64 place = offset + i + shifts[bin];
+    const int group_end = bin + 1 < bins ? totals[bins + bin + 1] : length;
     p.queries.index[place] = part.first_row + query_rows[i];
     p.key_start[place] = dropped ? k_count : totals[bins + bin];
-    p.key_end[place] = dropped ? k_count : ends[i] + shifts[bins + bin];
+    p.key_end[place] = dropped ? k_count : p.sees == kSeesAll ? group_end : ends[i] + shifts[bins + bin];
   }
   if (!writes_keys) return;
   int* k_index = p.keys.index + key_list * length;
