@@ -1,4 +1,4 @@
-"""`python -m bench` times; `... accuracy`, `precompile`, `compare`, `report`, `pages` besides."""
+"""`python -m bench` times; `... accuracy`, `decode`, `precompile`, `report`, `pages` besides."""
 
 import sys
 
@@ -19,6 +19,10 @@ def main(argv: list[str]) -> int:
         from bench import accuracy
 
         return accuracy.main(rest)
+    if name == "decode":
+        from bench import decode
+
+        return decode.main(rest)
     if name == "precompile":
         from bench import precompile
 
