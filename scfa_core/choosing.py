@@ -77,21 +77,26 @@ def chosen_blocks(q: Any, k: Any, *, block: int, top: int) -> list[Pattern]:
     of_key = torch.arange(keys, device=k.device, dtype=torch.int32).view(1, 1, -1) // block
     own = of_key[..., keys - rows :]
     patterns: list[Pattern] = [HashSparse(own, of_key, causal=False) & Causal(align="bottom-right")]
-    whole = keys // block
+    whole, last = keys // block, (keys - 1) // block
     if not whole or not top:
         return patterns
-    chosen = _choices(q.detach(), k.detach()[:, :, : whole * block], own, block, min(top, whole))
-    patterns += [HashSparse(ids, of_key, causal=False) for ids in chosen]
+    # Who has no choice left names a block that lies ahead: of as many numbers as blocks 256 are
+    # planned in one pass.
+    causal = rows == keys
+    none = last + (own == last).int() if causal else own.new_tensor(last + 1)
+    means = k.detach()[:, :, : whole * block].unflatten(2, (-1, block)).mean(3)
+    chosen = _choices(q.detach(), means, own, min(top, whole), none)
+    patterns += [HashSparse(ids, of_key, causal=causal) for ids in chosen]
     return patterns
 
 
-def _choices(q: Tensor, k: Tensor, own: Tensor, block: int, top: int) -> list[Tensor]:
-    """Blocks (batch, heads, seqlen_q) of the highest scores, `top` times; -1 where there is none.
+def _choices(q: Tensor, means: Tensor, own: Tensor, top: int, none: Tensor) -> list[Tensor]:
+    """Blocks (batch, heads, seqlen_q) of the highest scores, `top` times; `none` where none is.
 
+    `means` are those of whole blocks of keys, `own` and `none` (1, 1, seqlen_q) or one for all.
     Scores of a query lie a row apart, so that neighbouring queries are read side by side; one
     maximum after the other then takes a fraction of the time of topk.
     """
-    means = k.unflatten(2, (-1, block)).mean(3)
     grouped = q.unflatten(1, (means.shape[1], -1))
     scores = (means.unsqueeze(2) @ grouped.mT).flatten(1, 2)
     later = torch.arange(means.shape[2], device=q.device).unsqueeze(-1) >= own.unsqueeze(-2)
@@ -100,5 +105,6 @@ def _choices(q: Tensor, k: Tensor, own: Tensor, block: int, top: int) -> list[Te
     for _ in range(top):
         best = scores.max(dim=-2, keepdim=True)
         scores.scatter_(-2, best.indices, -torch.inf)
-        found.append(torch.where(best.values.isneginf(), -1, best.indices).squeeze(-2).int())
+        ids = torch.where(best.values.isneginf().squeeze(-2), none, best.indices.squeeze(-2))
+        found.append(ids.int())
     return found

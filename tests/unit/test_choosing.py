@@ -56,6 +56,30 @@ def test_what_is_seen_and_gradients(rows, block, top):
     torch.testing.assert_close(*grads, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("rows", "block"), [(64, 8), (61, 8), (10, 16)])
+def test_no_more_numbers_than_blocks(rows, block):
+    q, k, _ = tensors(rows)
+    blocks = -(-rows // block)
+    for pattern in chosen_blocks(q, k, block=block, top=3):
+        hashed = pattern.parts[0]
+        ids = torch.cat([x.reshape(-1) for x in (hashed.q_hash, hashed.k_hash)])
+        assert ids.unique().numel() <= max(blocks, 2)
+
+
+def test_scores_of_minus_infinity_choose_nothing():
+    """Also in the last block, which sees keys of its own already."""
+    q, k, _ = (torch.full_like(x, 300, dtype=torch.float16) for x in tensors(40))
+    q[:, :, ::2] *= -1
+    patterns = chosen_blocks(q, k, block=8, top=2)
+    masks = [p.mask(40, 40, batch=2, heads=4, heads_kv=2).astype(int) for p in patterns]
+    seen = torch.from_numpy(sum(masks))
+    row = torch.arange(40)
+    own = (row[:, None] // 8 == row // 8) & (row <= row[:, None])
+    assert torch.equal(seen[0, 0, ::2], own[::2].long())
+    assert seen.max() == 1
+    assert (seen[0, 0, 1::2].sum(1) == own[1::2].sum(1) + 8 * (row[1::2] // 8).clamp(max=2)).all()
+
+
 def test_rows_beside_a_cache_choose_as_in_the_whole():
     q, k, v = tensors(45)
     whole = attention_over(q, k, v, chosen_blocks(q, k, block=8, top=2))
