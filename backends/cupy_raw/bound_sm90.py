@@ -112,8 +112,13 @@ def bind_backward(problem: Problem, monotone: bool, *described: DeviceArray) -> 
     with 8 bytes of workspace a query row (lse in base 2 and delta, in sorted order); "fused" is one
     kernel for all three where it serves, with the sums of dq as well (`_sum_slots`); "auto", the
     default, is fused at head_dim 64 and lets the GPU choose for each key head at 128, split where
-    there are few keys. Ranges in any order always go the split way, with 8 more bytes a query row
-    (their envelopes).
+    there are few keys.
+
+    Of ranges that the host does not know to be in order (`monotone` False) the GPU finds out, with
+    8 more bytes a query row (their envelopes). Unless all are asked to go the "split" way it is
+    then given a choice at head_dim 64 as well, and so room for sums of dq, whether or not it comes
+    to use: a key head goes the fused way only where the ranges of all its query heads are in order.
+    "fused" means that even of few keys.
     """
     bound: dict[str | None, Bound] = {}
 
@@ -131,15 +136,15 @@ def bind_backward(problem: Problem, monotone: bool, *described: DeviceArray) -> 
 def _ways(problem: Problem, asked: str | None, monotone: bool = True) -> tuple[bool, bool]:
     """Whether the split and the fused kernels are launched, with $SCFA_CUPY_BACKWARD `asked`."""
     way = _asked.word(asked)
-    serves = monotone and problem.head_dim in FUSED and sm90._sums_fit(problem)
+    serves = problem.head_dim in FUSED and sm90._sums_fit(problem)
     if not serves or way == "split":
         return True, False
     if way == "fused":
-        return False, True
+        return not monotone, True
     # A few keys: the split kernels are faster in any order.
     if problem.seqlen_k <= sm90._FEW_KEYS[problem.head_dim]:
         return True, False
-    return problem.head_dim in sm90._LONG_KEYS, True
+    return not monotone or problem.head_dim in sm90._LONG_KEYS, True
 
 
 class _Backward:
@@ -164,12 +169,14 @@ class _Backward:
             key_tiles = self._key_tiles(FUSED[problem.head_dim])[1]
             self.records = key_tiles * sm90._record_words(problem)
         self.both = split and fused
+        heads = problem.heads_kv if monotone else problem.heads_kv + 2 * problem.heads
+        self.choice_words = sm90._CHOICE_WORDS + problem.batch * heads
         self.marked = _Marked(described, monotone, 12)
         dout, q, *_ = self.marked.arrays
         self.maps = tensor_maps(q, dout)
         self._load(split, fused)
-        launches = [self._choose()] if self.both else []
-        launches += [] if monotone else [self._envelopes()]
+        launches = [] if monotone else [self._envelopes()]
+        launches += [self._choose()] if self.both else []
         launches += self._split() if split else []
         launches += self._fused() if fused else []
         self.launches = tuple(launches)
@@ -179,8 +186,7 @@ class _Backward:
         choice = counted = key_tiles = added = sums = envelopes = 0
         if self.both:
             counted = _counters(ctx, self.device)
-            heads = self.problem.batch * self.problem.heads_kv
-            choice = ctx.empty((sm90._CHOICE_WORDS + heads,), "int32").pointer
+            choice = ctx.empty((self.choice_words,), "int32").pointer
             first = choice + 4 * sm90._CHOICE_COUNTERS
             counters = (first, first + 4, first + 8)
         else:
@@ -264,7 +270,7 @@ class _Backward:
     def _choose(self) -> Launch:
         tiles = self._key_tiles(FUSED[self.problem.head_dim])
         params = self._params(11, tiles, self.problem.heads_kv)
-        kernel = sm90._choose_kernel(self.device, self.problem.head_dim)
+        kernel = sm90._choose_kernel(self.device, self.problem.head_dim, self.monotone)
         blocks = -(-self.problem.batch * self.problem.heads_kv // 4)
         return self.marked.bind(params, kernel.bind((blocks, 1, 1), 32, 0))
 

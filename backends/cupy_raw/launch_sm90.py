@@ -23,6 +23,8 @@ from scfa_core.backends.cupy_raw.shapes_sm90 import (
     CHUNK,
     DQ,
     FORWARD,
+    FUSED,
+    FUSED_KERNELS,
     MAX_GROUP,
     SHARED,
     WIDTHS,
@@ -61,7 +63,7 @@ _HEADS_IN_TURN = 4  # at most, at the end of a forward (tiles_sm90.cuh)
 # Blocks a multiprocessor of the kernel that prepares rows and key tiles: as many as have registers.
 _PREPARE_BLOCKS = {64: 5, 128: 3}
 _PREPARE_WARPS = 8  # of each, one for a key tile
-_CHOICE_WORDS = 8  # before those of the heads: choice_sm90.cuh
+_CHOICE_WORDS = 8  # before those of the key heads, then two of each query head: choice_sm90.cuh
 _CHOICE_COUNTERS = 2  # the first of three tile counters among them
 
 
@@ -211,6 +213,11 @@ def _zero(pointer: int, size: int, stream: int, device: int) -> None:
         runtime.memsetAsync(pointer, 0, size, stream)
 
 
+def _chooses(name: str, head_dim: int, monotone: bool) -> bool:
+    """Whether a kernel is compiled for key heads that may go two ways (choice_sm90.cuh)."""
+    return head_dim in _LONG_KEYS if monotone else name != "fwd_sm90" and head_dim in FUSED
+
+
 @cache
 def _kernel(
     name: str,
@@ -223,8 +230,10 @@ def _kernel(
 ) -> Kernel:
     """The compiled variant of one kernel.
 
-    Of ranges in any order unless they are `monotone`; `mapped`: it is given tensor maps.
+    Of ranges in any order unless they are `monotone`, or it is one of the fused way, which is
+    given what lies in order of them; `mapped`: it is given tensor maps.
     """
+    in_order = monotone or name in ("bwd_prepare_sm90", *FUSED_KERNELS.values())
     constants = (
         ("BFLOAT16", int(dtype == "bfloat16")),
         ("HEAD_DIM", WIDTHS[name].width(head_dim) if name in WIDTHS else head_dim),
@@ -235,24 +244,25 @@ def _kernel(
         ("QUERY_BUFFERS", shape.query_buffers),
         ("PARTS", shape.parts),
         ("GATHERERS", shape.gatherers),
-        ("MONOTONE", int(monotone)),
-        ("CHOICE", int(monotone and head_dim in _LONG_KEYS)),
+        ("MONOTONE", int(in_order)),
+        ("CHOICE", int(_chooses(name, head_dim, monotone))),
         ("SHARED_BYTES", SHARED[name](head_dim, shape)),
-        ("RUNS", int(mapped and monotone and may_run(name, shape))),
+        ("RUNS", int(mapped and in_order and may_run(name, shape))),
     )
     return get_kernel(f"scfa_{name}", f"{name}.cu", constants, device, arch_suffix="a")
 
 
 @cache
 def _envelope_kernel(device: int) -> Kernel:
-    """The kernel that makes envelopes of ranges in any order."""
+    """The kernel that makes envelopes of ranges in any order, and finds those that have one."""
     return get_kernel("scfa_bwd_envelope_sm90", "bwd_envelope_sm90.cu", (), device, arch_suffix="a")
 
 
 @cache
-def _choose_kernel(device: int, head_dim: int) -> Kernel:
+def _choose_kernel(device: int, head_dim: int, monotone: bool = True) -> Kernel:
     """The kernel that chooses between the two ways of the backward."""
-    constants = (("LONG_KEYS", _LONG_KEYS[head_dim]),)
+    constants = (("LONG_KEYS", _LONG_KEYS.get(head_dim, 0)),)
+    constants += () if monotone else (("MONOTONE", 0),)
     return get_kernel(
         "scfa_bwd_choose_sm90", "bwd_choose_sm90.cu", constants, device, arch_suffix="a"
     )

@@ -137,8 +137,11 @@ class Kernels(host_build.HostCompiler):
                sanitize=False, fences=True):  # fmt: skip
         """Promise of the function that runs a kernel."""
         constants = (("BFLOAT16", int(dtype == "bfloat16")),)
-        if shape is not None:
-            constants = overheard_constants(name, dtype, head_dim, shape, monotone, mapped)
+        if name == "bwd_choose_sm90":
+            constants += overheard_constants("_choose_kernel", head_dim, monotone)
+        elif shape is not None:
+            of_kernel = (dtype, head_dim, shape, monotone, mapped)
+            constants = overheard_constants("_kernel", *of_kernel, name=name)
         driver = DRIVER.replace("KERNEL", f"scfa_{name}")
         driver = driver.replace("READS_IN_VAIN", READS_IN_VAIN.get(name, ""))
         source = source_of((f"{name}.cu",), driver)
@@ -153,13 +156,15 @@ def kernels(tmp_path_factory):
     kernels.close()
 
 
-def overheard_constants(kernel, dtype, head_dim, shape, monotone, mapped):
+def overheard_constants(maker, *arguments, name=None):
+    """What a function of launch_sm90 asks the loader for; `name`: of its kernels, where several."""
     asked = []
+    which = (0,) if name is None else (name, 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             launch_sm90, "get_kernel", lambda *request, arch_suffix: asked.append(request)
         )
-        launch_sm90._kernel.__wrapped__(kernel, 0, dtype, head_dim, shape, monotone, mapped)
+        getattr(launch_sm90, maker).__wrapped__(*which, *arguments)
     return asked[0][2]
 
 
@@ -193,7 +198,7 @@ def passes(spec, fused, monotone=True):
             ("bwd_dq_sm90", shapes_sm90.DQ, *per_query),
             ("bwd_dkdv_sm90", shapes_sm90.DKDV, *per_key),
         )
-    if not monotone:
+    if not monotone and not fused:
         lists = spec.batch * spec.heads
         yield "bwd_envelope_sm90", None, (1, lists), spec.heads, 2 * lists, 1024
     for kernel, shapes, rows, heads in (("fwd_sm90", shapes_sm90.FORWARD, *per_query), *backward):
@@ -218,6 +223,7 @@ def run(
     mapped=True,
     in_turn=0,
     ways=None,
+    watch=None,
 ):
     """Results of one case; `slots` query heads have room for sums of dq, all by default.
 
@@ -225,7 +231,8 @@ def run(
     products look at copied rows through no proxy fence; unless `mapped` they have no tensor maps.
     With `in_turn` the fused kernel takes tiles of 2**in_turn heads in turn, if ranges are short.
     `ways` are those of the key heads, 0 split and 1 fused; without them all go the fused way or
-    none does.
+    none does. With `watch` the kernels are not told of ranges that are in order, and the shipped
+    one chooses the ways; watch(kernel, ways, gradients) is called after each.
     """
     spec = case.spec
     problem = Problem(
@@ -234,7 +241,7 @@ def run(
     )
     like = [np.zeros(x.shape, np.float32) for x in (case.q, case.k)]
     made = scfa.make_plan(case.pattern, *like, backend="reference")
-    monotone = made.monotone and not any_order
+    monotone = made.monotone and not any_order and watch is None
     lists = [made.q_index, made.q_count, made.k_index, made.k_count, made.key_start, made.key_end]
     lists = [np.ascontiguousarray(x) for x in lists]
     plan = PlanArrays.of([*(described(x, "int32") for x in lists), None], monotone)
@@ -254,11 +261,21 @@ def run(
     key_tiles = spec.batch * spec.heads_kv * -(-spec.seqlen_k // 128)
     records = np.full(key_tiles * launch_sm90._record_words(problem), -7, np.int32)
     launches = list(passes(spec, fused, monotone))
-    if ways is not None:
+    if ways is not None or watch is not None:
         launches = [*passes(spec, False, monotone), *list(passes(spec, True, monotone))[1:]]
-    shares = (0, 1) if ways is None else (2, 2)  # choice_sm90.cuh: none and all, or some and some
-    words = np.array([*shares, 0, 0, 0, 0, 0, 0, *(ways or ())], np.int32)
-    choice = 0 if ways is None else words.ctypes.data
+    # choice_sm90.cuh: some heads go either way
+    words = np.array([2, 2, 0, 0, 0, 0, 0, 0, *(ways or ())], np.int32)
+    counters = {}  # those among these words
+    if watch is not None:
+        key_heads = spec.batch * spec.heads_kv
+        key_tiles_of = shapes_sm90.tiles_of(spec.seqlen_k, 128, key_heads)
+        chooses = (None, key_tiles_of, spec.heads_kv, -(-key_heads // 4), 32)
+        launches.insert(1, ("bwd_choose_sm90", *chooses))
+        # nothing is known before it is found out
+        words = np.full(8 + key_heads + 2 * spec.batch * spec.heads, -7, np.int32)
+        counted = {"bwd_dq_sm90": 2, "bwd_dkdv_sm90": 3}
+        counters = {x: words[counted.get(x, 4) :] for x, *_ in launches[3:]}
+    choice = 0 if ways is None and watch is None else words.ctypes.data
     how = {"mapped": mapped, "sanitize": sanitize, "fences": fences}
     compiled = [  # all begin to compile before the first one runs
         kernels.kernel(kernel, spec.dtype, spec.head_dim, shape, monotone, **how)
@@ -268,7 +285,7 @@ def run(
     for (kernel, shape, tiles, heads, least, threads), function in zip(
         launches, compiled, strict=True
     ):
-        counter = np.array([0, for_turns], np.int32)
+        counter = counters.get(kernel, np.array([0, for_turns], np.int32))
         params = launch_sm90._params(
             *(problem, plan, arrays, described(lse, "float32")),
             *((at, at + 4 * lse.size), counter.ctypes.data, tiles, heads, sums),
@@ -286,6 +303,8 @@ def run(
         assert faults >= 0, f"{kernel}: every thread waits for another"
         assert not faults, f"{kernel}: {faults} unordered accesses to memory, see stderr"
         for_turns = counter[1]
+        if watch is not None:
+            watch(kernel, words[8 : 8 + spec.batch * spec.heads_kv].tolist(), (dq, dk, dv))
     wide = (testing.widen(x, spec.dtype) for x in (out, dq, dk, dv))
     out, dq, dk, dv = wide
     return Results(out, lse, dq, dk, dv)

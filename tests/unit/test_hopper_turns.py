@@ -70,7 +70,7 @@ extern "C" void run(int tiles, int per_head, int in_turn, const Divisor* divisor
 def test_key_tiles_of_so_many_heads_in_turn(kernels, heads, in_turn, per_head):
     """Groups of heads, and those left over one after the other; each head's tiles in order."""
     headers = ("products_sm90.cuh", "params_sm90.cuh", "query_data_sm90.cuh")
-    headers += ("bwd_fused_sm90_tiles.cuh",)
+    headers += ("choice_sm90.cuh", "bwd_fused_sm90_tiles.cuh")
     function = kernels.start(source_of(headers, KEY_TILES), (("BFLOAT16", 1),))
     found = np.full(heads * per_head, -7, np.int32)
     divisor = np.array(launch_sm90._divisor(per_head), np.uint32)
@@ -109,7 +109,7 @@ extern "C" int run(const int* visits, int count, int in_turn) {
 )
 def test_heads_have_turns_where_short_ranges_are_most_of_the_work(kernels, visits, turns):
     headers = ("products_sm90.cuh", "params_sm90.cuh", "query_data_sm90.cuh")
-    headers += ("bwd_fused_sm90_tiles.cuh",)
+    headers += ("choice_sm90.cuh", "bwd_fused_sm90_tiles.cuh")
     function = kernels.start(source_of(headers, COUNTS), (("BFLOAT16", 1),)).result()
     counted = np.array(visits, np.int32)
     assert function(ctypes.c_void_p(counted.ctypes.data), len(visits), 3) == turns

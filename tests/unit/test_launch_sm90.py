@@ -152,7 +152,10 @@ def test_sums_of_dq_keep_to_their_room(batch, heads_kv, group, seqlen, head_dim)
 @pytest.mark.parametrize("monotone", [True, False])
 @pytest.mark.parametrize("mapped", [True, False])
 def test_which_kernels_fetch_runs(monkeypatch, monotone, mapped):
-    """Forward up to head_dim 128 and the fused ones, where they have maps and ranges in order."""
+    """Forward up to head_dim 128 and the fused ones, where they have maps and ranges in order.
+
+    The fused ones are given nothing else, whatever the host knows of the plan.
+    """
     asked = []
     monkeypatch.setattr(launch_sm90, "get_kernel", lambda *x, arch_suffix: asked.append(x))
     fetch = set()
@@ -160,9 +163,23 @@ def test_which_kernels_fetch_runs(monkeypatch, monotone, mapped):
         launch_sm90._kernel.__wrapped__(name, 0, "bfloat16", head_dim, shape, monotone, mapped)
         if dict(asked[-1][2])["RUNS"]:
             fetch.add((name, head_dim))
-    whole = {("fwd_sm90", 64), ("fwd_sm90", 128)}
-    whole |= {("bwd_fused_sm90", 64), ("bwd_fused128_sm90", 128)}
-    assert fetch == (whole if monotone and mapped else set())
+    whole = {("bwd_fused_sm90", 64), ("bwd_fused128_sm90", 128)}
+    whole |= {("fwd_sm90", 64), ("fwd_sm90", 128)} if monotone else set()
+    assert fetch == (whole if mapped else set())
+
+
+@pytest.mark.parametrize(("name", "head_dim", "shape"), SHAPES)
+def test_which_kernels_are_told_of_a_choice(monkeypatch, name, head_dim, shape):
+    """Of plans in order those of head_dim 128; of others all of a backward that has two ways."""
+    asked = []
+    monkeypatch.setattr(launch_sm90, "get_kernel", lambda *x, arch_suffix: asked.append(x))
+    for monotone in (True, False):
+        launch_sm90._kernel.__wrapped__(name, 0, "bfloat16", head_dim, shape, monotone)
+    known, unknown = (dict(x[2]) for x in asked)
+    assert known["CHOICE"] == int(head_dim == 128)
+    assert unknown["CHOICE"] == int(name != "fwd_sm90" and head_dim in (64, 128))
+    fused = "fused" in name or name == "bwd_prepare_sm90"
+    assert (known["MONOTONE"], unknown["MONOTONE"]) == (1, int(fused))
 
 
 @pytest.mark.parametrize("head_dim", sorted(shapes_sm90.FUSED))
@@ -199,17 +216,30 @@ def test_batch_and_heads_do_not_decide_which_kernels_run(batch, heads_kv, group,
 
     alone, among = problem(1, 1), problem(batch, heads_kv)
     for asked in (None, "auto", "split", "fused"):
-        assert bound_sm90._ways(among, asked) == bound_sm90._ways(alone, asked)
+        for monotone in (True, False):
+            ways = bound_sm90._ways(alone, asked, monotone)
+            assert bound_sm90._ways(among, asked, monotone) == ways
     if launch_sm90._sums_fit(among):
         assert launch_sm90._sum_slots(among) >= group
 
 
-@pytest.mark.parametrize("head_dim", [*sorted(shapes_sm90.FUSED), 256])
-def test_ranges_in_any_order_never_go_the_fused_way(head_dim):
-    sizes = (1, 1, 50_000, 50_000, head_dim, head_dim)
+@pytest.mark.parametrize("head_dim", [*sorted(shapes_sm90.FUSED), 96, 256])
+def test_ranges_in_any_order_never_all_go_the_fused_way(head_dim):
+    """The card chooses, unless no more than the split way is asked for or serves."""
+    both, split = (head_dim in shapes_sm90.FUSED,) * 2, (True, False)
+    for keys, auto in ((50_000, both), (400, (False, False))):
+        problem = Problem(1, 1, 1, 50_000, keys, head_dim, head_dim, "bfloat16", "cuda:0", 0.1)
+        right = {None: auto, "auto": auto, "fused": both, "split": (False, False)}
+        assert set(right) == {None, *bound_sm90._asked.words}
+        for asked, ways in right.items():
+            want = ways if any(ways) else split
+            assert bound_sm90._ways(problem, asked, monotone=False) == want
+
+
+def test_ranges_in_any_order_of_too_many_rows_for_sums_are_split():
+    sizes = (1, 1, 400_000, 400_000, 64, 64)
     problem = Problem(1, *sizes, "bfloat16", "cuda:0", 0.1)
-    for asked in (None, *bound_sm90._asked.words):
-        assert bound_sm90._ways(problem, asked, monotone=False) == (True, False)
+    assert bound_sm90._ways(problem, "auto", monotone=False) == (True, False)
 
 
 @pytest.mark.parametrize("head_dim", sorted(shapes_sm90.FUSED))

@@ -6,18 +6,22 @@
 //   more than SCFA_LONG_KEYS keys on average, each weighted by the keys it visits: so an average
 //   pair's tile counts, not an average tile. A window's tiles are all alike; of tiles of buckets,
 //   whose long ones take the time, the plain average says as little as of a window half as long.
-//   By 128 tiles of each query head. A head's way depends on nothing but its own ranges, so its
-//   gradients do not depend on what else is in the batch.
+//   By 128 tiles of each query head; by none where SCFA_LONG_KEYS is 0. Where ranges may lie in any
+//   order, none goes the fused way but those whose query heads all have them in order. A head's way
+//   depends on nothing but its own ranges, so its gradients do not depend on what else is in the
+//   batch.
 // grid/block: a warp for four key heads, eight lanes each: one multiprocessor would take longer for
 //   the loads of many heads than they take to come. The last warp to end counts.
 // shared memory: none.
 // inputs/outputs: Params (params_sm90.cuh) with the tiles of key heads: q_count, key_start, key_end,
-//   counter, two words that are 0; choice is written, tile counters in it become 0.
+//   counter, two words that are 0; choice is written, tile counters in it become 0; its last words
+//   are read where ranges may lie in any order.
 // version and source: new here.
 #ifndef SCFA_LONG_KEYS
 #error "SCFA_LONG_KEYS: set by launch_sm90.py"
 #endif
 #include "params_sm90.cuh"
+#include "order_sm90.cuh"
 #include "choice_sm90.cuh"
 
 constexpr int kThreads = 32;
@@ -66,8 +70,14 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % kLanes, heads = p.by_tiles.quotient(p.tiles);
   const int z = blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes;  // of all key heads
   Visits visits{};
+  bool in_order = true;
   for (int member = 0; member < p.group_size && z < heads; ++member) {
-    add_visits(visits, p, z * p.group_size + member, lane);
+    const int list = z * p.group_size + member;
+    if constexpr (!kMonotone) {
+      const int* order = order_of_heads(p, heads) + 2 * list;
+      in_order &= (order[0] & order[1]) != 0;
+    }
+    if (SCFA_LONG_KEYS > 0) add_visits(visits, p, list, lane);
   }
 #pragma unroll
   for (int i = 1; i < kLanes; i *= 2) {
@@ -75,10 +85,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     visits.squares += __shfl_xor_sync(0xFFFFFFFFu, visits.squares, i);
   }
   const bool speaks = lane == 0 && z < heads;
-  const bool fused = visits.squares > SCFA_LONG_KEYS * visits.keys;
+  const bool fused =
+      in_order && (SCFA_LONG_KEYS == 0 || visits.squares > SCFA_LONG_KEYS * visits.keys);
   if (speaks) p.choice[kChoiceHeads + z] = fused ? kFused : kSplit;
   const int fused_here = __popc(__ballot_sync(0xFFFFFFFFu, speaks && fused));
-  if (blockIdx.x == 0 && threadIdx.x < 3) p.choice[kChoiceCounters + threadIdx.x] = 0;
+  if (blockIdx.x == 0 && threadIdx.x < kChoiceCounted) p.choice[kChoiceCounters + threadIdx.x] = 0;
   if (threadIdx.x > 0) return;
   atomicAdd(p.counter, fused_here);
   __threadfence();  // a block that sees this one's arrival sees its heads counted

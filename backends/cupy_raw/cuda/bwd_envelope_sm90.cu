@@ -5,16 +5,20 @@
 //   envelope_start[r] = min of key_start over the rows r' >= r that do; kNoEnd and kNoStart where
 //   there are none. Queries before the first whose envelope_end lies beyond key j do not see j, nor
 //   do those from the first on whose envelope_start does. Of nondecreasing ranges without empty ones
-//   the envelopes are the ranges.
+//   the envelopes are the ranges. Where both ways of the backward are launched, also whether ends,
+//   and whether starts, of the kept rows never step back, those that see nothing included: all that
+//   the kernels of the fused way ask of them.
 // grid/block: two blocks of 1024 threads for each list of queries: one goes up and makes
 //   envelope_end, one goes down and makes envelope_start as the running maximum of -1 - key_start.
 //   A thread takes 4 rows of each 4096; those of the next step load meanwhile.
 // shared memory: the maxima of the warps, twice.
-// inputs/outputs: Params (params_sm90.cuh): key_start, key_end; envelope_start and envelope_end are
+// inputs/outputs: Params (params_sm90.cuh) with a tile for each list: q_count, key_start, key_end;
+//   envelope_start, envelope_end and, unless choice is null, order_of_heads (choice_sm90.cuh) are
 //   written.
 // version and source: new here.
 #include "params_sm90.cuh"
 #include "order_sm90.cuh"
+#include "choice_sm90.cuh"
 
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
 constexpr int kItems = 4;  // rows of a thread in one step
@@ -28,20 +32,32 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const int *starts = p.key_start + list, *ends = p.key_end + list;
   int* envelope = (down ? p.envelope_start : p.envelope_end) + list;
   const int least = down ? -1 - kNoStart : kNoEnd;
+  const int count = p.q_count[blockIdx.x / 2];
 
   // A step's rows of this thread, counted from the end that this block starts at.
   const auto row_of = [&](long long at) {
     return static_cast<int>(down ? p.seqlen_q - 1 - at : at);
   };
   int next[kItems];
+  bool in_order = true;
+  const int* bounds = down ? starts : ends;
   const auto load = [&](long long first) {
+    const long long own = first + thread * kItems;
+    int before = -1 - kNoStart;  // what the row before this one has; nothing is less
+    if (own > 0 && own <= p.seqlen_q) {
+      before = bounds[row_of(own - 1)];
+      if (down) before = -1 - before;
+    }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const long long at = first + thread * kItems + i;
+      const long long at = own + i;
       next[i] = least;
       if (at < p.seqlen_q) {
-        const int start = starts[row_of(at)], end = ends[row_of(at)];
-        if (start < end) next[i] = down ? -1 - start : end;
+        const int row = row_of(at), start = starts[row], end = ends[row];
+        const int given = down ? -1 - start : end;
+        if (start < end) next[i] = given;
+        in_order &= before <= given || row + down >= count;  // the later of the two rows is dropped
+        before = given;
       }
     }
   };
@@ -73,4 +89,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       if (at < p.seqlen_q) envelope[row_of(at)] = down ? -1 - value : value;
     }
   }
+  if (p.choice == nullptr) return;
+  in_order = __syncthreads_and(in_order);
+  if (thread == 0) order_of_heads(p, p.by_group.quotient(p.tiles))[blockIdx.x] = in_order;
 }

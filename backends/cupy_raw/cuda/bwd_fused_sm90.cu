@@ -221,7 +221,9 @@ __device__ __forceinline__ void multiply_tiles(const Params& p, Shared shared, i
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     scfa_bwd_fused_sm90(const __grid_constant__ Params p) {
-  static_assert(!kHasChoice, "all heads go this way");
+  if constexpr (kHasChoice) {
+    if (uniform(share_of(p, kFused)) == kNone) return;
+  }
   extern __shared__ char dynamic[];
   const Shared shared{(shared_address(dynamic) + 1023) & ~1023u};
   if (threadIdx.x == 0) {

@@ -49,7 +49,7 @@ struct Shared : QueryData<kBlockM, kDataBase, kBounds, kBoundsBase> {
   __device__ __forceinline__ unsigned tile(unsigned buffer) const {
     return base + kTileBase + 4 * buffer;
   }
-  // Read nowhere, as there is no choice of ways.
+  // Read nowhere where there is no choice of ways.
   __device__ __forceinline__ unsigned share() const { return base + kTileBase + 8; }
   __device__ __forceinline__ unsigned in_turn() const { return base + kTileBase + 12; }
   __device__ __forceinline__ unsigned barrier(unsigned i) const {
@@ -137,7 +137,10 @@ __device__ __forceinline__ void gather_tiles(const Params& p, Shared shared) {
   const int lane_bytes = (thread % kLanesPerRow) * 16;
   Ring<kKeyBuffers> key;
   Ring<kStages> query;
-  if (thread == 0) shared_store(shared.in_turn(), heads_in_turn(p));
+  if (thread == 0) {
+    shared_store(shared.in_turn(), heads_in_turn(p));
+    if constexpr (kHasChoice) shared_store(shared.share(), share_of(p, kFused));
+  }
   unsigned buffer = 0;  // of tile number and bounds, by the parity of the tile
   for (;; buffer ^= 1) {
     barrier_wait(shared.key_empty(key.slot), key.parity ^ 1);

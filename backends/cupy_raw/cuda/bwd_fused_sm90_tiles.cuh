@@ -1,5 +1,5 @@
 // Key tiles of the fused backward: how they are numbered, and what is known of each before it is
-// handed out. Include after params_sm90.cuh and query_data_sm90.cuh.
+// handed out. Include after params_sm90.cuh, choice_sm90.cuh and query_data_sm90.cuh.
 #pragma once
 
 constexpr int kTileKeys = 128;
@@ -18,8 +18,9 @@ __device__ __forceinline__ KeyTile locate_key_tile(const Params& p, int tile) {
 // Tiles of 2^in_turn heads may be handed out in turn: key tiles of one head that follow at once wait
 // for each other to add dq. Not where ranges are long, as those of many heads do not stay in L2:
 // bwd_prepare_sm90.cu counts the key tiles that query tiles visit, against it three times those of
-// query tiles that visit more than so many, in the word after Params::counter. Sums are the same bits
-// in any such order.
+// query tiles that visit more than so many, in the word after Params::counter. Nor where some heads go
+// the other way, as those are passed over one after the other. Sums are the same bits in any such
+// order.
 constexpr int kTurnTiles = 19;
 constexpr int kMostTilesCounted = 32;  // of a query tile: the count must not overflow
 
@@ -28,7 +29,7 @@ __device__ __forceinline__ int visits_for_turns(int visits) {
 }
 
 __device__ __forceinline__ int heads_in_turn(const Params& p) {
-  return p.counter[1] > 0 ? p.in_turn : 0;
+  return share_of(p, kFused) == kAll && p.counter[1] > 0 ? p.in_turn : 0;
 }
 
 // Which tile is handed out as the n-th: the first of each of 2^in_turn heads, then the second of each,

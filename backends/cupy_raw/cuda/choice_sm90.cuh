@@ -5,10 +5,16 @@
 enum Way { kSplit = 0, kFused = 1 };           // bwd_dq and bwd_dkdv, or bwd_fused
 enum Share { kNone = 0, kAll = 1, kSome = 2 };  // of the heads that go one way
 
-// Words: the shares of both ways, tile counters of the three kernels, three unused, then the way of
-// each key head.
-constexpr int kChoiceCounters = 2;
+// Words: the shares of both ways, tile counters of the three kernels, the word after the last of
+// these (bwd_fused_sm90_tiles.cuh), two unused, then the way of each key head. Where ranges may lie
+// in any order, two more for each query head, 1 or 0 (bwd_envelope_sm90.cu): do ends, do starts of
+// its kept queries never step back?
+constexpr int kChoiceCounters = 2, kChoiceCounted = 4;
 constexpr int kChoiceHeads = 8;
+
+__device__ __forceinline__ int* order_of_heads(const Params& p, int key_heads) {
+  return p.choice + kChoiceHeads + key_heads;
+}
 
 #ifdef SCFA_CHOICE
 constexpr bool kHasChoice = SCFA_CHOICE;  // whether this head_dim has a choice of two ways
