@@ -12,7 +12,6 @@ from scfa_core.extras import missing
 
 try:
     import torch
-    from torch import Tensor
 except ModuleNotFoundError as error:
     raise missing("scfa_core.choosing", "torch", error) from error
 
@@ -20,6 +19,7 @@ from scfa_core.errors import ShapeError
 from scfa_core.patterns import Causal, HashSparse, Pattern
 from scfa_core.problem import as_size
 from scfa_core.torch_checks import check_tensor
+from scfa_core.torch_choosing import TOP_BLOCKS
 
 __all__ = ["chosen_blocks"]
 
@@ -61,7 +61,7 @@ def chosen_blocks(q: Any, k: Any, *, block: int, top: int) -> list[Pattern]:
     -----
     A block's score is the product of the query and the mean of the block's keys. Choices take no
     gradient, and depend on no later row. Cost: the scores, ``batch * heads * seqlen_q * seqlen_k /
-    block`` of q's dtype in memory while they are looked at; then one call of attention a pattern,
+    block`` of q's dtype in memory until they are looked at; then one call of attention a pattern,
     in all ``4 * (top + 0.5) * block * seqlen_q * head_dim`` flop a head, forward. Source: MoBA
     (arXiv 2502.13189).
     """
@@ -80,31 +80,13 @@ def chosen_blocks(q: Any, k: Any, *, block: int, top: int) -> list[Pattern]:
     whole, last = keys // block, (keys - 1) // block
     if not whole or not top:
         return patterns
+    means = k.detach()[:, :, : whole * block].unflatten(2, (-1, block)).mean(3)
+    grouped = q.detach().unflatten(1, (heads_kv, -1))
+    # Scores of a query lie a row apart: neighbouring queries are read side by side.
+    scores = (means.unsqueeze(2) @ grouped.mT).flatten(1, 2)
     # Who has no choice left names a block that lies ahead: of as many numbers as blocks 256 are
     # planned in one pass.
     causal = rows == keys
-    none = last + (own == last).int() if causal else own.new_tensor(last + 1)
-    means = k.detach()[:, :, : whole * block].unflatten(2, (-1, block)).mean(3)
-    chosen = _choices(q.detach(), means, own, min(top, whole), none)
-    patterns += [HashSparse(ids, of_key, causal=causal) for ids in chosen]
+    chosen = TOP_BLOCKS(scores, block, keys - rows, last, causal, min(top, whole))
+    patterns += [HashSparse(ids, of_key, causal=causal) for ids in chosen.unbind(0)]
     return patterns
-
-
-def _choices(q: Tensor, means: Tensor, own: Tensor, top: int, none: Tensor) -> list[Tensor]:
-    """Blocks (batch, heads, seqlen_q) of the highest scores, `top` times; `none` where none is.
-
-    `means` are those of whole blocks of keys, `own` and `none` (1, 1, seqlen_q) or one for all.
-    Scores of a query lie a row apart, so that neighbouring queries are read side by side; one
-    maximum after the other then takes a fraction of the time of topk.
-    """
-    grouped = q.unflatten(1, (means.shape[1], -1))
-    scores = (means.unsqueeze(2) @ grouped.mT).flatten(1, 2)
-    later = torch.arange(means.shape[2], device=q.device).unsqueeze(-1) >= own.unsqueeze(-2)
-    scores = scores.masked_fill_(later, -torch.inf)
-    found = []
-    for _ in range(top):
-        best = scores.max(dim=-2, keepdim=True)
-        scores.scatter_(-2, best.indices, -torch.inf)
-        ids = torch.where(best.values.isneginf().squeeze(-2), none, best.indices.squeeze(-2))
-        found.append(ids.int())
-    return found

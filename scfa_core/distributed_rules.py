@@ -15,6 +15,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from scfa_core.problem import check_layout
+from scfa_core.torch_choosing import TOP_BLOCKS
 from scfa_core.torch_hashing import ANGULAR_HASH, PAST_HASH
 from scfa_core.torch_ops import BACKWARD, FORWARD, MAKE_PLAN
 from scfa_core.torch_union_ops import ATTEND_UNION, ATTEND_UNION_BACKWARD, SINKS_BACKWARD
@@ -182,3 +183,14 @@ def _shard_past_hash(x: Any, directions: Any, start: Any, even: bool = False) ->
         held = [Shard(axis) if y.shape[axis] > 1 else whole for y, axis in tables]
         rules.append(([Shard(2), Shard(1)], [Shard(1), *held, None]))
     return rules
+
+
+@register_sharding(TOP_BLOCKS)
+def _shard_top_blocks(scores: Any, *sizes: Any) -> Sequence[Rule]:
+    """Shardings of ``scfa::top_blocks``: sequences and heads are independent, rows are counted."""
+    whole, rest = Replicate(), [None] * len(sizes)
+    return [
+        ([whole], [whole, *rest]),
+        ([Shard(1)], [Shard(0), *rest]),
+        ([Shard(2)], [Shard(1), *rest]),
+    ]

@@ -31,7 +31,7 @@ SUITES = {
     ),
     "torch-half": (("tests/unit/test_torch_lse_float16.py",),),
     "torch-union": (("tests/unit/test_torch_union.py",),),
-    "choosing": (("tests/unit/test_choosing.py",),),
+    "choosing": (("tests/unit/test_top_blocks.py",), ("tests/unit/test_choosing.py",)),
     "sinks": (("tests/unit/test_sinks.py",),),
     "torch-hash": (("tests/unit/test_hashing_torch.py", "tests/unit/test_hashing_past.py"),),
     "dropping": (("tests/unit/test_dropping.py",), ("tests/unit/test_dropping_layers.py",)),

@@ -83,7 +83,7 @@ FAULTS = (
         "parts: keys are placed where queries of their group would be", "cuda-plan",
     ),
     Fault("cuda-parts-dropped", CUDA + "plan_parts_place.cu",
-        "dropped ? k_count : ends[i] + shifts[bins + bin]", "ends[i] + shifts[bins + bin]",
+        "p.key_end[place] = dropped ? k_count : p.sees", "p.key_end[place] = p.sees",
         "parts: dropped queries have a range", "cuda-plan",
     ),
     Fault("cuda-parts-low", CUDA + "plan_parts.cuh",

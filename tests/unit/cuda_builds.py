@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pytest
 from scfa_core.backends.cupy_raw import (
+    choosing,
     few_queries,
     hashing,
     launch_sm90,
@@ -130,6 +131,7 @@ def portable_builds() -> list[Build]:
         builds += [Build(hashing.SOURCE, v, arch) for v in hashing.shipped_constants()]
         past = hashing.shipped_constants(past=True)
         builds += [Build(hashing.PAST_SOURCE, v, arch) for v in past]
+        builds += [Build(choosing.SOURCE, v, arch) for v in choosing.shipped_constants()]
         own = parts.shipped_constants()
         builds += [Build(f"{name}.cu", v, arch) for name in parts.NAMES for v in own]
         limit = SMALLEST_SHARED if arch in ("86", "89", "120") else 160 * 1024
