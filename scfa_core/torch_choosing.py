@@ -63,7 +63,7 @@ def _on_cuda(scores: Tensor, block: int, first: int, last: int, ahead: bool, top
     ids = _fake(scores, block, first, last, ahead, top)
     scores = scores.detach().resolve_neg().contiguous()
     rows, out = (TORCH_FRAMEWORK.native(x, "cuda") for x in (scores, ids))
-    run_top_blocks(rows, out, block, first, last, ahead, raw_stream(ids.device))
+    run_top_blocks(rows, out, block, first, last, ahead, raw_stream(ids.device.index))
     return ids
 
 

@@ -47,6 +47,7 @@ MAX_COLUMNS = 8  # kMaxColumns
 RANGE_TILE = 4096  # kTile of plan_ranges
 IDENTITY_TILE = 1024  # kTile of plan_identity
 RANGE_THREADS = 256
+RANGE_STRETCH = 512  # kStretch of plan_ranges: queries of one warp
 FAR = 1 << 40  # an offset beyond every row
 _SEES = {0: 0, 1: 1, None: 2}  # hi_offset -> kSeesBefore, kSeesItself, kSeesAll
 _SURVEY_WORDS = 10  # PartSurvey
@@ -298,7 +299,8 @@ def _steps(
     tiles = list_tiles(problem, RANGE_TILE)
     params = range_params(problem, clauses, plan, done, tiles)
     grid = (lists * tiles[0], 1, 1)
-    steps.append(_Step(kernels["plan_ranges"], grid, RANGE_THREADS, 0, params))
+    threads = RANGE_THREADS if rows > RANGE_STRETCH else 32  # warps without queries take room
+    steps.append(_Step(kernels["plan_ranges"], grid, threads, 0, params))
     return steps
 
 
