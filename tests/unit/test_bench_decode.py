@@ -55,3 +55,16 @@ def test_without_a_gpu(decode, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="--device cpu"):
         decode.main([])
+
+
+def test_the_page_shows_what_was_measured(from_the_checkout):
+    from bench import decode
+
+    root = bench_call.ROOT
+    page = (root / "docs" / "perf" / "decoding.md").read_text()
+    stored = sorted((root / "bench" / "results").glob("decode-*.json"))
+    assert stored
+    for path in stored:
+        record = json.loads(path.read_text())
+        assert decode.table(record) in page
+        assert f"commit {record['machine']['commit']}" in page
