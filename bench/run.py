@@ -41,8 +41,8 @@ MODES = {
     "jit": "first use in a new process, with an empty cache and with the one it left",
 }
 OTHERS = {
-    "bench decode": "few queries on many keys, beside torch",
     "bench accuracy": "errors against float64, beside torch's own",
+    "bench decode": "few queries on many keys, beside torch",
     "bench precompile": "compile what a sweep will time, beforehand",
     "bench compare OLD NEW": "what became slower beyond the spread, or no longer runs",
     "bench report FILES": "tables and plots of stored results",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -95,6 +96,10 @@ def forward(
     ctx: CallContext,
 ) -> None:
     """Write out and lse."""
+    group = problem.group_size
+    if group > 1 and 0 < group * problem.seqlen_q <= BLOCK:
+        _forward_of_packs(problem, plan, q, k, v, out, lse, ctx)
+        return
     scale, sample = _arithmetic(problem)
     tensors = [part for x in (q, k, v, out) for part in flat(x, problem.dtype)]
     q_index, _, k_index, _, key_start, key_end = _plan_rows(*plan[:6])
@@ -104,6 +109,39 @@ def forward(
         q_index, k_index, key_start, key_end, scale, sample,
         helpers=_worth_helpers(problem),
     )  # fmt: skip
+
+
+def _forward_of_packs(
+    problem: Problem,
+    plan: PlanArrays,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    out: np.ndarray,
+    lse: np.ndarray,
+    ctx: CallContext,
+) -> None:
+    """Forward where all query heads that share a key head fit one tile: its keys are read once.
+
+    They are taken for rows of one head. A plan's lists of them are neighbours already.
+    """
+    rows, heads_kv = problem.group_size * problem.seqlen_q, problem.heads_kv
+
+    def packed(x: np.ndarray) -> np.ndarray:  # a copy where heads and rows are no one axis
+        return x.reshape(problem.batch, heads_kv, rows, *x.shape[3:])
+
+    first = np.arange(problem.heads, dtype=np.int32) % problem.group_size * problem.seqlen_q
+    own = plan._replace(
+        q_index=packed(plan.q_index + first[:, None]),
+        key_start=packed(plan.key_start),
+        key_end=packed(plan.key_end),
+    )
+    ours = replace(problem, heads=heads_kv, seqlen_q=rows)
+    results = packed(out), packed(lse)
+    forward(ours, own, packed(q), k, v, *results, ctx)
+    for result, target in zip(results, (out, lse), strict=True):
+        if not np.shares_memory(result, target):
+            target[...] = result.reshape(target.shape)
 
 
 def backward(
