@@ -17,6 +17,7 @@ SUITES = {
         (f"{ATTENTION}::test_head_dims", "tests/unit/test_faults.py"),
         (ATTENTION, "tests/property/test_exact.py"),
     ),
+    "cpu-few": (("tests/unit/test_numba_cpu_few_queries.py",),),
     "cpu-convert": (
         ("tests/unit/test_numba_cpu_convert.py",),
         ("tests/unit/test_faults.py", ATTENTION),

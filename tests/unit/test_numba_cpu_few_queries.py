@@ -71,6 +71,21 @@ def test_results_in_memory_of_the_caller(packs, gap):
     assert packs == [4]
 
 
+def test_heads_after_rows_in_memory(packs):
+    """(batch, rows, heads, head_dim): of several rows results are copied to where they belong."""
+    rng = np.random.default_rng(36)
+    q = rng.standard_normal((2, 3, 6, 16), np.float32)
+    k, v = rng.standard_normal((2, 2, 300, 2, 16), np.float32)
+    hashes = [rng.integers(3, size=(2, n, m)) for n, m in ((6, 3), (2, 300))]
+    pattern = scfa.HashSparse(*hashes, causal=False)
+    options = {"layout": "bthd", "return_lse": True}
+    out, lse = scfa.attention(q, k, v, pattern, backend="numba-cpu", **options)
+    want, want_lse = scfa.attention(q, k, v, pattern, backend="reference", **options)
+    np.testing.assert_allclose(out, want, atol=1e-6)
+    np.testing.assert_allclose(lse, want_lse, atol=1e-5)
+    assert packs == [9]
+
+
 def test_what_no_head_of_the_pack_sees_or_another_one_does(packs):
     """NaN reaches the head in whose bucket it is."""
     rng = np.random.default_rng(34)
