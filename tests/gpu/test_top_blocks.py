@@ -36,11 +36,10 @@ def test_choices(torch, op, rows, keys, block, top, dtype):
 def test_in_a_graph_and_compiled(torch, op):
     torch.manual_seed(0)
     q, k = (torch.randn(1, h, 900, 32, device="cuda", dtype=torch.bfloat16) for h in (4, 2))
-    ids = (
-        lambda: torch.stack(  # noqa: E731
-            [p.q_hash for p in chosen_blocks(q, k, block=64, top=3)[1:]]
-        )
-    )
+
+    def ids():
+        return torch.stack([p.q_hash for p in chosen_blocks(q, k, block=64, top=3)[1:]])
+
     right = ids()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
