@@ -7,7 +7,7 @@ has checked the arguments.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from scfa_core.dispatch import load_backend
 from scfa_core.torch_fakes import register_fake
@@ -16,7 +16,7 @@ from scfa_core.torch_ops import batched
 
 __all__ = ["TOP_BLOCKS", "kernel_reason", "top_blocks"]
 
-LIBRARY = torch.library.Library("scfa", "FRAGMENT")
+LIBRARY = library.Library("scfa", "FRAGMENT")
 LIBRARY.define(
     "top_blocks(Tensor scores, SymInt block, SymInt first, SymInt last, bool ahead, SymInt top) "
     "-> Tensor"
@@ -81,4 +81,4 @@ def _batched(info, in_dims, *arguments):  # type: ignore[no-untyped-def]
 LIBRARY.impl("top_blocks", top_blocks, "CPU")
 LIBRARY.impl("top_blocks", _on_cuda, "CUDA")
 register_fake("top_blocks", _fake, LIBRARY)
-torch.library.register_vmap(TOP_BLOCKS, _batched, lib=LIBRARY)
+library.register_vmap(TOP_BLOCKS, _batched, lib=LIBRARY)

@@ -12,7 +12,9 @@ from scfa_core.arrays import DeviceArray
 
 torch = pytest.importorskip("torch", reason="choices are made of tensors (extra 'torch')")
 
-from scfa_core import torch_choosing  # noqa: E402 - torch may be absent
+from torch import library  # noqa: E402 - torch may be absent
+
+from scfa_core import torch_choosing  # noqa: E402
 
 SOURCE = f"""
 #include "cuda_on_host.hpp"
@@ -151,4 +153,4 @@ def test_every_slice_of_a_mapped_call():
     sizes = (4, 0, 4, True, 2)
     mapped = torch.func.vmap(lambda x: torch_choosing.TOP_BLOCKS(x, *sizes))(scores)
     assert torch.equal(mapped, torch.stack([wanted(x, *sizes) for x in scores]))
-    torch.library.opcheck(torch_choosing.TOP_BLOCKS, (scores[0], *sizes))
+    library.opcheck(torch_choosing.TOP_BLOCKS, (scores[0], *sizes))
