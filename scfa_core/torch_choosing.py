@@ -40,6 +40,7 @@ def top_blocks(scores: Tensor, block: int, first: int, last: int, ahead: bool, t
     Row r of `scores` (batch, heads, blocks, rows) stands at place ``first + r`` of the keys. Who
     has no choice left gets the number of the `last` block, or, in that one and where `ahead` is
     False, one more. One maximum after the other takes a fraction of the time of topk.
+    Works on a copy of the scores.
     """
     places = torch.arange(scores.shape[3], dtype=torch.int32, device=scores.device)
     own = (first + places) // block
